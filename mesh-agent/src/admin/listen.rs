@@ -1,0 +1,158 @@
+//! Where the agent's own endpoints listen.
+//!
+//! Promises that the admin socket is the administrator's alone: mode 0600 in a directory of mode 0700, or loopback.
+//! Never takes a socket away from an agent that still answers on it. Tested in `tests.rs`.
+
+use std::{
+    fmt, io,
+    net::SocketAddr,
+    os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, PermissionsExt as _},
+    path::{Path, PathBuf},
+    str::FromStr,
+};
+
+use tokio::net::{TcpListener, UnixListener, UnixStream};
+
+/// Name of the admin socket in the run directory.
+pub const SOCKET_NAME: &str = "admin.sock";
+
+/// Bits of a mode that are of the group and of others.
+const OTHERS: u32 = 6;
+
+/// Where the operator's endpoints are: `unix:PATH`, or `IP:PORT` on loopback.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Address {
+    /// A unix socket.
+    Unix(PathBuf),
+    /// Loopback TCP.
+    Tcp(SocketAddr),
+}
+
+/// Why a text is no admin address.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum AddressError {
+    /// Neither form.
+    #[error("`{0}` is neither unix:PATH nor IP:PORT")]
+    Syntax(String),
+    /// Everybody on the network could reach it.
+    #[error(
+        "`{0}` is not a loopback address: the admin endpoint is for this machine only; use 127.0.0.1 or unix:PATH"
+    )]
+    NotLoopback(SocketAddr),
+}
+
+impl FromStr for Address {
+    type Err = AddressError;
+
+    fn from_str(text: &str) -> Result<Self, AddressError> {
+        if let Some(path) = text.strip_prefix("unix:").filter(|path| !path.is_empty()) {
+            return Ok(Self::Unix(path.into()));
+        }
+        let address: SocketAddr = text.parse().map_err(|_| AddressError::Syntax(text.to_owned()))?;
+        if address.ip().to_canonical().is_loopback() {
+            Ok(Self::Tcp(address))
+        } else {
+            Err(AddressError::NotLoopback(address))
+        }
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+            Self::Tcp(address) => address.fmt(f),
+        }
+    }
+}
+
+/// A bound listener, of either kind.
+#[derive(Debug)]
+pub enum Listener {
+    /// A unix socket.
+    Unix(UnixListener),
+    /// TCP.
+    Tcp(TcpListener),
+}
+
+impl Listener {
+    /// Binds the operator's endpoint. A unix socket's directory is made (0700) if it is not there; a socket that
+    /// nobody listens on any more is replaced.
+    pub async fn bind_admin(address: &Address) -> io::Result<Self> {
+        match address {
+            Address::Unix(path) => bind_unix(path).await.map(Self::Unix),
+            Address::Tcp(address) => Self::bind(*address).await,
+        }
+        .map_err(|error| io::Error::new(error.kind(), format!("admin endpoint {address}: {error}")))
+    }
+
+    /// Binds a TCP address, of any interface.
+    pub async fn bind(address: SocketAddr) -> io::Result<Self> {
+        let bound = TcpListener::bind(address).await;
+        bound
+            .map(Self::Tcp)
+            .map_err(|error| io::Error::new(error.kind(), format!("listening on {address}: {error}")))
+    }
+
+    /// Whether it is TCP.
+    pub fn is_tcp(&self) -> bool {
+        matches!(self, Self::Tcp(_))
+    }
+
+    /// Its address, if TCP; for callers that asked for port 0.
+    pub fn tcp_address(&self) -> Option<SocketAddr> {
+        match self {
+            Self::Unix(_) => None,
+            Self::Tcp(listener) => listener.local_addr().ok(),
+        }
+    }
+}
+
+async fn bind_unix(path: &Path) -> io::Result<UnixListener> {
+    if let Some(directory) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+        make_private(directory)?;
+    }
+    remove_stale(path).await?;
+    // Between these two lines the socket has the mode of the umask; its directory keeps others out.
+    let listener = UnixListener::bind(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
+/// Makes the directory, or makes sure that it is closed to others. One that is open is refused, not changed: it may
+/// be somebody else's.
+fn make_private(directory: &Path) -> io::Result<()> {
+    match std::fs::metadata(directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)
+        }
+        Err(error) => Err(error),
+        Ok(metadata) if metadata.permissions().mode().trailing_zeros() >= OTHERS => Ok(()),
+        Ok(metadata) => Err(io::Error::new(
+            io::ErrorKind::PermissionDenied,
+            format!(
+                "directory {} has mode {:03o} and is open to others: use a directory of its own, or chmod 700",
+                directory.display(),
+                metadata.permissions().mode() & 0o777
+            ),
+        )),
+    }
+}
+
+async fn remove_stale(path: &Path) -> io::Result<()> {
+    let metadata = match std::fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        other => other?,
+    };
+    if !metadata.file_type().is_socket() {
+        return Err(io::Error::new(io::ErrorKind::AlreadyExists, "there is a file that is no socket"));
+    }
+    match UnixStream::connect(path).await {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path),
+        Err(error) => Err(error),
+        Ok(_) => Err(io::Error::new(
+            io::ErrorKind::AddrInUse,
+            "another agent answers on it: give each node's agent its own --run-dir",
+        )),
+    }
+}

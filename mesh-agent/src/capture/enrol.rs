@@ -1,0 +1,352 @@
+//! Enrolling pods and letting them go again.
+//!
+//! Enrolling makes everything ready before the first connection is sent its way; un-enrolling stops sending first. A pod
+//! that cannot be enrolled is refused alone, and nothing of the attempt stays. Tested in the lab.
+
+use std::{
+    collections::{HashMap, hash_map},
+    fs, io,
+    net::IpAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use aya::{
+    Ebpf,
+    maps::{HashMap as BpfHashMap, HashOfMaps, InnerMap, Map, MapData, SockMap},
+    programs::{LinkOrder, SchedClassifier, SkLookup, TcAttachType, links::FdLink, tc::TcAttachOptions},
+};
+use mesh_common::{
+    addr::Addr,
+    flow::FlowRecord,
+    maps::{
+        CLIENTS, Entry, FLOWS, LISTENERS, ORIGINAL_DST, PACKET_FLOWS, POD_CLIENTS, POD_FLOWS,
+        POD_ORIGINAL_DST, POD_PACKET_FLOWS, PODS, PacketKey, PodAddrs, Tuple, kind,
+    },
+};
+use socket2::Socket;
+use tokio::net::TcpListener;
+
+use super::{
+    Listener, Net, PodNet, cgroup,
+    kernel::{Facts, KernelNet},
+    links::{BpfDir, detach_all, pin},
+    loader::{self, CaptureConfig, EbpfLog},
+    netns::Netns,
+};
+use crate::state::snapshot::Workload;
+
+/// The kernel side of one agent. Dropped without [`Capture::remove`] it leaves its programs in place, so that enrolled
+/// pods fail closed until the next agent comes.
+#[derive(Debug)]
+pub struct Capture {
+    pub(super) dir: BpfDir,
+    pub(super) shared: Arc<Shared>,
+    log: EbpfLog,
+    /// Keeps the programs of the node; its maps are used through handles of their own.
+    pub(super) node: Mutex<Ebpf>,
+}
+
+/// What the reading of flows needs too.
+#[derive(Debug)]
+pub(super) struct Shared {
+    pods: Mutex<HashMap<u64, Enrolled>>,
+}
+
+#[derive(Debug)]
+struct Enrolled {
+    net: Arc<PodNet>,
+    flows: Arc<Flows>,
+}
+
+/// The tables of one pod's flows.
+#[derive(Debug)]
+pub(super) struct Flows {
+    pub(super) sockets: Mutex<BpfHashMap<MapData, u64, FlowRecord>>,
+    pub(super) packets: Mutex<BpfHashMap<MapData, PacketKey, FlowRecord>>,
+}
+
+impl Shared {
+    fn pods(&self) -> MutexGuard<'_, HashMap<u64, Enrolled>> {
+        self.pods.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The tables of the pod with this cookie.
+    pub(super) fn flows_of(&self, cookie: u64) -> Option<Arc<Flows>> {
+        self.pods().get(&cookie).map(|pod| Arc::clone(&pod.flows))
+    }
+
+    /// The tables of all pods.
+    pub(super) fn all_flows(&self) -> Vec<Arc<Flows>> {
+        self.pods().values().map(|pod| Arc::clone(&pod.flows)).collect()
+    }
+}
+
+impl Capture {
+    /// Loads the kernel programs and attaches them. Takes the place of what an agent that is gone left behind. To be
+    /// called inside a tokio runtime.
+    ///
+    /// # Errors
+    /// A sentence that says what the host lacks: a cgroup2 hierarchy, bpffs, a capability, the kernel's support; or
+    /// that another agent uses the same directory.
+    pub fn load(config: &CaptureConfig) -> Result<Self> {
+        let root = cgroup::root(config.cgroup_root.as_deref())?;
+        let dir = BpfDir::create(&config.bpf_dir)?;
+        let mut node = loader::load(&dir, config.ebpf_log)?;
+        let attached = loader::attach(&mut node, &dir, &root);
+        if let Err(error) = attached {
+            dir.remove()?;
+            return Err(error);
+        }
+        let shared = Arc::new(Shared { pods: Mutex::default() });
+        Ok(Self { dir, shared, log: config.ebpf_log, node: Mutex::new(node) })
+    }
+
+    /// Enrols a pod: from here on its connections come to its [`PodNet`]. To be called inside a tokio runtime.
+    ///
+    /// # Errors
+    /// A sentence that names the pod: its namespace is gone, one of the three ports is taken, it is enrolled already.
+    /// Nothing else is affected and nothing is left.
+    pub fn enrol(&self, workload: Arc<Workload>) -> Result<Arc<PodNet>> {
+        let name = format!("{}/{}", workload.namespace, workload.name);
+        self.try_enrol(workload).with_context(|| format!("pod {name} is not enrolled"))
+    }
+
+    fn try_enrol(&self, workload: Arc<Workload>) -> Result<Arc<PodNet>> {
+        let path = workload.netns.as_deref();
+        let path = path.ok_or_else(|| anyhow!("it has no annotation mesh.io/netns"))?;
+        let netns = Netns::open(path)?;
+        let cookie = netns.cookie();
+        let addrs = pod_addrs(&workload.ips)?;
+        let mut pods = self.shared.pods();
+        if let Some(other) = pods.get(&cookie) {
+            bail!(
+                "its network namespace {} is that of {}, which is enrolled",
+                path.display(),
+                other.net.name()
+            );
+        }
+        let made = self.prepare(workload, netns).and_then(|pod| {
+            self.pods_map()?.insert(cookie, addrs, 0).context("map PODS")?;
+            Ok(pod)
+        });
+        match made {
+            Ok(pod) => {
+                let net = Arc::clone(&pod.net);
+                pods.insert(cookie, pod);
+                Ok(net)
+            }
+            Err(error) => {
+                // Whatever the attempt came to: what is not there is no error.
+                let _ = self.take_away(cookie);
+                Err(error)
+            }
+        }
+    }
+
+    /// Everything but the entry that has the pod's connections captured.
+    fn prepare(&self, workload: Arc<Workload>, netns: Netns) -> Result<Enrolled> {
+        let cookie = netns.cookie();
+        let facts = Facts::open(&self.dir.maps())?;
+        let sockets = listeners(&netns, &facts)?;
+        let mut object = loader::load_pod(&self.dir, self.log, cookie)?;
+
+        let mut steering: SockMap<MapData> = loader::take(&mut object, LISTENERS)?;
+        for (socket, index) in sockets.iter().zip(0..) {
+            steering.set(index, socket, 0).context("map LISTENERS")?;
+        }
+        let flows = self.hand_over_maps(&mut object, cookie)?;
+
+        let links = self.dir.pod(cookie);
+        fs::create_dir(&links).with_context(|| format!("cannot make {}", links.display()))?;
+        count_packets(&mut object, &netns, |name, link| pin(link, &links.join(name)))?;
+        pin(steer_inbound(&mut object, &netns)?, &links.join("inbound"))?;
+
+        let listeners = sockets.map(|socket| TcpListener::from_std(socket.into()));
+        let [outbound, inbound, mesh] = listeners;
+        let net = Net::Kernel(KernelNet::new(netns, facts));
+        Ok(Enrolled { net: PodNet::new(workload, [outbound?, inbound?, mesh?], net), flows })
+    }
+
+    /// Lists the pod's own maps under its cookie, where the programs of the node look for them.
+    fn hand_over_maps(&self, object: &mut Ebpf, cookie: u64) -> Result<Arc<Flows>> {
+        let mut original_dst: BpfHashMap<MapData, Tuple, Entry> = loader::take(object, POD_ORIGINAL_DST)?;
+        // Where the kernel notes that the table was full.
+        original_dst.insert(Tuple::default(), Entry::default(), 0).context("map ORIGINAL_DST")?;
+        let clients: BpfHashMap<MapData, Tuple, Entry> = loader::take(object, POD_CLIENTS)?;
+        let sockets: BpfHashMap<MapData, u64, FlowRecord> = loader::take(object, POD_FLOWS)?;
+        let packets: BpfHashMap<MapData, PacketKey, FlowRecord> = loader::take(object, POD_PACKET_FLOWS)?;
+        self.list(ORIGINAL_DST, cookie, &original_dst)?;
+        self.list(CLIENTS, cookie, &clients)?;
+        self.list(FLOWS, cookie, &sockets)?;
+        self.list(PACKET_FLOWS, cookie, &packets)?;
+        Ok(Arc::new(Flows { sockets: Mutex::new(sockets), packets: Mutex::new(packets) }))
+    }
+
+    fn list<M: InnerMap>(&self, outer: &str, cookie: u64, inner: &M) -> Result<()>
+    where
+        HashOfMaps<MapData, u64, M>: TryFrom<Map, Error = aya::maps::MapError>,
+    {
+        let mut outer_map: HashOfMaps<MapData, u64, M> = loader::open(&self.dir, outer)?;
+        outer_map.insert(cookie, inner, 0).with_context(|| format!("map {outer}"))
+    }
+
+    pub(super) fn pods_map(&self) -> Result<BpfHashMap<MapData, u64, PodAddrs>> {
+        loader::open(&self.dir, PODS)
+    }
+
+    /// Lets a pod go: nothing of the agent stays in it. Connections that are open stay with whoever holds them.
+    ///
+    /// # Errors
+    /// What could not be taken away; the rest is gone all the same.
+    pub fn un_enrol(&self, pod: &PodNet) -> Result<()> {
+        let Net::Kernel(net) = &pod.net else { return Ok(()) };
+        let cookie = net.netns().cookie();
+        let mut pods = self.shared.pods();
+        match pods.entry(cookie) {
+            hash_map::Entry::Occupied(entry) if std::ptr::eq(&raw const *entry.get().net, pod) => {
+                entry.remove();
+            }
+            _ => return Ok(()),
+        }
+        let taken = self.take_away(cookie);
+        pod.close();
+        taken.with_context(|| format!("pod {} at {}", pod.name(), net.netns().path().display()))
+    }
+
+    /// Takes away what a pod has in maps and links, whatever there is of it; the first error counts.
+    fn take_away(&self, cookie: u64) -> Result<()> {
+        let captured = self.pods_map().and_then(|mut map| missing_is_fine(map.remove(&cookie)));
+        let links = detach_all(&self.dir.pod(cookie));
+        let tables = [ORIGINAL_DST, CLIENTS, FLOWS, PACKET_FLOWS].map(|name| {
+            let mut map: HashOfMaps<MapData, u64, MapData> = loader::open(&self.dir, name)?;
+            missing_is_fine(map.remove(&cookie)).with_context(|| format!("map {name}"))
+        });
+        captured.and(links).and(tables.into_iter().collect())
+    }
+
+    /// Pods enrolled now.
+    pub fn enrolled(&self) -> Vec<Arc<PodNet>> {
+        self.shared.pods().values().map(|pod| Arc::clone(&pod.net)).collect()
+    }
+
+    /// Lets every pod go and takes away every program, map, pin and directory. To be called when the agent is being
+    /// removed; otherwise it is dropped, and pods fail closed until the next one.
+    ///
+    /// # Errors
+    /// What could not be taken away.
+    pub fn remove(self) -> Result<()> {
+        let pods = self.enrolled().into_iter().map(|pod| self.un_enrol(&pod)).collect::<Result<Vec<()>>>();
+        self.dir.remove()?;
+        pods.map(drop)
+    }
+}
+
+/// Binds the three listeners inside the pod. Each is marked as the agent's before it can accept.
+fn listeners(netns: &Netns, facts: &Facts) -> Result<[Socket; 3]> {
+    let open = |listener: Listener| -> Result<Socket> {
+        let port = listener.port();
+        let marked = match listener {
+            Listener::Outbound => kind::OUTBOUND_LISTENER,
+            Listener::Inbound | Listener::Mesh => kind::LISTENER,
+        };
+        let socket = netns.enter(|| super::sockets::bind(port)).and_then(|socket| {
+            facts.write(&socket, marked, Addr::default())?;
+            super::sockets::listen(&socket)?;
+            Ok(socket)
+        });
+        socket.map_err(|error| match error.kind() {
+            io::ErrorKind::AddrInUse => anyhow!(
+                "port {port} is taken in its network namespace (by a sidecar, or an agent that still runs): the mesh \
+                 needs 15001, 15006 and 15008"
+            ),
+            _ => anyhow!(error).context(format!("cannot listen on port {port} in its network namespace")),
+        })
+    };
+    Ok([open(Listener::Outbound)?, open(Listener::Inbound)?, open(Listener::Mesh)?])
+}
+
+/// Attaches the counting of packets to the pod's interfaces, loopback excepted. A kernel without TCX (before 6.6) goes
+/// without: those flows are then not counted.
+fn count_packets(object: &mut Ebpf, netns: &Netns, pin: impl Fn(&str, FdLink) -> Result<()>) -> Result<()> {
+    for (name, direction) in [("egress", TcAttachType::Egress), ("ingress", TcAttachType::Ingress)] {
+        let program: &mut SchedClassifier = loader::program(object, name)?;
+        for interface in interfaces(netns)? {
+            let attached = netns.enter(|| {
+                let order = TcAttachOptions::TcxOrder(LinkOrder::default());
+                program.attach_with_options(&interface, direction, order).map_err(io::Error::other)
+            });
+            match attached {
+                Ok(id) => {
+                    pin(&format!("{name}-{}", pin_name(&interface)), program.take_link(id)?.try_into()?)?;
+                }
+                Err(error) => {
+                    tracing::warn!(%interface, %error, "flows without a socket (UDP) are not counted: no TCX here");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Names in bpffs have no dots; interfaces may (`eth0.100`).
+fn pin_name(interface: &str) -> String {
+    interface.replace('.', "_")
+}
+
+fn interfaces(netns: &Netns) -> Result<Vec<String>> {
+    let all = netns.enter(|| nix::net::if_::if_nameindex().map_err(io::Error::from));
+    let all = all.context("cannot list its network interfaces")?;
+    let names = all.iter().map(|interface| interface.name().to_string_lossy().into_owned());
+    Ok(names.filter(|name| name != "lo").collect())
+}
+
+fn steer_inbound(object: &mut Ebpf, netns: &Netns) -> Result<FdLink> {
+    let program: &mut SkLookup = loader::program(object, "inbound")?;
+    let id =
+        program.attach(netns).context("cannot steer inbound connections (another sk_lookup program?)")?;
+    Ok(program.take_link(id)?.into())
+}
+
+fn missing_is_fine(removed: Result<(), aya::maps::MapError>) -> Result<()> {
+    use aya::maps::MapError::{KeyNotFound, SyscallError};
+    match removed {
+        Err(KeyNotFound) => Ok(()),
+        Err(SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => Ok(other?),
+    }
+}
+
+/// The first address of each family.
+fn pod_addrs(ips: &[IpAddr]) -> Result<PodAddrs> {
+    ensure!(!ips.is_empty(), "it has no address (status.podIPs)");
+    let mut addrs = PodAddrs::default();
+    for ip in ips.iter().rev() {
+        match ip {
+            IpAddr::V4(ip) => (addrs.v4, addrs.has_v4) = (ip.octets(), 1),
+            IpAddr::V6(ip) => (addrs.v6, addrs.has_v6) = (ip.octets(), 1),
+        }
+    }
+    Ok(addrs)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_address_of_each_family_counts() -> Result<()> {
+        let ips = ["10.0.0.1", "fd00::1", "10.0.0.2"].map(str::parse::<IpAddr>);
+        let addrs = pod_addrs(&ips.into_iter().collect::<Result<Vec<_>, _>>()?)?;
+        assert_eq!((addrs.v4, addrs.has_v4, addrs.v6[15], addrs.has_v6), ([10, 0, 0, 1], 1, 1, 1));
+        let only_v4 = pod_addrs(&["10.0.0.1".parse()?])?;
+        assert_eq!(only_v4.has_v6, 0);
+        assert!(pod_addrs(&[]).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn pins_have_no_dots() {
+        assert_eq!(pin_name("eth0.100"), "eth0_100");
+    }
+}

@@ -1,0 +1,124 @@
+//! The sockets of a pod the kernel programs know: what an accepted connection was meant for, and dialling from inside.
+//!
+//! What is written on a socket here is what makes it the agent's own: `mesh_common::maps::SocketFacts`. Tested in the
+//! lab.
+
+use std::{
+    io,
+    net::SocketAddr,
+    os::fd::AsRawFd,
+    path::Path,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
+};
+
+use aya::maps::{Map, MapData, MapError, SkStorage};
+use mesh_common::{
+    addr::Addr,
+    maps::{SOCKETS, SocketFacts, kind, port},
+};
+use tokio::net::TcpStream;
+
+use super::{Listener, canonical, netns::Netns, sockets};
+
+/// One pod's network namespace and its way to the socket storage.
+#[derive(Debug)]
+pub(super) struct KernelNet {
+    netns: Netns,
+    facts: Facts,
+    /// Source addresses are taken in turn.
+    next_source: AtomicU32,
+}
+
+impl KernelNet {
+    pub(super) fn new(netns: Netns, facts: Facts) -> Self {
+        Self { netns, facts, next_source: AtomicU32::new(fastrand::u32(..)) }
+    }
+
+    pub(super) const fn netns(&self) -> &Netns {
+        &self.netns
+    }
+
+    pub(super) async fn dial(&self, to: SocketAddr) -> io::Result<TcpStream> {
+        let socket = self.netns.enter(|| sockets::dialler(to))?;
+        self.facts.write(&socket, kind::DIALLER, Addr::default())?;
+        sockets::into_tokio(socket).connect(to).await
+    }
+
+    pub(super) async fn dial_app(&self, to: SocketAddr, client: SocketAddr) -> io::Result<TcpStream> {
+        let n = self.next_source.fetch_add(1, Ordering::Relaxed);
+        let socket = self.netns.enter(|| sockets::app_dialler(to, n))?;
+        self.facts.write(&socket, kind::DIALLER, client.into())?;
+        sockets::into_tokio(socket).connect(to).await
+    }
+
+    /// What an accepted connection was meant for; an error says why the agent does not serve it.
+    pub(super) fn original_dst(&self, listener: Listener, stream: &TcpStream) -> io::Result<SocketAddr> {
+        match listener {
+            Listener::Outbound => match self.facts.read(stream)? {
+                Some(facts) if facts.kind == kind::ACCEPTED && facts.addr.port != 0 => Ok(facts.addr.into()),
+                _ => {
+                    Err(io::Error::other("the outbound port was dialled itself: nothing says what was meant"))
+                }
+            },
+            Listener::Inbound => {
+                let local = canonical(stream.local_addr()?);
+                match local.port() {
+                    port::OUTBOUND | port::INBOUND | port::MESH => {
+                        Err(io::Error::other(format!("{local} is the agent's own, not an app's")))
+                    }
+                    _ => Ok(local),
+                }
+            }
+            Listener::Mesh => stream.local_addr(),
+        }
+    }
+}
+
+/// The socket storage, from outside the kernel.
+#[derive(Debug)]
+pub(super) struct Facts {
+    for_reading: SkStorage<MapData, SocketFacts>,
+    /// A handle of its own for each pod, so that pods do not wait for one another.
+    for_writing: Mutex<SkStorage<MapData, SocketFacts>>,
+}
+
+impl Facts {
+    /// Opens the storage pinned under `maps`.
+    pub(super) fn open(maps: &Path) -> Result<Self, MapError> {
+        let open = || Map::from_map_data(MapData::from_pin(maps.join(SOCKETS))?)?.try_into();
+        Ok(Self { for_reading: open()?, for_writing: Mutex::new(open()?) })
+    }
+
+    /// Says what this socket of the agent's is.
+    pub(super) fn write(&self, socket: &impl AsRawFd, kind: u8, addr: Addr) -> io::Result<()> {
+        let facts = SocketFacts { kind, addr, ..SocketFacts::default() };
+        self.for_writing
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(socket, facts, 0)
+            .map_err(into_io)
+    }
+
+    /// What is known of this socket.
+    pub(super) fn read(&self, socket: &impl AsRawFd) -> io::Result<Option<SocketFacts>> {
+        match self.for_reading.get(socket, 0) {
+            Ok(facts) => Ok(Some(facts)),
+            Err(MapError::KeyNotFound) => Ok(None),
+            Err(MapError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => {
+                Ok(None)
+            }
+            Err(error) => Err(into_io(error)),
+        }
+    }
+}
+
+/// The system's error where there is one, so that its kind is not lost.
+fn into_io(error: MapError) -> io::Error {
+    match error {
+        MapError::SyscallError(error) => error.io_error,
+        other => io::Error::other(other),
+    }
+}

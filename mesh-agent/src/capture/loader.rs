@@ -1,0 +1,208 @@
+//! Loading the kernel programs: once for the node, and once more for each pod with maps of its own.
+//!
+//! Programs that belong to a pod read that pod's maps directly, and its namespace's cookie from read-only data; what all
+//! programs share they find by its pin. Tested in the lab.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use aya::{
+    Ebpf, EbpfLoader,
+    maps::{Map, MapData},
+    programs::{CgroupAttachMode, CgroupSockAddr, Program, ProgramError, SockOps, links::FdLink},
+};
+use aya_log::EbpfLogger;
+use mesh_common::maps::{NETNS_COOKIE, OF_A_POD, SHARED};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use tokio::io::{Interest, unix::AsyncFd};
+
+use super::links::{BpfDir, pin};
+
+#[cfg(not(mesh_ebpf_missing))]
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/mesh-ebpf"));
+#[cfg(mesh_ebpf_missing)]
+static OBJECT: &[u8] = &[];
+
+/// The log's ring buffer, as the log library names it.
+const LOG_MAP: &str = "AYA_LOGS";
+
+/// How the kernel side is set up.
+#[derive(Debug, Clone)]
+pub struct CaptureConfig {
+    /// The cgroup that holds the agent and the pods; `None` finds the root of the host's hierarchy.
+    pub cgroup_root: Option<PathBuf>,
+    /// Where maps and links are pinned; no other agent may have the same.
+    pub bpf_dir: PathBuf,
+    /// What the kernel programs log.
+    pub ebpf_log: EbpfLog,
+}
+
+/// How much the kernel programs log (target `mesh_ebpf`). Each step includes those before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, clap::ValueEnum)]
+pub enum EbpfLog {
+    /// Nothing: a log call costs a branch.
+    #[default]
+    Off,
+    /// What failed.
+    Error,
+    /// What looks wrong.
+    Warn,
+    /// What is worth knowing.
+    Info,
+    /// Every connection.
+    Debug,
+    /// Everything.
+    Trace,
+}
+
+/// Loads the programs of the node. The shared maps are pinned on the way.
+pub(super) fn load(dir: &BpfDir, log: EbpfLog) -> Result<Ebpf> {
+    raise_limits();
+    let mut node = load_object(dir, log, 0)?;
+    // Only the programs of a pod use these, each pod having its own.
+    for name in OF_A_POD {
+        drop(node.take_map(name));
+    }
+    if log != EbpfLog::Off {
+        forward_log(&mut node)?;
+    }
+    Ok(node)
+}
+
+/// Loads the programs of the pod in the network namespace with this cookie.
+pub(super) fn load_pod(dir: &BpfDir, log: EbpfLog, cookie: u64) -> Result<Ebpf> {
+    let mut pod = load_object(dir, log, cookie)?;
+    // Before any map is taken out and closed: until it is loaded a program knows its maps by their descriptors.
+    for (name, program) in pod.programs_mut() {
+        let loaded = match program {
+            Program::SkLookup(program) => program.load(),
+            Program::SchedClassifier(program) => program.load(),
+            _ => Ok(()),
+        };
+        loaded.with_context(|| format!("the kernel refuses the {name} program"))?;
+    }
+    Ok(pod)
+}
+
+fn load_object(dir: &BpfDir, log: EbpfLog, cookie: u64) -> Result<Ebpf> {
+    if OBJECT.is_empty() {
+        bail!(
+            "this agent was built without its kernel programs: run `cargo xtask build-ebpf` and build it again"
+        );
+    }
+    let level = log as u8;
+    let mut loader = EbpfLoader::new();
+    loader.override_global(aya_log::LEVEL, &level, true).override_global(NETNS_COOKIE, &cookie, true);
+    for name in SHARED.into_iter().chain([LOG_MAP]) {
+        loader.map_pin_path(name, dir.maps().join(name));
+    }
+    loader.load(OBJECT).map_err(|error| {
+        anyhow!(error)
+            .context("the kernel refuses the maps: the agent needs CAP_BPF and CAP_NET_ADMIN, or root")
+    })
+}
+
+/// Attaches the programs of the node to the cgroup and pins their links.
+pub(super) fn attach(node: &mut Ebpf, dir: &BpfDir, cgroup_root: &Path) -> Result<()> {
+    const PROGRAMS: [(&str, &str); 5] = [
+        ("on_socket_event", "sockops"),
+        ("on_getpeername4", "getpeername4"),
+        ("on_getpeername6", "getpeername6"),
+        ("on_connect4", "connect4"),
+        ("on_connect6", "connect6"),
+    ];
+    let cgroup =
+        std::fs::File::open(cgroup_root).with_context(|| format!("cgroup root {}", cgroup_root.display()))?;
+    for (name, hook) in PROGRAMS {
+        let program = node.program_mut(name).ok_or_else(|| missing(name))?;
+        let link = attach_to_cgroup(program, &cgroup).with_context(|| {
+            format!(
+                "the kernel refuses the {hook} program (Linux 5.15 or newer, with CAP_BPF and CAP_NET_ADMIN)"
+            )
+        })?;
+        pin(link, &dir.links().join(hook))?;
+    }
+    Ok(())
+}
+
+fn attach_to_cgroup(program: &mut Program, cgroup: &std::fs::File) -> Result<FdLink> {
+    // A link attaches beside others, whatever their number; "single" is the flags value 0 that links have to be
+    // given.
+    let mode = CgroupAttachMode::Single;
+    Ok(match program {
+        Program::SockOps(program) => {
+            let program: &mut SockOps = program;
+            program.load()?;
+            let id = program.attach(cgroup, mode)?;
+            program.take_link(id)?.try_into()?
+        }
+        Program::CgroupSockAddr(program) => {
+            let program: &mut CgroupSockAddr = program;
+            program.load()?;
+            let id = program.attach(cgroup, mode)?;
+            program.take_link(id)?.try_into()?
+        }
+        other => bail!("unexpected type of program: {:?}", other.prog_type()),
+    })
+}
+
+/// A map of the object, as the type it has.
+pub(super) fn take<T>(object: &mut Ebpf, name: &str) -> Result<T>
+where
+    T: TryFrom<Map, Error = aya::maps::MapError>,
+{
+    let map = object.take_map(name).ok_or_else(|| missing(name))?;
+    T::try_from(map).with_context(|| format!("map {name}"))
+}
+
+/// A pinned shared map, as the type it has.
+pub(super) fn open<T>(dir: &BpfDir, name: &str) -> Result<T>
+where
+    T: TryFrom<Map, Error = aya::maps::MapError>,
+{
+    let map = MapData::from_pin(dir.maps().join(name)).and_then(Map::from_map_data);
+    map.and_then(T::try_from).with_context(|| format!("map {name}"))
+}
+
+/// A program of the object, as the type it has.
+pub(super) fn program<'a, T>(object: &'a mut Ebpf, name: &str) -> Result<T>
+where
+    T: TryFrom<&'a mut Program, Error = ProgramError>,
+{
+    T::try_from(object.program_mut(name).ok_or_else(|| missing(name))?)
+        .with_context(|| format!("program {name}"))
+}
+
+fn missing(name: &str) -> anyhow::Error {
+    anyhow!("the kernel object has no {name}: it was not built with this agent; run `cargo xtask build-ebpf`")
+}
+
+/// Hands what the kernel programs log to the process's log.
+fn forward_log(node: &mut Ebpf) -> Result<()> {
+    let logger = EbpfLogger::init(node).context("log of the kernel programs")?;
+    #[expect(
+        unsafe_code,
+        reason = "what is registered has to keep its descriptor, which no type can promise"
+    )]
+    // SAFETY: the logger owns its ring buffer and gives the same descriptor, open, for as long as it lives.
+    let mut logger = unsafe { AsyncFd::register_with_interest(logger, Interest::READABLE) }?;
+    tokio::spawn(async move {
+        while let Ok(mut ready) = logger.readable_mut().await {
+            ready.get_inner_mut().flush();
+            ready.clear_ready();
+        }
+    });
+    Ok(())
+}
+
+/// Raises what may be raised: before Linux 5.11 maps counted as locked memory; three listeners and six maps a pod take
+/// file descriptors. Where it is not allowed the agent goes on, and fails where it must.
+fn raise_limits() {
+    for resource in [Resource::RLIMIT_MEMLOCK, Resource::RLIMIT_NOFILE] {
+        let raised = getrlimit(resource)
+            .and_then(|(soft, hard)| if soft < hard { setrlimit(resource, hard, hard) } else { Ok(()) });
+        if let Err(error) = raised {
+            tracing::debug!(?resource, %error, "limit not raised");
+        }
+    }
+}

@@ -1,0 +1,249 @@
+//! Capture: the connections of enrolled pods, handed over by the kernel; and sockets inside those pods.
+//!
+//! [`Capture`] loads the kernel programs and enrols pods; each enrolled pod is a [`PodNet`] with three listeners in the
+//! pod's own network namespace. What the kernel hands over is a [`Captured`]; what the agent dials for a pod leaves
+//! from the pod. Addresses are canonical from here on: never v4-mapped. A [`PodNet`] can also be made of ordinary
+//! loopback sockets ([`PodNet::fixed`]), without kernel programs and without privileges.
+//!
+//! Never touches a pod that is not enrolled, never leaves anything behind in one that is un-enrolled. `unsafe` code of
+//! the agent is in this room alone. Tested by the unit tests of its files and, with the kernel, by the lab
+//! (`tests/tests/capture.rs`).
+
+mod cgroup;
+mod enrol;
+mod fixed;
+mod flows;
+pub mod inspect;
+mod kernel;
+mod links;
+mod loader;
+mod netns;
+mod prove;
+mod sockets;
+
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+
+use arc_swap::ArcSwapOption;
+use mesh_common::maps::port;
+use tokio::net::{TcpListener, TcpStream};
+use tokio_util::sync::CancellationToken;
+
+pub use self::{
+    enrol::Capture,
+    links::clean,
+    loader::{CaptureConfig, EbpfLog},
+};
+use self::{fixed::FixedNet, kernel::KernelNet};
+use crate::state::snapshot::Workload;
+
+/// Pause after a failure to accept that is the whole process's (no file descriptors left), so that the accept loop does
+/// not spin.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// A connection of an enrolled pod, as the kernel handed it over.
+#[derive(Debug)]
+pub struct Captured {
+    /// The connection.
+    pub stream: TcpStream,
+    /// The pod it was captured in.
+    pub pod: Arc<PodNet>,
+    /// The other end: the app (outbound), or who dialled the pod (inbound, mesh).
+    pub client: SocketAddr,
+    /// What the client dialled.
+    pub original_dst: SocketAddr,
+}
+
+/// Which of a pod's three listeners.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Listener {
+    /// 15001: what the pod's apps dial.
+    Outbound,
+    /// 15006: what arrives at the pod in plaintext.
+    Inbound,
+    /// 15008: mesh mTLS.
+    Mesh,
+}
+
+impl Listener {
+    /// All three.
+    pub const ALL: [Self; 3] = [Self::Outbound, Self::Inbound, Self::Mesh];
+
+    /// Its port inside the pod's network namespace.
+    pub const fn port(self) -> u16 {
+        match self {
+            Self::Outbound => port::OUTBOUND,
+            Self::Inbound => port::INBOUND,
+            Self::Mesh => port::MESH,
+        }
+    }
+}
+
+/// An enrolled pod's network: its listeners, and sockets dialled from inside its network namespace.
+#[derive(Debug)]
+pub struct PodNet {
+    /// The pod.
+    pub workload: Arc<Workload>,
+    /// Empty once the pod is un-enrolled, whoever still holds this.
+    listeners: ArcSwapOption<[TcpListener; 3]>,
+    gone: CancellationToken,
+    net: Net,
+}
+
+/// Where a pod's sockets are.
+#[derive(Debug)]
+enum Net {
+    /// In the pod's network namespace, known to the kernel programs.
+    Kernel(KernelNet),
+    /// In the agent's own.
+    Fixed(FixedNet),
+}
+
+impl PodNet {
+    fn new(workload: Arc<Workload>, listeners: [TcpListener; 3], net: Net) -> Arc<Self> {
+        let listeners = ArcSwapOption::from_pointee(listeners);
+        Arc::new(Self { workload, listeners, gone: CancellationToken::new(), net })
+    }
+
+    /// The next captured connection. Errors of one connection are logged and skipped; an `Err` means the listener is
+    /// gone (pod un-enrolled).
+    pub async fn accept(self: &Arc<Self>, listener: Listener) -> io::Result<Captured> {
+        loop {
+            let Some(listeners) = self.listeners.load_full() else { return Err(un_enrolled()) };
+            let accepted = tokio::select! {
+                biased;
+                () = self.gone.cancelled() => return Err(un_enrolled()),
+                accepted = listeners[listener as usize].accept() => accepted,
+            };
+            match accepted {
+                Ok((stream, client)) => {
+                    if let Some(captured) = self.identify(listener, stream, client) {
+                        return Ok(captured);
+                    }
+                }
+                Err(error) if is_of_one_connection(&error) => {}
+                Err(error) => {
+                    tracing::warn!(pod = %self.name(), ?listener, %error, "cannot accept, trying again");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    }
+
+    /// Dials from the pod's network namespace with the pod's own address, exempt from capture. Waits for as long as
+    /// the kernel tries: a time limit is the caller's.
+    pub async fn dial(&self, to: SocketAddr) -> io::Result<TcpStream> {
+        match &self.net {
+            Net::Kernel(net) => net.dial(to).await,
+            Net::Fixed(net) => net.dial(to).await,
+        }
+    }
+
+    /// Dials the app inside the pod over loopback; the app sees `client` as its peer. `to` is the address the client
+    /// dialled, so that an app that listens on one address alone is found.
+    pub async fn dial_app(&self, to: SocketAddr, client: SocketAddr) -> io::Result<TcpStream> {
+        match &self.net {
+            Net::Kernel(net) => net.dial_app(to, client).await,
+            Net::Fixed(net) => net.dial(to).await,
+        }
+    }
+
+    /// Where this listener can be reached: of interest for [`PodNet::fixed`], whose ports the kernel chooses.
+    pub fn listener_addr(&self, listener: Listener) -> io::Result<SocketAddr> {
+        let listeners = self.listeners.load();
+        listeners.as_ref().ok_or_else(un_enrolled)?[listener as usize].local_addr()
+    }
+
+    /// The cookie of its network namespace, by which the kernel's records name the pod; `None` without a kernel side.
+    pub const fn cookie(&self) -> Option<u64> {
+        match &self.net {
+            Net::Kernel(net) => Some(net.netns().cookie()),
+            Net::Fixed(_) => None,
+        }
+    }
+
+    /// Completes once the pod is un-enrolled.
+    pub async fn un_enrolled(&self) {
+        self.gone.cancelled().await;
+    }
+
+    /// Closes the listeners: every `accept` fails from now on. Connections that are open stay.
+    fn close(&self) {
+        self.listeners.store(None);
+        self.gone.cancel();
+    }
+
+    /// `None`: not a connection the agent serves.
+    fn identify(
+        self: &Arc<Self>,
+        listener: Listener,
+        stream: TcpStream,
+        client: SocketAddr,
+    ) -> Option<Captured> {
+        let found = match &self.net {
+            Net::Kernel(net) => net.original_dst(listener, &stream),
+            Net::Fixed(net) => net.original_dst(listener, &stream),
+        };
+        match found {
+            Ok(original_dst) => {
+                let (client, original_dst) = (canonical(client), canonical(original_dst));
+                Some(Captured { stream, pod: Arc::clone(self), client, original_dst })
+            }
+            Err(error) => {
+                tracing::debug!(pod = %self.name(), ?listener, %client, %error, "connection refused");
+                None
+            }
+        }
+    }
+
+    fn name(&self) -> String {
+        format!("{}/{}", self.workload.namespace, self.workload.name)
+    }
+}
+
+fn un_enrolled() -> io::Error {
+    io::Error::new(io::ErrorKind::NotConnected, "the pod is no longer enrolled")
+}
+
+/// Errors of `accept` that are about the connection that was to be accepted, not about the listener (accept(2)).
+fn is_of_one_connection(error: &io::Error) -> bool {
+    use io::ErrorKind::{
+        ConnectionAborted, ConnectionRefused, ConnectionReset, HostUnreachable, Interrupted, NetworkDown,
+        NetworkUnreachable, TimedOut,
+    };
+    matches!(
+        error.kind(),
+        ConnectionAborted
+            | ConnectionRefused
+            | ConnectionReset
+            | HostUnreachable
+            | Interrupted
+            | NetworkDown
+            | NetworkUnreachable
+            | TimedOut
+    )
+}
+
+/// The address without its v4-mapped form.
+fn canonical(addr: SocketAddr) -> SocketAddr {
+    match addr {
+        SocketAddr::V6(v6) => match v6.ip().to_ipv4_mapped() {
+            Some(ip) => SocketAddr::from((ip, v6.port())),
+            None => addr,
+        },
+        SocketAddr::V4(_) => addr,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mapped_addresses_become_ipv4_and_scopes_stay() -> Result<(), std::net::AddrParseError> {
+        assert_eq!(canonical("[::ffff:10.0.0.1]:80".parse()?), "10.0.0.1:80".parse()?);
+        for addr in ["10.0.0.1:80", "[fd00::1]:80", "[fe80::1%3]:80"] {
+            assert_eq!(canonical(addr.parse()?).to_string(), addr);
+        }
+        Ok(())
+    }
+}

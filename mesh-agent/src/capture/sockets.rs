@@ -1,0 +1,128 @@
+//! Making the sockets a pod's capture needs: listeners, and sockets to dial with. Nothing here enters a namespace or
+//! touches a map: the caller is where the socket shall be.
+//!
+//! Tested below on loopback, and with the kernel in the lab.
+
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    time::Duration,
+};
+
+use nix::sys::socket::{setsockopt, sockopt::IpBindAddressNoPort};
+use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
+use tokio::net::TcpSocket;
+
+/// Idle time before the first keepalive probe, the time between probes, and how many stay unanswered before a captured
+/// connection is given up. (Those of ztunnel.)
+const KEEPALIVE_TIME: Duration = Duration::from_mins(3);
+/// See [`KEEPALIVE_TIME`].
+const KEEPALIVE_INTERVAL: Duration = Duration::from_mins(3);
+/// See [`KEEPALIVE_TIME`].
+const KEEPALIVE_RETRIES: u32 = 9;
+
+/// First of the addresses the agent dials apps from: 127.64.0.0/10, so that 127.0.0.1 stays the app's own.
+const SOURCES: u32 = 0x7f40_0000;
+/// How many such addresses: with 28,000 ports each, no app's connections exhaust them.
+const SOURCE_COUNT: u32 = 1 << 22;
+
+/// A listener-to-be on this port of every address, bound and not yet listening. What it accepts inherits no delay and
+/// keepalive from it. IPv4 alone where the kernel has no IPv6.
+pub(super) fn bind(port: u16) -> io::Result<Socket> {
+    let (socket, any) = match stream(Domain::IPV6) {
+        Ok(socket) => {
+            socket.set_only_v6(false)?;
+            (socket, IpAddr::V6(Ipv6Addr::UNSPECIFIED))
+        }
+        Err(error) if error.raw_os_error() == Some(nix::libc::EAFNOSUPPORT) => {
+            (stream(Domain::IPV4)?, IpAddr::V4(Ipv4Addr::UNSPECIFIED))
+        }
+        Err(error) => return Err(error),
+    };
+    // Connections of an agent before us may still be about on this port; another listener still refuses us.
+    socket.set_reuse_address(true)?;
+    socket.set_tcp_nodelay(true)?;
+    socket.set_tcp_keepalive(
+        &TcpKeepalive::new()
+            .with_time(KEEPALIVE_TIME)
+            .with_interval(KEEPALIVE_INTERVAL)
+            .with_retries(KEEPALIVE_RETRIES),
+    )?;
+    socket.bind(&SocketAddr::new(any, port).into())?;
+    Ok(socket)
+}
+
+/// Has a bound socket listen, with the longest queue the system allows.
+pub(super) fn listen(socket: &Socket) -> io::Result<()> {
+    socket.listen(nix::libc::SOMAXCONN)
+}
+
+/// A socket to dial this address with, not yet connected.
+pub(super) fn dialler(to: SocketAddr) -> io::Result<Socket> {
+    let socket = stream(Domain::for_address(to))?;
+    socket.set_tcp_nodelay(true)?;
+    Ok(socket)
+}
+
+/// A socket to dial an app in this pod with, from a loopback address: for IPv4 the `n`th of many. (IPv6 has only one,
+/// and so 28,000 connections to one port of the app at once.)
+pub(super) fn app_dialler(to: SocketAddr, n: u32) -> io::Result<Socket> {
+    let socket = dialler(to)?;
+    // The port is chosen at connect, when the other side is known: the same one can serve several.
+    setsockopt(&socket, IpBindAddressNoPort, &true)?;
+    socket.bind(&SocketAddr::new(app_source(to.ip(), n), 0).into())?;
+    Ok(socket)
+}
+
+fn app_source(to: IpAddr, n: u32) -> IpAddr {
+    match to {
+        IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::from(SOURCES + n % SOURCE_COUNT)),
+        IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::LOCALHOST),
+    }
+}
+
+/// The socket for tokio to connect.
+pub(super) fn into_tokio(socket: Socket) -> TcpSocket {
+    TcpSocket::from_std_stream(socket.into())
+}
+
+fn stream(domain: Domain) -> io::Result<Socket> {
+    Socket::new(domain, Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sources_are_loopback_and_many() {
+        let of = |n| app_source(IpAddr::V4(Ipv4Addr::new(10, 0, 0, 1)), n);
+        assert_eq!(of(0).to_string(), "127.64.0.0");
+        assert_eq!(of(SOURCE_COUNT - 1).to_string(), "127.127.255.255");
+        assert_eq!(of(SOURCE_COUNT), of(0));
+        assert_eq!(app_source(IpAddr::V6(Ipv6Addr::LOCALHOST), 7).to_string(), "::1");
+    }
+
+    #[test]
+    fn a_listener_serves_both_families_and_hands_its_options_on() -> io::Result<()> {
+        let listener = bind(0)?;
+        listen(&listener)?;
+        let port = listener.local_addr()?.as_socket().map_or(0, |addr| addr.port());
+        let client = std::net::TcpStream::connect(("127.0.0.1", port))?;
+        listener.set_nonblocking(false)?;
+        let (accepted, peer) = listener.accept()?;
+        assert_eq!(peer.as_socket().map(|addr| addr.port()), Some(client.local_addr()?.port()));
+        assert!(accepted.tcp_nodelay()?);
+        assert!(accepted.keepalive()?);
+        assert_eq!(accepted.tcp_keepalive_time()?, KEEPALIVE_TIME);
+        Ok(())
+    }
+
+    #[test]
+    fn a_port_in_use_is_refused() -> io::Result<()> {
+        let taken = std::net::TcpListener::bind(("127.0.0.1", 0))?;
+        let error = bind(taken.local_addr()?.port()).and_then(|socket| listen(&socket));
+        assert_eq!(error.map_err(|error| error.kind()), Err(io::ErrorKind::AddrInUse));
+        Ok(())
+    }
+}

@@ -1,0 +1,177 @@
+//! `meshctl`: asks the agent of this node over its admin endpoint, and reads the kernel's maps itself.
+//!
+//! Promises exit codes that scripts can use (0 done, 1 the request failed, 2 wrong usage, 3 no agent answers), errors
+//! that say what to do, and to end quietly when its reader closes the pipe. Never changes the mesh. Tested in
+//! `tests.rs` against a real admin endpoint.
+
+mod certs;
+mod client;
+mod config;
+mod flows;
+mod maps;
+mod output;
+mod status;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    io::{self, Write},
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum};
+
+use self::client::Client;
+use crate::admin::{Address, SOCKET_NAME};
+
+/// Where agents keep their run directories, one for each node.
+const RUN_DIRS: &str = "/run/mesh";
+
+/// Looks into the mesh on this node.
+#[derive(Debug, Parser)]
+#[command(name = "meshctl", version, about, arg_required_else_help = true)]
+pub struct Cli {
+    /// Run directory of the agent, which holds its admin socket [default: the only one under /run/mesh]
+    #[arg(long, global = true, env = "MESH_RUN_DIR", value_name = "DIR")]
+    run_dir: Option<PathBuf>,
+    /// Admin endpoint of the agent, `unix:PATH` or loopback `IP:PORT` [default: admin.sock in the run directory]
+    #[arg(long, global = true, env = "MESH_ADMIN", value_name = "ADDRESS")]
+    admin: Option<Address>,
+    /// Directory in bpffs where the agent pins its maps
+    #[arg(long, global = true, env = "MESH_BPF_DIR", value_name = "DIR", default_value = "/sys/fs/bpf/mesh")]
+    bpf_dir: PathBuf,
+    /// Form of the output
+    #[arg(short, long, global = true, env = "MESH_OUTPUT", value_enum, default_value_t)]
+    output: Output,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Form of the output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum Output {
+    /// For people.
+    #[default]
+    Table,
+    /// For programs.
+    Json,
+    /// For both.
+    Yaml,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Flows of this node's pods: pod, service, endpoint, identity, route, bytes, round-trip time, verdict
+    Flows(flows::Args),
+    /// BPF maps of the agent, read from the kernel: works without the agent
+    Maps {
+        #[command(subcommand)]
+        command: maps::Command,
+    },
+    /// The configuration in force: workloads, services, routes, endpoints, problems
+    Config,
+    /// Certificates in use and when they expire
+    Certs,
+    /// Whether the agent is ready, and of what
+    Status,
+    /// Completions for a shell, to be read by it
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Why a command failed; each has its exit code.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// The agent or the kernel answered with an error.
+    #[error("{0}")]
+    Request(String),
+    /// Nobody answers.
+    #[error("{0}")]
+    Unreachable(String),
+    /// It cannot be told whom to ask.
+    #[error("{0}")]
+    Usage(String),
+    /// Our output cannot be written.
+    #[error("writing the output: {0}")]
+    Output(#[from] io::Error),
+}
+
+impl Failure {
+    /// The exit code, as documented on top.
+    pub fn code(&self) -> u8 {
+        match self {
+            // Who closes our output has read enough: `meshctl flows | head` is no failure.
+            Self::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => 0,
+            Self::Request(_) | Self::Output(_) => 1,
+            Self::Usage(_) => 2,
+            Self::Unreachable(_) => 3,
+        }
+    }
+}
+
+/// The whole process: parses the command line, runs the command, prints what failed.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let mut out = io::stdout().lock();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let result = match runtime {
+        Ok(runtime) => runtime.block_on(run(cli, &mut out)),
+        Err(error) => Err(Failure::Request(format!("starting: {error}"))),
+    };
+    let Err(failure) = result.and_then(|()| Ok(out.flush()?)) else { return ExitCode::SUCCESS };
+    if failure.code() != 0 {
+        // With standard error closed there is nobody left to tell.
+        let _ = writeln!(io::stderr(), "meshctl: {failure}");
+    }
+    ExitCode::from(failure.code())
+}
+
+/// Runs one command and writes what it found to `out`.
+pub async fn run(cli: Cli, out: &mut dyn Write) -> Result<(), Failure> {
+    let client = || Ok::<_, Failure>(Client::new(admin_address(&cli)?));
+    match &cli.command {
+        Command::Flows(args) => flows::run(&client()?, args, cli.output, out).await,
+        Command::Maps { command } => maps::run(command, &cli.bpf_dir, cli.output, out),
+        Command::Config => config::run(&client()?, cli.output, out).await,
+        Command::Certs => certs::run(&client()?, cli.output, out).await,
+        Command::Status => status::run(&client()?, cli.output, out).await,
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(*shell, &mut Cli::command(), "meshctl", &mut script);
+            Ok(out.write_all(&script)?)
+        }
+    }
+}
+
+fn admin_address(cli: &Cli) -> Result<Address, Failure> {
+    if let Some(address) = &cli.admin {
+        return Ok(address.clone());
+    }
+    let dir = cli.run_dir.clone().map_or_else(|| only_run_dir(Path::new(RUN_DIRS)), Ok)?;
+    Ok(Address::Unix(dir.join(SOCKET_NAME)))
+}
+
+/// The one run directory under `parent` that has an admin socket.
+fn only_run_dir(parent: &Path) -> Result<PathBuf, Failure> {
+    let entries = std::fs::read_dir(parent).into_iter().flatten().flatten();
+    let mut dirs: Vec<_> =
+        entries.map(|entry| entry.path()).filter(|dir| dir.join(SOCKET_NAME).exists()).collect();
+    dirs.sort();
+    match dirs.as_slice() {
+        [] => Err(Failure::Unreachable(format!(
+            "no agent has an admin socket under {}: is one running on this node? Else name its --run-dir or --admin",
+            parent.display()
+        ))),
+        [dir] => Ok(dir.clone()),
+        several => {
+            let names: Vec<_> = several.iter().map(|dir| dir.display().to_string()).collect();
+            Err(Failure::Usage(format!(
+                "several agents run here; choose one with --run-dir: {}",
+                names.join(", ")
+            )))
+        }
+    }
+}

@@ -1,0 +1,71 @@
+//! `meshctl status`: whether the agent serves, and what it has.
+
+use std::io::Write;
+
+use serde::Serialize;
+use serde_json::Value;
+
+use super::{
+    Failure, Output,
+    client::Client,
+    output::{self, Rows},
+};
+use crate::admin::{CertificateView, HealthView, VersionView};
+
+#[derive(Debug, Serialize)]
+struct Status {
+    version: String,
+    ready: bool,
+    waiting_for: Vec<String>,
+    config_revision: u64,
+    problems: Vec<String>,
+    workloads: usize,
+    enrolled: usize,
+    services: usize,
+    certificates: usize,
+}
+
+pub(super) async fn run(client: &Client, output: Output, out: &mut dyn Write) -> Result<(), Failure> {
+    let version: VersionView = client.get("/version").await?;
+    let health: HealthView = client.get("/healthz").await?;
+    let config: Value = client.get("/config_dump").await?;
+    let certificates: Vec<CertificateView> = client.get("/certs").await?;
+    let count = |name: &str| config[name].as_array().map_or(0, Vec::len);
+    let enrolled = |workload: &&Value| workload["enrolled"] == true;
+    let strings = |value: &Value| {
+        value.as_array().into_iter().flatten().filter_map(Value::as_str).map(str::to_owned).collect()
+    };
+    let status = Status {
+        version: format!("{} {}", version.component, version.version),
+        ready: health.ready,
+        waiting_for: health.waiting_for,
+        config_revision: config["revision"].as_u64().unwrap_or_default(),
+        problems: strings(&config["problems"]),
+        workloads: count("workloads"),
+        enrolled: config["workloads"].as_array().map_or(0, |all| all.iter().filter(enrolled).count()),
+        services: count("services"),
+        certificates: certificates.len(),
+    };
+    output::print(output, out, &status, rows)
+}
+
+fn rows(status: &Status) -> Rows {
+    let mut rows = Rows::new(["WHAT", "IS"]);
+    let ready =
+        if status.ready { "yes".to_owned() } else { format!("waits for {}", status.waiting_for.join(", ")) };
+    for (what, is) in [
+        ("version", status.version.clone()),
+        ("ready", ready),
+        ("config revision", status.config_revision.to_string()),
+        ("workloads", format!("{} ({} enrolled)", status.workloads, status.enrolled)),
+        ("services", status.services.to_string()),
+        ("certificates", status.certificates.to_string()),
+        ("problems", status.problems.len().to_string()),
+    ] {
+        rows.push(&[what.to_owned(), is]);
+    }
+    for problem in &status.problems {
+        rows.push(&["problem".to_owned(), problem.clone()]);
+    }
+    rows
+}

@@ -1,0 +1,232 @@
+//! What a client speaks: as declared, else by its first bytes.
+//!
+//! Never consumes: the bytes read stay in front of the stream ([`Prefixed`]). Never guesses when bytes are missing:
+//! it waits for more until the caller's time limit. Tested by the tables below.
+
+use std::{
+    io,
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use bytes::{Buf, BytesMut};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
+
+use crate::state::snapshot::Protocol;
+
+/// The client preface of HTTP/2 with prior knowledge (RFC 9113 §3.4).
+const H2_PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// Longest request line looked at before an HTTP-looking start is taken at its word, bytes (the limit that the
+/// HTTP/1 parser puts on a request line is its own).
+const LONGEST_LINE: usize = 8 << 10;
+
+/// Longest method token considered (`VERSION-CONTROL` of RFC 3253 has 15).
+const LONGEST_METHOD: usize = 20;
+
+/// Bytes asked for in one read: most request heads fit.
+const FIRST_READ: usize = 1 << 10;
+
+/// What the bytes so far say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// Enough to tell.
+    Is(Protocol),
+    /// More bytes are needed.
+    Undecided,
+}
+
+/// Judges the first bytes of a client.
+pub fn judge(bytes: &[u8]) -> Verdict {
+    if bytes.starts_with(H2_PREFACE) {
+        return Verdict::Is(Protocol::Http2);
+    }
+    if H2_PREFACE.starts_with(bytes) {
+        return Verdict::Undecided;
+    }
+    judge_http1(bytes)
+}
+
+/// HTTP/1 is recognised by its whole request line: a method alone (`GET key`) is also what other protocols send.
+fn judge_http1(bytes: &[u8]) -> Verdict {
+    let opaque = Verdict::Is(Protocol::Opaque);
+    let is_method = |b: &u8| b.is_ascii_uppercase() || *b == b'-';
+    let method = bytes.iter().take_while(|b| is_method(b)).count();
+    if method > LONGEST_METHOD || (method == 0 && !bytes.is_empty()) {
+        return opaque;
+    }
+    let Some(after_method) = bytes.get(method) else { return Verdict::Undecided };
+    if *after_method != b' ' {
+        return opaque;
+    }
+    let line_end = bytes.iter().position(|b| *b == b'\n');
+    let line = line_end.map_or(bytes, |end| &bytes[..end]);
+    if line.iter().any(|b| b.is_ascii_control() && *b != b'\r') {
+        return opaque;
+    }
+    let Some(_) = line_end else {
+        return if bytes.len() >= LONGEST_LINE { Verdict::Is(Protocol::Http1) } else { Verdict::Undecided };
+    };
+    let line = line.strip_suffix(b"\r").unwrap_or(line);
+    let version = line.rsplit(|b| *b == b' ').next().unwrap_or_default();
+    if version.starts_with(b"HTTP/1.") { Verdict::Is(Protocol::Http1) } else { opaque }
+}
+
+/// Reads until the bytes tell what the client speaks. End of file before that is opaque: whatever came is handed on.
+///
+/// Cancel safe: what was read before stays in `stream`.
+pub async fn by_first_bytes<S: AsyncRead + Unpin>(stream: &mut Prefixed<S>) -> io::Result<Protocol> {
+    loop {
+        if let Verdict::Is(protocol) = judge(&stream.prefix) {
+            return Ok(protocol);
+        }
+        if stream.read_more().await? == 0 {
+            return Ok(Protocol::Opaque);
+        }
+    }
+}
+
+/// For a port that is declared HTTP: tells HTTP/2 from HTTP/1 and never says opaque, so that garbage gets a 400.
+pub async fn http_version<S: AsyncRead + Unpin>(stream: &mut Prefixed<S>) -> io::Result<Protocol> {
+    loop {
+        let bytes = &stream.prefix[..];
+        if bytes.starts_with(H2_PREFACE) {
+            return Ok(Protocol::Http2);
+        }
+        if !H2_PREFACE.starts_with(bytes) {
+            return Ok(Protocol::Http1);
+        }
+        if stream.read_more().await? == 0 {
+            return Ok(Protocol::Http1);
+        }
+    }
+}
+
+/// A stream with bytes that were already read from it put back in front.
+#[derive(Debug)]
+pub struct Prefixed<S> {
+    prefix: BytesMut,
+    inner: S,
+}
+
+impl<S> Prefixed<S> {
+    /// A stream of which nothing was read yet.
+    pub fn new(inner: S) -> Self {
+        Self { prefix: BytesMut::new(), inner }
+    }
+
+    /// The stream below.
+    pub fn inner(&self) -> &S {
+        &self.inner
+    }
+}
+
+impl<S: AsyncRead + Unpin> Prefixed<S> {
+    /// Cancel safe: bytes are in the prefix or were not read.
+    async fn read_more(&mut self) -> io::Result<usize> {
+        self.prefix.reserve(FIRST_READ);
+        self.inner.read_buf(&mut self.prefix).await
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Prefixed<S> {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        if this.prefix.is_empty() {
+            return Pin::new(&mut this.inner).poll_read(cx, out);
+        }
+        let take = this.prefix.len().min(out.remaining());
+        out.put_slice(&this.prefix[..take]);
+        this.prefix.advance(take);
+        if this.prefix.is_empty() {
+            this.prefix = BytesMut::new();
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Prefixed<S> {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.get_mut().inner).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().inner).poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().inner).poll_shutdown(cx)
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.get_mut().inner).poll_write_vectored(cx, bytes)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.inner.is_write_vectored()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncWriteExt;
+
+    use super::*;
+
+    #[test]
+    fn first_bytes_decide() {
+        use Protocol::{Http1, Http2, Opaque};
+        let table: &[(&[u8], Verdict)] = &[
+            (b"", Verdict::Undecided),
+            (b"G", Verdict::Undecided),
+            (b"GET /reviews/0 HTTP/1.1\r\n", Verdict::Is(Http1)),
+            (b"GET / HTTP/1.0\r\nHost: a\r\n\r\n", Verdict::Is(Http1)),
+            (b"M-SEARCH * HTTP/1.1\r\n", Verdict::Is(Http1)),
+            (b"GET /half", Verdict::Undecided),
+            (b"GET key\r\n", Verdict::Is(Opaque)),
+            (b"get / HTTP/1.1\r\n", Verdict::Is(Opaque)),
+            (b"GET / SPDY/3\r\n", Verdict::Is(Opaque)),
+            (b"GET /\0 HTTP/1.1\r\n", Verdict::Is(Opaque)),
+            (b"PRI * HT", Verdict::Undecided),
+            (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", Verdict::Is(Http2)),
+            (b"\x16\x03\x01\x02", Verdict::Is(Opaque)),
+            (b"*1\r\n$4\r\nPING\r\n", Verdict::Is(Opaque)),
+            (b"ABCDEFGHIJKLMNOPQRSTUVWXYZ / HTTP/1.1\r\n", Verdict::Is(Opaque)),
+        ];
+        for (bytes, verdict) in table {
+            assert_eq!(judge(bytes), *verdict, "{}", String::from_utf8_lossy(bytes));
+        }
+    }
+
+    #[tokio::test]
+    async fn split_preface_is_waited_for_and_nothing_is_lost() -> io::Result<()> {
+        let (mut client, server) = tokio::io::duplex(64);
+        let mut stream = Prefixed::new(server);
+        let sending = async {
+            for byte in H2_PREFACE {
+                client.write_all(&[*byte]).await?;
+                tokio::task::yield_now().await;
+            }
+            client.shutdown().await
+        };
+        let (protocol, sent) = tokio::join!(by_first_bytes(&mut stream), sending);
+        sent?;
+        assert_eq!(protocol?, Protocol::Http2);
+        let mut all = Vec::new();
+        stream.read_to_end(&mut all).await?;
+        assert_eq!(all, H2_PREFACE);
+        Ok(())
+    }
+
+    #[tokio::test]
+    async fn a_declared_http_port_takes_garbage_for_http1() -> io::Result<()> {
+        let (mut client, server) = tokio::io::duplex(64);
+        client.write_all(b"\0garbage\r\n\r\n").await?;
+        assert_eq!(http_version(&mut Prefixed::new(server)).await?, Protocol::Http1);
+        Ok(())
+    }
+}

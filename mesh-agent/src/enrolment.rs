@@ -1,0 +1,272 @@
+//! Which pods of this node the mesh carries: compares what the configuration wants with what is enrolled, and makes it so.
+//!
+//! Promises: one pod's failure touches no other; what failed is tried again; a pod whose network namespace has gone, or
+//! whose address, identity or namespace has changed, is let go of at once. Tested by the table below and in the lab.
+
+use std::{collections::HashMap, os::unix::fs::MetadataExt, path::Path, sync::Arc, time::Duration};
+
+use tokio::sync::watch;
+
+use crate::{
+    admin::BlockReady,
+    capture::{Capture, Listener},
+    drain::Drain,
+    identity::Authority,
+    proxy::{Mesh, inbound, outbound},
+    state::snapshot::{Snapshot, Workload},
+    upstream::{Pod, PodName},
+};
+
+/// How often failed enrolments are tried again and namespaces are looked after.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
+/// How long the connections of a pod that leaves the mesh may go on.
+const POD_DRAIN: Duration = Duration::from_secs(5);
+
+/// Keeps the enrolled pods of this node in step with the configuration.
+#[derive(Debug)]
+pub struct Enrolment {
+    mesh: Arc<Mesh>,
+    capture: Arc<Capture>,
+    authority: Arc<Authority>,
+    drain: Drain,
+    /// What stands between a pod and its enrolment, so that each reason is logged once.
+    failing: HashMap<PodName, String>,
+    /// Device and inode of each enrolled pod's network namespace: a path may come to name another one.
+    namespaces: HashMap<PodName, (u64, u64)>,
+}
+
+/// What has to be done.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Plan {
+    leave: Vec<PodName>,
+    join: Vec<Arc<Workload>>,
+    update: Vec<Arc<Workload>>,
+}
+
+fn plan(enrolled: &HashMap<PodName, Arc<Workload>>, wanted: &HashMap<PodName, Arc<Workload>>) -> Plan {
+    let mut plan = Plan::default();
+    for (name, now) in enrolled {
+        match wanted.get(name) {
+            Some(then) if same_place(now, then) => {
+                if now != then {
+                    plan.update.push(Arc::clone(then));
+                }
+            }
+            other => {
+                plan.leave.push(name.clone());
+                plan.join.extend(other.cloned());
+            }
+        }
+    }
+    plan.join.extend(
+        wanted.iter().filter(|(name, _)| !enrolled.contains_key(name)).map(|(_, pod)| Arc::clone(pod)),
+    );
+    plan
+}
+
+/// Whether sockets, keys and pools of the one still serve the other.
+fn same_place(now: &Workload, then: &Workload) -> bool {
+    now.ips == then.ips && now.netns == then.netns && now.identity == then.identity
+}
+
+fn wanted(snapshot: &Snapshot, node: &str) -> HashMap<PodName, Arc<Workload>> {
+    snapshot
+        .workloads
+        .values()
+        .filter(|pod| pod.enrolled && pod.node.as_deref() == Some(node))
+        .map(|pod| (PodName::from(&**pod), Arc::clone(pod)))
+        .collect()
+}
+
+fn namespace_id(path: &Path) -> Option<(u64, u64)> {
+    std::fs::metadata(path).ok().map(|meta| (meta.dev(), meta.ino()))
+}
+
+impl Enrolment {
+    /// Nothing enrolled yet.
+    pub fn new(mesh: Arc<Mesh>, capture: Arc<Capture>, authority: Arc<Authority>, drain: Drain) -> Self {
+        Self { mesh, capture, authority, drain, failing: HashMap::new(), namespaces: HashMap::new() }
+    }
+
+    /// Follows the configuration, ready once its first round is done, until the agent drains; then lets every pod go, within `deadline`.
+    pub async fn run(
+        mut self,
+        mut snapshots: watch::Receiver<Arc<Snapshot>>,
+        first_round: BlockReady,
+        deadline: Duration,
+    ) {
+        let mut first_round = Some(first_round);
+        loop {
+            let snapshot = Arc::clone(&snapshots.borrow_and_update());
+            self.mesh.snapshot.store(Arc::clone(&snapshot));
+            self.reconcile(&snapshot).await;
+            drop(first_round.take());
+            tokio::select! {
+                changed = snapshots.changed() => if changed.is_err() { break },
+                () = tokio::time::sleep(LOOK_AGAIN) => {}
+                () = self.drain.started() => break,
+            }
+        }
+        self.leave_all(deadline).await;
+    }
+
+    async fn reconcile(&mut self, snapshot: &Snapshot) {
+        let mut wanted = wanted(snapshot, &self.mesh.node);
+        wanted.retain(|name, pod| self.namespace_stands(name, pod));
+        let enrolled =
+            self.mesh.pods.all().iter().map(|(name, pod)| (name.clone(), pod.workload())).collect();
+        let plan = plan(&enrolled, &wanted);
+        for name in &plan.leave {
+            self.leave(name);
+        }
+        for workload in plan.update {
+            if let Some(pod) = self.mesh.pods.get(&workload) {
+                pod.update(workload);
+            }
+        }
+        for workload in plan.join {
+            self.try_join(workload).await;
+        }
+        self.failing.retain(|name, _| wanted.contains_key(name) || enrolled.contains_key(name));
+        self.mesh.reporter.set_enrolled_pods(self.mesh.pods.all().len());
+    }
+
+    /// False when the pod's namespace is not there, or is no longer the one that was enrolled.
+    fn namespace_stands(&mut self, name: &PodName, pod: &Workload) -> bool {
+        let Some(path) = &pod.netns else { return false };
+        match (namespace_id(path), self.namespaces.get(name)) {
+            (Some(now), Some(then)) => now == *then,
+            (Some(_), None) => true,
+            (None, _) => {
+                self.fails(name, format!("its network namespace {} is not there", path.display()));
+                false
+            }
+        }
+    }
+
+    async fn try_join(&mut self, workload: Arc<Workload>) {
+        let name = PodName::from(&*workload);
+        match self.join(&workload).await {
+            Ok(()) => {
+                self.failing.remove(&name);
+                tracing::info!(pod = %name, identity = %workload.identity, "pod enrolled");
+            }
+            Err(reason) => self.fails(&name, reason),
+        }
+    }
+
+    async fn join(&mut self, workload: &Arc<Workload>) -> Result<(), String> {
+        let name = PodName::from(&**workload);
+        let id =
+            workload.netns.as_deref().and_then(namespace_id).ok_or("its network namespace is not there")?;
+        // The certificate first: a pod is captured only when it can be served.
+        let identity =
+            self.authority.identity(&workload.identity).await.map_err(|error| error.to_string())?;
+        let net = self.capture.enrol(Arc::clone(workload)).map_err(|error| format!("{error:#}"))?;
+        let pod = Arc::new(Pod::new(net, identity, self.drain.child()));
+        self.mesh.pods.insert(name.clone(), Arc::clone(&pod));
+        self.namespaces.insert(name, id);
+        tokio::spawn(outbound::serve(Arc::clone(&self.mesh), Arc::clone(&pod)));
+        for listener in [Listener::Inbound, Listener::Mesh] {
+            tokio::spawn(inbound::serve(Arc::clone(&self.mesh), Arc::clone(&pod), listener));
+        }
+        Ok(())
+    }
+
+    /// The kernel lets go first, so that new connections pass untouched; open ones may finish.
+    fn leave(&mut self, name: &PodName) {
+        let Some(pod) = self.mesh.pods.all().get(name).cloned() else { return };
+        self.release(name, &pod);
+        self.mesh.pods.remove(name);
+        self.namespaces.remove(name);
+        tracing::info!(pod = %name, "pod leaves the mesh");
+        tokio::spawn(async move { pod.drain.finish(POD_DRAIN).await });
+    }
+
+    async fn leave_all(&mut self, deadline: Duration) {
+        let pods = self.mesh.pods.all();
+        for (name, pod) in pods.iter() {
+            self.release(name, pod);
+        }
+        let all = async {
+            for pod in pods.values() {
+                pod.drain.finish(deadline).await;
+            }
+        };
+        if tokio::time::timeout(deadline, all).await.is_err() {
+            tracing::warn!(?deadline, "connections were still open when the drain deadline passed");
+        }
+        for name in pods.keys() {
+            self.mesh.pods.remove(name);
+        }
+    }
+
+    fn release(&self, name: &PodName, pod: &Pod) {
+        if let Err(error) = self.capture.un_enrol(pod.net()) {
+            tracing::warn!(pod = %name, error = format!("{error:#}"), "something of the mesh may be left in the pod");
+        }
+    }
+
+    fn fails(&mut self, name: &PodName, reason: String) {
+        if self.failing.get(name) != Some(&reason) {
+            tracing::warn!(pod = %name, reason, "pod cannot be enrolled; it will be tried again");
+            self.failing.insert(name.clone(), reason);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{IpAddr, Ipv4Addr};
+
+    use super::*;
+    use crate::identity::SpiffeId;
+
+    fn pod(name: &str, ip: u8, version: &str) -> (PodName, Arc<Workload>) {
+        let text = Arc::<str>::from;
+        let workload = Workload {
+            namespace: text("default"),
+            name: text(name),
+            ips: vec![IpAddr::V4(Ipv4Addr::new(10, 0, 0, ip))],
+            node: Some(text("a")),
+            identity: SpiffeId {
+                trust_domain: text("cluster.local"),
+                namespace: text("default"),
+                service_account: text(name),
+            },
+            labels: [(text("version"), text(version))].into(),
+            enrolled: true,
+            netns: Some("/run/netns/x".into()),
+            workload_name: text(name),
+            canonical_service: text(name),
+            canonical_revision: text(version),
+        };
+        (PodName::from(&workload), Arc::new(workload))
+    }
+
+    #[test]
+    fn a_plan_touches_only_what_changed() {
+        let [a, b, c] = [pod("a", 1, "v1"), pod("b", 2, "v1"), pod("c", 3, "v1")];
+        let enrolled = HashMap::from([a.clone(), b.clone()]);
+        assert_eq!(plan(&enrolled, &enrolled), Plan::default());
+
+        let relabelled = pod("a", 1, "v2");
+        let step = plan(&enrolled, &HashMap::from([relabelled.clone(), c.clone()]));
+        assert_eq!(step.leave, [b.0]);
+        assert_eq!(step.update, [relabelled.1]);
+        assert_eq!(step.join, [c.1]);
+
+        let moved = pod("a", 9, "v1");
+        let step = plan(&HashMap::from([a.clone()]), &HashMap::from([moved.clone()]));
+        assert_eq!((step.leave, step.join), (vec![a.0], vec![moved.1]));
+    }
+
+    #[test]
+    fn only_enrolled_pods_of_this_node_are_wanted() {
+        let (name, here) = pod("a", 1, "v1");
+        let snapshot = Snapshot { workloads: HashMap::from([(here.ips[0], here)]), ..Snapshot::default() };
+        assert_eq!(wanted(&snapshot, "a").keys().collect::<Vec<_>>(), [&name]);
+        assert!(wanted(&snapshot, "b").is_empty());
+    }
+}

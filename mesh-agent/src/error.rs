@@ -1,0 +1,135 @@
+//! The one error of the path: what went wrong ([`Kind`]), on which side, and whether another try may help.
+//!
+//! Status, gRPC code and response flag come from the one table in [`Kind::row`]: a refusal without a kind does
+//! not compile, so every refusal is counted. Tested by the unit tests below.
+
+use std::fmt;
+
+use http::StatusCode;
+
+/// Why a connection or request did not get its answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// The bytes are not the protocol they should be.
+    BadRequest,
+    /// No route matches.
+    NoRoute,
+    /// The route names a service, port or subset that does not exist, or the service has no ready endpoint.
+    NoHealthyUpstream,
+    /// Dialling the endpoint failed.
+    ConnectFailure,
+    /// The endpoint closed or reset before a whole response came.
+    UpstreamReset,
+    /// The endpoint refused the stream untouched (h2 `REFUSED_STREAM`, GOAWAY).
+    RefusedStream,
+    /// The route's or the try's timeout ran out.
+    Timeout,
+    /// The TLS handshake with the peer failed.
+    TlsFailure,
+    /// The peer proved another identity than the one expected.
+    IdentityMismatch,
+    /// The peer showed no identity, or mTLS was due and missing.
+    Unauthenticated,
+    /// Policy says no.
+    Denied,
+    /// The injected fault of a route.
+    FaultAbort(FaultStatus),
+    /// A destination the mesh never proxies to (its own ports).
+    IllegalDestination,
+    /// The client went away.
+    DownstreamReset,
+    /// A budget is used up.
+    Overflow,
+}
+
+/// The status an injected abort answers with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum FaultStatus {
+    /// HTTP status.
+    Http(StatusCode),
+    /// gRPC status number.
+    Grpc(u32),
+}
+
+/// Whose side a failure is on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Side {
+    /// The client's.
+    Downstream,
+    /// The endpoint's.
+    Upstream,
+    /// Ours.
+    Mesh,
+}
+
+/// One row of the table: side, HTTP status, gRPC status, response flag, word for metrics and logs.
+#[derive(Debug, Clone, Copy)]
+pub struct Row {
+    /// Whose side it is on.
+    pub side: Side,
+    /// HTTP status of the answer.
+    pub http: StatusCode,
+    /// gRPC status of the answer (`grpc-status`).
+    pub grpc: u32,
+    /// Envoy's response flag, where one fits; `-` where none does.
+    pub flag: &'static str,
+    /// The word in metric labels and logs.
+    pub word: &'static str,
+}
+
+impl Kind {
+    /// Everything the outside sees of this kind.
+    pub const fn row(self) -> Row {
+        use Side::{Downstream, Mesh, Upstream};
+        let (side, http, grpc, flag, word) = match self {
+            Self::BadRequest => (Downstream, StatusCode::BAD_REQUEST, 13, "DPE", "bad_request"),
+            Self::NoRoute => (Mesh, StatusCode::NOT_FOUND, 12, "NR", "no_route"),
+            Self::NoHealthyUpstream => {
+                (Mesh, StatusCode::SERVICE_UNAVAILABLE, 14, "UH", "no_healthy_upstream")
+            }
+            Self::ConnectFailure => (Upstream, StatusCode::SERVICE_UNAVAILABLE, 14, "UF", "connect_failure"),
+            Self::UpstreamReset => (Upstream, StatusCode::BAD_GATEWAY, 14, "UC", "upstream_reset"),
+            Self::RefusedStream => (Upstream, StatusCode::SERVICE_UNAVAILABLE, 14, "UR", "refused_stream"),
+            Self::Timeout => (Upstream, StatusCode::GATEWAY_TIMEOUT, 4, "UT", "timeout"),
+            Self::TlsFailure => (Upstream, StatusCode::BAD_GATEWAY, 14, "TLS_FAILURE", "tls_failure"),
+            Self::IdentityMismatch => {
+                (Upstream, StatusCode::BAD_GATEWAY, 14, "IDENTITY_ERROR", "identity_mismatch")
+            }
+            Self::Unauthenticated => (Downstream, StatusCode::UNAUTHORIZED, 16, "UAEX", "unauthenticated"),
+            Self::Denied => (Downstream, StatusCode::FORBIDDEN, 7, "DENY", "denied"),
+            Self::FaultAbort(FaultStatus::Http(status)) => (Mesh, status, 14, "FI", "fault_abort"),
+            Self::FaultAbort(FaultStatus::Grpc(code)) => (Mesh, StatusCode::OK, code, "FI", "fault_abort"),
+            Self::IllegalDestination => (Downstream, StatusCode::FORBIDDEN, 7, "DENY", "illegal_destination"),
+            Self::DownstreamReset => (Downstream, StatusCode::BAD_REQUEST, 1, "DC", "downstream_reset"),
+            Self::Overflow => (Mesh, StatusCode::SERVICE_UNAVAILABLE, 8, "UO", "overflow"),
+        };
+        Row { side, http, grpc, flag, word }
+    }
+}
+
+/// An error of the path: a kind and a sentence for the operator (what failed, where, what to do).
+#[derive(Debug, Clone)]
+pub struct Error {
+    /// What went wrong.
+    pub kind: Kind,
+    /// The sentence.
+    pub detail: String,
+}
+
+impl Error {
+    /// An error of this kind with a sentence for the operator.
+    pub fn new(kind: Kind, detail: impl Into<String>) -> Self {
+        Self { kind, detail: detail.into() }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.kind.row().word, self.detail)
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// What steps of the path return.
+pub type Result<T> = std::result::Result<T, Error>;

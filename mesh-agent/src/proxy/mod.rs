@@ -1,0 +1,70 @@
+//! The story of a connection: [`outbound`] from a pod's app to an endpoint, [`inbound`] from a peer to a pod's app.
+//!
+//! Both read top to bottom; every step is a room: capture → identify → detect → route → policy → balance → lease →
+//! tunnel → move → report. Never takes a lock on the path; holds one snapshot per connection or request. Tested in
+//! the lab with real eBPF.
+
+mod exchange;
+mod http;
+pub mod inbound;
+pub mod outbound;
+mod tries;
+
+use std::{net::SocketAddr, sync::Arc};
+
+use arc_swap::ArcSwap;
+
+use crate::{
+    report::{Peer, Reporter},
+    state::snapshot::{Snapshot, Workload},
+    upstream::LocalPods,
+};
+
+/// What every connection of the agent shares.
+#[derive(Debug)]
+pub struct Mesh {
+    /// Name of this node, as in `spec.nodeName`.
+    pub node: Arc<str>,
+    /// The configuration in force.
+    pub snapshot: ArcSwap<Snapshot>,
+    /// The enrolled pods of this node.
+    pub pods: LocalPods,
+    /// Metrics, access log, facts of flows.
+    pub reporter: Arc<Reporter>,
+}
+
+impl Mesh {
+    /// The configuration in force now.
+    pub fn snapshot(&self) -> Arc<Snapshot> {
+        self.snapshot.load_full()
+    }
+}
+
+/// The pod itself as one end of the traffic: its identity is the kernel's word, not the wire's.
+fn vouched(workload: &Arc<Workload>) -> Peer {
+    Peer { workload: Some(Arc::clone(workload)), identity: Some(workload.identity.clone()) }
+}
+
+/// `namespace/name`, for people.
+fn pod_name(workload: &Workload) -> Arc<str> {
+    format!("{}/{}", workload.namespace, workload.name).into()
+}
+
+/// Whether what a future promises fits: the accept loops hold one of these per connection.
+fn assert_small<F: Future>(connection: F, limit: usize) -> F {
+    debug_assert!(
+        size_of::<F>() <= limit,
+        "a connection's future takes {} bytes, limit {limit}",
+        size_of::<F>()
+    );
+    connection
+}
+
+/// One captured connection's two ends, as the proxy speaks of them.
+#[derive(Debug, Clone, Copy)]
+struct Ends {
+    /// Who opened the connection.
+    client: SocketAddr,
+    /// What it dialled.
+    original_dst: SocketAddr,
+}

@@ -1,0 +1,281 @@
+//! From a pod's app to an endpoint.
+//!
+//! Reads top to bottom: accept → identify → resolve → detect → then HTTP (in `http.rs`, request by request) or opaque
+//! bytes (here, choose → permit → open → copy → report).
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    net::TcpStream,
+    time::timeout,
+};
+
+use super::{Ends, Mesh, assert_small, http, pod_name, vouched};
+use crate::{
+    balance::{self, Chosen},
+    capture::{Captured, Listener},
+    copy::{self, Moved},
+    detect::{self, Prefixed},
+    error::{Error, Kind, Result},
+    policy,
+    report::{FlowGuard, Peer, RequestProtocol, Side, TcpLabels},
+    state::snapshot::{Cluster, Endpoint, Protocol, Snapshot, Workload},
+    tunnel::ByteStream,
+    upstream::{self, Destination, Pod, Via},
+};
+
+/// How long an undeclared port's client may be silent before the endpoint is dialled, in case the server speaks first.
+const SERVER_FIRST_AFTER: Duration = Duration::from_millis(50);
+
+/// How long both sides of an undeclared port may be silent before the connection is taken for opaque (Linkerd: 10 s).
+const DETECTION_LIMIT: Duration = Duration::from_secs(10);
+
+/// Time to connect where no DestinationRule says another (Istio's default).
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Largest future of one connection, bytes: idle connections must be cheap.
+const CONNECTION_FUTURE: usize = 6 << 10;
+
+/// Takes a pod's captured connections until its listener is gone or the pod drains.
+pub async fn serve(mesh: Arc<Mesh>, pod: Arc<Pod>) {
+    loop {
+        let captured = tokio::select! {
+            captured = pod.net().accept(Listener::Outbound) => captured,
+            () = pod.drain.started() => return,
+        };
+        let Ok(captured) = captured else { return };
+        let connection = connection(Arc::clone(&mesh), Arc::clone(&pod), captured);
+        pod.drain.spawn(assert_small(connection, CONNECTION_FUTURE));
+    }
+}
+
+/// What every request or byte of one outbound connection shares.
+#[derive(Debug)]
+pub(super) struct Outbound {
+    pub mesh: Arc<Mesh>,
+    pub pod: Arc<Pod>,
+    /// The pod whose app dials: told by the network namespace the connection was captured in.
+    pub source: Peer,
+    pub ends: Ends,
+    pub flow: FlowGuard,
+}
+
+async fn connection(mesh: Arc<Mesh>, pod: Arc<Pod>, captured: Captured) {
+    let workload = pod.workload();
+    let ends = Ends { client: captured.client, original_dst: captured.original_dst };
+    let flow = mesh.reporter.flow(&workload, Side::Source, ends.client);
+    let outbound = Arc::new(Outbound { mesh, pod, source: vouched(&workload), ends, flow });
+    if let Err(error) = outbound.carry(captured.stream).await {
+        outbound.flow.learn(|facts| facts.flag = Some(error.kind.row().flag));
+        outbound.mesh.reporter.refused(Side::Source, &workload, ends.client, &error);
+    }
+}
+
+/// Where a connection goes, by the address that the app dialled.
+#[derive(Debug)]
+enum Resolved {
+    /// A port of a service.
+    Service { cluster: Arc<Cluster> },
+    /// One pod, dialled by its own address.
+    Pod(Arc<Workload>),
+    /// Nothing the mesh knows: passed on untouched (Istio's `ALLOW_ANY`).
+    Unknown,
+}
+
+/// A known service address with an unknown port is refused; it is never passed on.
+fn resolve(snapshot: &Snapshot, ends: Ends) -> Result<Resolved> {
+    let (ip, port) = (ends.original_dst.ip(), ends.original_dst.port());
+    if let Some(service) = snapshot.service_at(ip) {
+        let Some(port) = service.port(port) else {
+            let text = format!("service {} has no port {port}", service.host);
+            return Err(Error::new(Kind::NoHealthyUpstream, text));
+        };
+        return Ok(Resolved::Service { cluster: Arc::clone(&port.cluster) });
+    }
+    Ok(snapshot.workload_at(ip).map_or(Resolved::Unknown, |pod| Resolved::Pod(Arc::clone(pod))))
+}
+
+impl Outbound {
+    async fn carry(self: &Arc<Self>, client: TcpStream) -> Result<()> {
+        let snapshot = self.mesh.snapshot();
+        match resolve(&snapshot, self.ends)? {
+            Resolved::Service { cluster } => self.to_service(Prefixed::new(client), cluster).await,
+            Resolved::Pod(workload) => self.to_address(client, Some(workload)).await,
+            Resolved::Unknown => self.to_address(client, None).await,
+        }
+    }
+
+    async fn to_service(
+        self: &Arc<Self>,
+        mut client: Prefixed<TcpStream>,
+        cluster: Arc<Cluster>,
+    ) -> Result<()> {
+        self.flow.learn(|facts| facts.service = Some(Arc::clone(&cluster.host)));
+        let protocol = match cluster.protocol {
+            Some(Protocol::Opaque) => Protocol::Opaque,
+            Some(Protocol::Http1 | Protocol::Http2) => self.http_version(&mut client).await?,
+            None => return Box::pin(self.detect(client, cluster)).await,
+        };
+        self.as_protocol(client, cluster, protocol).await
+    }
+
+    async fn as_protocol(
+        self: &Arc<Self>,
+        client: Prefixed<TcpStream>,
+        cluster: Arc<Cluster>,
+        protocol: Protocol,
+    ) -> Result<()> {
+        match protocol {
+            Protocol::Opaque => {
+                let server = self.open(&cluster).await?;
+                self.copy(client, server, Some(cluster)).await
+            }
+            // Boxed: an opaque connection need not pay for the room of an HTTP one.
+            version => Box::pin(http::serve(Arc::clone(self), client, version, cluster)).await,
+        }
+    }
+
+    /// A declared HTTP port whose client says nothing within the limit is closed; there is nothing to answer.
+    async fn http_version(&self, client: &mut Prefixed<TcpStream>) -> Result<Protocol> {
+        match timeout(DETECTION_LIMIT, detect::http_version(client)).await {
+            Ok(Ok(version)) => Ok(version),
+            Ok(Err(error)) => Err(Error::new(Kind::DownstreamReset, format!("client went away: {error}"))),
+            Err(_) => Err(Error::new(Kind::BadRequest, format!("no request within {DETECTION_LIMIT:?}"))),
+        }
+    }
+
+    /// An undeclared port: the client's first bytes tell, unless the server speaks first.
+    async fn detect(self: &Arc<Self>, mut client: Prefixed<TcpStream>, cluster: Arc<Cluster>) -> Result<()> {
+        let gone = |error| Error::new(Kind::DownstreamReset, format!("client went away: {error}"));
+        if let Ok(protocol) = timeout(SERVER_FIRST_AFTER, detect::by_first_bytes(&mut client)).await {
+            let protocol = protocol.map_err(gone)?;
+            return self.as_protocol(client, cluster, protocol).await;
+        }
+        let mut server = self.open(&cluster).await?;
+        let mut greeting = vec![0; 1 << 10];
+        let first = tokio::select! {
+            protocol = detect::by_first_bytes(&mut client) => First::Client(protocol.map_err(gone)?),
+            read = server.stream.read(&mut greeting) => First::Server(read),
+            () = tokio::time::sleep(DETECTION_LIMIT) => First::Nobody,
+        };
+        match first {
+            First::Client(protocol @ (Protocol::Http1 | Protocol::Http2)) => {
+                drop(server);
+                self.as_protocol(client, cluster, protocol).await
+            }
+            First::Client(Protocol::Opaque) | First::Nobody => self.copy(client, server, Some(cluster)).await,
+            First::Server(read) => {
+                let read = read.map_err(|error| closed_by_server(&server, &error))?;
+                client.write_all(&greeting[..read]).await.map_err(gone)?;
+                server.received = read as u64;
+                self.copy(client, server, Some(cluster)).await
+            }
+        }
+    }
+
+    /// A pod dialled by its own address, or an address that the mesh does not know: bytes, whatever they are.
+    async fn to_address(&self, client: TcpStream, workload: Option<Arc<Workload>>) -> Result<()> {
+        let endpoint =
+            Arc::new(Endpoint { address: self.ends.original_dst, workload, state: Arc::default() });
+        let server = self.open_endpoint(endpoint, None, CONNECT_TIMEOUT).await?;
+        self.copy(client, server, None).await
+    }
+
+    async fn open(&self, cluster: &Cluster) -> Result<Opened> {
+        let Some(chosen) = balance::choose(cluster, &[]) else {
+            let text = format!("{} has no ready endpoint", cluster.name);
+            return Err(Error::new(Kind::NoHealthyUpstream, text));
+        };
+        let endpoint = Arc::clone(&chosen.endpoint);
+        self.open_endpoint(endpoint, Some(chosen), cluster.connect_timeout).await
+    }
+
+    async fn open_endpoint(
+        &self,
+        endpoint: Arc<Endpoint>,
+        chosen: Option<Chosen>,
+        connect_timeout: Duration,
+    ) -> Result<Opened> {
+        let via = upstream::via(&self.mesh.pods, &self.mesh.node, &endpoint)?;
+        let permit = policy::outbound(endpoint.workload.as_deref(), endpoint.address)?;
+        let destination =
+            Destination { address: endpoint.address, via: &via, protocol: Protocol::Opaque, connect_timeout };
+        // Boxed: dialling is over soon, copying lasts.
+        let stream = Box::pin(self.pod.open(&permit, &destination, self.ends.client)).await?;
+        Ok(Opened { stream, endpoint, via, received: 0, _in_flight: chosen })
+    }
+
+    /// Moves bytes until both sides are done, and reports. From here on a failure is the connection's end, not a
+    /// refusal.
+    async fn copy<C>(&self, client: C, server: Opened, cluster: Option<Arc<Cluster>>) -> Result<()>
+    where
+        C: AsyncRead + AsyncWrite + Unpin,
+    {
+        let peer = server.endpoint.workload.clone();
+        self.learn(&server);
+        let labels = TcpLabels {
+            side: Side::Source,
+            source: self.source.clone(),
+            destination: peer.as_ref().map(vouched).unwrap_or_default(),
+            cluster,
+            security: server.via.security(),
+            client: self.ends.client,
+            original_dst: self.ends.original_dst,
+            endpoint: Some(server.endpoint.address),
+        };
+        // One pass does the work of both nodes, so it reports as both.
+        let passed = matches!(server.via, Via::Local(_))
+            .then(|| TcpLabels { side: Side::Destination, ..labels.clone() });
+        let guards: Vec<_> = [Some(labels), passed]
+            .into_iter()
+            .flatten()
+            .map(|labels| self.mesh.reporter.connection(labels))
+            .collect();
+        let moved = Moved::default();
+        let ended = copy::both_ways(client, server.stream, &moved).await;
+        let error =
+            ended.err().map(|error| Error::new(Kind::UpstreamReset, format!("connection broke: {error}")));
+        let (sent, received) = moved.get();
+        for guard in guards {
+            guard.moved(sent, received + server.received);
+            guard.closed(error.as_ref());
+        }
+        Ok(())
+    }
+
+    fn learn(&self, server: &Opened) {
+        let peer = server.endpoint.workload.as_deref();
+        self.flow.learn(|facts| {
+            facts.endpoint = Some(server.endpoint.address);
+            facts.peer_pod = peer.map(pod_name);
+            facts.peer = peer.filter(|peer| peer.enrolled).map(|peer| peer.identity.clone());
+            facts.protocol = Some(RequestProtocol::Tcp);
+            facts.mutual_tls = matches!(server.via, Via::Mesh(_));
+        });
+    }
+}
+
+/// Who broke the silence on an undeclared port.
+enum First {
+    Client(Protocol),
+    Server(std::io::Result<usize>),
+    Nobody,
+}
+
+/// An open byte stream to an endpoint.
+struct Opened {
+    stream: Box<dyn ByteStream>,
+    endpoint: Arc<Endpoint>,
+    via: Via,
+    /// Bytes of the server that were handed on before the copy began.
+    received: u64,
+    _in_flight: Option<Chosen>,
+}
+
+fn closed_by_server(server: &Opened, error: &std::io::Error) -> Error {
+    Error::new(
+        Kind::UpstreamReset,
+        format!("{} closed before anybody spoke: {error}", server.endpoint.address),
+    )
+}

@@ -1,0 +1,226 @@
+//! What the agent knows of captured connections and the kernel does not, kept for the join with flow records.
+//!
+//! Promises bounded memory: [`LIMIT`] connections per pod and side, and [`KEPT`] after a connection ends. A
+//! connection takes two short locks when it begins and ends; a request only the lock of its own entry. Never fails:
+//! a pod above its limit has flows without facts. Tested below with a paused clock.
+
+use std::{
+    collections::{HashMap, VecDeque, hash_map},
+    net::SocketAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
+    time::Duration,
+};
+
+use tokio::time::Instant;
+
+use super::{FlowFacts, Side};
+use crate::state::snapshot::Workload;
+
+/// How long facts outlive their connection: a closed flow's record is readable for 30 s, and its reader may be late.
+pub const KEPT: Duration = Duration::from_mins(1);
+
+/// Connections remembered per pod and side, open ones included; as many as a pod has flow records.
+const LIMIT: usize = 32_768;
+
+/// The facts of all captured connections.
+#[derive(Debug, Default)]
+pub(super) struct FactsTable {
+    pods: RwLock<HashMap<PodSide, Arc<PodFacts>>>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct PodSide {
+    namespace: Arc<str>,
+    name: Arc<str>,
+    side: Side,
+}
+
+#[derive(Debug, Default)]
+struct PodFacts(Mutex<Connections>);
+
+#[derive(Debug, Default)]
+struct Connections {
+    /// The latest connection of each client address.
+    by_client: HashMap<SocketAddr, Arc<Entry>>,
+    /// Ended connections, oldest first.
+    ended: VecDeque<(Instant, SocketAddr, Arc<Entry>)>,
+}
+
+/// One connection.
+#[derive(Debug, Default)]
+struct Entry(Mutex<FlowFacts>);
+
+/// Facts are plain data, whole after every change: a panic elsewhere does not make them wrong.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The facts of one captured connection, kept until some time after the flow ends.
+#[derive(Debug)]
+pub struct FlowGuard {
+    pod: Arc<PodFacts>,
+    client: SocketAddr,
+    entry: Arc<Entry>,
+}
+
+impl FlowGuard {
+    /// Updates the facts.
+    pub fn learn(&self, change: impl FnOnce(&mut FlowFacts)) {
+        change(&mut lock(&self.entry.0));
+    }
+}
+
+impl Drop for FlowGuard {
+    fn drop(&mut self) {
+        let mut connections = lock(&self.pod.0);
+        connections.forget_old(Instant::now());
+        connections.ended.push_back((Instant::now(), self.client, self.entry.clone()));
+    }
+}
+
+impl Connections {
+    fn forget_old(&mut self, now: Instant) {
+        while self.ended.front().is_some_and(|(at, ..)| now.duration_since(*at) >= KEPT) {
+            self.forget_oldest();
+        }
+    }
+
+    /// Forgets the connection that ended first. Whether there was one.
+    fn forget_oldest(&mut self) -> bool {
+        let Some((_, client, entry)) = self.ended.pop_front() else { return false };
+        // The address may have been used again since.
+        if let hash_map::Entry::Occupied(slot) = self.by_client.entry(client)
+            && Arc::ptr_eq(slot.get(), &entry)
+        {
+            slot.remove();
+        }
+        true
+    }
+
+    /// Makes room for one more. Whether there is.
+    fn make_room(&mut self) -> bool {
+        // Connections that ended and whose address was used again count too: they are memory.
+        while self.by_client.len().max(self.ended.len()) >= LIMIT {
+            if !self.forget_oldest() {
+                return false;
+            }
+        }
+        true
+    }
+}
+
+impl FactsTable {
+    /// Registers a connection, as the latest of this client address.
+    pub fn begin(&self, pod: &Workload, side: Side, client: SocketAddr) -> FlowGuard {
+        let key = PodSide { namespace: pod.namespace.clone(), name: pod.name.clone(), side };
+        let pod = self.pod(key);
+        let entry = Arc::new(Entry::default());
+        let client = canonical(client);
+        let mut connections = lock(&pod.0);
+        connections.forget_old(Instant::now());
+        if connections.make_room() {
+            connections.by_client.insert(client, entry.clone());
+        }
+        drop(connections);
+        FlowGuard { pod, client, entry }
+    }
+
+    fn pod(&self, key: PodSide) -> Arc<PodFacts> {
+        if let Some(pod) = self.pods.read().unwrap_or_else(PoisonError::into_inner).get(&key) {
+            return pod.clone();
+        }
+        let mut pods = self.pods.write().unwrap_or_else(PoisonError::into_inner);
+        // A pod is new rarely enough to look after those that are gone.
+        let now = Instant::now();
+        pods.retain(|_, pod| {
+            let mut connections = lock(&pod.0);
+            connections.forget_old(now);
+            !connections.by_client.is_empty() || Arc::strong_count(pod) > 1
+        });
+        pods.entry(key).or_default().clone()
+    }
+
+    /// The facts of the latest connection of this client address.
+    pub fn find(
+        &self,
+        namespace: &Arc<str>,
+        name: &Arc<str>,
+        side: Side,
+        client: SocketAddr,
+    ) -> Option<FlowFacts> {
+        let key = PodSide { namespace: namespace.clone(), name: name.clone(), side };
+        let pod = self.pods.read().unwrap_or_else(PoisonError::into_inner).get(&key)?.clone();
+        let mut connections = lock(&pod.0);
+        connections.forget_old(Instant::now());
+        let entry = connections.by_client.get(&canonical(client))?.clone();
+        drop(connections);
+        Some(lock(&entry.0).clone())
+    }
+}
+
+/// One form per address: IPv4 never v4-mapped.
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::samples, *};
+
+    fn client(port: u16) -> SocketAddr {
+        SocketAddr::from(([10, 0, 0, 1], port))
+    }
+
+    fn route(table: &FactsTable, pod: &Workload, client: SocketAddr) -> Option<String> {
+        let facts = table.find(&pod.namespace, &pod.name, Side::Source, client)?;
+        Some(facts.route.map_or_else(String::new, |r| r.to_string()))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn facts_outlive_their_connection_for_a_while() {
+        let (table, pod) = (FactsTable::default(), samples::workload("productpage", 1));
+        let guard = table.begin(&pod, Side::Source, client(1));
+        guard.learn(|facts| facts.route = Some("a".into()));
+        tokio::time::advance(KEPT * 2).await;
+        assert_eq!(route(&table, &pod, client(1)).as_deref(), Some("a"));
+        assert!(table.find(&pod.namespace, &pod.name, Side::Destination, client(1)).is_none());
+        drop(guard);
+        tokio::time::advance(KEPT / 2).await;
+        assert!(route(&table, &pod, client(1)).is_some());
+        tokio::time::advance(KEPT / 2 + Duration::from_millis(2)).await;
+        assert!(route(&table, &pod, client(1)).is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_latest_connection_of_an_address_wins_and_stays() {
+        let (table, pod) = (FactsTable::default(), samples::workload("productpage", 1));
+        let mapped = SocketAddr::new("::ffff:10.0.0.1".parse().unwrap_or(client(1).ip()), 1);
+        drop(table.begin(&pod, Side::Source, mapped));
+        tokio::time::advance(KEPT / 2).await;
+        let second = table.begin(&pod, Side::Source, client(1));
+        second.learn(|facts| facts.route = Some("second".into()));
+        tokio::time::advance(KEPT).await;
+        assert_eq!(route(&table, &pod, client(1)).as_deref(), Some("second"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pod_has_a_limit_and_gone_pods_are_forgotten() {
+        let (table, pod) = (FactsTable::default(), samples::workload("productpage", 1));
+        let open: Vec<_> = (0..LIMIT)
+            .map(|n| {
+                table.begin(&pod, Side::Source, SocketAddr::from(([10, 0, 1, (n >> 16) as u8], n as u16)))
+            })
+            .collect();
+        let above = table.begin(&pod, Side::Source, client(7));
+        above.learn(|facts| facts.route = Some("lost".into()));
+        assert!(route(&table, &pod, client(7)).is_none());
+        drop((open, above));
+        let again = table.begin(&pod, Side::Source, client(8));
+        assert!(route(&table, &pod, client(8)).is_some());
+        drop(again);
+        tokio::time::advance(KEPT * 2).await;
+        let other = samples::workload("reviews", 2);
+        drop(table.begin(&other, Side::Source, client(9)));
+        assert_eq!(table.pods.read().unwrap_or_else(PoisonError::into_inner).len(), 1);
+    }
+}

@@ -1,0 +1,363 @@
+//! The registry: Istio's standard metrics and those of the mesh itself, as `OpenMetrics` text.
+//!
+//! Promises names, labels and buckets that existing dashboards know, and that a request costs one look-up by a
+//! small key, not a hash over two dozen strings. Never takes a lock that all threads share on the path of a
+//! request whose labels this thread has seen before. Series stay until the agent ends. Tested below on the exact
+//! text.
+
+use std::{
+    cell::RefCell,
+    collections::{HashMap, HashSet},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use prometheus_client::{
+    encoding::text,
+    metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
+    registry::Registry,
+};
+
+use super::{
+    Peer, RequestOutcome, RequestProtocol, Security, Side,
+    labels::{Flags, RefusedLabels, RequestLabels, TrafficLabels},
+};
+use crate::{identity::SpiffeId, state::snapshot::Workload};
+
+/// Istio's buckets, in milliseconds for durations and bytes for sizes.
+const BUCKETS: [f64; 19] = [
+    0.5,
+    1.0,
+    5.0,
+    10.0,
+    25.0,
+    50.0,
+    100.0,
+    250.0,
+    500.0,
+    1_000.0,
+    2_500.0,
+    5_000.0,
+    10_000.0,
+    30_000.0,
+    60_000.0,
+    300_000.0,
+    600_000.0,
+    1_800_000.0,
+    3_600_000.0,
+];
+
+/// Label sets one thread remembers. Beyond it the thread forgets all and asks the registry again; an entry keeps
+/// its workloads alive (some 2 KiB), so this also bounds what gone pods hold.
+const REMEMBERED: usize = 4096;
+
+type Histograms = Family<RequestLabels, Histogram, fn() -> Histogram>;
+type TcpCounter = Family<TrafficLabels, Counter>;
+
+/// Every metric of the agent.
+#[derive(Debug)]
+pub(super) struct Metrics {
+    /// Tells the thread-local memories of several registries in one process apart.
+    id: u64,
+    registry: Registry,
+    requests: Family<RequestLabels, Counter>,
+    duration: Histograms,
+    request_bytes: Histograms,
+    response_bytes: Histograms,
+    pub tcp_opened: TcpCounter,
+    pub tcp_closed: TcpCounter,
+    pub tcp_failed: TcpCounter,
+    pub tcp_sent: TcpCounter,
+    pub tcp_received: TcpCounter,
+    refused: Family<RefusedLabels, Counter>,
+    pub config_problems: Gauge,
+    pub config_revision: Gauge<u64, AtomicU64>,
+    pub enrolled_pods: Gauge,
+    pub flows_closed: Counter,
+    pub log_dropped: Counter,
+    certificates: Family<[(&'static str, String); 1], Gauge>,
+    certified: Mutex<HashSet<String>>,
+}
+
+/// The series of one label set of requests.
+#[derive(Debug, Clone)]
+struct RequestSeries {
+    count: Counter,
+    duration: Histogram,
+    request_bytes: Histogram,
+    response_bytes: Histogram,
+}
+
+fn histogram() -> Histogram {
+    Histogram::new(BUCKETS)
+}
+
+fn histograms() -> Histograms {
+    Family::new_with_constructor(histogram as fn() -> Histogram)
+}
+
+impl Metrics {
+    pub fn new() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let mut metrics = Self {
+            id: NEXT.fetch_add(1, Ordering::Relaxed),
+            registry: Registry::default(),
+            requests: Family::default(),
+            duration: histograms(),
+            request_bytes: histograms(),
+            response_bytes: histograms(),
+            tcp_opened: Family::default(),
+            tcp_closed: Family::default(),
+            tcp_failed: Family::default(),
+            tcp_sent: Family::default(),
+            tcp_received: Family::default(),
+            refused: Family::default(),
+            config_problems: Gauge::default(),
+            config_revision: Gauge::default(),
+            enrolled_pods: Gauge::default(),
+            flows_closed: Counter::default(),
+            log_dropped: Counter::default(),
+            certificates: Family::default(),
+            certified: Mutex::default(),
+        };
+        metrics.register_traffic();
+        metrics.register_own();
+        metrics
+    }
+
+    /// Istio's standard metrics. The library appends `_total` to the names of counters.
+    fn register_traffic(&mut self) {
+        let r = &mut self.registry;
+        r.register("istio_requests", "HTTP and gRPC requests", self.requests.clone());
+        r.register("istio_request_duration_milliseconds", "Duration of requests", self.duration.clone());
+        r.register("istio_request_bytes", "Body bytes of requests", self.request_bytes.clone());
+        r.register("istio_response_bytes", "Body bytes of responses", self.response_bytes.clone());
+        r.register("istio_tcp_connections_opened", "Opaque connections opened", self.tcp_opened.clone());
+        r.register("istio_tcp_connections_closed", "Opaque connections closed", self.tcp_closed.clone());
+        r.register(
+            "istio_tcp_connections_failed",
+            "Opaque connections that were never established",
+            self.tcp_failed.clone(),
+        );
+        r.register(
+            "istio_tcp_sent_bytes",
+            "Bytes sent to the client of opaque connections",
+            self.tcp_sent.clone(),
+        );
+        r.register(
+            "istio_tcp_received_bytes",
+            "Bytes received from the client of opaque connections",
+            self.tcp_received.clone(),
+        );
+        let build = Family::<[(&str, &str); 2], Gauge>::default();
+        build.get_or_create(&[("component", "mesh-agent"), ("tag", env!("CARGO_PKG_VERSION"))]).set(1);
+        r.register("istio_build", "Component and version", build);
+    }
+
+    fn register_own(&mut self) {
+        let r = &mut self.registry;
+        r.register(
+            "mesh_refused",
+            "Connections refused before anything was known of them",
+            self.refused.clone(),
+        );
+        r.register("mesh_config_problems", "Problems in the configuration now", self.config_problems.clone());
+        r.register(
+            "mesh_config_revision",
+            "Revision of the configuration in force",
+            self.config_revision.clone(),
+        );
+        r.register(
+            "mesh_enrolled_pods",
+            "Pods of this node whose traffic is captured",
+            self.enrolled_pods.clone(),
+        );
+        r.register("mesh_flows_closed", "Flows that ended", self.flows_closed.clone());
+        r.register(
+            "mesh_access_log_dropped",
+            "Access-log lines nobody could write in time",
+            self.log_dropped.clone(),
+        );
+        r.register(
+            "mesh_certificates_expiry_seconds",
+            "When the certificate of an identity expires, in seconds since 1970",
+            self.certificates.clone(),
+        );
+    }
+
+    /// The whole registry as `OpenMetrics` text.
+    pub fn exposition(&self) -> String {
+        let mut out = String::new();
+        // Writing to a String cannot fail, and no metric here fails to encode; half a text would be worse than none.
+        match text::encode(&mut out, &self.registry) {
+            Ok(()) => out,
+            Err(error) => format!("# metrics could not be written: {error}\n# EOF\n"),
+        }
+    }
+
+    /// Counts one request.
+    pub fn request(&self, outcome: &RequestOutcome<'_>) {
+        let key = Key::new(self.id, outcome);
+        let counted = SEEN.try_with(|seen| {
+            let mut seen = seen.borrow_mut();
+            if let Some(entry) = seen.get(&key) {
+                return entry.series.observe(outcome);
+            }
+            if seen.len() >= REMEMBERED {
+                seen.clear();
+            }
+            let series = self.series(outcome);
+            series.observe(outcome);
+            seen.insert(key, Seen { series, _keep: Keep::new(outcome) });
+        });
+        // A request that is dropped with its thread finds no memory any more.
+        if counted.is_err() {
+            self.series(outcome).observe(outcome);
+        }
+    }
+
+    fn series(&self, outcome: &RequestOutcome<'_>) -> RequestSeries {
+        let labels = RequestLabels {
+            traffic: TrafficLabels::new(
+                outcome.side,
+                (outcome.source, outcome.destination),
+                outcome.cluster,
+                outcome.protocol,
+                outcome.security,
+            )
+            .with_flags(Flags::new(outcome.error, outcome.delay_injected)),
+            status: outcome.status,
+            grpc: outcome.grpc_status,
+        };
+        RequestSeries {
+            count: self.requests.get_or_create_owned(&labels),
+            duration: self.duration.get_or_create_owned(&labels),
+            request_bytes: self.request_bytes.get_or_create_owned(&labels),
+            response_bytes: self.response_bytes.get_or_create_owned(&labels),
+        }
+    }
+
+    /// Counts one refused connection.
+    pub fn refused(&self, side: Side, pod: &Workload, kind: &'static str) {
+        let labels = RefusedLabels { side, kind, pod: pod.name.clone(), namespace: pod.namespace.clone() };
+        self.refused.get_or_create(&labels).inc();
+    }
+
+    /// Replaces what is known of the expiry of certificates.
+    pub fn set_certificates(&self, expiry: &[(SpiffeId, SystemTime)]) {
+        let mut before = self.certified.lock().unwrap_or_else(PoisonError::into_inner);
+        let now: HashSet<String> = expiry.iter().map(|(id, _)| id.to_string()).collect();
+        for gone in before.difference(&now) {
+            self.certificates.remove(&[("identity", gone.clone())]);
+        }
+        for (id, at) in expiry {
+            let seconds = at.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs().cast_signed());
+            self.certificates.get_or_create(&[("identity", id.to_string())]).set(seconds);
+        }
+        *before = now;
+    }
+}
+
+impl RequestSeries {
+    fn observe(&self, outcome: &RequestOutcome<'_>) {
+        self.count.inc();
+        self.duration.observe(outcome.duration.as_secs_f64() * 1000.0);
+        self.request_bytes.observe(outcome.request_bytes as f64);
+        self.response_bytes.observe(outcome.response_bytes as f64);
+    }
+}
+
+thread_local! {
+    static SEEN: RefCell<HashMap<Key, Seen>> = RefCell::default();
+}
+
+#[derive(Debug)]
+struct Seen {
+    series: RequestSeries,
+    _keep: Keep,
+}
+
+/// Keeps alive what a [`Key`] tells apart by address, so that no other object can come to have that address.
+#[derive(Debug)]
+struct Keep {
+    _workloads: [Option<Arc<Workload>>; 2],
+    _names: Option<[Arc<str>; 3]>,
+}
+
+impl Keep {
+    fn new(outcome: &RequestOutcome<'_>) -> Self {
+        Self {
+            _workloads: [outcome.source.workload.clone(), outcome.destination.workload.clone()],
+            _names: outcome.cluster.map(|c| [c.host.clone(), c.service.clone(), c.namespace.clone()]),
+        }
+    }
+}
+
+/// Tells label sets of requests apart without reading the strings: workloads and the names of a service by
+/// address. Two keys may stand for one label set, never the reverse.
+#[derive(Debug, PartialEq, Eq, Hash)]
+struct Key {
+    registry: u64,
+    source: End,
+    destination: End,
+    service: Option<[usize; 3]>,
+    side: Side,
+    protocol: RequestProtocol,
+    security: Security,
+    status: u16,
+    grpc: Option<u32>,
+    flags: Flags,
+}
+
+#[derive(Debug, PartialEq, Eq, Hash)]
+struct End {
+    workload: Option<usize>,
+    principal: Principal,
+}
+
+/// By value only where it is not what the workload says: a peer's identity is new memory with each connection.
+#[derive(Debug, PartialEq, Eq, Hash)]
+enum Principal {
+    Unknown,
+    OfWorkload,
+    Other(SpiffeId),
+}
+
+impl Key {
+    fn new(registry: u64, outcome: &RequestOutcome<'_>) -> Self {
+        Self {
+            registry,
+            source: End::new(outcome.source),
+            destination: End::new(outcome.destination),
+            service: outcome.cluster.map(|c| [&c.host, &c.service, &c.namespace].map(address)),
+            side: outcome.side,
+            protocol: outcome.protocol,
+            security: outcome.security,
+            status: outcome.status,
+            grpc: outcome.grpc_status,
+            flags: Flags::new(outcome.error, outcome.delay_injected),
+        }
+    }
+}
+
+fn address<T: ?Sized>(arc: &Arc<T>) -> usize {
+    Arc::as_ptr(arc).cast::<()>().addr()
+}
+
+impl End {
+    fn new(peer: &Peer) -> Self {
+        let principal = match (&peer.identity, &peer.workload) {
+            (None, _) => Principal::Unknown,
+            (Some(id), Some(workload)) if *id == workload.identity => Principal::OfWorkload,
+            (Some(id), _) => Principal::Other(id.clone()),
+        };
+        Self { workload: peer.workload.as_ref().map(address), principal }
+    }
+}
+
+#[cfg(test)]
+#[path = "metrics_tests.rs"]
+mod tests;

@@ -1,0 +1,328 @@
+//! What happened, for people and their tools: metrics, one access-log line per event, and the facts of flows.
+//!
+//! Promises never to fail and never to block the path. Never decides anything. Each part is tested in its own file;
+//! the whole on the exact exposition text and on log lines in `metrics_tests.rs`.
+
+mod access_log;
+mod connection;
+mod facts;
+mod flows;
+mod labels;
+mod metrics;
+#[cfg(test)]
+mod samples;
+
+use std::{
+    io,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use prometheus_client::metrics::counter::Counter;
+use tokio::sync::broadcast;
+
+pub use self::{
+    access_log::AccessLog,
+    connection::{ConnectionGuard, TcpLabels},
+    facts::{FlowGuard, KEPT},
+    flows::{Clock, Context, Direction, FindFacts, FlowView, Protection, Verdict, join, socket_addr},
+};
+use self::{access_log::Log, facts::FactsTable, labels::Flags, metrics::Metrics};
+use crate::{
+    error::{Error, Kind},
+    identity::SpiffeId,
+    state::snapshot::{Cluster, Workload},
+};
+
+/// Closed flows a slow follower may lag behind before it loses some (it is told how many).
+const FOLLOW_QUEUE: usize = 4096;
+
+/// Who reports: the source or the destination side of the connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Side {
+    /// `reporter="source"`
+    Source,
+    /// `reporter="destination"`
+    Destination,
+}
+
+impl Side {
+    /// The word in labels and logs.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Source => "source",
+            Self::Destination => "destination",
+        }
+    }
+}
+
+/// How the bytes travelled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Security {
+    /// `mutual_tls`
+    MutualTls,
+    /// `none`
+    None,
+}
+
+impl Security {
+    /// The word in labels and logs.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::MutualTls => "mutual_tls",
+            Self::None => "none",
+        }
+    }
+}
+
+/// Application protocol in `request_protocol`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum RequestProtocol {
+    /// `http`
+    Http,
+    /// `grpc`
+    Grpc,
+    /// `tcp`
+    Tcp,
+}
+
+impl RequestProtocol {
+    /// The word in labels, logs and flows.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Http => "http",
+            Self::Grpc => "grpc",
+            Self::Tcp => "tcp",
+        }
+    }
+}
+
+/// One end of the traffic; unknown parts are `unknown` in labels.
+#[derive(Debug, Clone, Default)]
+pub struct Peer {
+    /// Its pod.
+    pub workload: Option<Arc<Workload>>,
+    /// The identity it proved (mTLS) or the kernel vouches for (own pod).
+    pub identity: Option<SpiffeId>,
+}
+
+/// What an answered or refused request looked like.
+#[derive(Debug)]
+pub struct RequestOutcome<'a> {
+    /// Source or destination.
+    pub side: Side,
+    /// The client's end.
+    pub source: &'a Peer,
+    /// The server's end.
+    pub destination: &'a Peer,
+    /// The service and subset, where one was addressed.
+    pub cluster: Option<&'a Cluster>,
+    /// `http` or `grpc`.
+    pub protocol: RequestProtocol,
+    /// How the bytes travelled.
+    pub security: Security,
+    /// Status sent to the client.
+    pub status: u16,
+    /// `grpc-status`, for gRPC.
+    pub grpc_status: Option<u32>,
+    /// What went wrong, if anything; gives the response flag.
+    pub error: Option<&'a Error>,
+    /// `DI` when a delay was injected.
+    pub delay_injected: bool,
+    /// Method, for the log.
+    pub method: &'a str,
+    /// Host, for the log.
+    pub authority: &'a str,
+    /// Path and query, for the log.
+    pub path: &'a str,
+    /// Name of the route.
+    pub route: &'a str,
+    /// Address of the endpoint that answered.
+    pub endpoint: Option<SocketAddr>,
+    /// The app's address at the client's end.
+    pub client: SocketAddr,
+    /// What the client dialled.
+    pub original_dst: SocketAddr,
+    /// Tries made.
+    pub tries: u32,
+    /// Body bytes received from the client.
+    pub request_bytes: u64,
+    /// Body bytes sent to the client.
+    pub response_bytes: u64,
+    /// From the first byte of the request to the last of the response.
+    pub duration: Duration,
+}
+
+/// What the agent knows of a captured connection and the kernel does not; joined with the flow's record.
+#[derive(Debug, Clone, Default)]
+pub struct FlowFacts {
+    /// Host name of the service.
+    pub service: Option<Arc<str>>,
+    /// Last endpoint.
+    pub endpoint: Option<SocketAddr>,
+    /// Pod of the other end, `namespace/name`.
+    pub peer_pod: Option<Arc<str>>,
+    /// Identity of the other end.
+    pub peer: Option<SpiffeId>,
+    /// Last route.
+    pub route: Option<Arc<str>>,
+    /// `http`, `grpc` or `tcp`.
+    pub protocol: Option<RequestProtocol>,
+    /// Last response flag.
+    pub flag: Option<&'static str>,
+    /// Whether the bytes travel as mTLS.
+    pub mutual_tls: bool,
+}
+
+/// Metrics, access log and the facts of flows. One per agent, shared; never fails, never blocks.
+#[derive(Debug)]
+pub struct Reporter {
+    metrics: Metrics,
+    log: Log,
+    facts: FactsTable,
+    closed: broadcast::Sender<Arc<FlowView>>,
+}
+
+impl Default for Reporter {
+    /// Without an access log.
+    fn default() -> Self {
+        Self::with(|_| Log::off())
+    }
+}
+
+/// Keys of the client's end in the log.
+const SOURCE: [&str; 4] = ["src.addr", "src.workload", "src.namespace", "src.identity"];
+/// Keys of the server's end in the log; the address is what the client dialled.
+const DESTINATION: [&str; 4] = ["dst.addr", "dst.workload", "dst.namespace", "dst.identity"];
+
+impl Reporter {
+    fn with(log: impl FnOnce(Counter) -> Log) -> Self {
+        let metrics = Metrics::new();
+        let log = log(metrics.log_dropped.clone());
+        Self { metrics, log, facts: FactsTable::default(), closed: broadcast::Sender::new(FOLLOW_QUEUE) }
+    }
+
+    /// With an access log on standard output. An `Err` when its thread cannot be started.
+    pub fn new(access_log: AccessLog) -> io::Result<Self> {
+        Self::with_log_to(access_log, Box::new(io::stdout()))
+    }
+
+    /// With an access log written to `out`. An `Err` when its thread cannot be started.
+    pub fn with_log_to(access_log: AccessLog, out: Box<dyn io::Write + Send>) -> io::Result<Self> {
+        let mut failed = Ok(());
+        let reporter = Self::with(|dropped| {
+            Log::start(access_log, out, dropped).unwrap_or_else(|error| {
+                failed = Err(error);
+                Log::off()
+            })
+        });
+        failed.map(|()| reporter)
+    }
+
+    /// A request was answered: metrics and one access-log line.
+    pub fn request(&self, outcome: &RequestOutcome<'_>) {
+        self.metrics.request(outcome);
+        self.log.line(|line| {
+            line.text("event", Some("request"));
+            line.text("reporter", Some(outcome.side.word()));
+            line.end(SOURCE, Some(outcome.client), outcome.source);
+            line.end(DESTINATION, Some(outcome.original_dst), outcome.destination);
+            line.text("dst.service", outcome.cluster.map(|cluster| &*cluster.host));
+            line.text("cluster", outcome.cluster.map(|cluster| &*cluster.name));
+            line.display("endpoint", outcome.endpoint);
+            line.text("protocol", Some(outcome.protocol.word()));
+            line.text("method", Some(outcome.method));
+            line.text("authority", Some(outcome.authority));
+            line.text("path", Some(outcome.path));
+            line.text("route", Some(outcome.route));
+            line.number("status", Some(outcome.status.into()));
+            line.number("grpc_status", outcome.grpc_status.map(u64::from));
+            line.display("flags", Some(Flags::new(outcome.error, outcome.delay_injected)));
+            line.number("tries", Some(outcome.tries.into()));
+            line.number("bytes_received", Some(outcome.request_bytes));
+            line.number("bytes_sent", Some(outcome.response_bytes));
+            line.milliseconds("duration_ms", outcome.duration);
+            line.text("security", Some(outcome.security.word()));
+            line.text("error", outcome.error.map(|error| error.detail.as_str()));
+        });
+    }
+
+    /// An opaque connection begins; the guard counts its end.
+    pub fn connection(self: &Arc<Self>, labels: TcpLabels) -> ConnectionGuard {
+        ConnectionGuard::begin(self, labels)
+    }
+
+    /// A connection was refused before it became a request or an opaque connection (`mesh_refused_total` by kind
+    /// and side, one log line with the peer).
+    pub fn refused(&self, side: Side, pod: &Workload, client: SocketAddr, error: &Error) {
+        self.metrics.refused(side, pod, error.kind.row().word);
+        self.log.line(|line| {
+            line.text("event", Some("refused"));
+            line.text("reporter", Some(side.word()));
+            line.display("src.addr", Some(client));
+            line.text("pod", Some(&pod.name));
+            line.text("pod_namespace", Some(&pod.namespace));
+            line.text("kind", Some(error.kind.row().word));
+            line.text("flags", Some(error.kind.row().flag));
+            line.text("error", Some(&error.detail));
+        });
+    }
+
+    /// A captured connection begins: `pod` is the captured pod, `client` its key among the pod's flows (the app's
+    /// own address for outbound, the peer's address for inbound).
+    pub fn flow(self: &Arc<Self>, pod: &Arc<Workload>, side: Side, client: SocketAddr) -> FlowGuard {
+        self.facts.begin(pod, side, client)
+    }
+
+    /// What is known of a connection, until [`KEPT`] after its end: the latest of this client address.
+    pub fn facts(&self, pod: &Workload, side: Side, client: SocketAddr) -> Option<FlowFacts> {
+        self.facts.find(&pod.namespace, &pod.name, side, client)
+    }
+
+    /// A flow ended: counted, and handed to those who follow.
+    pub fn flow_closed(&self, flow: FlowView) {
+        self.metrics.flows_closed.inc();
+        if self.closed.receiver_count() > 0 {
+            // An `Err` says that the last follower has just left.
+            let _ = self.closed.send(Arc::new(flow));
+        }
+    }
+
+    /// Every flow that ends from now on.
+    pub fn follow(&self) -> broadcast::Receiver<Arc<FlowView>> {
+        self.closed.subscribe()
+    }
+
+    /// The configuration in force: `mesh_config_revision`, `mesh_config_problems`.
+    pub fn set_config(&self, revision: u64, problems: usize) {
+        self.metrics.config_revision.set(revision);
+        self.metrics.config_problems.set(problems.cast_signed() as i64);
+    }
+
+    /// Pods of this node whose traffic is captured: `mesh_enrolled_pods`.
+    pub fn set_enrolled_pods(&self, pods: usize) {
+        self.metrics.enrolled_pods.set(pods.cast_signed() as i64);
+    }
+
+    /// All certificates in use and when each expires: `mesh_certificates_expiry_seconds`, in seconds since 1970.
+    pub fn set_certificates(&self, expiry: &[(SpiffeId, SystemTime)]) {
+        self.metrics.set_certificates(expiry);
+    }
+
+    /// All metrics as `OpenMetrics` text, the body of `/metrics`.
+    pub fn exposition(&self) -> String {
+        self.metrics.exposition()
+    }
+
+    /// Waits until the access log is written, at most `limit`; for the end of the process and for tests. Whether it
+    /// was. Blocks its thread.
+    pub fn flush(&self, limit: Duration) -> bool {
+        self.log.flush(limit)
+    }
+}
+
+/// The word of a kind in metrics.
+pub fn word(kind: Kind) -> &'static str {
+    kind.row().word
+}

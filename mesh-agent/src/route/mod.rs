@@ -1,0 +1,51 @@
+//! What becomes of a request: which route takes it, which backend is drawn, what is rewritten.
+//!
+//! Pure and infallible: whatever could be invalid was refused when the configuration was read. Matching borrows; it
+//! allocates nothing. Tested by the tables in `tests.rs`.
+
+mod matching;
+mod redirect;
+mod rewrite;
+#[cfg(test)]
+mod tests;
+
+pub use matching::find;
+pub use redirect::location;
+pub use rewrite::{apply_request, apply_response, rewrite};
+
+use http::{header::HOST, request::Parts};
+
+use crate::state::snapshot::{Percentage, WeightedBackend};
+
+/// The whole, in the unit of [`Percentage`].
+const WHOLE: u32 = 10_000;
+
+/// Draws one backend by weight. The slice is never empty, and its weights are above 0.
+///
+/// # Panics
+/// When the slice is empty, which the compiled snapshot rules out.
+pub fn draw(backends: &[WeightedBackend]) -> &WeightedBackend {
+    let total: u64 = backends.iter().map(|backend| u64::from(backend.weight)).sum();
+    let mut ticket = if total == 0 { 0 } else { fastrand::u64(..total) };
+    for backend in backends {
+        match ticket.checked_sub(u64::from(backend.weight)) {
+            Some(rest) => ticket = rest,
+            None => return backend,
+        }
+    }
+    // Reached only when all weights are 0, which the configuration refuses.
+    &backends[0]
+}
+
+/// Whether this share hits now.
+pub fn hits(share: Percentage) -> bool {
+    share.0 > 0 && fastrand::u32(..WHOLE) < share.0
+}
+
+/// Host and port the client asked for: the URI's authority (HTTP/2, absolute form), else the Host header.
+fn authority(request: &Parts) -> &[u8] {
+    match request.uri.authority() {
+        Some(authority) => authority.as_str().as_bytes(),
+        None => request.headers.get(HOST).map_or(b"", |host| host.as_bytes()),
+    }
+}

@@ -1,0 +1,277 @@
+//! A directory of manifests as people change it. Every wait is for a receiver, never for a time.
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+use std::{
+    fs,
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+};
+
+use super::*;
+use crate::state::snapshot::RouteAction;
+
+const HOST: &str = "a.default.svc.cluster.local";
+
+fn service(name: &str) -> String {
+    format!(
+        "{{apiVersion: v1, kind: Service, metadata: {{name: {name}}}, spec: {{ports: [{{port: 80}}]}}}}\n"
+    )
+}
+
+fn routes_to(host: &str) -> String {
+    format!(
+        "{{apiVersion: networking.istio.io/v1, kind: VirtualService, metadata: {{name: a}}, \
+         spec: {{hosts: [a], http: [{{name: to-{host}, route: [{{destination: {{host: {host}}}}}]}}]}}}}\n"
+    )
+}
+
+fn put(dir: &Path, name: &str, text: &str) -> PathBuf {
+    let path = dir.join(name);
+    // As a careful writer does it: the file appears whole.
+    let part = dir.join(format!(".{name}.part"));
+    fs::write(&part, text).unwrap();
+    fs::rename(&part, &path).unwrap();
+    path
+}
+
+async fn start(dir: &Path) -> Source {
+    directory(dir.to_owned(), "cluster.local".into()).await.unwrap()
+}
+
+fn hosts(snapshot: &Snapshot) -> Vec<String> {
+    let mut hosts: Vec<String> = snapshot.services.values().map(|service| service.name.to_string()).collect();
+    hosts.sort();
+    hosts
+}
+
+async fn until_hosts(source: &mut Source, expected: &[&str]) {
+    source.snapshots.wait_for(|snapshot| hosts(snapshot) == expected).await.unwrap();
+}
+
+async fn until_problem(source: &mut Source, text: &str) -> Problem {
+    let has = |problems: &Arc<[Problem]>| problems.iter().any(|problem| problem.to_string().contains(text));
+    let problems = source.problems.wait_for(has).await.unwrap();
+    problems.iter().find(|problem| problem.to_string().contains(text)).unwrap().clone()
+}
+
+async fn until_no_problem(source: &mut Source) {
+    source.problems.wait_for(|problems| problems.is_empty()).await.unwrap();
+}
+
+fn first_route(source: &Source) -> String {
+    let snapshot = source.snapshots.borrow();
+    let routes = &snapshot.services[HOST].ports[0].routes;
+    assert!(matches!(routes[0].action, RouteAction::Forward(_)));
+    routes[0].name.to_string()
+}
+
+#[tokio::test]
+async fn a_missing_directory_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let missing = dir.path().join("nowhere");
+    let error = directory(missing.clone(), "cluster.local".into()).await.unwrap_err();
+    assert!(format!("{error:#}").contains(missing.to_str().unwrap()), "{error:#}");
+    let file = put(dir.path(), "a.yaml", "");
+    assert!(directory(file, "cluster.local".into()).await.is_err());
+}
+
+#[tokio::test]
+async fn an_empty_directory_is_a_configuration() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = start(dir.path()).await;
+    assert_eq!(source.snapshots.borrow().revision, 1);
+    assert!(source.problems.borrow().is_empty());
+}
+
+#[tokio::test]
+async fn files_are_added_changed_and_deleted() {
+    let dir = tempfile::tempdir().unwrap();
+    put(dir.path(), "a.yaml", &service("a"));
+    put(dir.path(), "notes.txt", "not read");
+    let mut source = start(dir.path()).await;
+    assert_eq!(hosts(&source.snapshots.borrow()), ["a"]);
+    let b = put(dir.path(), "b.yml", &format!("---\n{}---\n---\n{}", service("b"), service("c")));
+    until_hosts(&mut source, &["a", "b", "c"]).await;
+    put(dir.path(), "b.yml", &service("d"));
+    until_hosts(&mut source, &["a", "d"]).await;
+    let list = r#"{"apiVersion": "v1", "kind": "List", "items": [
+        {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "e"}}]}"#;
+    put(dir.path(), "e.json", list);
+    until_hosts(&mut source, &["a", "d", "e"]).await;
+    fs::remove_file(b).unwrap();
+    until_hosts(&mut source, &["a", "e"]).await;
+    // Written in place, by someone who does not rename.
+    fs::write(dir.path().join("f.yaml"), service("f")).unwrap();
+    until_hosts(&mut source, &["a", "e", "f"]).await;
+    assert_eq!(source.snapshots.borrow().revision, source.counts.compiled.load(Ordering::Relaxed));
+}
+
+#[tokio::test]
+async fn a_broken_file_keeps_its_last_good_state() {
+    let dir = tempfile::tempdir().unwrap();
+    put(dir.path(), "a.yaml", &service("a"));
+    put(dir.path(), "b.yaml", &service("b"));
+    let mut source = start(dir.path()).await;
+    let revision = source.snapshots.borrow().revision;
+    put(dir.path(), "a.yaml", "kind: [");
+    let problem = until_problem(&mut source, "not valid YAML").await;
+    assert!(problem.file.ends_with("a.yaml") && problem.object.is_none());
+    assert_eq!(hosts(&source.snapshots.borrow()), ["a", "b"]);
+    assert_eq!(source.snapshots.borrow().revision, revision, "nothing was compiled");
+    // A key given twice is an accident, not a choice.
+    put(dir.path(), "a.yaml", "{apiVersion: v1, apiVersion: v2}");
+    until_problem(&mut source, "duplicate").await;
+    put(dir.path(), "a.yaml", &service("c"));
+    until_no_problem(&mut source).await;
+    until_hosts(&mut source, &["b", "c"]).await;
+}
+
+#[tokio::test]
+async fn an_invalid_object_keeps_its_last_good_state_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = |routes: &str, name: &str| format!("{}---\n{}---\n{routes}", service("a"), service(name));
+    put(dir.path(), "a.yaml", &text(&routes_to("a"), "b"));
+    let mut source = start(dir.path()).await;
+    assert_eq!(first_route(&source), "to-a");
+    let broken = routes_to("b").replace("route:", "rout:");
+    put(dir.path(), "a.yaml", &text(&broken, "c"));
+    let problem = until_problem(&mut source, "unknown field").await;
+    assert_eq!(problem.object.as_deref(), Some("VirtualService default/a"));
+    assert_eq!(problem.field.as_deref(), Some("spec.http[0].rout"));
+    until_hosts(&mut source, &["a", "c"]).await;
+    assert_eq!(first_route(&source), "to-a");
+    // Nobody can tell what this was: everything stays.
+    put(dir.path(), "a.yaml", "{apiVersion: v1, kind: Service}");
+    let problem = until_problem(&mut source, "is required (document 1)").await;
+    assert_eq!(problem.field.as_deref(), Some("metadata.name"));
+    assert_eq!(hosts(&source.snapshots.borrow()), ["a", "c"]);
+    put(dir.path(), "a.yaml", &text(&routes_to("c"), "c"));
+    until_no_problem(&mut source).await;
+    source.snapshots.wait_for(|s| &*s.services[HOST].ports[0].routes[0].name == "to-c").await.unwrap();
+}
+
+#[tokio::test]
+async fn one_file_has_an_object() {
+    let dir = tempfile::tempdir().unwrap();
+    put(dir.path(), "a.yaml", &service("a"));
+    put(dir.path(), "b.yaml", &(service("a") + "---\n" + &service("b") + "---\n" + &service("b")));
+    let mut source = start(dir.path()).await;
+    let problem = until_problem(&mut source, "has this object too").await;
+    assert!(problem.file.ends_with("b.yaml") && problem.message.contains("a.yaml"), "{problem}");
+    until_problem(&mut source, "twice").await;
+    assert_eq!(source.problems.borrow().len(), 2);
+    assert_eq!(source.counts.problems.load(Ordering::Relaxed), 2);
+    fs::remove_file(dir.path().join("a.yaml")).unwrap();
+    source.problems.wait_for(|problems| problems.len() == 1).await.unwrap();
+    assert_eq!(hosts(&source.snapshots.borrow()), ["a", "b"]);
+    assert_eq!(source.counts.problems.load(Ordering::Relaxed), 2, "what lasts is counted once");
+}
+
+#[tokio::test]
+async fn problems_of_compiling_come_with_the_file() {
+    let dir = tempfile::tempdir().unwrap();
+    put(dir.path(), "a.yaml", &service("a"));
+    put(dir.path(), "routes.yaml", &routes_to("b"));
+    let mut source = start(dir.path()).await;
+    let problem = until_problem(&mut source, "no Service has the host b.default").await;
+    assert!(problem.file.ends_with("routes.yaml"));
+    assert_eq!(problem.field.as_deref(), Some("spec.http[0].route[0].destination.host"));
+    put(dir.path(), "b.yaml", &service("b"));
+    until_no_problem(&mut source).await;
+}
+
+#[tokio::test]
+async fn a_mounted_config_map_is_swapped_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = |version: &str, name: &str| {
+        let path = dir.path().join(version);
+        fs::create_dir(&path).unwrap();
+        fs::write(path.join("a.yaml"), service(name)).unwrap();
+    };
+    let point_to = |version: &str| {
+        symlink(version, dir.path().join("..tmp")).unwrap();
+        fs::rename(dir.path().join("..tmp"), dir.path().join("..data")).unwrap();
+    };
+    data("..one", "a");
+    point_to("..one");
+    symlink("..data/a.yaml", dir.path().join("a.yaml")).unwrap();
+    let mut source = start(dir.path()).await;
+    assert_eq!(hosts(&source.snapshots.borrow()), ["a"]);
+    data("..two", "b");
+    point_to("..two");
+    until_hosts(&mut source, &["b"]).await;
+}
+
+#[tokio::test]
+async fn a_directory_that_goes_and_comes_back() {
+    let parent = tempfile::tempdir().unwrap();
+    let dir = parent.path().join("config");
+    fs::create_dir(&dir).unwrap();
+    put(&dir, "a.yaml", &service("a"));
+    let mut source = start(&dir).await;
+    fs::rename(&dir, parent.path().join("away")).unwrap();
+    until_problem(&mut source, "the directory cannot be read").await;
+    assert_eq!(hosts(&source.snapshots.borrow()), ["a"]);
+    fs::create_dir(&dir).unwrap();
+    put(&dir, "b.yaml", &service("b"));
+    until_hosts(&mut source, &["b"]).await;
+    // And the new one is watched.
+    put(&dir, "c.yaml", &service("c"));
+    until_hosts(&mut source, &["b", "c"]).await;
+    until_no_problem(&mut source).await;
+}
+
+#[tokio::test]
+async fn rereading_finds_what_inotify_cannot_see() {
+    let dir = tempfile::tempdir().unwrap();
+    let elsewhere = tempfile::tempdir().unwrap();
+    let target = put(elsewhere.path(), "a.yaml", &service("a"));
+    symlink(target, dir.path().join("a.yaml")).unwrap();
+    let mut source = start(dir.path()).await;
+    put(elsewhere.path(), "a.yaml", &service("b"));
+    source.reread.reread();
+    until_hosts(&mut source, &["b"]).await;
+}
+
+#[tokio::test]
+async fn what_is_no_manifest_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::create_dir(dir.path().join("dir.yaml")).unwrap();
+    fs::write(dir.path().join("bytes.yaml"), [0xff, 0xfe, 0x00]).unwrap();
+    fs::write(dir.path().join("text.json"), "{").unwrap();
+    nix::unistd::mkfifo(&dir.path().join("pipe.yaml"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let source = start(dir.path()).await;
+    let problems: Vec<String> = source.problems.borrow().iter().map(ToString::to_string).collect();
+    let expected = [
+        "bytes.yaml: not valid YAML",
+        "dir.yaml: the file cannot",
+        "pipe.yaml: the file cannot",
+        "text.json: not valid JSON",
+    ];
+    assert_eq!(problems.len(), expected.len(), "{problems:?}");
+    for (problem, expected) in problems.iter().zip(expected) {
+        assert!(problem.contains(expected), "{problem}");
+    }
+}
+
+#[test]
+fn yaml_that_explodes_is_refused() {
+    let mut bomb = String::from("a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n");
+    for i in 1..12 {
+        let before = format!("*a{}, ", i - 1).repeat(10);
+        bomb.push_str(&["a", &i.to_string(), ": &a", &i.to_string(), " [", &before, "]\n"].concat());
+    }
+    for text in [bomb, "[".repeat(1_000), "{a: ".repeat(1_000), "a: &a [*a]".to_owned()] {
+        let (objects, problems) = read_text(&text);
+        assert!(objects.is_empty());
+        assert_eq!(problems.len(), 1, "{problems:?}");
+    }
+}
+
+#[tokio::test]
+async fn the_watch_ends_with_its_receivers() {
+    let dir = tempfile::tempdir().unwrap();
+    let Source { snapshots, mut problems, .. } = start(dir.path()).await;
+    drop(snapshots);
+    assert!(problems.changed().await.is_err(), "the sender is gone");
+}

@@ -1,0 +1,206 @@
+//! The addresses behind a service port: from `EndpointSlices` where a service has them, else from its selector.
+//!
+//! Promises addresses of one family per port, sorted, each once, ready ones only. Tested in `tests.rs` beside it.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use k8s_openapi::{
+    api::{
+        core::v1::{Pod, Service, ServicePort},
+        discovery::v1::{Endpoint, EndpointSlice},
+    },
+    apimachinery::pkg::util::intstr::IntOrString,
+};
+
+use super::{
+    Problems,
+    workloads::{PodEntry, Pods},
+};
+use crate::state::{
+    resource::{ObjectKey, Objects, Resource},
+    snapshot::Workload,
+};
+
+/// Label that ties an `EndpointSlice` to its service.
+const SERVICE_NAME: &str = "kubernetes.io/service-name";
+
+/// One ready address, before subsets choose among them.
+#[derive(Clone)]
+pub(super) struct Candidate<'a> {
+    /// Where the app listens.
+    pub address: SocketAddr,
+    /// Labels of its pod, if it is a pod.
+    pub labels: Option<&'a BTreeMap<String, String>>,
+    /// Its pod, when it alone owns the address.
+    pub workload: Option<Arc<Workload>>,
+}
+
+/// `EndpointSlices` by namespace and service.
+pub(super) struct Slices<'a>(HashMap<(&'a str, &'a str), Vec<(&'a ObjectKey, &'a EndpointSlice)>>);
+
+impl<'a> Slices<'a> {
+    /// Looks through all `EndpointSlices`.
+    pub fn index(objects: &'a Objects) -> Self {
+        let mut slices: HashMap<_, Vec<_>> = HashMap::new();
+        for (key, object) in objects {
+            let Resource::EndpointSlice(slice) = &object.resource else { continue };
+            let labels = slice.metadata.labels.as_ref();
+            if let Some(service) = labels.and_then(|labels| labels.get(SERVICE_NAME)) {
+                slices.entry((&*key.namespace, service.as_str())).or_default().push((key, &**slice));
+            }
+        }
+        Self(slices)
+    }
+}
+
+/// What endpoints are made from.
+pub(super) struct Backing<'a, 'p> {
+    /// All pods.
+    pub pods: &'p Pods<'a>,
+    /// All `EndpointSlices`.
+    pub slices: &'p Slices<'a>,
+}
+
+impl<'a> Backing<'a, '_> {
+    /// The ready addresses of one port of a service, of the family that suits it.
+    pub fn candidates(
+        &self,
+        key: &ObjectKey,
+        service: &Service,
+        port: &ServicePort,
+        vips: &[IpAddr],
+        problems: &mut Problems<'_>,
+    ) -> Vec<Candidate<'a>> {
+        let slices = self.slices.0.get(&(&*key.namespace, &*key.name));
+        let mut all = match slices {
+            Some(slices) => {
+                slices.iter().flat_map(|(key, slice)| self.sliced(key, slice, port, problems)).collect()
+            }
+            None => self.selected(key, service, port),
+        };
+        one_family(&mut all, prefers_v6(service, vips));
+        all.sort_by_key(|candidate| candidate.address);
+        all.dedup_by_key(|candidate| candidate.address);
+        all
+    }
+
+    fn sliced(
+        &self,
+        key: &ObjectKey,
+        slice: &'a EndpointSlice,
+        port: &ServicePort,
+        problems: &mut Problems<'_>,
+    ) -> Vec<Candidate<'a>> {
+        if slice.address_type == "FQDN" {
+            problems.add(key, "addressType", "FQDN is not supported yet; the slice is left out");
+            return Vec::new();
+        }
+        let wanted = port.name.as_deref().unwrap_or_default();
+        let found = slice.ports.iter().flatten().find(|candidate| {
+            candidate.name.as_deref().unwrap_or_default() == wanted && is_tcp(candidate.protocol.as_deref())
+        });
+        let Some(number) = found.and_then(|port| port.port) else { return Vec::new() };
+        let Some(number) = port_number(number) else {
+            problems.add(key, "ports", format!("{number} is not a port number; the slice is left out"));
+            return Vec::new();
+        };
+        let mut candidates = Vec::new();
+        for (i, endpoint) in slice.endpoints.iter().flatten().enumerate() {
+            let ready = endpoint.conditions.as_ref().and_then(|conditions| conditions.ready).unwrap_or(true);
+            // Only the first address has a meaning.
+            let Some(text) = endpoint.addresses.first().filter(|_| ready) else { continue };
+            if let Ok(ip) = text.parse::<IpAddr>() {
+                let address = SocketAddr::new(ip.to_canonical(), number);
+                candidates.push(self.candidate(key, endpoint, address));
+            } else {
+                let message = format!("{text:?} is not an address; the endpoint is left out");
+                problems.add(key, &format!("endpoints[{i}].addresses[0]"), message);
+            }
+        }
+        candidates
+    }
+
+    fn candidate(&self, slice: &ObjectKey, endpoint: &Endpoint, address: SocketAddr) -> Candidate<'a> {
+        let workload = self.pods.workloads.get(&address.ip()).cloned();
+        let target = endpoint.target_ref.as_ref().filter(|target| target.kind.as_deref() == Some("Pod"));
+        let name = target.and_then(|target| target.name.as_deref());
+        let name = name.or_else(|| workload.as_ref().map(|workload| &*workload.name));
+        let pod = name.and_then(|name| self.pods.get(&slice.namespace, name));
+        Candidate { address, labels: pod.and_then(PodEntry::labels), workload }
+    }
+
+    fn selected(&self, key: &ObjectKey, service: &Service, port: &ServicePort) -> Vec<Candidate<'a>> {
+        let spec = service.spec.as_ref();
+        let Some(selector) =
+            spec.and_then(|spec| spec.selector.as_ref()).filter(|selector| !selector.is_empty())
+        else {
+            return Vec::new();
+        };
+        let unready = spec.and_then(|spec| spec.publish_not_ready_addresses).unwrap_or(false);
+        let pods = self.pods.by_namespace.get(&*key.namespace).into_iter().flat_map(BTreeMap::values);
+        pods.filter(|pod| selects(selector, pod.labels()) && (unready || pod.ready()))
+            .filter_map(|pod| Some((pod, target_port(port, pod.pod)?)))
+            .flat_map(|(pod, number)| pod.ips.iter().map(move |ip| (pod, SocketAddr::new(*ip, number))))
+            .map(|(pod, address)| Candidate {
+                address,
+                labels: pod.labels(),
+                workload: self.pods.workloads.get(&address.ip()).cloned(),
+            })
+            .collect()
+    }
+}
+
+/// Whether labels have all that a selector asks for.
+pub(super) fn selects(
+    selector: &BTreeMap<String, String>,
+    labels: Option<&BTreeMap<String, String>>,
+) -> bool {
+    selector.iter().all(|(name, value)| labels.and_then(|labels| labels.get(name)) == Some(value))
+}
+
+/// Whether a port is one the mesh carries; TCP is Kubernetes' default.
+pub(super) fn is_tcp(protocol: Option<&str>) -> bool {
+    protocol.is_none_or(|protocol| protocol.is_empty() || protocol == "TCP")
+}
+
+/// A port number Kubernetes keeps as `i32`.
+pub(super) fn port_number(number: i32) -> Option<u16> {
+    u16::try_from(number).ok().filter(|number| *number != 0)
+}
+
+/// Where the app listens: the service's own number when nothing else is said, else a number, else the number of
+/// the container port with that name.
+fn target_port(port: &ServicePort, pod: &Pod) -> Option<u16> {
+    let name = match &port.target_port {
+        None | Some(IntOrString::Int(0)) => return port_number(port.port),
+        Some(IntOrString::Int(number)) => return port_number(*number),
+        Some(IntOrString::String(name)) if name.is_empty() => return port_number(port.port),
+        Some(IntOrString::String(name)) => name,
+    };
+    let spec = pod.spec.as_ref()?;
+    // Init containers that go on running beside the others may serve too.
+    let sidecars = spec.init_containers.iter().flatten();
+    let sidecars = sidecars.filter(|container| container.restart_policy.as_deref() == Some("Always"));
+    let mut ports =
+        spec.containers.iter().chain(sidecars).flat_map(|container| container.ports.iter().flatten());
+    let found = ports.find(|port| port.name.as_ref() == Some(name) && is_tcp(port.protocol.as_deref()))?;
+    port_number(found.container_port)
+}
+
+/// The family of the first cluster address, else the one the service asks for, else IPv4.
+fn prefers_v6(service: &Service, vips: &[IpAddr]) -> bool {
+    let families = service.spec.as_ref().and_then(|spec| spec.ip_families.as_ref());
+    let asked = families.and_then(|families| families.first()).is_some_and(|family| family == "IPv6");
+    vips.first().map_or(asked, IpAddr::is_ipv6)
+}
+
+/// Keeps the preferred family where it has any address, else IPv4, else what there is.
+fn one_family(candidates: &mut Vec<Candidate<'_>>, prefer_v6: bool) {
+    let has = |v6: bool| candidates.iter().any(|candidate| candidate.address.is_ipv6() == v6);
+    let keep_v6 = if has(prefer_v6) { prefer_v6 } else { !has(false) };
+    candidates.retain(|candidate| candidate.address.is_ipv6() == keep_v6);
+}

@@ -1,0 +1,130 @@
+//! From checked objects to the [`Snapshot`] the path reads.
+//!
+//! Pure: the same objects give the same snapshot, and whatever is wrong becomes a [`Problem`] and changes only what
+//! it names. Works through parts keyed by pod, service and cluster, so that each can later be recomputed alone.
+//! Tested by tables of YAML in `tests.rs`.
+
+use std::{collections::HashMap, sync::Arc};
+
+use self::{
+    clusters::Clusters, destination_rules::DestinationRules, routes::Routes, services::Definitions,
+    virtual_services::VirtualServices, workloads::Pods,
+};
+use super::{
+    Problem,
+    resource::{ObjectKey, Objects},
+    snapshot::{Service, ServicePort, Snapshot},
+};
+
+mod clusters;
+mod destination_rules;
+mod endpoints;
+mod protocol;
+mod routes;
+mod services;
+#[cfg(test)]
+mod tests;
+mod virtual_services;
+mod workloads;
+
+/// What compiling needs to know besides the objects.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Trust domain of identities.
+    pub trust_domain: Arc<str>,
+    /// Where pods' network namespaces come from.
+    pub netns: Netns,
+}
+
+/// Where pods' network namespaces come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Netns {
+    /// The annotation `mesh.io/netns`; an enrolled pod that has none is left alone.
+    Annotation,
+    /// Found on the node (CNI plugin, container runtime).
+    Runtime,
+}
+
+/// Compiles objects. Endpoints, clusters and workloads that were in `previous` keep what they remember.
+pub fn compile(
+    objects: &Objects,
+    previous: Option<&Snapshot>,
+    settings: &Settings,
+) -> (Snapshot, Vec<Problem>) {
+    let mut problems = Problems::new(objects);
+    let pods = Pods::index(objects, previous, settings, &mut problems);
+    let definitions = Definitions::index(objects, &pods, &mut problems);
+    let rules = DestinationRules::index(objects, &definitions, &mut problems);
+    let virtual_services = VirtualServices::index(objects, &definitions, &mut problems);
+    let mut clusters = Clusters::new(&definitions, &rules, previous);
+    let mut snapshot = Snapshot {
+        revision: previous.map_or(0, |previous| previous.revision) + 1,
+        workloads: HashMap::new(),
+        services: HashMap::with_capacity(definitions.len()),
+        vips: HashMap::new(),
+        inbound: HashMap::new(),
+    };
+    for definition in definitions.iter() {
+        let mut routes = Routes { clusters: &mut clusters, problems: &mut problems };
+        let ports = definition.ports.iter().map(|port| ServicePort {
+            port: port.port,
+            protocol: port.protocol,
+            routes: routes.compile(definition, port, virtual_services.find(&definition.host)),
+            cluster: routes.clusters.whole(definition, port),
+        });
+        let service = Arc::new(Service {
+            host: Arc::clone(&definition.host),
+            name: Arc::clone(&definition.key.name),
+            namespace: Arc::clone(&definition.key.namespace),
+            vips: definition.vips.clone(),
+            ports: ports.collect(),
+        });
+        for port in &service.ports {
+            for endpoint in &port.cluster.endpoints {
+                snapshot.inbound.entry(endpoint.address).or_insert_with(|| Arc::clone(&port.cluster));
+            }
+        }
+        for vip in &service.vips {
+            snapshot.vips.insert(*vip, Arc::clone(&service));
+        }
+        snapshot.services.insert(Arc::clone(&service.host), service);
+    }
+    snapshot.workloads = pods.workloads;
+    (snapshot, problems.into_sorted())
+}
+
+/// Collects problems, each once.
+struct Problems<'a> {
+    objects: &'a Objects,
+    found: std::collections::BTreeSet<Problem>,
+}
+
+impl<'a> Problems<'a> {
+    fn new(objects: &'a Objects) -> Self {
+        Self { objects, found: std::collections::BTreeSet::new() }
+    }
+
+    fn add(&mut self, key: &ObjectKey, field: &str, message: impl Into<String>) {
+        self.found.insert(Problem {
+            file: self.objects.get(key).map(|object| object.file.to_string()).unwrap_or_default(),
+            object: Some(key.to_string()),
+            field: Some(field.to_owned()).filter(|field| !field.is_empty()),
+            message: message.into(),
+        });
+    }
+
+    fn into_sorted(self) -> Vec<Problem> {
+        self.found.into_iter().collect()
+    }
+}
+
+/// A host as Istio reads it: a name without dots is a service in the object's own namespace.
+fn resolve(host: &str, namespace: &str) -> String {
+    let host = host.to_ascii_lowercase();
+    if host.contains('.') || host.starts_with('*') { host } else { services::host_name(&host, namespace) }
+}
+
+/// Whether a host, possibly a wildcard, covers a name.
+fn covers(pattern: &str, name: &str) -> bool {
+    pattern.strip_prefix('*').map_or(pattern == name, |suffix| name.ends_with(suffix))
+}

@@ -1,0 +1,167 @@
+//! Services as they are defined: host name, cluster addresses, ports, and the addresses behind each port.
+//!
+//! Tested in `tests.rs` beside it.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::IpAddr,
+    sync::Arc,
+};
+
+use k8s_openapi::api::core::v1::Service;
+
+use super::{
+    Problems, covers,
+    endpoints::{Backing, Candidate, Slices, is_tcp, port_number},
+    protocol,
+    workloads::Pods,
+};
+use crate::state::{
+    defaults,
+    resource::{ObjectKey, Objects, Resource},
+    snapshot::Protocol,
+};
+
+/// A service before its routes.
+pub(super) struct Definition<'a> {
+    /// Which Service.
+    pub key: &'a ObjectKey,
+    /// Fully qualified host name.
+    pub host: Arc<str>,
+    /// Its cluster addresses.
+    pub vips: Vec<IpAddr>,
+    /// Its TCP ports.
+    pub ports: Vec<PortDefinition<'a>>,
+}
+
+/// A port before its routes.
+pub(super) struct PortDefinition<'a> {
+    /// The number clients dial.
+    pub port: u16,
+    /// What is declared.
+    pub protocol: Option<Protocol>,
+    /// Its ready addresses.
+    pub candidates: Vec<Candidate<'a>>,
+}
+
+/// All services by host name.
+pub(super) struct Definitions<'a>(BTreeMap<Arc<str>, Definition<'a>>);
+
+/// `NAME.NAMESPACE.svc.cluster.local`.
+pub(super) fn host_name(name: &str, namespace: &str) -> String {
+    format!("{name}.{namespace}.svc.{}", defaults::CLUSTER_DOMAIN)
+}
+
+impl<'a> Definitions<'a> {
+    /// Looks through all Services.
+    pub fn index(objects: &'a Objects, pods: &Pods<'a>, problems: &mut Problems<'_>) -> Self {
+        let slices = Slices::index(objects);
+        let backing = Backing { pods, slices: &slices };
+        let mut owners: HashMap<IpAddr, &ObjectKey> = HashMap::new();
+        let mut definitions = BTreeMap::new();
+        for (key, object) in objects {
+            let Resource::Service(service) = &object.resource else { continue };
+            let Some(definition) = define(key, service, &backing, &mut owners, problems) else { continue };
+            definitions.insert(Arc::clone(&definition.host), definition);
+        }
+        Self(definitions)
+    }
+
+    /// The service of this host name.
+    pub fn get(&self, host: &str) -> Option<&Definition<'a>> {
+        self.0.get(host)
+    }
+
+    /// The services that a host, possibly a wildcard, covers.
+    pub fn covered_by(&self, pattern: &str) -> impl Iterator<Item = &Definition<'a>> {
+        // Hosts are looked up, not searched: there are many of both.
+        let (exact, all) =
+            if pattern.starts_with('*') { (None, Some(&self.0)) } else { (self.0.get(pattern), None) };
+        let matching = all.into_iter().flat_map(BTreeMap::values).filter(move |d| covers(pattern, &d.host));
+        exact.into_iter().chain(matching)
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// All, in the order of their host names.
+    pub fn iter(&self) -> impl Iterator<Item = &Definition<'a>> {
+        self.0.values()
+    }
+}
+
+impl<'a> Definition<'a> {
+    /// The port with this number.
+    pub fn port(&self, port: u16) -> Option<&PortDefinition<'a>> {
+        self.ports.iter().find(|candidate| candidate.port == port)
+    }
+}
+
+fn define<'a>(
+    key: &'a ObjectKey,
+    service: &'a Service,
+    backing: &Backing<'a, '_>,
+    owners: &mut HashMap<IpAddr, &'a ObjectKey>,
+    problems: &mut Problems<'_>,
+) -> Option<Definition<'a>> {
+    let spec = service.spec.as_ref();
+    if spec.and_then(|spec| spec.type_.as_deref()) == Some("ExternalName") {
+        problems.add(key, "spec.type", "ExternalName is not supported yet; the service is left out");
+        return None;
+    }
+    let vips = vips(key, service, owners, problems);
+    let mut ports: Vec<PortDefinition<'a>> = Vec::new();
+    for (i, port) in spec.and_then(|spec| spec.ports.as_ref()).into_iter().flatten().enumerate() {
+        if !is_tcp(port.protocol.as_deref()) {
+            continue;
+        }
+        let number = port_number(port.port).filter(|number| ports.iter().all(|other| other.port != *number));
+        let Some(number) = number else {
+            let message = format!("{} is no port number, or given twice; this entry is left out", port.port);
+            problems.add(key, &format!("spec.ports[{i}].port"), message);
+            continue;
+        };
+        ports.push(PortDefinition {
+            port: number,
+            protocol: protocol::declared(port.app_protocol.as_deref(), port.name.as_deref(), number),
+            candidates: backing.candidates(key, service, port, &vips, problems),
+        });
+    }
+    Some(Definition { key, host: host_name(&key.name, &key.namespace).into(), vips, ports })
+}
+
+/// The cluster addresses; each belongs to the first service (by namespace and name) that claims it.
+fn vips<'a>(
+    key: &'a ObjectKey,
+    service: &Service,
+    owners: &mut HashMap<IpAddr, &'a ObjectKey>,
+    problems: &mut Problems<'_>,
+) -> Vec<IpAddr> {
+    let Some(spec) = service.spec.as_ref() else { return Vec::new() };
+    let listed = spec.cluster_ips.as_deref().unwrap_or_default();
+    let mut written: Vec<(String, &str)> =
+        listed.iter().enumerate().map(|(i, ip)| (format!("spec.clusterIPs[{i}]"), ip.as_str())).collect();
+    if let (true, Some(ip)) = (written.is_empty(), spec.cluster_ip.as_deref()) {
+        written.push(("spec.clusterIP".to_owned(), ip));
+    }
+    let mut vips = Vec::new();
+    for (field, text) in written {
+        // "None" is a headless service: clients reach its pods by their own addresses.
+        if ["", "None"].contains(&text) {
+            continue;
+        }
+        let Ok(ip) = text.parse::<IpAddr>().map(|ip| ip.to_canonical()) else {
+            problems.add(key, &field, format!("{text:?} is not an address; the service has no such address"));
+            continue;
+        };
+        if let Some(other) = owners.get(&ip) {
+            problems.add(key, &field, format!("{ip} is already an address of {other}, which keeps it"));
+        } else {
+            owners.insert(ip, key);
+            vips.push(ip);
+        }
+    }
+    vips
+}

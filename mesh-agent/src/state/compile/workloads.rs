@@ -1,0 +1,243 @@
+//! Pods: who they are, which address is theirs alone, and whether they are enrolled.
+//!
+//! Never gives an identity to an address that two pods claim, nor to one of the host network. Tested in `tests.rs`
+//! beside it.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::IpAddr,
+    sync::Arc,
+};
+
+use k8s_openapi::{
+    api::core::v1::{Namespace, Pod},
+    apimachinery::pkg::apis::meta::v1::ObjectMeta,
+};
+
+use super::{Netns, Problems, Settings};
+use crate::{
+    identity::SpiffeId,
+    state::{
+        defaults,
+        resource::{ObjectKey, Objects, Resource},
+        snapshot::{Snapshot, Workload},
+    },
+};
+
+/// Label that enrols a namespace or pod (`node`) or opts a pod out (`none`).
+const DATAPLANE_MODE: &str = "mesh.io/dataplane-mode";
+
+/// Annotation that names a pod's network namespace.
+const NETNS: &str = "mesh.io/netns";
+
+/// Label that Deployments put on the pods of each of their `ReplicaSets`.
+const TEMPLATE_HASH: &str = "pod-template-hash";
+
+/// One running pod with its addresses.
+pub(super) struct PodEntry<'a> {
+    /// Which one.
+    pub key: &'a ObjectKey,
+    /// The object.
+    pub pod: &'a Pod,
+    /// Its addresses, canonical; those of its node when it is on the host network.
+    pub ips: Vec<IpAddr>,
+}
+
+impl<'a> PodEntry<'a> {
+    /// Its labels.
+    pub fn labels(&self) -> Option<&'a BTreeMap<String, String>> {
+        self.pod.metadata.labels.as_ref()
+    }
+
+    /// Whether it takes traffic: its Ready condition, where it has one, holds and it is not being deleted.
+    pub fn ready(&self) -> bool {
+        let conditions = self.pod.status.as_ref().and_then(|status| status.conditions.as_ref());
+        let ready = conditions.into_iter().flatten().find(|condition| condition.type_ == "Ready");
+        self.pod.metadata.deletion_timestamp.is_none()
+            && ready.is_none_or(|condition| condition.status == "True")
+    }
+}
+
+/// All pods that run.
+pub(super) struct Pods<'a> {
+    /// Pods by each address that is theirs alone.
+    pub workloads: HashMap<IpAddr, Arc<Workload>>,
+    /// Running pods by namespace and name.
+    pub by_namespace: HashMap<&'a str, BTreeMap<&'a str, PodEntry<'a>>>,
+}
+
+impl<'a> Pods<'a> {
+    /// Looks through all pods.
+    pub fn index(
+        objects: &'a Objects,
+        previous: Option<&Snapshot>,
+        settings: &Settings,
+        problems: &mut Problems<'_>,
+    ) -> Self {
+        let mut pods = Self { workloads: HashMap::new(), by_namespace: HashMap::new() };
+        let mut owners: HashMap<IpAddr, &ObjectKey> = HashMap::new();
+        let mut shared: Vec<IpAddr> = Vec::new();
+        for (key, object) in objects {
+            let Resource::Pod(pod) = &object.resource else { continue };
+            let Some(entry) = running(key, pod, settings, problems) else { continue };
+            if !host_network(pod) && !entry.ips.is_empty() {
+                let workload = keep(workload(&entry, objects, settings, problems), previous);
+                for ip in &entry.ips {
+                    if let Some(other) = owners.insert(*ip, key) {
+                        shared.push(*ip);
+                        let message =
+                            format!("{ip} is also the address of {other}, so it identifies neither");
+                        problems.add(key, "status.podIPs", message);
+                    }
+                    pods.workloads.insert(*ip, Arc::clone(&workload));
+                }
+            }
+            pods.by_namespace.entry(&key.namespace).or_default().insert(&key.name, entry);
+        }
+        for ip in shared {
+            pods.workloads.remove(&ip);
+        }
+        pods
+    }
+
+    /// A running pod by name.
+    pub fn get(&self, namespace: &str, name: &str) -> Option<&PodEntry<'a>> {
+        self.by_namespace.get(namespace)?.get(name)
+    }
+}
+
+/// The entry of a pod whose addresses are its own: not one that has finished and may have given them back.
+fn running<'a>(
+    key: &'a ObjectKey,
+    pod: &'a Pod,
+    settings: &Settings,
+    problems: &mut Problems<'_>,
+) -> Option<PodEntry<'a>> {
+    let status = pod.status.as_ref();
+    let phase = status.and_then(|status| status.phase.as_deref()).unwrap_or_default();
+    if ["Succeeded", "Failed"].contains(&phase) {
+        return None;
+    }
+    let listed = status.and_then(|status| status.pod_ips.as_ref()).into_iter().flatten();
+    let mut written: Vec<(String, &str)> =
+        listed.enumerate().map(|(i, ip)| (format!("status.podIPs[{i}].ip"), ip.ip.as_str())).collect();
+    if let (true, Some(ip)) = (written.is_empty(), status.and_then(|status| status.pod_ip.as_deref())) {
+        written.push(("status.podIP".to_owned(), ip));
+    }
+    let mut ips = Vec::with_capacity(written.len());
+    for (field, text) in written.iter().filter(|(_, text)| !text.is_empty()) {
+        match text.parse::<IpAddr>().map(|ip| ip.to_canonical()) {
+            Ok(ip) if usable(ip) => ips.push(ip),
+            _ => problems.add(
+                key,
+                field,
+                format!("{text:?} is not an address a pod can have; the pod is left out"),
+            ),
+        }
+    }
+    if ips.len() < written.iter().filter(|(_, text)| !text.is_empty()).count() {
+        return None;
+    }
+    if ips.is_empty() && settings.netns == Netns::Annotation {
+        problems.add(key, "status.podIPs", "is required here: nothing else tells the pod's address");
+    }
+    Some(PodEntry { key, pod, ips })
+}
+
+/// Addresses that every pod has, or none, identify nobody.
+fn usable(ip: IpAddr) -> bool {
+    !ip.is_unspecified() && !ip.is_loopback() && !ip.is_multicast()
+}
+
+fn host_network(pod: &Pod) -> bool {
+    pod.spec.as_ref().and_then(|spec| spec.host_network).unwrap_or(false)
+}
+
+/// The same allocation as before where nothing changed.
+fn keep(workload: Workload, previous: Option<&Snapshot>) -> Arc<Workload> {
+    let before = workload.ips.first().and_then(|ip| previous?.workloads.get(ip));
+    match before {
+        Some(before) if **before == workload => Arc::clone(before),
+        _ => Arc::new(workload),
+    }
+}
+
+fn workload(
+    entry: &PodEntry<'_>,
+    objects: &Objects,
+    settings: &Settings,
+    problems: &mut Problems<'_>,
+) -> Workload {
+    let meta = &entry.pod.metadata;
+    let label = |name: &str| meta.labels.as_ref().and_then(|labels| labels.get(name)).map(String::as_str);
+    let netns = meta.annotations.as_ref().and_then(|annotations| annotations.get(NETNS));
+    let netns = netns.filter(|netns| !netns.is_empty()).map(std::path::PathBuf::from);
+    let mut enrolled = wants_mesh(entry, objects, problems);
+    if enrolled && netns.is_none() && settings.netns == Netns::Annotation {
+        let message = "missing: the pod cannot be enrolled without its network namespace, and is left alone";
+        problems.add(entry.key, &format!("metadata.annotations.{NETNS}"), message);
+        enrolled = false;
+    }
+    let spec = entry.pod.spec.as_ref();
+    let account = spec.and_then(|spec| spec.service_account_name.as_deref()).filter(|name| !name.is_empty());
+    let workload_name = workload_name(meta, &entry.key.name);
+    let first =
+        |names: [&str; 3]| names.into_iter().find_map(|name| label(name).filter(|value| !value.is_empty()));
+    let service = first(["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"]);
+    let revision = first(["service.istio.io/canonical-revision", "app.kubernetes.io/version", "version"]);
+    Workload {
+        namespace: Arc::clone(&entry.key.namespace),
+        name: Arc::clone(&entry.key.name),
+        ips: entry.ips.clone(),
+        node: spec.and_then(|spec| spec.node_name.as_deref()).filter(|node| !node.is_empty()).map(Arc::from),
+        identity: SpiffeId {
+            trust_domain: Arc::clone(&settings.trust_domain),
+            namespace: Arc::clone(&entry.key.namespace),
+            service_account: account.unwrap_or(defaults::SERVICE_ACCOUNT).into(),
+        },
+        labels: meta.labels.iter().flatten().map(|(k, v)| (k.as_str().into(), v.as_str().into())).collect(),
+        enrolled,
+        netns,
+        canonical_service: service.unwrap_or(workload_name).into(),
+        canonical_revision: revision.unwrap_or("latest").into(),
+        workload_name: workload_name.into(),
+    }
+}
+
+/// The pod's own label decides, else its namespace's.
+fn wants_mesh(entry: &PodEntry<'_>, objects: &Objects, problems: &mut Problems<'_>) -> bool {
+    let mode =
+        |meta: &ObjectMeta| meta.labels.as_ref().and_then(|labels| labels.get(DATAPLANE_MODE)).cloned();
+    let namespace_key = ObjectKey::new("Namespace", "", &entry.key.namespace);
+    let namespace = objects.get(&namespace_key).and_then(|object| match &object.resource {
+        Resource::Namespace(namespace) => mode(&(namespace as &Namespace).metadata),
+        _ => None,
+    });
+    for (key, mode) in [(entry.key, mode(&entry.pod.metadata)), (&namespace_key, namespace)] {
+        match mode.as_deref() {
+            Some("node") => return true,
+            Some("none") => return false,
+            Some(other) => {
+                let message =
+                    format!("{other:?} is neither node nor none; it is read as if it were not there");
+                problems.add(key, &format!("metadata.labels.{DATAPLANE_MODE}"), message);
+            }
+            None => {}
+        }
+    }
+    false
+}
+
+/// The controller's name, with a `ReplicaSet` standing for its Deployment.
+fn workload_name<'p>(meta: &'p ObjectMeta, name: &'p str) -> &'p str {
+    let hash =
+        meta.labels.as_ref().and_then(|labels| labels.get(TEMPLATE_HASH)).filter(|hash| !hash.is_empty());
+    let owners = meta.owner_references.as_ref();
+    if let Some(owner) = owners.into_iter().flatten().find(|owner| owner.controller == Some(true)) {
+        let stripped = hash
+            .filter(|_| owner.kind == "ReplicaSet")
+            .and_then(|hash| owner.name.strip_suffix(hash.as_str())?.strip_suffix('-'));
+        return stripped.unwrap_or(&owner.name);
+    }
+    hash.and_then(|hash| name.split_once(&format!("-{hash}"))).map_or(name, |(deployment, _)| deployment)
+}

@@ -1,0 +1,64 @@
+//! Every default of the configuration, with its unit and where it comes from.
+//!
+//! Promises that nothing else in `state/` invents a number. Tested through the compiled snapshots in
+//! `compile/tests.rs`.
+
+use std::time::Duration;
+
+use http::StatusCode;
+
+use super::snapshot::{Percentage, RetryOn, RetryPolicy};
+
+/// DNS suffix of service host names: `NAME.NAMESPACE.svc.cluster.local` (Kubernetes' default cluster domain).
+pub const CLUSTER_DOMAIN: &str = "cluster.local";
+
+/// Namespace of an object that names none (Kubernetes).
+pub const NAMESPACE: &str = "default";
+
+/// Service account of a pod that names none (Kubernetes).
+pub const SERVICE_ACCOUNT: &str = "default";
+
+/// Namespace whose `DestinationRules` hold for the whole mesh (Istio's `rootNamespace`).
+pub const ROOT_NAMESPACE: &str = "istio-system";
+
+/// Tries after the first where a route has no `retries` (Istio).
+pub const RETRY_ATTEMPTS: u32 = 2;
+
+/// Base of the backoff between tries (Envoy's `retry_back_off.base_interval`).
+pub const RETRY_BACKOFF: Duration = Duration::from_millis(25);
+
+/// gRPC statuses of the default `retryOn`: cancelled (1) and unavailable (14) (Istio).
+pub const RETRY_GRPC: [u32; 2] = [1, 14];
+
+/// `connectionPool.tcp.connectTimeout` (Istio).
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// `redirect.redirectCode` (Istio).
+pub const REDIRECT_STATUS: StatusCode = StatusCode::MOVED_PERMANENTLY;
+
+/// `fault.*.percentage`: a fault without one hits no request (Istio's documentation, Envoy's default).
+pub const FAULT_PERCENTAGE: Percentage = Percentage(0);
+
+/// Longest regular expression (Istio), in characters.
+pub const REGEX_LENGTH: usize = 1024;
+
+/// Shortest duration where one is asked for (Istio).
+pub const DURATION: Duration = Duration::from_millis(1);
+
+/// Largest body of a `directResponse` (Istio), in bytes.
+pub const DIRECT_RESPONSE_BODY: usize = 1024 * 1024;
+
+/// Ports whose service declares no protocol, and which are known to carry protocols where the server speaks first
+/// or that are not HTTP: SMTP, submission, `MySQL`, Galera, `PostgreSQL`, Redis, Elasticsearch
+/// transport, memcached (Linkerd's list of opaque ports).
+pub const OPAQUE_PORTS: [u16; 8] = [25, 587, 3306, 4444, 5432, 6379, 9300, 11211];
+
+/// The default of `retryOn` (Istio): `connect-failure,refused-stream,unavailable,cancelled`.
+pub fn retry_on() -> RetryOn {
+    RetryOn { connect_failure: true, refused_stream: true, grpc: RETRY_GRPC.to_vec(), ..RetryOn::default() }
+}
+
+/// Retries of a route that says nothing about them (Istio).
+pub fn retry_policy() -> RetryPolicy {
+    RetryPolicy { attempts: RETRY_ATTEMPTS, per_try_timeout: None, on: retry_on(), backoff: RETRY_BACKOFF }
+}

@@ -1,0 +1,319 @@
+//! Istio's `DestinationRule`, checked: subsets, and the parts of `trafficPolicy` this version honours.
+//!
+//! Fields that Istio has and this version does not honour are refused by name, among them all of `tls`: whether
+//! traffic is encrypted follows from enrolment, and a rule that asks for less or more must not be passed over.
+//! Tested by the table below.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use serde::Deserialize;
+
+use super::{
+    ObjectKey,
+    duration::IstioDuration,
+    field::{Checked, FieldError, NotYet, item, under},
+    virtual_service::check_host,
+};
+use crate::state::snapshot::Balancing;
+
+/// A `DestinationRule`.
+#[derive(Debug)]
+pub struct DestinationRule {
+    /// `metadata.namespace`.
+    pub namespace: Arc<str>,
+    /// `metadata.name`.
+    pub name: Arc<str>,
+    /// `metadata.creationTimestamp`; decides whose policy holds when two name the same host.
+    pub created: Option<Time>,
+    /// `spec.host`, as written.
+    pub host: String,
+    /// `spec.trafficPolicy`.
+    pub policy: Option<TrafficPolicy>,
+    /// `spec.subsets`.
+    pub subsets: Vec<Subset>,
+}
+
+/// One entry of `spec.subsets`.
+#[derive(Debug)]
+pub struct Subset {
+    /// `name`.
+    pub name: String,
+    /// `labels`: what pods must carry.
+    pub labels: BTreeMap<String, String>,
+    /// `trafficPolicy`.
+    pub policy: Option<TrafficPolicy>,
+}
+
+/// `trafficPolicy`, block by block; what is `None` is inherited.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct TrafficPolicy {
+    /// `loadBalancer`.
+    pub balancing: Option<Balancing>,
+    /// `connectionPool`.
+    pub pool: Option<ConnectionPool>,
+}
+
+/// `connectionPool`.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct ConnectionPool {
+    /// `tcp.connectTimeout`.
+    pub connect_timeout: Option<Duration>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Wire {
+    host: String,
+    traffic_policy: Option<WirePolicy>,
+    subsets: Option<Vec<WireSubset>>,
+    export_to: Option<Vec<String>>,
+    #[serde(rename = "workloadSelector")]
+    _workload_selector: Option<NotYet>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct WireSubset {
+    name: String,
+    labels: Option<BTreeMap<String, String>>,
+    traffic_policy: Option<WirePolicy>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct WirePolicy {
+    load_balancer: Option<WireBalancer>,
+    connection_pool: Option<WirePool>,
+    #[serde(rename = "outlierDetection")]
+    _outlier_detection: Option<NotYet>,
+    #[serde(rename = "tls")]
+    _tls: Option<NotYet>,
+    #[serde(rename = "portLevelSettings")]
+    _port_level_settings: Option<NotYet>,
+    #[serde(rename = "tunnel")]
+    _tunnel: Option<NotYet>,
+    #[serde(rename = "proxyProtocol")]
+    _proxy_protocol: Option<NotYet>,
+    #[serde(rename = "retryBudget")]
+    _retry_budget: Option<NotYet>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct WireBalancer {
+    simple: Option<Simple>,
+    #[serde(rename = "consistentHash")]
+    _consistent_hash: Option<NotYet>,
+    #[serde(rename = "localityLbSetting")]
+    _locality_lb_setting: Option<NotYet>,
+    #[serde(rename = "zoneAwareLbSetting")]
+    _zone_aware_lb_setting: Option<NotYet>,
+    #[serde(rename = "warmup")]
+    _warmup: Option<NotYet>,
+    #[serde(rename = "warmupDurationSecs")]
+    _warmup_duration_secs: Option<NotYet>,
+    #[serde(rename = "backendUtilization")]
+    _backend_utilization: Option<NotYet>,
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+enum Simple {
+    Unspecified,
+    LeastRequest,
+    LeastConn,
+    RoundRobin,
+    Random,
+    Passthrough,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct WirePool {
+    tcp: Option<WireTcp>,
+    #[serde(rename = "http")]
+    _http: Option<NotYet>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct WireTcp {
+    connect_timeout: Option<IstioDuration>,
+    #[serde(rename = "maxConnections")]
+    _max_connections: Option<NotYet>,
+    #[serde(rename = "tcpKeepalive")]
+    _tcp_keepalive: Option<NotYet>,
+    #[serde(rename = "maxConnectionDuration")]
+    _max_connection_duration: Option<NotYet>,
+    #[serde(rename = "idleTimeout")]
+    _idle_timeout: Option<NotYet>,
+}
+
+/// Checks the `spec` of a `DestinationRule`.
+pub(super) fn check(
+    key: &ObjectKey,
+    created: Option<Time>,
+    spec: &serde_json::Value,
+) -> Checked<DestinationRule> {
+    let wire: Wire = super::field::deserialize(spec)?;
+    check_export_to(wire.export_to.as_deref())?;
+    check_host(&wire.host).map_err(under("host"))?;
+    let policy = wire.traffic_policy.map(WirePolicy::check).transpose().map_err(under("trafficPolicy"))?;
+    let mut subsets: Vec<Subset> = Vec::new();
+    for (i, subset) in wire.subsets.unwrap_or_default().into_iter().enumerate() {
+        subsets.push(subset.check(&subsets).map_err(item("subsets", i))?);
+    }
+    let (namespace, name) = (Arc::clone(&key.namespace), Arc::clone(&key.name));
+    Ok(DestinationRule { namespace, name, created, host: wire.host, policy, subsets })
+}
+
+impl WireSubset {
+    fn check(self, before: &[Subset]) -> Checked<Subset> {
+        if self.name.is_empty() || self.name.contains('|') {
+            return Err(FieldError::new("name", "subset name is required, and may not contain |"));
+        }
+        if before.iter().any(|subset| subset.name == self.name) {
+            return Err(FieldError::new("name", format!("duplicate subset {:?}", self.name)));
+        }
+        let policy =
+            self.traffic_policy.map(WirePolicy::check).transpose().map_err(under("trafficPolicy"))?;
+        Ok(Subset { name: self.name, labels: self.labels.unwrap_or_default(), policy })
+    }
+}
+
+impl WirePolicy {
+    fn check(self) -> Checked<TrafficPolicy> {
+        let balancing = match self.load_balancer {
+            None => None,
+            Some(balancer) => Some(balancer.check().map_err(under("loadBalancer"))?),
+        };
+        let pool = match self.connection_pool {
+            None => None,
+            Some(pool) => Some(pool.check().map_err(under("connectionPool"))?),
+        };
+        Ok(TrafficPolicy { balancing, pool })
+    }
+}
+
+impl WireBalancer {
+    fn check(&self) -> Checked<Balancing> {
+        match self.simple {
+            None | Some(Simple::Unspecified) => Ok(Balancing::default()),
+            Some(Simple::LeastRequest | Simple::LeastConn) => Ok(Balancing::LeastRequest),
+            Some(Simple::RoundRobin) => Ok(Balancing::RoundRobin),
+            Some(Simple::Random) => Ok(Balancing::Random),
+            Some(Simple::Passthrough) => Err(FieldError::new("simple", "PASSTHROUGH is not supported yet")),
+        }
+    }
+}
+
+impl WirePool {
+    fn check(self) -> Checked<ConnectionPool> {
+        let connect_timeout = self
+            .tcp
+            .and_then(|tcp| tcp.connect_timeout)
+            .map(|timeout| timeout.at_least_a_millisecond("tcp.connectTimeout"))
+            .transpose()?;
+        Ok(ConnectionPool { connect_timeout })
+    }
+}
+
+/// Only `*`, Istio's default, is honoured: anything narrower would be shown to more clients than it says.
+pub(super) fn check_export_to(export_to: Option<&[String]>) -> Checked<()> {
+    for (i, to) in export_to.unwrap_or_default().iter().enumerate() {
+        if to != "*" {
+            let message = format!("{to:?} is not supported yet; only \"*\" is");
+            return Err(item("exportTo", i)(FieldError::new("", message)));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn read(spec: &serde_json::Value) -> Checked<DestinationRule> {
+        check(&ObjectKey::new("DestinationRule", "default", "reviews"), None, spec)
+    }
+
+    #[test]
+    fn bad_rules_name_their_field() {
+        let pool = |tcp| json!({"host": "a", "trafficPolicy": {"connectionPool": {"tcp": tcp}}});
+        let balancer = |lb| json!({"host": "a", "trafficPolicy": {"loadBalancer": lb}});
+        let table = [
+            (json!({}), "", "missing field `host`"),
+            (json!({"host": "a b"}), "host", "not a domain name"),
+            (json!({"host": "a", "subset": []}), "subset", "unknown field"),
+            (json!({"host": "a", "exportTo": ["*", "."]}), "exportTo[1]", "not supported yet"),
+            (json!({"host": "a", "workloadSelector": {}}), "workloadSelector", "not supported yet"),
+            (json!({"host": "a", "subsets": [{"labels": {}}]}), "subsets[0]", "missing field `name`"),
+            (
+                json!({"host": "a", "subsets": [{"name": "v1"}, {"name": "v1"}]}),
+                "subsets[1].name",
+                "duplicate",
+            ),
+            (
+                json!({"host": "a", "subsets": [{"name": "v1", "trafficPolicy": {"outlierDetection": {}}}]}),
+                "subsets[0].trafficPolicy.outlierDetection",
+                "not supported yet",
+            ),
+            (
+                json!({"host": "a", "trafficPolicy": {"tls": {"mode": "DISABLE"}}}),
+                "trafficPolicy.tls",
+                "not supported",
+            ),
+            (
+                balancer(json!({"simple": "PASSTHROUGH"})),
+                "trafficPolicy.loadBalancer.simple",
+                "not supported yet",
+            ),
+            (balancer(json!({"simple": "BEST"})), "trafficPolicy.loadBalancer.simple", "unknown variant"),
+            (
+                balancer(json!({"consistentHash": {"useSourceIp": true}})),
+                "trafficPolicy.loadBalancer.consistentHash",
+                "not supported yet",
+            ),
+            (
+                pool(json!({"connectTimeout": "10"})),
+                "trafficPolicy.connectionPool.tcp.connectTimeout",
+                "not a duration",
+            ),
+            (
+                pool(json!({"connectTimeout": "1us"})),
+                "trafficPolicy.connectionPool.tcp.connectTimeout",
+                "1ms",
+            ),
+            (
+                pool(json!({"maxConnections": 1})),
+                "trafficPolicy.connectionPool.tcp.maxConnections",
+                "not supported",
+            ),
+        ];
+        for (spec, field, message) in table {
+            let error = read(&spec).unwrap_err();
+            assert_eq!(error.field, field, "{spec}");
+            assert!(error.message.contains(message), "{spec}: {}", error.message);
+        }
+    }
+
+    #[test]
+    fn balancers_are_read() {
+        let table = [
+            ("LEAST_REQUEST", Balancing::LeastRequest),
+            ("LEAST_CONN", Balancing::LeastRequest),
+            ("UNSPECIFIED", Balancing::LeastRequest),
+            ("ROUND_ROBIN", Balancing::RoundRobin),
+            ("RANDOM", Balancing::Random),
+        ];
+        for (simple, balancing) in table {
+            let rule =
+                read(&json!({"host": "a", "trafficPolicy": {"loadBalancer": {"simple": simple}}})).unwrap();
+            assert_eq!(rule.policy.unwrap().balancing, Some(balancing), "{simple}");
+        }
+    }
+}

@@ -1,0 +1,253 @@
+//! What users write: Kubernetes objects and Istio's, typed and checked one by one.
+//!
+//! Promises that an object which is accepted cannot make `compile` fail, and that one which is refused names the
+//! field. Never does I/O and never sees YAML: sources hand in JSON values. Tested by the tables below and in each
+//! kind's file.
+
+use std::{collections::BTreeMap, fmt, sync::Arc};
+
+use k8s_openapi::api::{
+    core::v1::{ConfigMap, Namespace, Node, Pod, Secret, Service, ServiceAccount},
+    discovery::v1::EndpointSlice,
+};
+use serde::{Serialize, de::DeserializeOwned};
+use serde_json::Value;
+
+use self::{
+    destination_rule::DestinationRule,
+    field::{Checked, FieldError, under},
+    virtual_service::VirtualService,
+};
+use super::{Problem, defaults};
+
+pub mod destination_rule;
+mod duration;
+pub mod field;
+mod headers;
+mod string_match;
+pub mod virtual_service;
+
+#[cfg(test)]
+mod tests;
+
+/// Which object: there is one of each.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ObjectKey {
+    /// `kind`.
+    pub kind: Arc<str>,
+    /// `metadata.namespace`; empty for kinds that have none.
+    pub namespace: Arc<str>,
+    /// `metadata.name`.
+    pub name: Arc<str>,
+}
+
+impl ObjectKey {
+    /// A key; the namespace is empty for kinds that have none.
+    pub fn new(kind: &str, namespace: &str, name: &str) -> Self {
+        Self { kind: kind.into(), namespace: namespace.into(), name: name.into() }
+    }
+}
+
+impl fmt::Display for ObjectKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &*self.namespace {
+            "" => write!(f, "{} {}", self.kind, self.name),
+            namespace => write!(f, "{} {namespace}/{}", self.kind, self.name),
+        }
+    }
+}
+
+/// A checked object and where it was read.
+#[derive(Debug)]
+pub struct Object {
+    /// Where it was read, for problems; for example a file's path.
+    pub file: Arc<str>,
+    /// What it says.
+    pub resource: Resource,
+}
+
+/// The input of `compile`: objects by key.
+pub type Objects = BTreeMap<ObjectKey, Arc<Object>>;
+
+/// An object of a kind the mesh reads.
+#[derive(Debug)]
+pub enum Resource {
+    /// Namespace.
+    Namespace(Box<Namespace>),
+    /// Pod.
+    Pod(Box<Pod>),
+    /// Service.
+    Service(Box<Service>),
+    /// `EndpointSlice`.
+    EndpointSlice(Box<EndpointSlice>),
+    /// Istio's `VirtualService`.
+    VirtualService(Box<VirtualService>),
+    /// Istio's `DestinationRule`.
+    DestinationRule(Box<DestinationRule>),
+    /// A kind that belongs in manifests and that nothing is compiled from yet: Node, `ServiceAccount`, Secret,
+    /// `ConfigMap`. It was checked, and its content is not kept.
+    Accepted,
+}
+
+/// A manifest that was refused: which object, as far as it could be told, and why.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refused {
+    /// The object; none when the manifest does not say what it is.
+    pub key: Option<ObjectKey>,
+    /// Why.
+    pub error: FieldError,
+}
+
+impl Refused {
+    /// The problem to report.
+    pub fn problem(&self, file: &str) -> Problem {
+        Problem {
+            file: file.to_owned(),
+            object: self.key.as_ref().map(ToString::to_string),
+            field: Some(self.error.field.clone()).filter(|field| !field.is_empty()),
+            message: self.error.message.clone(),
+        }
+    }
+}
+
+/// Reads and checks one object.
+pub fn read(value: &Value) -> Result<(ObjectKey, Resource), Refused> {
+    let header = header(value).map_err(|error| Refused { key: None, error })?;
+    match resource(&header, value) {
+        Ok(resource) => Ok((header.key, resource)),
+        Err(error) => Err(Refused { key: Some(header.key), error }),
+    }
+}
+
+/// What tells an object from others.
+struct Header<'a> {
+    api_version: &'a str,
+    key: ObjectKey,
+}
+
+fn header(value: &Value) -> Checked<Header<'_>> {
+    if !value.is_object() {
+        return Err(FieldError::new("", "this is not an object with apiVersion, kind and metadata"));
+    }
+    let text = |path: &str| {
+        let at = format!("/{}", path.replace('.', "/"));
+        let text = value.pointer(&at).filter(|value| !value.is_null());
+        match text.map(Value::as_str) {
+            Some(None) => Err(FieldError::new(path, "must be a string")),
+            Some(Some("")) | None => Ok(None),
+            Some(text) => Ok(text),
+        }
+    };
+    let required = |path: &str| text(path)?.ok_or_else(|| FieldError::new(path, "is required"));
+    let (api_version, kind) = (required("apiVersion")?, required("kind")?);
+    let name = required("metadata.name")?;
+    dns_name(name).map_err(under("metadata.name"))?;
+    let namespace = if ["Namespace", "Node"].contains(&kind) {
+        ""
+    } else {
+        text("metadata.namespace")?.unwrap_or(defaults::NAMESPACE)
+    };
+    if !namespace.is_empty() {
+        dns_name(namespace).map_err(under("metadata.namespace"))?;
+    }
+    Ok(Header { api_version, key: ObjectKey::new(kind, namespace, name) })
+}
+
+/// A DNS-1123 subdomain: names become parts of host names and of identities, where a slash would forge one.
+pub(super) fn dns_name(name: &str) -> Checked<()> {
+    let edge = |c: Option<char>| c.is_some_and(|c| c.is_ascii_lowercase() || c.is_ascii_digit());
+    let inner = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-' || c == '.';
+    if name.len() <= 253 && edge(name.chars().next()) && edge(name.chars().last()) && name.chars().all(inner)
+    {
+        return Ok(());
+    }
+    Err(FieldError::new("", format!("{name:?} is not a name: lower case letters, digits, - and . only")))
+}
+
+fn resource(header: &Header<'_>, value: &Value) -> Checked<Resource> {
+    match (header.api_version, &*header.key.kind) {
+        ("v1", "Namespace") => core(value).map(Resource::Namespace),
+        ("v1", "Pod") => check_pod(core(value)?).map(Resource::Pod),
+        ("v1", "Service") => core(value).map(Resource::Service),
+        ("v1", "Node") => core::<Node>(value).map(|_| Resource::Accepted),
+        ("v1", "ServiceAccount") => core::<ServiceAccount>(value).map(|_| Resource::Accepted),
+        ("v1", "Secret") => core::<Secret>(value).map(|_| Resource::Accepted),
+        ("v1", "ConfigMap") => core::<ConfigMap>(value).map(|_| Resource::Accepted),
+        ("discovery.k8s.io/v1", "EndpointSlice") => core(value).map(Resource::EndpointSlice),
+        (
+            "networking.istio.io/v1alpha3" | "networking.istio.io/v1beta1" | "networking.istio.io/v1",
+            "VirtualService" | "DestinationRule",
+        ) => istio(header, value),
+        (api_version, kind) => {
+            let group = api_version.split_once('/').map_or("", |(group, _)| group);
+            let ours = group.ends_with("istio.io") || group == "gateway.networking.k8s.io";
+            let why = if ours { "is not supported yet" } else { "is not one the mesh reads" };
+            Err(FieldError::new("", format!("kind {kind} (apiVersion {api_version}) {why}")))
+        }
+    }
+}
+
+/// Reads a Kubernetes object, refusing fields that its schema does not have (`status` apart: it is written by
+/// clusters, which may be newer than this program).
+fn core<T: DeserializeOwned + Serialize>(value: &Value) -> Checked<Box<T>> {
+    let object: T = field::deserialize(value)?;
+    refuse_unknown(value, &object)?;
+    Ok(Box::new(object))
+}
+
+/// Compares what was written with what the schema kept of it.
+fn refuse_unknown<T: Serialize>(written: &Value, read: &T) -> Checked<()> {
+    let kept = serde_json::to_value(read).map_err(|error| FieldError::new("", error.to_string()))?;
+    match lost(written, &kept) {
+        None => Ok(()),
+        Some(path) => Err(FieldError::new(path, "unknown field")),
+    }
+}
+
+/// Path of the first field that is in `written` and not in `kept`.
+fn lost(written: &Value, kept: &Value) -> Option<String> {
+    match (written, kept) {
+        (Value::Object(written), Value::Object(kept)) => written.iter().find_map(|(name, value)| {
+            let nothing = value.is_null() || value.as_array().is_some_and(Vec::is_empty);
+            match kept.get(name) {
+                _ if name == "status" || nothing => None,
+                None if value.as_object().is_some_and(serde_json::Map::is_empty) => None,
+                None => Some(name.clone()),
+                Some(kept) => lost(value, kept).map(|rest| join(name, &rest)),
+            }
+        }),
+        (Value::Array(written), Value::Array(kept)) => {
+            let pairs = written.iter().zip(kept).enumerate();
+            pairs.into_iter().find_map(|(i, (written, kept))| {
+                lost(written, kept).map(|rest| join(&format!("[{i}]"), &rest))
+            })
+        }
+        _ => None,
+    }
+}
+
+fn join(parent: &str, rest: &str) -> String {
+    if rest.starts_with('[') { format!("{parent}{rest}") } else { format!("{parent}.{rest}") }
+}
+
+/// The service account becomes part of an identity.
+fn check_pod(pod: Box<Pod>) -> Checked<Box<Pod>> {
+    let account = pod.spec.as_ref().and_then(|spec| spec.service_account_name.as_deref());
+    if let Some(account) = account.filter(|account| !account.is_empty()) {
+        dns_name(account).map_err(under("spec.serviceAccountName"))?;
+    }
+    Ok(pod)
+}
+
+fn istio(header: &Header<'_>, value: &Value) -> Checked<Resource> {
+    let envelope: virtual_service::Envelope = field::deserialize(value)?;
+    refuse_unknown(&value["metadata"], &envelope.metadata).map_err(under("metadata"))?;
+    let created = envelope.metadata.creation_timestamp;
+    let (key, spec) = (&header.key, &envelope.spec);
+    if &*key.kind == "VirtualService" {
+        let checked = virtual_service::check(key, created, spec).map_err(under("spec"))?;
+        return Ok(Resource::VirtualService(Box::new(checked)));
+    }
+    let checked = destination_rule::check(key, created, spec).map_err(under("spec"))?;
+    Ok(Resource::DestinationRule(Box::new(checked)))
+}

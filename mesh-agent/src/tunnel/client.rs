@@ -1,0 +1,423 @@
+//! The dialling end: one verified connection to a pod's 15008, and the streams on it.
+//!
+//! A connection is made for requests ([`connect`]) or for tunnels ([`connect_tunnels`]). It ends by itself when
+//! its last handle and stream are gone. Tested in `tunnel/tests`.
+
+use std::{
+    fmt, io,
+    net::SocketAddr,
+    pin::Pin,
+    sync::{
+        Arc, Mutex, OnceLock, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    task::{Context, Poll, Waker, ready},
+};
+
+use bytes::Bytes;
+use http::{Request, Response, StatusCode};
+use hyper::client::conn::http2::SendRequest;
+use hyper_util::rt::TokioIo;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::TcpStream,
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::timeout,
+};
+use tokio_rustls::{TlsConnector, client::TlsStream};
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use super::{
+    ByteStream, Wire, failure,
+    hbone::TunnelStream,
+    native::{strip_mesh_headers, to_wire},
+    serve::keep_alive,
+    settings::{CLIENT_MAX_STREAMS, HANDSHAKE_TIMEOUT, client_builder, tunnel_client_builder},
+};
+use crate::{
+    body::Body,
+    error::{Error, Kind, Result},
+    identity::{ALPN_H2, ALPN_MESH_H2, SpiffeId, WorkloadIdentity, expected_identity, server_name},
+    state::snapshot::Protocol,
+};
+
+/// The client end of one mTLS connection to a pod's port 15008. Cheap to clone; streams share the connection.
+pub struct MeshConnection {
+    /// What the peer agreed to.
+    pub wire: Wire,
+    /// Whom the peer proved to be.
+    pub peer: SpiffeId,
+    shared: Arc<Shared>,
+    /// The place the pool set aside for the next stream of this handle.
+    reserved: Mutex<Option<OwnedSemaphorePermit>>,
+}
+
+struct Shared {
+    address: SocketAddr,
+    driver: Driver,
+    places: Arc<Semaphore>,
+    /// Grows with every stream.
+    uses: AtomicU64,
+    /// The peer's refusal of our certificate, which comes after the handshake.
+    refusal: Arc<OnceLock<Error>>,
+    closed: CancellationToken,
+    /// Tells the driver that no handle is left.
+    #[expect(dead_code, reason = "its drop is what it is for")]
+    unused: DropGuard,
+}
+
+enum Driver {
+    Hbone(h2::client::SendRequest<Bytes>),
+    MeshH2(SendRequest<Body>),
+}
+
+/// mTLS and h2 handshake over a stream that is already connected to the peer's 15008, for requests: `mesh-h2`
+/// where the peer knows it, else `h2`.
+///
+/// # Errors
+/// [`Kind::IdentityMismatch`] when the peer is none of `expected`, [`Kind::TlsFailure`] when it proves nothing.
+pub async fn connect(
+    stream: TcpStream,
+    identity: &WorkloadIdentity,
+    expected: &[SpiffeId],
+) -> Result<MeshConnection> {
+    establish(stream, identity, expected, &[ALPN_MESH_H2, ALPN_H2]).await
+}
+
+/// The same for byte streams: always `h2`, whose tunnels keep an abort an abort.
+///
+/// # Errors
+/// As [`connect`].
+pub async fn connect_tunnels(
+    stream: TcpStream,
+    identity: &WorkloadIdentity,
+    expected: &[SpiffeId],
+) -> Result<MeshConnection> {
+    establish(stream, identity, expected, &[ALPN_H2]).await
+}
+
+async fn establish(
+    stream: TcpStream,
+    identity: &WorkloadIdentity,
+    expected: &[SpiffeId],
+    alpn: &[&[u8]],
+) -> Result<MeshConnection> {
+    let address = stream
+        .peer_addr()
+        .map_err(|error| Error::new(Kind::ConnectFailure, format!("the peer left: {error}")))?;
+    // Only latency suffers when it fails.
+    let _ = stream.set_nodelay(true);
+    let connector = TlsConnector::from(identity.client_config(expected, alpn)?);
+    let tls = timeout(HANDSHAKE_TIMEOUT, connector.connect(server_name(address.ip()), stream))
+        .await
+        .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, "no TLS handshake within 10 s")))
+        .map_err(|error| failure::dialling(&error, address))?;
+    let refused = |detail: &str| Error::new(Kind::TlsFailure, format!("{address} {detail}"));
+    let session = tls.get_ref().1;
+    let wire = Wire::from_alpn(session.alpn_protocol()).ok_or_else(|| refused("chose no ALPN of ours"))?;
+    let leaf = session.peer_certificates().and_then(<[_]>::first);
+    let peer = expected_identity(leaf.ok_or_else(|| refused("showed no certificate"))?, expected)
+        .map_err(|refusal| Error::new(Kind::IdentityMismatch, format!("{address}: {refusal}")))?;
+    let shared = Shared::start(tls, wire, address).await?;
+    Ok(MeshConnection { wire, peer, shared: Arc::new(shared), reserved: Mutex::default() })
+}
+
+impl Shared {
+    async fn start(tls: TlsStream<TcpStream>, wire: Wire, address: SocketAddr) -> Result<Self> {
+        let (refusal, closed, unused) =
+            (Arc::new(OnceLock::new()), CancellationToken::new(), CancellationToken::new());
+        let io = Watched { io: tls, address, refusal: Arc::clone(&refusal) };
+        let ended = closed.clone().drop_guard();
+        let driver = match wire {
+            Wire::MeshH2 => {
+                let (sender, driver) = client_builder()
+                    .handshake(TokioIo::new(io))
+                    .await
+                    .map_err(|error| failure::stream(&error, address))?;
+                tokio::spawn(async move {
+                    let _ended = ended;
+                    if let Err(error) = driver.await {
+                        tracing::debug!(peer = %address, %error, "mesh connection ended");
+                    }
+                });
+                Driver::MeshH2(sender)
+            }
+            Wire::Hbone => {
+                let (sender, driver) = tunnel_client_builder()
+                    .handshake(io)
+                    .await
+                    .map_err(|error| failure::stream(&error, address))?;
+                tokio::spawn(drive(driver, unused.clone(), ended, address));
+                Driver::Hbone(sender)
+            }
+        };
+        let places = Arc::new(Semaphore::new(CLIENT_MAX_STREAMS));
+        let (uses, unused) = (AtomicU64::new(0), unused.drop_guard());
+        Ok(Self { address, driver, places, uses, refusal, closed, unused })
+    }
+
+    fn is_closed(&self) -> bool {
+        self.closed.is_cancelled()
+            || match &self.driver {
+                Driver::MeshH2(sender) => sender.is_closed(),
+                // The clone has no stream of its own to wait for: only the end or a GOAWAY is an error here.
+                Driver::Hbone(sender) => {
+                    let mut cx = Context::from_waker(Waker::noop());
+                    matches!(sender.clone().poll_ready(&mut cx), Poll::Ready(Err(_)))
+                }
+            }
+    }
+
+    fn failed(&self, error: &(dyn std::error::Error + 'static)) -> Error {
+        self.refusal.get().cloned().unwrap_or_else(|| failure::stream(error, self.address))
+    }
+}
+
+async fn drive(
+    mut connection: h2::client::Connection<Watched, Bytes>,
+    unused: CancellationToken,
+    _ended: DropGuard,
+    peer: SocketAddr,
+) {
+    let pings = connection.ping_pong();
+    let keep_alive = keep_alive(pings);
+    tokio::pin!(keep_alive);
+    let mut in_use = true;
+    loop {
+        tokio::select! {
+            ended = &mut connection => {
+                if let Err(error) = ended {
+                    tracing::debug!(%peer, %error, "mesh connection ended");
+                }
+                return;
+            }
+            () = &mut keep_alive => {
+                tracing::debug!(%peer, "mesh connection ended: no answer to PING");
+                return;
+            }
+            // h2 does not wake for this by itself: look again, it may have nothing left to do.
+            () = unused.cancelled(), if in_use => in_use = false,
+        }
+    }
+}
+
+impl MeshConnection {
+    /// Whether another stream may be opened.
+    pub fn is_open(&self) -> bool {
+        !self.shared.is_closed() && (self.shared.places.available_permits() > 0 || self.is_reserved())
+    }
+
+    /// Where the peer is.
+    pub fn address(&self) -> SocketAddr {
+        self.shared.address
+    }
+
+    /// Opens a CONNECT stream to `destination` (an address of the peer pod) and waits for its 200.
+    ///
+    /// Dropped before `shutdown`, the stream is reset, except on a [`Wire::MeshH2`] connection, whose tunnels end
+    /// cleanly then: take [`connect_tunnels`] for bytes.
+    ///
+    /// # Errors
+    /// [`Kind::Denied`], [`Kind::ConnectFailure`] or [`Kind::BadRequest`] by the peer's answer;
+    /// [`Kind::RefusedStream`] when another connection should be tried; [`Kind::UpstreamReset`] else.
+    pub async fn open_tunnel(&self, destination: SocketAddr) -> Result<Box<dyn ByteStream>> {
+        let place = self.take_place()?;
+        let (address, failed) = (self.shared.address, |error: &_| self.shared.failed(error));
+        let request = Request::connect(destination.to_string()).body(()).map_err(|error| {
+            Error::new(Kind::BadRequest, format!("CONNECT to {destination} is not possible: {error}"))
+        })?;
+        match &self.shared.driver {
+            Driver::Hbone(sender) => {
+                let mut sender = sender.clone().ready().await.map_err(|error| self.shared.failed(&error))?;
+                let (response, send) =
+                    sender.send_request(request, false).map_err(|error| self.shared.failed(&error))?;
+                let response = response.await.map_err(|error| self.shared.failed(&error))?;
+                check_status(response.status(), destination, address)?;
+                Ok(Box::new(TunnelStream::new(send, response.into_body(), Some(place))))
+            }
+            Driver::MeshH2(sender) => {
+                let response = sender
+                    .clone()
+                    .send_request(request.map(|()| Body::Empty))
+                    .await
+                    .map_err(|error| failed(&error))?;
+                check_status(response.status(), destination, address)?;
+                let io = hyper::upgrade::on(response).await.map_err(|error| failed(&error))?;
+                Ok(Box::new(Placed { io: TokioIo::new(io), _place: place }))
+            }
+        }
+    }
+
+    /// Sends a native request (only on [`Wire::MeshH2`]). `destination` is the app's address in the peer pod,
+    /// `protocol` what the app speaks. The response body holds the stream's place on the connection.
+    ///
+    /// Upgrades do not survive HTTP/2: send a request that asks for one through a tunnel.
+    ///
+    /// # Errors
+    /// [`Kind::RefusedStream`] when the peer never saw the request; [`Kind::UpstreamReset`] when it may have.
+    pub async fn send(
+        &self,
+        request: Request<Body>,
+        destination: SocketAddr,
+        protocol: Protocol,
+    ) -> Result<Response<Body>> {
+        let Driver::MeshH2(sender) = &self.shared.driver else {
+            let address = self.shared.address;
+            return Err(Error::new(Kind::BadRequest, format!("{address} speaks HBONE only: open a tunnel")));
+        };
+        let request = to_wire(request, destination, protocol)?;
+        let place = self.take_place()?;
+        let sent = sender.clone().send_request(request).await;
+        let mut response = sent.map_err(|error| self.shared.failed(&error))?;
+        strip_mesh_headers(response.headers_mut());
+        Ok(response.map(|body| Body::Held(body, Arc::new(place))))
+    }
+
+    /// A handle with the next stream's place set aside, unless the connection is full or closed.
+    pub(super) fn reserve(&self) -> Option<Self> {
+        if self.shared.is_closed() {
+            return None;
+        }
+        let place = Arc::clone(&self.shared.places).try_acquire_owned().ok()?;
+        self.shared.uses.fetch_add(1, Ordering::Relaxed);
+        let handle = self.clone();
+        *handle.lock() = Some(place);
+        Some(handle)
+    }
+
+    /// Ends when the connection does.
+    pub(super) fn closed(&self) -> CancellationToken {
+        self.shared.closed.clone()
+    }
+
+    /// Streams ever opened or set aside, and whether one is now.
+    pub(super) fn usage(&self) -> (u64, bool) {
+        let busy = self.shared.places.available_permits() < CLIENT_MAX_STREAMS;
+        (self.shared.uses.load(Ordering::Relaxed), busy)
+    }
+
+    /// Whether both are handles of one connection.
+    pub(super) fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.shared, &other.shared)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<OwnedSemaphorePermit>> {
+        self.reserved.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_reserved(&self) -> bool {
+        self.lock().is_some()
+    }
+
+    fn take_place(&self) -> Result<OwnedSemaphorePermit> {
+        if let Some(place) = self.lock().take() {
+            return Ok(place);
+        }
+        self.shared.uses.fetch_add(1, Ordering::Relaxed);
+        Arc::clone(&self.shared.places).try_acquire_owned().map_err(|_| {
+            let address = self.shared.address;
+            let detail =
+                format!("all {CLIENT_MAX_STREAMS} streams of this connection to {address} are in use");
+            Error::new(Kind::RefusedStream, detail)
+        })
+    }
+}
+
+fn check_status(status: StatusCode, destination: SocketAddr, peer: SocketAddr) -> Result<()> {
+    if status == StatusCode::OK { Ok(()) } else { Err(failure::refused_tunnel(status, destination, peer)) }
+}
+
+impl Clone for MeshConnection {
+    /// Another handle of the same connection, without what the pool set aside for this one.
+    fn clone(&self) -> Self {
+        let (wire, peer, shared) = (self.wire, self.peer.clone(), Arc::clone(&self.shared));
+        Self { wire, peer, shared, reserved: Mutex::default() }
+    }
+}
+
+impl fmt::Debug for MeshConnection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut out = f.debug_struct("MeshConnection");
+        out.field("address", &self.shared.address).field("wire", &self.wire).field("peer", &self.peer);
+        out.field("open", &self.is_open()).finish_non_exhaustive()
+    }
+}
+
+/// A TLS stream that remembers why the peer refused us.
+struct Watched {
+    io: TlsStream<TcpStream>,
+    address: SocketAddr,
+    refusal: Arc<OnceLock<Error>>,
+}
+
+impl AsyncRead for Watched {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let read = ready!(Pin::new(&mut self.io).poll_read(cx, buffer));
+        if let Err(error) = &read
+            && let Some(refusal) = failure::late_refusal(error, self.address)
+        {
+            let _ = self.refusal.set(refusal);
+        }
+        Poll::Ready(read)
+    }
+}
+
+impl AsyncWrite for Watched {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, data)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        data: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write_vectored(cx, data)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}
+
+/// A tunnel on a `mesh-h2` connection, with its place there.
+struct Placed {
+    io: TokioIo<hyper::upgrade::Upgraded>,
+    _place: OwnedSemaphorePermit,
+}
+
+impl AsyncRead for Placed {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_read(cx, buffer)
+    }
+}
+
+impl AsyncWrite for Placed {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, data)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}

@@ -1,0 +1,143 @@
+//! The wire as both ends see it: real handshakes and streams over loopback, no root.
+
+mod abuse;
+mod handshake;
+mod native;
+mod pool;
+mod tunnels;
+
+use std::{
+    future::Future,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    pin::Pin,
+    sync::Arc,
+};
+
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
+use tokio::{
+    net::{TcpListener, TcpStream},
+    task::JoinSet,
+};
+use tokio_util::sync::CancellationToken;
+
+use super::*;
+use crate::{
+    body::Body,
+    error::{Error, Kind, Result},
+    identity::{Authority, SpiffeId, WorkloadIdentity},
+};
+
+type TestResult = std::result::Result<(), Box<dyn std::error::Error + Send + Sync>>;
+type AppFuture = Pin<Box<dyn Future<Output = ()> + Send>>;
+/// What an app does with one tunnelled connection.
+type App = fn(Box<dyn ByteStream>) -> AppFuture;
+
+const POD: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+const ECHO: SocketAddr = SocketAddr::new(POD, 7);
+
+fn spiffe(name: &str) -> SpiffeId {
+    SpiffeId {
+        trust_domain: "cluster.local".into(),
+        namespace: "default".into(),
+        service_account: name.into(),
+    }
+}
+
+/// A client's and a server's identity of one mesh.
+struct Pair {
+    client: Arc<WorkloadIdentity>,
+    server: Arc<WorkloadIdentity>,
+}
+
+impl Pair {
+    async fn new() -> std::result::Result<Self, Box<dyn std::error::Error + Send + Sync>> {
+        let authority = Authority::in_memory("cluster.local")?;
+        let (client, server) = (spiffe("client"), spiffe("server"));
+        Ok(Self { client: authority.identity(&client).await?, server: authority.identity(&server).await? })
+    }
+}
+
+/// Two ends of a loopback connection.
+async fn sockets() -> std::io::Result<(TcpStream, TcpStream)> {
+    let listener = TcpListener::bind((POD, 0)).await?;
+    let (dialled, accepted) = tokio::join!(TcpStream::connect(listener.local_addr()?), listener.accept());
+    Ok((dialled?, accepted?.0))
+}
+
+/// The accepting end of a pod, as the agent of its node plays it.
+struct Node {
+    address: SocketAddr,
+    drain: CancellationToken,
+    served: JoinSet<Result<()>>,
+}
+
+impl Node {
+    /// Serves the next `connections`, tunnels to `app`, native requests by telling what came in.
+    async fn start(identity: &Arc<WorkloadIdentity>, connections: usize, app: App) -> std::io::Result<Self> {
+        let listener = Arc::new(TcpListener::bind((POD, 0)).await?);
+        let (address, drain, mut served) = (listener.local_addr()?, CancellationToken::new(), JoinSet::new());
+        for _ in 0..connections {
+            let (listener, identity, drain) = (Arc::clone(&listener), Arc::clone(identity), drain.clone());
+            served.spawn(async move {
+                let (stream, _) = listener
+                    .accept()
+                    .await
+                    .map_err(|error| Error::new(Kind::ConnectFailure, error.to_string()))?;
+                serve(stream, &identity, &drain, app).await
+            });
+        }
+        Ok(Self { address, drain, served })
+    }
+
+    async fn dial(&self) -> Result<TcpStream> {
+        TcpStream::connect(self.address)
+            .await
+            .map_err(|error| Error::new(Kind::ConnectFailure, error.to_string()))
+    }
+
+    async fn connect(&self, pair: &Pair) -> Result<MeshConnection> {
+        connect(self.dial().await?, &pair.client, std::slice::from_ref(&pair.server.id)).await
+    }
+
+    async fn connect_tunnels(&self, pair: &Pair) -> Result<MeshConnection> {
+        connect_tunnels(self.dial().await?, &pair.client, std::slice::from_ref(&pair.server.id)).await
+    }
+}
+
+async fn serve(
+    stream: TcpStream,
+    identity: &WorkloadIdentity,
+    drain: &CancellationToken,
+    app: App,
+) -> Result<()> {
+    let (tls, peer, wire) = accept(stream, identity).await?;
+    if wire == Wire::Hbone {
+        return serve_tunnels(tls, &[POD], drain, move |tunnel| async move {
+            match tunnel.destination.port() {
+                401 => tunnel.refuse(http::StatusCode::UNAUTHORIZED),
+                503 => drop(tunnel),
+                _ => {
+                    if let Ok(stream) = tunnel.accept() {
+                        app(Box::new(stream)).await;
+                    }
+                }
+            }
+        })
+        .await;
+    }
+    let peer = Arc::new(peer);
+    let service = service_fn(move |request| native::answer(request, wire, Arc::clone(&peer), app));
+    server_builder()
+        .serve_connection(TokioIo::new(tls), service)
+        .await
+        .map_err(|error| Error::new(Kind::BadRequest, error.to_string()))
+}
+
+fn echo(mut stream: Box<dyn ByteStream>) -> AppFuture {
+    Box::pin(async move {
+        let (mut reader, mut writer) = tokio::io::split(&mut stream);
+        let _ = tokio::io::copy(&mut reader, &mut writer).await;
+        let _ = tokio::io::AsyncWriteExt::shutdown(&mut writer).await;
+    })
+}

@@ -1,0 +1,47 @@
+//! New connections, each from inside a pod's network namespace and within its connect timeout.
+
+use std::{net::SocketAddr, time::Duration};
+
+use tokio::net::TcpStream;
+
+use crate::{
+    capture::PodNet,
+    error::{Error, Kind, Result},
+    tunnel::MESH_TLS_PORT,
+};
+
+/// One connection to be made.
+#[derive(Debug, Clone, Copy)]
+pub struct Dial<'a> {
+    /// The pod whose network it is made in.
+    pub net: &'a PodNet,
+    /// Where to.
+    pub to: SocketAddr,
+    /// To the pod's own app, which is shown this client; `None`: out of the pod, from its own address.
+    pub as_client: Option<SocketAddr>,
+    /// Time to connect.
+    pub timeout: Duration,
+}
+
+impl Dial<'_> {
+    /// Makes the connection.
+    pub async fn connect(&self) -> Result<TcpStream> {
+        let dialling = async {
+            match self.as_client {
+                Some(client) => self.net.dial_app(self.to, client).await,
+                None => self.net.dial(self.to).await,
+            }
+        };
+        let to = self.to;
+        let failed = |text| Err(Error::new(Kind::ConnectFailure, text));
+        match tokio::time::timeout(self.timeout, dialling).await {
+            Ok(Ok(stream)) => Ok(stream),
+            Ok(Err(error)) => failed(format!("cannot connect to {to}: {error}")),
+            Err(_) if to.port() == MESH_TLS_PORT => failed(format!(
+                "no connection to {to} within {:?}: is its agent up, and does a NetworkPolicy let port {MESH_TLS_PORT} in?",
+                self.timeout
+            )),
+            Err(_) => failed(format!("no connection to {to} within {:?}", self.timeout)),
+        }
+    }
+}

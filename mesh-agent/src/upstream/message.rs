@@ -1,0 +1,189 @@
+//! Requests and responses between protocols: hop-by-hop headers, the authority, and our own headers.
+//!
+//! Pure. Tested by the tables below.
+
+use http::{
+    HeaderMap, HeaderName, HeaderValue, Method, Uri, Version,
+    header::{CONNECTION, CONTENT_LENGTH, EXPECT, HOST, TE, TRANSFER_ENCODING, UPGRADE},
+    request,
+    uri::{Authority, PathAndQuery, Scheme},
+};
+
+use crate::error::{Error, Kind, Result};
+
+/// Headers that speak of one connection only (RFC 9110 §7.6.1), besides those that `Connection` names.
+const HOP_BY_HOP: [HeaderName; 6] = [
+    CONNECTION,
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("proxy-connection"),
+    TRANSFER_ENCODING,
+    UPGRADE,
+    EXPECT,
+];
+
+/// Takes away what speaks of the connection to the client only. `TE: trailers` stays: gRPC asks for it end to end.
+pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
+    let named: Vec<HeaderName> = headers
+        .get_all(CONNECTION)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .filter_map(|name| name.trim().parse().ok())
+        .collect();
+    for name in &named {
+        if *name != TE {
+            headers.remove(name);
+        }
+    }
+    for name in HOP_BY_HOP {
+        headers.remove(name);
+    }
+    let trailers = headers.get(TE).is_some_and(|te| te.as_bytes().eq_ignore_ascii_case(b"trailers"));
+    if !trailers {
+        headers.remove(TE);
+    }
+}
+
+/// Brings a request into the one form the path works with: authority in the URI (from `:authority`, the absolute form
+/// or `Host`), no `Host` header.
+pub fn normalise(parts: &mut request::Parts) -> Result<()> {
+    if parts.method == Method::CONNECT {
+        return Err(Error::new(Kind::BadRequest, "CONNECT is not proxied"));
+    }
+    let hosts = parts.headers.get_all(HOST).iter().count();
+    if hosts > 1 {
+        return Err(Error::new(
+            Kind::BadRequest,
+            format!("{hosts} Host headers in one request (RFC 9112 §3.2)"),
+        ));
+    }
+    let host = parts.headers.remove(HOST);
+    let authority = match (parts.uri.authority(), host) {
+        (Some(authority), _) => authority.clone(),
+        (None, Some(host)) => Authority::try_from(host.as_bytes()).map_err(|error| {
+            Error::new(Kind::BadRequest, format!("Host header {host:?} is not a host and port: {error}"))
+        })?,
+        (None, None) if parts.version == Version::HTTP_11 => {
+            return Err(Error::new(
+                Kind::BadRequest,
+                "HTTP/1.1 request without a Host header (RFC 9112 §3.2)",
+            ));
+        }
+        (None, None) => return Ok(()),
+    };
+    set_authority(parts, authority);
+    Ok(())
+}
+
+fn set_authority(parts: &mut request::Parts, authority: Authority) {
+    let mut uri = std::mem::take(&mut parts.uri).into_parts();
+    uri.scheme = uri.scheme.or(Some(Scheme::HTTP));
+    uri.authority = Some(authority);
+    uri.path_and_query = uri.path_and_query.or(Some(PathAndQuery::from_static("/")));
+    // Scheme, authority and path are all there, which is the only thing `from_parts` can miss.
+    parts.uri = Uri::from_parts(uri).unwrap_or_default();
+}
+
+/// A normalised request as HTTP/1.1 wants it: origin form and `Host`.
+pub fn for_http1(parts: &mut request::Parts) {
+    if let Some(authority) = parts.uri.authority()
+        && let Ok(host) = HeaderValue::from_str(authority.as_str())
+    {
+        parts.headers.insert(HOST, host);
+    }
+    let path = parts.uri.path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/"));
+    parts.uri = Uri::from(path);
+    parts.version = Version::HTTP_11;
+}
+
+/// A normalised request as HTTP/2 wants it.
+pub fn for_http2(parts: &mut request::Parts) {
+    parts.version = Version::HTTP_2;
+    parts.headers.remove(HOST);
+}
+
+/// A response on its way to the client.
+pub fn for_client(headers: &mut HeaderMap, status: http::StatusCode) {
+    strip_hop_by_hop(headers);
+    if status == http::StatusCode::NO_CONTENT || status.is_informational() {
+        headers.remove(CONTENT_LENGTH);
+    }
+}
+
+/// Whether the request is gRPC, by content type.
+pub fn is_grpc(headers: &HeaderMap) -> bool {
+    headers.get(http::header::CONTENT_TYPE).is_some_and(|value| {
+        let value = value.as_bytes();
+        value == b"application/grpc"
+            || value.starts_with(b"application/grpc+")
+            || value.starts_with(b"application/grpc;")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use http::Request;
+
+    use super::*;
+
+    fn parts(request: http::request::Builder) -> Option<request::Parts> {
+        request.body(()).ok().map(|request| request.into_parts().0)
+    }
+
+    #[test]
+    fn hop_by_hop_headers_go_and_te_trailers_stays() {
+        let mut headers = HeaderMap::new();
+        for (name, value) in [
+            ("connection", "close, x-mine"),
+            ("x-mine", "1"),
+            ("keep-alive", "timeout=5"),
+            ("te", "trailers"),
+            ("upgrade", "h2c"),
+            ("x-theirs", "2"),
+        ] {
+            headers.insert(HeaderName::from_static(name), HeaderValue::from_static(value));
+        }
+        strip_hop_by_hop(&mut headers);
+        let mut left: Vec<_> = headers.keys().map(HeaderName::as_str).collect();
+        left.sort_unstable();
+        assert_eq!(left, ["te", "x-theirs"]);
+    }
+
+    #[test]
+    fn authority_comes_from_host_or_the_absolute_form() {
+        let mut by_host =
+            parts(Request::get("/reviews/0?x=1").header("host", "reviews:9080")).unwrap_or_else(|| panic!());
+        assert!(normalise(&mut by_host).is_ok());
+        assert_eq!(by_host.uri, "http://reviews:9080/reviews/0?x=1");
+        for_http1(&mut by_host);
+        assert_eq!(by_host.uri, "/reviews/0?x=1");
+        assert_eq!(by_host.headers[HOST], "reviews:9080");
+
+        let mut absolute =
+            parts(Request::get("http://a/b").header("host", "other")).unwrap_or_else(|| panic!());
+        assert!(normalise(&mut absolute).is_ok());
+        assert_eq!(absolute.uri, "http://a/b");
+    }
+
+    #[test]
+    fn bad_requests_are_named() {
+        let none = parts(Request::get("/"));
+        let two = parts(Request::get("/").header("host", "a").header("host", "b"));
+        let garbage = parts(Request::get("/").header("host", "a b/c"));
+        for request in [none, two, garbage] {
+            let mut request = request.unwrap_or_else(|| panic!());
+            assert_eq!(normalise(&mut request).map_err(|e| e.kind), Err(Kind::BadRequest));
+        }
+    }
+
+    #[test]
+    fn grpc_is_told_by_content_type() {
+        for (value, grpc) in
+            [("application/grpc", true), ("application/grpc+proto", true), ("application/grpc-web", false)]
+        {
+            let headers =
+                HeaderMap::from_iter([(http::header::CONTENT_TYPE, HeaderValue::from_static(value))]);
+            assert_eq!(is_grpc(&headers), grpc, "{value}");
+        }
+    }
+}

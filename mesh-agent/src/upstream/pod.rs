@@ -1,0 +1,151 @@
+//! An enrolled pod of this node: its network, its identity, and the connections that are its own.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    net::IpAddr,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use arc_swap::ArcSwap;
+use http::{Request, Response};
+use hyper_util::rt::TokioIo;
+
+use super::{Destination, Lease, Pool, in_form};
+use crate::{
+    body::Body,
+    capture::PodNet,
+    drain::Drain,
+    error::Result,
+    identity::WorkloadIdentity,
+    state::snapshot::Workload,
+    tunnel::{self, MeshConnection},
+};
+
+/// An enrolled pod of this node.
+#[derive(Debug)]
+pub struct Pod {
+    net: Arc<PodNet>,
+    workload: ArcSwap<Workload>,
+    identity: Arc<WorkloadIdentity>,
+    /// mTLS connections to other nodes' pods.
+    pub(super) tunnels: tunnel::Pool,
+    /// Connections to what is not in the mesh.
+    pub(super) plain: Arc<Pool>,
+    /// Connections to this pod's own apps.
+    pub(super) apps: Arc<Pool>,
+    /// Ends when the pod is un-enrolled, or with the agent.
+    pub drain: Drain,
+}
+
+impl Pod {
+    /// A pod whose listeners are open and whose identity is certified.
+    pub fn new(net: Arc<PodNet>, identity: Arc<WorkloadIdentity>, drain: Drain) -> Self {
+        Self {
+            workload: ArcSwap::new(Arc::clone(&net.workload)),
+            net,
+            identity,
+            tunnels: tunnel::Pool::default(),
+            plain: Arc::default(),
+            apps: Arc::default(),
+            drain,
+        }
+    }
+
+    /// Its network namespace.
+    pub fn net(&self) -> &Arc<PodNet> {
+        &self.net
+    }
+
+    /// Its signing handle.
+    pub fn identity(&self) -> &WorkloadIdentity {
+        &self.identity
+    }
+
+    /// The address it has in the network of a destination.
+    pub(super) fn address_towards(&self, destination: IpAddr) -> IpAddr {
+        let ips = &self.net.workload.ips;
+        let same = ips.iter().find(|ip| ip.is_ipv4() == destination.is_ipv4());
+        // A pod without an address of that family cannot connect; what stands here then is never used.
+        same.or(ips.first()).copied().unwrap_or(destination)
+    }
+
+    /// What the configuration says of it now.
+    pub fn workload(&self) -> Arc<Workload> {
+        self.workload.load_full()
+    }
+
+    /// Takes over what the configuration says of it now (labels may change while it runs).
+    pub fn update(&self, workload: Arc<Workload>) {
+        self.workload.store(workload);
+    }
+
+    /// An HTTP request through a peer that only speaks HBONE: HTTP inside a CONNECT stream, one stream a request.
+    pub(super) async fn send_over_tunnel(
+        &self,
+        connection: &MeshConnection,
+        to: &Destination<'_>,
+        request: Request<Body>,
+    ) -> Result<(Response<Body>, Lease)> {
+        let stream = TokioIo::new(connection.open_tunnel(to.address).await?);
+        super::pool::send_on_new(stream, to.address, to.protocol, in_form(request, to.protocol)).await
+    }
+}
+
+/// Namespace and name of a pod.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct PodName {
+    /// `metadata.namespace`
+    pub namespace: Arc<str>,
+    /// `metadata.name`
+    pub name: Arc<str>,
+}
+
+impl fmt::Display for PodName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+impl From<&Workload> for PodName {
+    fn from(workload: &Workload) -> Self {
+        Self { namespace: Arc::clone(&workload.namespace), name: Arc::clone(&workload.name) }
+    }
+}
+
+/// The enrolled pods of this node by name, swapped as a whole when one comes or goes: reading takes no lock.
+#[derive(Debug, Default)]
+pub struct LocalPods {
+    by_name: ArcSwap<HashMap<PodName, Arc<Pod>>>,
+    /// Held by whoever changes the map, so that no change is lost.
+    changing: Mutex<()>,
+}
+
+impl LocalPods {
+    /// The enrolled pod, if this node holds it.
+    pub fn get(&self, workload: &Workload) -> Option<Arc<Pod>> {
+        self.by_name.load().get(&PodName::from(workload)).cloned()
+    }
+
+    /// All of them.
+    pub fn all(&self) -> Arc<HashMap<PodName, Arc<Pod>>> {
+        self.by_name.load_full()
+    }
+
+    /// Adds or replaces one.
+    pub fn insert(&self, name: PodName, pod: Arc<Pod>) {
+        self.change(|pods| drop(pods.insert(name, pod)));
+    }
+
+    /// Takes one away.
+    pub fn remove(&self, name: &PodName) {
+        self.change(|pods| drop(pods.remove(name)));
+    }
+
+    fn change(&self, change: impl FnOnce(&mut HashMap<PodName, Arc<Pod>>)) {
+        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut pods = HashMap::clone(&self.by_name.load());
+        change(&mut pods);
+        self.by_name.store(Arc::new(pods));
+    }
+}

@@ -1,0 +1,288 @@
+//! Pure capture decisions: the same code in the kernel and in host tests.
+//!
+//! Each function takes what a hook has read and says what the hook is to do. Tested by the unit tests below and, in
+//! the kernel, by the lab's capture tests.
+
+use crate::{
+    addr::Addr,
+    maps::{FULL_NS, PodAddrs, listener, port},
+};
+
+/// IP protocol number of TCP.
+pub const IPPROTO_TCP: u32 = 6;
+
+/// Lowest port a captured connection is sent to.
+pub const HASH_PORT_MIN: u16 = 1024;
+/// Number of ports a captured connection may be sent to: 1024..=32767, below the default range of source ports
+/// (32768..). Source and destination address are both the pod's, so a destination port that equals the source port
+/// would have TCP connect a socket to itself.
+pub const HASH_PORTS: u32 = 31_744;
+
+/// The port that connections to this destination are sent to. One port per destination rather than one for all: a
+/// pod keeps as many source ports for each destination as it has without the mesh.
+#[inline(always)]
+pub const fn hash_port(dst: &Addr) -> u16 {
+    let (a, b) = dst.words();
+    // Multiplications by odd constants (those of the xxHash family) with the high half folded in.
+    let mut hash = a.wrapping_mul(0x9e37_79b1_85eb_ca87) ^ b.wrapping_mul(0xc2b2_ae3d_27d4_eb4f);
+    hash ^= (dst.port as u64).wrapping_mul(0x1656_67b1_9e37_79f9);
+    hash ^= hash >> 32;
+    hash = hash.wrapping_mul(0x85eb_ca77_c2b2_ae63);
+    hash ^= hash >> 29;
+    HASH_PORT_MIN + ((hash as u32) % HASH_PORTS) as u16
+}
+
+/// Where a connection that an app of this pod is opening goes: `Some` is the address inside the pod to which it is
+/// sent instead, `None` leaves it alone.
+///
+/// Left alone: what is not TCP, loopback, the unspecified address (which means loopback), the pod's own address,
+/// multicast and broadcast, IPv6 link-local (its scope would be lost), and a family the pod has no address of.
+#[inline(always)]
+pub const fn outbound(pod: &PodAddrs, protocol: u32, dst: &Addr) -> Option<Addr> {
+    if protocol != IPPROTO_TCP || dst.is_loopback() || dst.is_unspecified() {
+        return None;
+    }
+    let own = if let Some([first, ..]) = dst.as_v4() {
+        if pod.has_v4 == 0 || first >= 224 {
+            return None;
+        }
+        Addr::v4(pod.v4, 0)
+    } else {
+        let link_local = dst.ip[0] == 0xfe && (dst.ip[1] & 0xc0) == 0x80;
+        if pod.has_v6 == 0 || dst.ip[0] == 0xff || link_local {
+            return None;
+        }
+        Addr::v6(pod.v6, 0)
+    };
+    if dst.same_ip(&own) { None } else { Some(Addr { port: hash_port(dst), ..own }) }
+}
+
+/// Who gets a connection that arrives at the pod.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Inbound {
+    /// Whoever listens: the app, or the agent when its port was dialled from inside the pod.
+    Pass,
+    /// The agent's listener with this index.
+    Listener(u32),
+    /// Nobody.
+    Refuse,
+}
+
+/// Whether a connection comes from inside the pod: from the address it goes to, or from loopback. The kernel lets
+/// neither in from outside.
+#[inline(always)]
+pub const fn is_own(local: &Addr, remote: &Addr) -> bool {
+    remote.same_ip(local) || remote.is_loopback()
+}
+
+/// Who gets a connection to `local` that has no socket yet. `own` as in [`is_own`]; `captured`: there is an entry of
+/// the original destination; `full`: there may be one missing, because the table was full a moment ago.
+#[inline(always)]
+pub const fn inbound(local: &Addr, own: bool, captured: bool, full: bool) -> Inbound {
+    match (own, captured, full) {
+        (true, true, _) => Inbound::Listener(listener::OUTBOUND),
+        (true, false, true) => Inbound::Refuse,
+        (true, false, false) => Inbound::Pass,
+        (false, ..) if local.port == port::MESH => Inbound::Listener(listener::MESH),
+        (false, ..) => Inbound::Listener(listener::INBOUND),
+    }
+}
+
+/// Whether a table last found full at `full_ns` counts as full now.
+#[inline(always)]
+pub const fn recently_full(full_ns: u64, now_ns: u64) -> bool {
+    full_ns != 0 && now_ns.saturating_sub(full_ns) < FULL_NS
+}
+
+/// TCP states, as in the kernel's `include/net/tcp_states.h`.
+pub mod tcp {
+    /// Data flows.
+    pub const ESTABLISHED: u8 = 1;
+    /// SYN sent.
+    pub const SYN_SENT: u8 = 2;
+    /// Our FIN is on its way.
+    pub const FIN_WAIT1: u8 = 4;
+    /// Our FIN was acknowledged.
+    pub const FIN_WAIT2: u8 = 5;
+    /// The end.
+    pub const CLOSE: u8 = 7;
+    /// The peer's FIN came.
+    pub const CLOSE_WAIT: u8 = 8;
+    /// The peer's FIN came first, ours is on its way.
+    pub const LAST_ACK: u8 = 9;
+    /// Both FINs crossed.
+    pub const CLOSING: u8 = 11;
+}
+
+/// Bits of [`crate::maps::SocketFacts::seen`].
+pub mod seen {
+    /// The socket dialled: its SYN is among the bytes acknowledged.
+    pub const ACTIVE: u8 = 1;
+    /// The connection was established.
+    pub const ESTABLISHED: u8 = 2;
+    /// Our FIN is queued or sent.
+    pub const FIN_SENT: u8 = 4;
+    /// Our FIN was acknowledged.
+    pub const FIN_ACKED: u8 = 8;
+    /// The peer's FIN is among the bytes received.
+    pub const FIN_RECEIVED: u8 = 16;
+    /// A segment with the peer's FIN arrived; it counts once everything before it has.
+    pub const FIN_COMING: u8 = 32;
+}
+
+/// What is known of a connection after it goes to the TCP state `new`.
+#[inline(always)]
+pub const fn on_state(mut bits: u8, old: u8, new: u8, all_acked: bool) -> u8 {
+    match new {
+        tcp::ESTABLISHED => bits |= seen::ESTABLISHED,
+        tcp::FIN_WAIT1 => bits |= seen::FIN_SENT,
+        tcp::FIN_WAIT2 => bits |= seen::FIN_ACKED,
+        tcp::CLOSE_WAIT | tcp::CLOSING => bits |= seen::FIN_RECEIVED,
+        tcp::LAST_ACK => bits |= seen::FIN_SENT | seen::FIN_RECEIVED,
+        // From these two the acknowledgement of our FIN leads straight to the end; so do a reset and a timeout.
+        tcp::CLOSE if all_acked && matches!(old, tcp::LAST_ACK | tcp::CLOSING) => bits |= seen::FIN_ACKED,
+        _ => {}
+    }
+    bits
+}
+
+/// Payload bytes (sent, received) from the kernel's counters, in which a SYN and a FIN count one each.
+#[inline(always)]
+pub const fn payload(
+    bits: u8,
+    bytes_acked: u64,
+    bytes_received: u64,
+    fin_end: u32,
+    rcv_nxt: u32,
+) -> (u64, u64) {
+    // A socket that dialled has its SYN acknowledged once it is established; an accepted one starts after its SYN.
+    let syn = (bits & seen::ACTIVE != 0 && bits & seen::ESTABLISHED != 0) as u64;
+    let fin_out = (bits & seen::FIN_ACKED != 0) as u64;
+    let fin_in = bits & seen::FIN_RECEIVED != 0 || (bits & seen::FIN_COMING != 0 && fin_end == rcv_nxt);
+    (bytes_acked.saturating_sub(syn + fin_out), bytes_received.saturating_sub(fin_in as u64))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    const POD: PodAddrs = PodAddrs { v4: [10, 0, 0, 7], v6: [0xfd; 16], has_v4: 1, has_v6: 1, pad: [0; 2] };
+
+    fn v6(first: u8, second: u8) -> Addr {
+        let mut ip = [1; 16];
+        (ip[0], ip[1]) = (first, second);
+        Addr::v6(ip, 80)
+    }
+
+    #[test]
+    fn captured_connections_go_to_the_pods_address_of_their_family() {
+        let v4 = outbound(&POD, IPPROTO_TCP, &Addr::v4([10, 96, 0, 1], 443));
+        assert_eq!(v4.map(|a| a.ip), Some(Addr::v4(POD.v4, 0).ip));
+        let other = outbound(&POD, IPPROTO_TCP, &v6(0x20, 0x01));
+        assert_eq!(other.map(|a| a.ip), Some(POD.v6));
+    }
+
+    #[test]
+    fn left_alone() {
+        let cases = [
+            (17, Addr::v4([8, 8, 8, 8], 53), "UDP"),
+            (6, Addr::v4([127, 0, 0, 1], 80), "loopback"),
+            (6, Addr::v4([0, 0, 0, 0], 80), "unspecified"),
+            (6, Addr::v6([0; 16], 80), "unspecified"),
+            (6, Addr::v4(POD.v4, 80), "itself"),
+            (6, Addr::v6(POD.v6, 80), "itself"),
+            (6, Addr::v4([224, 0, 0, 1], 80), "multicast"),
+            (6, Addr::v4([255; 4], 80), "broadcast"),
+            (6, v6(0xff, 0x02), "multicast"),
+            (6, v6(0xfe, 0x80), "link-local"),
+            (6, v6(0xfe, 0xbf), "link-local"),
+        ];
+        for (protocol, dst, why) in cases {
+            assert_eq!(outbound(&POD, protocol, &dst), None, "{why}");
+        }
+        assert!(outbound(&POD, 6, &v6(0xfe, 0xc0)).is_some());
+    }
+
+    #[test]
+    fn a_family_the_pod_lacks_is_left_alone() {
+        let only_v4 = PodAddrs { has_v6: 0, ..POD };
+        assert_eq!(outbound(&only_v4, 6, &v6(0x20, 0x01)), None);
+        assert!(outbound(&only_v4, 6, &Addr::v4([1, 1, 1, 1], 1)).is_some());
+        let only_v6 = PodAddrs { has_v4: 0, ..POD };
+        assert_eq!(outbound(&only_v6, 6, &Addr::v4([1, 1, 1, 1], 1)), None);
+    }
+
+    #[test]
+    fn hash_ports_stay_below_source_ports_and_spread() {
+        let mut ports = HashSet::new();
+        for host in 0..=255u8 {
+            for port in 8000..8016u16 {
+                let hashed = hash_port(&Addr::v4([10, 0, 0, host], port));
+                assert!((1024..=32767).contains(&hashed), "{hashed}");
+                ports.insert(hashed);
+            }
+        }
+        // 4096 balls into 31,744 bins leave about 3843 bins in use.
+        assert!(ports.len() > 3700, "{}", ports.len());
+    }
+
+    #[test]
+    fn inbound_by_origin_and_port() {
+        let local = Addr::v4([10, 0, 0, 7], 8080);
+        let mesh = Addr { port: 15008, ..local };
+        assert_eq!(inbound(&local, false, false, false), Inbound::Listener(listener::INBOUND));
+        assert_eq!(inbound(&local, false, false, true), Inbound::Listener(listener::INBOUND));
+        assert_eq!(inbound(&mesh, false, false, false), Inbound::Listener(listener::MESH));
+        assert_eq!(inbound(&mesh, true, false, false), Inbound::Pass);
+        assert_eq!(inbound(&local, true, true, true), Inbound::Listener(listener::OUTBOUND));
+        assert_eq!(inbound(&local, true, false, true), Inbound::Refuse);
+        assert!(is_own(&local, &Addr { port: 1, ..local }));
+        assert!(is_own(&local, &Addr::v4([127, 3, 2, 1], 9)));
+        assert!(!is_own(&local, &Addr::v4([10, 0, 0, 8], 8080)));
+    }
+
+    #[test]
+    fn full_is_forgotten() {
+        assert!(!recently_full(0, 5));
+        assert!(recently_full(5, 6));
+        assert!(!recently_full(5, 5 + FULL_NS));
+    }
+
+    /// Walks a connection through its states; `acked` tells for the last step whether all was acknowledged.
+    fn walk(start: u8, states: &[u8], acked: bool) -> u8 {
+        let mut bits = start;
+        let mut old = tcp::ESTABLISHED;
+        for &new in states {
+            bits = on_state(bits, old, new, acked);
+            old = new;
+        }
+        bits
+    }
+
+    #[test]
+    fn payload_is_exact_in_every_closing_order() {
+        let active = seen::ACTIVE | seen::ESTABLISHED;
+        // We close first, the peer's FIN never reaches the socket (it is in time-wait by then).
+        let bits = walk(active, &[tcp::FIN_WAIT1, tcp::FIN_WAIT2, tcp::CLOSE], true);
+        assert_eq!(payload(bits, 102, 50, 0, 0), (100, 50));
+        // We shut down, the peer's FIN arrives.
+        assert_eq!(payload(bits | seen::FIN_COMING, 102, 51, 9, 9), (100, 50));
+        // The same, but what came before that FIN is missing and the connection ends.
+        assert_eq!(payload(bits | seen::FIN_COMING, 102, 50, 9, 8), (100, 50));
+        // The peer closes first.
+        let bits = walk(seen::ESTABLISHED, &[tcp::CLOSE_WAIT, tcp::LAST_ACK, tcp::CLOSE], true);
+        assert_eq!(payload(bits, 51, 101, 0, 0), (50, 100));
+        // Reset before our FIN was acknowledged.
+        let bits = walk(seen::ESTABLISHED, &[tcp::CLOSE_WAIT, tcp::LAST_ACK, tcp::CLOSE], false);
+        assert_eq!(payload(bits, 50, 101, 0, 0), (50, 100));
+        // Both at once.
+        let bits = walk(active, &[tcp::FIN_WAIT1, tcp::CLOSING, tcp::CLOSE], true);
+        assert_eq!(payload(bits, 102, 51, 0, 0), (100, 50));
+        // Reset while data flows.
+        assert_eq!(payload(walk(active, &[tcp::CLOSE], true), 101, 50, 0, 0), (100, 50));
+        // Never established.
+        assert_eq!(payload(seen::ACTIVE, 0, 0, 0, 0), (0, 0));
+    }
+}

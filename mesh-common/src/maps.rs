@@ -1,0 +1,231 @@
+//! Every map: its name, key, value and capacity. `mesh-ebpf/src/maps.rs` declares them, the agent opens them by
+//! these names under `BPF_DIR/maps/`.
+//!
+//! Maps "of a pod" exist once for each enrolled pod, so that no pod can fill another's: the shared maps
+//! [`ORIGINAL_DST`], [`CLIENTS`], [`FLOWS`] and [`PACKET_FLOWS`] hold them by the network namespace's cookie.
+//! Layouts only ever grow at their end: an older agent may have pinned them.
+
+use crate::addr::Addr;
+
+/// Enrolled pods: network namespace cookie → [`PodAddrs`].
+pub const PODS: &str = "PODS";
+/// Socket storage: [`SocketFacts`] of one socket.
+pub const SOCKETS: &str = "SOCKETS";
+/// Network namespace cookie → the pod's [`POD_ORIGINAL_DST`].
+pub const ORIGINAL_DST: &str = "ORIGINAL_DST";
+/// Network namespace cookie → the pod's [`POD_CLIENTS`].
+pub const CLIENTS: &str = "CLIENTS";
+/// Network namespace cookie → the pod's [`POD_FLOWS`].
+pub const FLOWS: &str = "FLOWS";
+/// Network namespace cookie → the pod's [`POD_PACKET_FLOWS`].
+pub const PACKET_FLOWS: &str = "PACKET_FLOWS";
+/// Ring buffer of ended flows, each a [`crate::flow::FlowRecord`].
+pub const CLOSED: &str = "CLOSED";
+/// Counters per CPU, indexed by [`counter`].
+pub const COUNTERS: &str = "COUNTERS";
+/// Of a pod: the app's captured connections, [`Tuple`] → [`Entry`] with the address dialled.
+pub const POD_ORIGINAL_DST: &str = "POD_ORIGINAL_DST";
+/// Of a pod: the agent's connections to the app, [`Tuple`] → [`Entry`] with the real client.
+pub const POD_CLIENTS: &str = "POD_CLIENTS";
+/// Of a pod: flows seen at sockets, socket cookie → [`crate::flow::FlowRecord`].
+pub const POD_FLOWS: &str = "POD_FLOWS";
+/// Of a pod: flows seen as packets only, [`PacketKey`] → [`crate::flow::FlowRecord`].
+pub const POD_PACKET_FLOWS: &str = "POD_PACKET_FLOWS";
+/// Of a pod: the agent's listeners in it, indexed by [`listener`].
+pub const LISTENERS: &str = "LISTENERS";
+/// Read-only global of the programs of one pod: its network namespace cookie (`u64`).
+pub const NETNS_COOKIE: &str = "NETNS_COOKIE";
+
+/// Maps that all programs of one agent share, pinned under these names.
+pub const SHARED: [&str; 8] = [PODS, SOCKETS, ORIGINAL_DST, CLIENTS, FLOWS, PACKET_FLOWS, CLOSED, COUNTERS];
+/// Maps that exist once for each pod.
+pub const OF_A_POD: [&str; 5] = [POD_ORIGINAL_DST, POD_CLIENTS, POD_FLOWS, POD_PACKET_FLOWS, LISTENERS];
+
+/// Pods of one node. Kubernetes stops at 110 by default, large nodes at 1000.
+pub const PODS_CAPACITY: usize = 4096;
+/// Captured connections a pod may have open at once.
+pub const ORIGINAL_DST_CAPACITY: usize = 65_536;
+/// Connections of the agent to a pod's apps at once.
+pub const CLIENTS_CAPACITY: usize = 65_536;
+/// Flows of a pod in the table: open ones, and ended ones for half a minute.
+pub const FLOWS_CAPACITY: usize = 32_768;
+/// Packet flows of a pod in the table.
+pub const PACKET_FLOWS_CAPACITY: usize = 16_384;
+/// Bytes of the ring buffer of ended flows: about 7700 flows, so 77,000 a second at ten reads a second.
+pub const CLOSED_BYTES: usize = 1 << 20;
+
+/// `BPF_F_NO_PREALLOC`: an entry takes memory when it comes to be, so an idle pod costs only empty buckets.
+pub const NO_PREALLOC: usize = 1;
+/// `BPF_F_NO_PREALLOC | BPF_F_CLONE`: what an agent's listener carries is handed to each socket it accepts.
+pub const STORAGE_FLAGS: usize = 1 | 512;
+
+/// Least time between two refreshes of a live flow's record, nanoseconds.
+pub const REFRESH_NS: u64 = 250_000_000;
+/// After [`POD_ORIGINAL_DST`] was found full, how long connections of the pod to itself are refused: one of them may
+/// be a captured connection that has no entry. Nanoseconds.
+pub const FULL_NS: u64 = 1_000_000_000;
+
+/// The agent's ports inside a pod's network namespace.
+pub mod port {
+    /// Outbound capture.
+    pub const OUTBOUND: u16 = 15001;
+    /// Inbound plaintext capture.
+    pub const INBOUND: u16 = 15006;
+    /// Mesh mTLS.
+    pub const MESH: u16 = 15008;
+}
+
+/// Index into [`LISTENERS`].
+pub mod listener {
+    /// Listener of [`super::port::OUTBOUND`].
+    pub const OUTBOUND: u32 = 0;
+    /// Listener of [`super::port::INBOUND`].
+    pub const INBOUND: u32 = 1;
+    /// Listener of [`super::port::MESH`].
+    pub const MESH: u32 = 2;
+    /// How many there are.
+    pub const COUNT: usize = 3;
+}
+
+/// Index into [`COUNTERS`].
+pub mod counter {
+    /// Captured connections that found their pod's [`super::POD_ORIGINAL_DST`] full.
+    pub const ORIGINAL_DST_FULL: u32 = 0;
+    /// Connections to apps that found their pod's [`super::POD_CLIENTS`] full: the app sees the agent as its peer.
+    pub const CLIENTS_FULL: u32 = 1;
+    /// Flows not recorded: the pod's table was full.
+    pub const FLOWS_FULL: u32 = 2;
+    /// Ended flows not reported: the ring buffer was full.
+    pub const CLOSED_FULL: u32 = 3;
+    /// How many there are.
+    pub const COUNT: usize = 4;
+}
+
+/// Addresses of an enrolled pod.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct PodAddrs {
+    /// IPv4 address; meaningful when `has_v4` is not 0.
+    pub v4: [u8; 4],
+    /// IPv6 address; meaningful when `has_v6` is not 0.
+    pub v6: [u8; 16],
+    /// 1 when the pod has an IPv4 address.
+    pub has_v4: u8,
+    /// 1 when the pod has an IPv6 address.
+    pub has_v6: u8,
+    /// Always zero.
+    pub pad: [u8; 2],
+}
+
+const _: () = assert!(size_of::<PodAddrs>() == 24);
+
+/// A connection by its two ends, seen from who dialled.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct Tuple {
+    /// Who dialled.
+    pub src: Addr,
+    /// What was dialled.
+    pub dst: Addr,
+}
+
+const _: () = assert!(size_of::<Tuple>() == 40);
+
+/// What is known of a connection between the agent and an app of the pod.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Entry {
+    /// The app's socket (its cookie), whose flow this is; 0 while there is none.
+    pub socket: u64,
+    /// In the entry with the all-zero key only: when the table was last found full (`CLOCK_MONOTONIC`, ns).
+    pub full_ns: u64,
+    /// The address the app dialled ([`POD_ORIGINAL_DST`]) or the app's real client ([`POD_CLIENTS`]).
+    pub addr: Addr,
+    /// Always zero.
+    pub pad: u32,
+}
+
+const _: () = assert!(size_of::<Entry>() == 40);
+
+/// A packet flow from the pod's point of view.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct PacketKey {
+    /// The pod's side.
+    pub local: Addr,
+    /// The other side.
+    pub remote: Addr,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Always zero.
+    pub pad: [u8; 3],
+}
+
+const _: () = assert!(size_of::<PacketKey>() == 44);
+
+/// What the mesh knows of one socket. From outside the kernel only the agent can write it, and only by holding the
+/// socket: that is what makes the agent's own sockets exempt from capture.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct SocketFacts {
+    /// When the flow began (`CLOCK_MONOTONIC`, ns).
+    pub start_ns: u64,
+    /// When the flow's record was last written.
+    pub written_ns: u64,
+    /// By [`kind`]: what a captured socket dialled, the client an agent's dialling socket stands for, the
+    /// destination an accepted one was meant for, the real client of an app's.
+    pub addr: Addr,
+    /// Sequence number after the peer's FIN, when [`crate::decide::seen::FIN_COMING`] is set.
+    pub fin_end: u32,
+    /// A [`kind`] value.
+    pub kind: u8,
+    /// What was seen of the connection: bits of [`crate::decide::seen`].
+    pub seen: u8,
+    /// A [`crate::flow::verdict`] value.
+    pub verdict: u8,
+    /// Last TCP state.
+    pub tcp_state: u8,
+    /// Always zero.
+    pub pad: u32,
+}
+
+const _: () = assert!(size_of::<SocketFacts>() == 48);
+
+/// Values of [`SocketFacts::kind`].
+pub mod kind {
+    /// Nothing is known.
+    pub const NONE: u8 = 0;
+    /// An app's socket whose connection was captured.
+    pub const CLIENT: u8 = 1;
+    /// An app's socket whose connection was left alone.
+    pub const PASSING: u8 = 2;
+    /// The agent's own dialling socket.
+    pub const DIALLER: u8 = 3;
+    /// The agent's listener of outbound connections, and what it has just accepted.
+    pub const OUTBOUND_LISTENER: u8 = 4;
+    /// Another listener of the agent, and what it has accepted.
+    pub const LISTENER: u8 = 5;
+    /// A captured connection, at the agent.
+    pub const ACCEPTED: u8 = 6;
+    /// A connection accepted by an app.
+    pub const APP: u8 = 7;
+}
+
+#[cfg(feature = "user")]
+mod user {
+    #![expect(unsafe_code, reason = "aya copies keys and values as bytes only for types marked so")]
+
+    use super::{Entry, PacketKey, PodAddrs, SocketFacts, Tuple};
+
+    // SAFETY (all five): `repr(C)`, all fields are integers or arrays of them, and there is no padding: each size is
+    // asserted beside its type to be the sum of its fields.
+    unsafe impl aya::Pod for PodAddrs {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Tuple {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Entry {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for PacketKey {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for SocketFacts {}
+}

@@ -1,0 +1,96 @@
+//! `sk_lookup`, one instance in each pod's network namespace: a connection arrives that has no socket yet, and
+//! `decide::inbound` says whose it is. Runs once per connection, never per packet of one.
+//!
+//! When the agent's listener is gone, what would have been the agent's is refused, never handed to the app. Tested
+//! in the lab.
+
+use aya_ebpf::{helpers::generated::bpf_ktime_get_ns, macros::sk_lookup, programs::SkLookupContext};
+use aya_log_ebpf::debug;
+use core::ptr::read_volatile;
+use mesh_common::{
+    addr::Addr,
+    decide::{self, IPPROTO_TCP, Inbound},
+    maps::Tuple,
+};
+
+use crate::maps::{LISTENERS, POD_ORIGINAL_DST, join};
+
+const SK_DROP: u32 = 0;
+const SK_PASS: u32 = 1;
+/// `BPF_SK_LOOKUP_F_REPLACE | BPF_SK_LOOKUP_F_NO_REUSEPORT`: our choice stands, and no other socket of the
+/// listener's reuseport group takes its place.
+const ASSIGN: u64 = 3;
+const AF_INET: u32 = 2;
+
+#[sk_lookup]
+pub fn inbound(ctx: SkLookupContext) -> u32 {
+    let l = ctx.lookup;
+    // SAFETY: context fields; volatile so that each is read on its own, as the verifier wants it.
+    let (protocol, family, remote4, local4, remote_port, local_port) = unsafe {
+        (
+            read_volatile(&raw const (*l).protocol),
+            read_volatile(&raw const (*l).family),
+            read_volatile(&raw const (*l).remote_ip4),
+            read_volatile(&raw const (*l).local_ip4),
+            read_volatile(&raw const (*l).remote_port),
+            read_volatile(&raw const (*l).local_port),
+        )
+    };
+    // SAFETY: as above.
+    let (remote6, local6) = unsafe {
+        (
+            [
+                read_volatile(&raw const (*l).remote_ip6[0]),
+                read_volatile(&raw const (*l).remote_ip6[1]),
+                read_volatile(&raw const (*l).remote_ip6[2]),
+                read_volatile(&raw const (*l).remote_ip6[3]),
+            ],
+            [
+                read_volatile(&raw const (*l).local_ip6[0]),
+                read_volatile(&raw const (*l).local_ip6[1]),
+                read_volatile(&raw const (*l).local_ip6[2]),
+                read_volatile(&raw const (*l).local_ip6[3]),
+            ],
+        )
+    };
+    if protocol != IPPROTO_TCP {
+        return SK_PASS;
+    }
+    let (remote_port, local_port) = (u16::from_be(remote_port), local_port as u16);
+    let (src, dst) = if family == AF_INET {
+        (Addr::v4(remote4.to_ne_bytes(), remote_port), Addr::v4(local4.to_ne_bytes(), local_port))
+    } else {
+        (Addr::v6(join(remote6), remote_port), Addr::v6(join(local6), local_port))
+    };
+    let own = decide::is_own(&dst, &src);
+    let (captured, full) = if own { known(&Tuple { src, dst }) } else { (false, false) };
+    match decide::inbound(&dst, own, captured, full) {
+        Inbound::Pass => SK_PASS,
+        Inbound::Refuse => SK_DROP,
+        Inbound::Listener(index) => match LISTENERS.redirect_sk_lookup(&ctx, index, ASSIGN) {
+            Ok(()) => SK_PASS,
+            Err(error) => {
+                debug!(&ctx, target: "mesh_ebpf", "refused port {}: listener {}: {}", dst.port, index, error);
+                SK_DROP
+            }
+        },
+    }
+}
+
+/// Whether the connection has an entry, and whether entries may be missing.
+#[inline(always)]
+fn known(tuple: &Tuple) -> (bool, bool) {
+    // SAFETY: an entry is freed after the programs that hold it have ended.
+    unsafe {
+        if POD_ORIGINAL_DST.get(tuple).is_some() {
+            return (true, false);
+        }
+        // The agent's own dialling of the app comes from loopback; apps have no reason to.
+        if tuple.src.is_loopback() {
+            return (false, false);
+        }
+        let none = Tuple::default();
+        let full_ns = POD_ORIGINAL_DST.get(&none).map_or(0, |entry| entry.full_ns);
+        (false, full_ns != 0 && decide::recently_full(full_ns, bpf_ktime_get_ns()))
+    }
+}

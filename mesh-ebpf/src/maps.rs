@@ -1,0 +1,127 @@
+//! The maps; names, layouts and capacities are `mesh_common::maps`'s.
+
+use aya_ebpf::{
+    Global,
+    bindings::bpf_map_type::BPF_MAP_TYPE_SK_STORAGE,
+    btf_maps::{HashMap, HashOfMaps, PerCpuArray, RingBuf, SockMap},
+    helpers::generated::bpf_sk_storage_get,
+    macros::btf_map,
+};
+use mesh_common::{
+    flow::FlowRecord,
+    maps::{
+        CLIENTS_CAPACITY, CLOSED_BYTES, Entry, FLOWS_CAPACITY, NO_PREALLOC, ORIGINAL_DST_CAPACITY,
+        PACKET_FLOWS_CAPACITY, PODS_CAPACITY, PacketKey, PodAddrs, STORAGE_FLAGS, SocketFacts, Tuple,
+        counter, listener,
+    },
+};
+
+type OriginalDsts = HashMap<Tuple, Entry, ORIGINAL_DST_CAPACITY, NO_PREALLOC>;
+type Clients = HashMap<Tuple, Entry, CLIENTS_CAPACITY, NO_PREALLOC>;
+type Flows = HashMap<u64, FlowRecord, FLOWS_CAPACITY, NO_PREALLOC>;
+type PacketFlows = HashMap<PacketKey, FlowRecord, PACKET_FLOWS_CAPACITY, NO_PREALLOC>;
+
+#[btf_map]
+pub static PODS: HashMap<u64, PodAddrs, PODS_CAPACITY, NO_PREALLOC> = HashMap::new();
+#[btf_map]
+pub static SOCKETS: SocketStorage = SocketStorage::new();
+#[btf_map]
+pub static ORIGINAL_DST: HashOfMaps<u64, OriginalDsts, PODS_CAPACITY> = HashOfMaps::new();
+#[btf_map]
+pub static CLIENTS: HashOfMaps<u64, Clients, PODS_CAPACITY> = HashOfMaps::new();
+#[btf_map]
+pub static FLOWS: HashOfMaps<u64, Flows, PODS_CAPACITY> = HashOfMaps::new();
+/// Only listed here, for who reads it by the pod: `tc.rs` writes into its own pod's map.
+#[btf_map]
+pub static PACKET_FLOWS: HashOfMaps<u64, PacketFlows, PODS_CAPACITY> = HashOfMaps::new();
+#[btf_map]
+pub static CLOSED: RingBuf<FlowRecord, CLOSED_BYTES> = RingBuf::new();
+#[btf_map]
+pub static COUNTERS: PerCpuArray<u64, { counter::COUNT }> = PerCpuArray::new();
+
+// One of each per pod: the object is loaded once more for it.
+#[btf_map]
+pub static POD_ORIGINAL_DST: OriginalDsts = HashMap::new();
+#[btf_map]
+pub static POD_CLIENTS: Clients = HashMap::new();
+#[btf_map]
+pub static POD_FLOWS: Flows = HashMap::new();
+#[btf_map]
+pub static POD_PACKET_FLOWS: PacketFlows = HashMap::new();
+#[btf_map]
+pub static LISTENERS: SockMap<{ listener::COUNT }> = SockMap::new();
+
+/// Network namespace cookie of the pod a program instance is for.
+#[unsafe(no_mangle)]
+pub static NETNS_COOKIE: Global<u64> = Global::new(0);
+
+/// Socket storage that sockets accepted by a listener inherit. (The library's own type has no flag for that.)
+#[repr(C)]
+pub struct SocketStorage {
+    r#type: *const [i32; BPF_MAP_TYPE_SK_STORAGE as usize],
+    key: *const i32,
+    value: *const SocketFacts,
+    max_entries: *const [i32; 0],
+    map_flags: *const [i32; STORAGE_FLAGS],
+}
+
+// SAFETY: the pointers only describe the map to the loader and are never read.
+unsafe impl Sync for SocketStorage {}
+
+impl SocketStorage {
+    const fn new() -> Self {
+        use core::ptr::null;
+        Self { r#type: null(), key: null(), value: null(), max_entries: null(), map_flags: null() }
+    }
+
+    /// The facts of this socket, if there are any. `sk` is a non-null socket of the running hook, which holds the
+    /// socket's lock, so that nothing else in the kernel changes them meanwhile.
+    #[inline(always)]
+    pub fn get<'a, T>(&self, sk: *mut T) -> Option<&'a mut SocketFacts> {
+        // SAFETY: the verifier checks that `sk` is a socket; the helper returns null or a value of this map, which
+        // lives as long as the hook runs.
+        unsafe { storage(self, sk, core::ptr::null_mut(), 0).as_mut() }
+    }
+
+    /// The facts of this socket, which begin as these if there are none. `None` when there is no memory.
+    #[inline(always)]
+    pub fn get_or<'a, T>(&self, sk: *mut T, facts: &mut SocketFacts) -> Option<&'a mut SocketFacts> {
+        const CREATE: u64 = aya_ebpf::bindings::BPF_SK_STORAGE_GET_F_CREATE as u64;
+        // SAFETY: as in `get`.
+        unsafe { storage(self, sk, facts, CREATE).as_mut() }
+    }
+}
+
+#[inline(always)]
+unsafe fn storage<T>(
+    map: &SocketStorage,
+    sk: *mut T,
+    value: *mut SocketFacts,
+    flags: u64,
+) -> *mut SocketFacts {
+    // SAFETY: the loader puts the map's descriptor where `map` points; the verifier checks the rest.
+    unsafe { bpf_sk_storage_get((&raw const *map).cast_mut().cast(), sk.cast(), value.cast(), flags) }.cast()
+}
+
+/// Adds one to a counter of [`counter`].
+#[inline(always)]
+pub fn count(index: u32) {
+    if let Some(value) = COUNTERS.get_ptr_mut(index) {
+        // SAFETY: an entry of this CPU, and programs are not preempted by another that counts here.
+        unsafe { *value += 1 };
+    }
+}
+
+/// The four words in which the kernel gives an IPv6 address, as its 16 bytes.
+#[inline(always)]
+pub const fn join(words: [u32; 4]) -> [u8; 16] {
+    // SAFETY: both are 16 bytes of integers.
+    unsafe { core::mem::transmute(words) }
+}
+
+/// The 16 bytes of an IPv6 address as four words.
+#[inline(always)]
+pub const fn split(ip: [u8; 16]) -> [u32; 4] {
+    // SAFETY: both are 16 bytes of integers.
+    unsafe { core::mem::transmute(ip) }
+}

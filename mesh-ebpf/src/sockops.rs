@@ -1,0 +1,423 @@
+//! cgroup/sockops: what the two ends of a connection inside a pod have to know of each other, and the app's flows.
+//!
+//! At connect, before the SYN leaves, an app's captured socket lists its original destination by its addresses, and
+//! the agent's dialling socket the client it stands for. Once established, the accepting socket takes that over:
+//! from then on everything stands on the socket itself. Flow records are written when a flow begins, is established
+//! and ends, and while data is acknowledged at most every [`REFRESH_NS`].
+//!
+//! The agent's own sockets are never flows. Tested in the lab.
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::{
+        BPF_SOCK_OPS_PARSE_ALL_HDR_OPT_CB_FLAG, BPF_SOCK_OPS_PARSE_HDR_OPT_CB,
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_RTT_CB, BPF_SOCK_OPS_RTT_CB_FLAG,
+        BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, bpf_sock,
+    },
+    helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_get_ns},
+    macros::sock_ops,
+    programs::SockOpsContext,
+};
+use aya_log_ebpf::debug;
+use core::ptr::read_volatile;
+use mesh_common::{
+    addr::Addr,
+    decide::{self, IPPROTO_TCP, seen, tcp},
+    flow::{FlowRecord, direction, verdict},
+    maps::{Entry, REFRESH_NS, SocketFacts, Tuple, counter, kind},
+};
+
+use crate::maps::{CLIENTS, CLOSED, FLOWS, ORIGINAL_DST, PODS, SOCKETS, count, join};
+
+const AF_INET: u32 = 2;
+/// The agent reads the ring buffer on its own clock; waking it for each record would cost six times the call.
+const BPF_RB_NO_WAKEUP: u64 = 1;
+const WATCH: u32 = BPF_SOCK_OPS_STATE_CB_FLAG | BPF_SOCK_OPS_RTT_CB_FLAG;
+
+#[sock_ops]
+pub fn on_socket_event(ctx: SockOpsContext) -> u32 {
+    let ops = ctx.ops;
+    // SAFETY: context fields; volatile so that each is read on its own, as the verifier wants it.
+    let (op, sk) = unsafe {
+        (read_volatile(&raw const (*ops).op), read_volatile(&raw const (*ops).__bindgen_anon_2.sk))
+    };
+    if sk.is_null() {
+        return 1;
+    }
+    match op {
+        BPF_SOCK_OPS_TCP_CONNECT_CB => connecting(&ctx, sk),
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => accepted(&ctx, sk),
+        BPF_SOCK_OPS_STATE_CB => state(&ctx, sk),
+        BPF_SOCK_OPS_RTT_CB => acknowledged(&ctx, sk),
+        BPF_SOCK_OPS_PARSE_HDR_OPT_CB => segment_after_fin(&ctx, sk),
+        _ => {}
+    }
+    1
+}
+
+/// A socket is about to send its SYN.
+#[inline(always)]
+fn connecting(ctx: &SockOpsContext, sk: *mut bpf_sock) {
+    let (local, remote) = ends(ctx);
+    let known = SOCKETS.get(sk);
+    let dialler = match known.as_ref().map(|facts| (facts.kind, facts.addr)) {
+        Some((kind::DIALLER, client)) => Some(client),
+        _ => None,
+    };
+    let tuple = Tuple { src: local, dst: remote };
+    if let Some(client) = dialler {
+        if !client.is_unspecified() {
+            let entry = Entry { addr: client, ..Entry::default() };
+            // SAFETY: inner maps are freed after the programs that hold them have ended.
+            let listed = unsafe { CLIENTS.get(&netns(ctx)) }.map(|map| map.insert(&tuple, &entry, 0));
+            if !matches!(listed, Some(Ok(()))) {
+                count(counter::CLIENTS_FULL);
+            }
+            watch(ctx, WATCH);
+        }
+        return;
+    }
+    let now = now();
+    match known {
+        Some(facts) if facts.kind == kind::CLIENT => {
+            list_original_dst(ctx, &tuple, facts.addr, now);
+            begin(ctx, facts, seen::ACTIVE, now);
+            write(ctx, facts, now, 0);
+        }
+        _ => {
+            // SAFETY: an entry is replaced as a whole and freed after the programs that hold it have ended.
+            if unsafe { PODS.get(&netns(ctx)) }.is_none() || remote.is_loopback() {
+                return;
+            }
+            let mut fresh = SocketFacts::default();
+            let Some(facts) = SOCKETS.get_or(sk, &mut fresh) else { return };
+            facts.kind = kind::PASSING;
+            facts.verdict = verdict::BYPASSED;
+            facts.addr = remote;
+            begin(ctx, facts, seen::ACTIVE, now);
+            write(ctx, facts, now, 0);
+        }
+    }
+}
+
+#[inline(always)]
+fn list_original_dst(ctx: &SockOpsContext, tuple: &Tuple, addr: Addr, now: u64) {
+    let entry = Entry { socket: cookie(ctx), addr, ..Entry::default() };
+    // SAFETY: inner maps are freed after the programs that hold them have ended.
+    let Some(map) = (unsafe { ORIGINAL_DST.get(&netns(ctx)) }) else { return };
+    if map.insert(tuple, &entry, 0).is_err() {
+        // The SYN goes out all the same, to a port of the pod where an app may listen. `inbound` refuses it there.
+        count(counter::ORIGINAL_DST_FULL);
+        if let Some(mark) = map.get_ptr_mut(&Tuple::default()) {
+            // SAFETY: the agent put this entry there and never removes it while the map is in use.
+            unsafe { (*mark).full_ns = now };
+        }
+    }
+}
+
+/// A listener's new socket, before anybody can accept it.
+#[inline(always)]
+fn accepted(ctx: &SockOpsContext, sk: *mut bpf_sock) {
+    let (local, remote) = ends(ctx);
+    let tuple = Tuple { src: remote, dst: local };
+    let known = SOCKETS.get(sk);
+    match known.as_ref().map_or(kind::NONE, |facts| facts.kind) {
+        kind::LISTENER => return,
+        kind::OUTBOUND_LISTENER => {
+            let Some(facts) = known else { return };
+            facts.kind = kind::ACCEPTED;
+            // SAFETY: inner maps are freed after the programs that hold them have ended.
+            let entry = unsafe { ORIGINAL_DST.get_value(&netns(ctx), &tuple) };
+            facts.addr = entry.map_or(Addr::default(), |entry| entry.addr);
+            watch(ctx, BPF_SOCK_OPS_RTT_CB_FLAG);
+            return;
+        }
+        _ => {}
+    }
+    let netns = netns(ctx);
+    // SAFETY: as above.
+    if unsafe { PODS.get(&netns) }.is_none() {
+        return;
+    }
+    // SAFETY: as above; the entry stays for as long as the agent's socket is open, and `socket` is ours to write.
+    let client = unsafe { CLIENTS.get_value_ptr_mut(&netns, &tuple) }.map(|entry| unsafe {
+        (*entry).socket = cookie(ctx);
+        (*entry).addr
+    });
+    if client.is_none() && remote.is_loopback() {
+        // The pod talks to itself. What a listener that once dialled has left on it does not count.
+        if let Some(facts) = known {
+            facts.kind = kind::NONE;
+        }
+        return;
+    }
+    let mut fresh = SocketFacts::default();
+    let Some(facts) = SOCKETS.get_or(sk, &mut fresh) else { return };
+    facts.kind = kind::APP;
+    facts.verdict = if client.is_some() { verdict::CAPTURED } else { verdict::BYPASSED };
+    facts.addr = client.unwrap_or(remote);
+    begin(ctx, facts, 0, now());
+}
+
+/// The socket changes its TCP state.
+#[inline(always)]
+fn state(ctx: &SockOpsContext, sk: *mut bpf_sock) {
+    let ops = ctx.ops;
+    // SAFETY: context fields.
+    let (old, new, snd_una, snd_nxt) = unsafe {
+        (
+            read_volatile(&raw const (*ops).__bindgen_anon_1.args[0]) as u8,
+            read_volatile(&raw const (*ops).__bindgen_anon_1.args[1]) as u8,
+            read_volatile(&raw const (*ops).snd_una),
+            read_volatile(&raw const (*ops).snd_nxt),
+        )
+    };
+    let Some(facts) = SOCKETS.get(sk) else { return };
+    if facts.kind == kind::DIALLER && new == tcp::CLOSE {
+        let (local, remote) = ends(ctx);
+        // SAFETY: inner maps are freed after the programs that hold them have ended.
+        if let Some(map) = unsafe { CLIENTS.get(&netns(ctx)) } {
+            let _ = map.remove(&Tuple { src: local, dst: remote });
+        }
+    }
+    if !is_flow(facts) || old == tcp::CLOSE {
+        return;
+    }
+    facts.seen = decide::on_state(facts.seen, old, new, snd_una == snd_nxt);
+    facts.tcp_state = new;
+    match new {
+        tcp::ESTABLISHED => write(ctx, facts, now(), 0),
+        // From here on the socket may end without telling whether the peer's FIN came: look at what arrives.
+        tcp::FIN_WAIT1 => watch(ctx, BPF_SOCK_OPS_PARSE_ALL_HDR_OPT_CB_FLAG),
+        tcp::CLOSE => end(ctx, facts),
+        _ => {}
+    }
+}
+
+#[inline(always)]
+fn end(ctx: &SockOpsContext, facts: &mut SocketFacts) {
+    if facts.seen & seen::ESTABLISHED == 0 {
+        facts.verdict = verdict::FAILED;
+    }
+    let now = now();
+    write(ctx, facts, now, now);
+    if facts.kind == kind::CLIENT {
+        let (local, remote) = ends(ctx);
+        // SAFETY: inner maps are freed after the programs that hold them have ended.
+        if let Some(map) = unsafe { ORIGINAL_DST.get(&netns(ctx)) } {
+            let _ = map.remove(&Tuple { src: local, dst: remote });
+        }
+    }
+    debug!(ctx, target: "mesh_ebpf", "flow of socket {} ended, verdict {}", cookie(ctx), facts.verdict);
+}
+
+/// Data of ours was acknowledged.
+#[inline(always)]
+fn acknowledged(ctx: &SockOpsContext, sk: *mut bpf_sock) {
+    let Some(facts) = SOCKETS.get(sk) else { return };
+    let now = now();
+    if now.saturating_sub(facts.written_ns) < REFRESH_NS {
+        return;
+    }
+    if is_flow(facts) {
+        write(ctx, facts, now, 0);
+    } else if matches!(facts.kind, kind::ACCEPTED | kind::DIALLER) {
+        facts.written_ns = now;
+        app_received(ctx, facts.kind, now);
+    }
+}
+
+/// What the app has acknowledged to the agent it has received. An app that only receives has no acknowledgements to
+/// see, so that without this its record would stand still.
+#[inline(always)]
+fn app_received(ctx: &SockOpsContext, of: u8, now: u64) {
+    let (local, remote) = ends(ctx);
+    let netns = netns(ctx);
+    // SAFETY: inner maps are freed after the programs that hold them have ended.
+    let (entry, syn) = unsafe {
+        if of == kind::ACCEPTED {
+            (ORIGINAL_DST.get_value(&netns, &Tuple { src: remote, dst: local }), 0)
+        } else {
+            (CLIENTS.get_value(&netns, &Tuple { src: local, dst: remote }), 1)
+        }
+    };
+    let Some(app) = entry.map(|entry| entry.socket) else { return };
+    // SAFETY: a context field.
+    let acked = unsafe { read_volatile(&raw const (*ctx.ops).bytes_acked) };
+    // SAFETY: as above. Only this program writes the record, and a torn one is mended by its next write.
+    if let Some(record) = unsafe { FLOWS.get_value_ptr_mut(&netns, &app) } {
+        unsafe {
+            if (*record).end_ns == 0 {
+                (*record).rx_bytes = acked.saturating_sub(syn);
+                (*record).last_seen_ns = now;
+            }
+        }
+    }
+}
+
+/// A segment arrived after we closed our side: does it carry the peer's FIN?
+#[inline(always)]
+fn segment_after_fin(ctx: &SockOpsContext, sk: *mut bpf_sock) {
+    const TCP_HEADER: usize = 20;
+    const FIN: u8 = 1;
+    let ops = ctx.ops;
+    let Some(facts) = SOCKETS.get(sk) else { return };
+    if !is_flow(facts) {
+        return;
+    }
+    // SAFETY: context fields.
+    let (data, data_end, len) = unsafe {
+        (
+            read_volatile(&raw const (*ops).__bindgen_anon_3.skb_data).cast::<u8>(),
+            read_volatile(&raw const (*ops).__bindgen_anon_4.skb_data_end).cast::<u8>(),
+            read_volatile(&raw const (*ops).skb_len),
+        )
+    };
+    if data as usize + TCP_HEADER > data_end as usize {
+        return;
+    }
+    // SAFETY: the header was just checked to be there.
+    let header: [u8; TCP_HEADER] = unsafe { data.cast::<[u8; TCP_HEADER]>().read_unaligned() };
+    if header[13] & FIN == 0 {
+        return;
+    }
+    let seq = u32::from_be_bytes([header[4], header[5], header[6], header[7]]);
+    let payload = len.wrapping_sub(u32::from(header[12] >> 4) * 4);
+    facts.fin_end = seq.wrapping_add(payload).wrapping_add(1);
+    facts.seen |= seen::FIN_COMING;
+}
+
+#[inline(always)]
+fn is_flow(facts: &SocketFacts) -> bool {
+    facts.start_ns != 0 && matches!(facts.kind, kind::CLIENT | kind::PASSING | kind::APP)
+}
+
+/// The flow of this socket begins.
+#[inline(always)]
+fn begin(ctx: &SockOpsContext, facts: &mut SocketFacts, bits: u8, now: u64) {
+    facts.start_ns = now;
+    facts.seen = bits;
+    facts.tcp_state = tcp::SYN_SENT;
+    watch(ctx, WATCH);
+}
+
+/// Writes the flow's record; `end_ns` other than 0 ends it and reports it.
+#[inline(always)]
+fn write(ctx: &SockOpsContext, facts: &mut SocketFacts, now: u64, end_ns: u64) {
+    facts.written_ns = now;
+    let record = record(ctx, facts, now, end_ns);
+    // SAFETY: inner maps are freed after the programs that hold them have ended.
+    // No table: the pod is not enrolled any more, or is the agent's probe.
+    let Some(table) = (unsafe { FLOWS.get(&record.netns) }) else { return };
+    if table.insert(&record.socket, &record, 0).is_err() {
+        count(counter::FLOWS_FULL);
+    }
+    if end_ns != 0 && CLOSED.output(&record, BPF_RB_NO_WAKEUP).is_err() {
+        count(counter::CLOSED_FULL);
+    }
+}
+
+#[inline(always)]
+fn record(ctx: &SockOpsContext, facts: &SocketFacts, now: u64, end_ns: u64) -> FlowRecord {
+    let ops = ctx.ops;
+    // SAFETY: context fields.
+    let (acked, received, rcv_nxt, srtt, retransmits, segs_out, segs_in) = unsafe {
+        (
+            read_volatile(&raw const (*ops).bytes_acked),
+            read_volatile(&raw const (*ops).bytes_received),
+            read_volatile(&raw const (*ops).rcv_nxt),
+            read_volatile(&raw const (*ops).srtt_us),
+            read_volatile(&raw const (*ops).total_retrans),
+            read_volatile(&raw const (*ops).segs_out),
+            read_volatile(&raw const (*ops).segs_in),
+        )
+    };
+    let (tx_bytes, rx_bytes) = decide::payload(facts.seen, acked, received, facts.fin_end, rcv_nxt);
+    let (local, _) = ends(ctx);
+    FlowRecord {
+        netns: netns(ctx),
+        socket: cookie(ctx),
+        start_ns: facts.start_ns,
+        last_seen_ns: now,
+        end_ns,
+        tx_bytes,
+        rx_bytes,
+        tx_packets: u64::from(segs_out),
+        rx_packets: u64::from(segs_in),
+        // The kernel keeps it in eighths.
+        srtt_us: srtt >> 3,
+        retransmits,
+        local,
+        remote: facts.addr,
+        direction: if facts.kind == kind::APP { direction::INBOUND } else { direction::OUTBOUND },
+        verdict: facts.verdict,
+        protocol: IPPROTO_TCP as u8,
+        tcp_state: facts.tcp_state,
+        pad: 0,
+    }
+}
+
+/// Has the kernel call us for more events of this socket.
+#[inline(always)]
+fn watch(ctx: &SockOpsContext, flags: u32) {
+    // SAFETY: a context field. What others have asked for stays.
+    let now = unsafe { read_volatile(&raw const (*ctx.ops).bpf_sock_ops_cb_flags) };
+    let _ = ctx.set_cb_flags((now | flags) as i32);
+}
+
+/// Local and remote address.
+#[inline(always)]
+fn ends(ctx: &SockOpsContext) -> (Addr, Addr) {
+    let ops = ctx.ops;
+    // SAFETY: context fields.
+    let (family, local4, remote4, local_port, remote_port) = unsafe {
+        (
+            read_volatile(&raw const (*ops).family),
+            read_volatile(&raw const (*ops).local_ip4),
+            read_volatile(&raw const (*ops).remote_ip4),
+            read_volatile(&raw const (*ops).local_port),
+            read_volatile(&raw const (*ops).remote_port),
+        )
+    };
+    // SAFETY: as above.
+    let (local6, remote6) = unsafe {
+        (
+            [
+                read_volatile(&raw const (*ops).local_ip6[0]),
+                read_volatile(&raw const (*ops).local_ip6[1]),
+                read_volatile(&raw const (*ops).local_ip6[2]),
+                read_volatile(&raw const (*ops).local_ip6[3]),
+            ],
+            [
+                read_volatile(&raw const (*ops).remote_ip6[0]),
+                read_volatile(&raw const (*ops).remote_ip6[1]),
+                read_volatile(&raw const (*ops).remote_ip6[2]),
+                read_volatile(&raw const (*ops).remote_ip6[3]),
+            ],
+        )
+    };
+    let (local_port, remote_port) = (local_port as u16, u32::from_be(remote_port) as u16);
+    if family == AF_INET {
+        (Addr::v4(local4.to_ne_bytes(), local_port), Addr::v4(remote4.to_ne_bytes(), remote_port))
+    } else {
+        (Addr::v6(join(local6), local_port), Addr::v6(join(remote6), remote_port))
+    }
+}
+
+#[inline(always)]
+fn netns(ctx: &SockOpsContext) -> u64 {
+    // SAFETY: the helper takes the context of this hook.
+    unsafe { bpf_get_netns_cookie(ctx.as_ptr()) }
+}
+
+#[inline(always)]
+fn cookie(ctx: &SockOpsContext) -> u64 {
+    // SAFETY: the helper takes the context of this hook.
+    unsafe { bpf_get_socket_cookie(ctx.as_ptr()) }
+}
+
+#[inline(always)]
+fn now() -> u64 {
+    // SAFETY: the helper takes nothing.
+    unsafe { bpf_ktime_get_ns() }
+}

@@ -1,0 +1,270 @@
+//! Agents: `mesh-agent node` processes, one per node.
+//!
+//! Promises: the agent runs in its node's network namespace and cgroup with directories of its own, and is ready
+//! when [`AgentBuilder::start`] returns. Reading what it says asks the agent itself: `/metrics`, the admin socket,
+//! `meshctl`. An agent that ends by itself fails [`crate::Lab::finish`].
+
+use std::{
+    fs,
+    net::{Ipv4Addr, SocketAddr},
+    path::{Path, PathBuf},
+    process::{Command, ExitStatus},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use crate::{
+    binary, eventually,
+    fetch::{get_inside, get_unix},
+    lab::Role,
+    node::Node,
+    process::Process,
+};
+
+/// Where the agent serves `/metrics`, in its node's network namespace.
+const METRICS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 15020);
+/// Where it serves `/healthz/ready`.
+const READINESS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 15021);
+/// How long `meshctl` and `mesh-agent clean` may take.
+const COMMAND_LIMIT: Duration = Duration::from_secs(30);
+/// How long an agent may take to end.
+const GRACE: Duration = Duration::from_secs(20);
+
+/// What an agent is to be started with, besides what its node settles.
+#[derive(Debug)]
+#[must_use = "an agent exists once it is started"]
+pub struct AgentBuilder {
+    node: Node,
+    args: Vec<String>,
+    env: Vec<(String, String)>,
+    state_dir: Option<PathBuf>,
+    binary: Option<PathBuf>,
+}
+
+/// A running agent.
+#[derive(Debug)]
+pub struct Agent {
+    node: Node,
+    process: Process,
+    state_dir: PathBuf,
+}
+
+impl AgentBuilder {
+    pub(crate) fn new(node: Node) -> Self {
+        Self { node, args: Vec::new(), env: Vec::new(), state_dir: None, binary: None }
+    }
+
+    /// Adds a command-line argument.
+    pub fn arg(mut self, arg: impl Into<String>) -> Self {
+        self.args.push(arg.into());
+        self
+    }
+
+    /// Sets an environment variable.
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.env.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// Where the embedded CA lives. By default all agents of a lab share one directory, and so one root.
+    pub fn state_dir(mut self, path: PathBuf) -> Self {
+        self.state_dir = Some(path);
+        self
+    }
+
+    /// Another `mesh-agent`, for example an older one.
+    pub fn binary(mut self, path: PathBuf) -> Self {
+        self.binary = Some(path);
+        self
+    }
+
+    /// Starts the agent and waits until it is ready.
+    pub async fn start(self) -> Result<Agent> {
+        let agent = self.spawn()?;
+        eventually("readiness of the agent", async || {
+            if agent.process.status().is_some() {
+                return Ok(());
+            }
+            let (status, body) = get_inside(agent.node.netns(), READINESS, "/healthz/ready").await?;
+            ensure!(status.is_success(), "{status}: {body}");
+            Ok(())
+        })
+        .await
+        .with_context(|| agent.process.tail())?;
+        if let Some(status) = agent.process.status() {
+            bail!("{} ended at once ({status})\n{}", agent.process.label(), agent.process.tail());
+        }
+        Ok(agent)
+    }
+
+    /// Starts the agent and returns at once, for tests of agents that cannot become ready.
+    pub fn spawn(self) -> Result<Agent> {
+        let Self { node, args, env, state_dir, binary: path } = self;
+        let state_dir = state_dir.unwrap_or_else(|| node.world.dir.join("state"));
+        let path = path.map_or_else(|| binary("mesh-agent", "MESH_AGENT_BIN", "mesh-agent"), Ok)?;
+        let mut command = Command::new(path);
+        command.arg("node").args(["--node", node.name()]);
+        command.arg("--config").arg(node.world.config_dir());
+        command.arg("--state-dir").arg(&state_dir);
+        command.arg("--run-dir").arg(run_dir(&node)?);
+        command.arg("--cgroup-root").arg(node.cgroup());
+        command.arg("--bpf-dir").arg(bpf_dir(&node));
+        command.args(["--metrics", &METRICS.to_string(), "--readiness", &READINESS.to_string()]);
+        command.args(args).envs(env);
+        let process = node.spawn_as(command, Role::Agent)?;
+        Ok(Agent { node, process, state_dir })
+    }
+}
+
+impl Agent {
+    /// The node it serves.
+    pub fn node(&self) -> &Node {
+        &self.node
+    }
+
+    /// Its process.
+    pub fn process(&self) -> &Process {
+        &self.process
+    }
+
+    /// Its directory of sockets.
+    pub fn run_dir(&self) -> PathBuf {
+        self.node.world.dir.join("run").join(self.node.name())
+    }
+
+    /// Where its embedded CA lives, shared by all agents of the lab unless told otherwise.
+    pub fn state_dir(&self) -> &Path {
+        &self.state_dir
+    }
+
+    /// Its directory of pins.
+    pub fn bpf_dir(&self) -> PathBuf {
+        bpf_dir(&self.node)
+    }
+
+    /// What it serves at `/metrics`.
+    pub async fn metrics(&self) -> Result<String> {
+        let (status, body) = get_inside(self.node.netns(), METRICS, "/metrics").await?;
+        ensure!(status.is_success(), "/metrics answered {status}: {body}");
+        Ok(body)
+    }
+
+    /// Whether `/healthz/ready` says yes, and what it says.
+    pub async fn readiness(&self) -> Result<(bool, String)> {
+        let (status, body) = get_inside(self.node.netns(), READINESS, "/healthz/ready").await?;
+        Ok((status.is_success(), body))
+    }
+
+    /// What its admin socket answers at `path`.
+    pub async fn admin(&self, path: &str) -> Result<String> {
+        let (status, body) = get_unix(&self.run_dir().join("admin.sock"), path).await?;
+        ensure!(status.is_success(), "admin {path} answered {status}: {body}");
+        Ok(body)
+    }
+
+    /// Its `/config_dump`.
+    pub async fn config_dump(&self) -> Result<Value> {
+        serde_json::from_str(&self.admin("/config_dump").await?).context("/config_dump is no JSON")
+    }
+
+    /// The revision of the configuration in force.
+    pub async fn revision(&self) -> Result<u64> {
+        let dump = self.config_dump().await?;
+        dump["revision"].as_u64().context("/config_dump has no revision")
+    }
+
+    /// Waits until a revision newer than `seen` is in force. Take `seen` before the change.
+    pub async fn revision_after(&self, seen: u64) -> Result<u64> {
+        eventually("a new revision of the configuration", async || {
+            let now = self.revision().await?;
+            ensure!(now > seen, "{} still has revision {now}", self.process.label());
+            Ok(now)
+        })
+        .await
+    }
+
+    /// Waits until the configuration in force is as `expected` wants it; it says what it misses.
+    pub async fn config(&self, what: &str, expected: impl Fn(&Value) -> Result<()>) -> Result<()> {
+        eventually(what, async || expected(&self.config_dump().await?)).await
+    }
+
+    /// Its access log: the lines of its standard output so far.
+    pub fn access_log(&self) -> Vec<String> {
+        self.process.stdout().lines().map(str::to_owned).collect()
+    }
+
+    /// Its own log: the lines of its standard error so far.
+    pub fn log(&self) -> Vec<String> {
+        self.process.stderr().lines().map(str::to_owned).collect()
+    }
+
+    /// Runs `meshctl` against it and returns standard output.
+    pub async fn meshctl(&self, args: &[&str]) -> Result<String> {
+        let mut command = Command::new(binary("meshctl", "MESHCTL_BIN", "mesh-agent")?);
+        command.arg("--run-dir").arg(self.run_dir()).arg("--bpf-dir").arg(self.bpf_dir()).args(args);
+        run(&self.node, command).await
+    }
+
+    /// `meshctl flows -o json`.
+    pub async fn flows(&self) -> Result<Value> {
+        let text = self.meshctl(&["flows", "-o", "json"]).await?;
+        serde_json::from_str(&text).with_context(|| format!("meshctl flows is no JSON: {text}"))
+    }
+
+    /// Stops it with SIGTERM. It is an error if it has ended already.
+    pub async fn stop(self) -> Result<ExitStatus> {
+        if let Some(status) = self.process.status() {
+            bail!("{} had ended by itself ({status})\n{}", self.process.label(), self.process.tail());
+        }
+        self.node.world.forget(&self.process);
+        self.process.stop(GRACE).await
+    }
+
+    /// Kills it, as a crash would. What it pinned stays, until another agent starts or [`Node::clean`].
+    pub async fn kill(self) -> Result<()> {
+        self.node.world.forget(&self.process);
+        self.process.signal(Signal::SIGKILL)?;
+        self.process.wait(GRACE).await.map(|_| ())
+    }
+
+    /// Waits for it to end by itself, where that is what the test is about.
+    pub async fn ends(self) -> Result<(ExitStatus, String)> {
+        let status = self.process.wait(GRACE).await?;
+        self.node.world.forget(&self.process);
+        Ok((status, self.process.stderr()))
+    }
+}
+
+impl Node {
+    /// Runs `mesh-agent clean`, as a person would after a crash.
+    pub async fn clean(&self) -> Result<String> {
+        let mut command = Command::new(binary("mesh-agent", "MESH_AGENT_BIN", "mesh-agent")?);
+        command.arg("clean").arg("--bpf-dir").arg(bpf_dir(self));
+        run(self, command).await
+    }
+}
+
+async fn run(node: &Node, command: Command) -> Result<String> {
+    let process = node.spawn(command)?;
+    let waited = process.wait(COMMAND_LIMIT).await;
+    if waited.is_err() {
+        process.stop(Duration::ZERO).await?;
+    }
+    node.world.forget(&process);
+    let status = waited?;
+    ensure!(status.success(), "{} ended with {status}\n{}", process.label(), process.tail());
+    Ok(process.stdout())
+}
+
+fn run_dir(node: &Node) -> Result<PathBuf> {
+    let parent = node.world.dir.join("run");
+    fs::create_dir_all(&parent).with_context(|| format!("making {}", parent.display()))?;
+    Ok(parent.join(node.name()))
+}
+
+pub(crate) fn bpf_dir(node: &Node) -> PathBuf {
+    PathBuf::from(format!("/sys/fs/bpf/{}-{}", node.world.unique, node.name()))
+}

@@ -1,0 +1,277 @@
+//! What labs and agents leave behind: finds it, and takes it away.
+//!
+//! Promises: [`any`] names everything on the machine that belongs to any lab, and every map of a running or dead
+//! agent; [`clean`] removes what belongs to labs whose process has ended. Never: touches a lab that is in use, or an
+//! agent that no lab started. Tested in `tests/lab.rs`, with residue planted there.
+
+use std::{
+    collections::HashSet,
+    fmt, fs,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result};
+use nix::{
+    fcntl::{Flock, FlockArg},
+    mount::{MntFlags, MsFlags, mount, umount2},
+};
+
+use crate::{bpf, cgroup, lab::PREFIX, net};
+
+/// Where bpffs is mounted.
+const BPFFS: &str = "/sys/fs/bpf";
+/// The kernel frees links and namespaces a moment after the last process let go of them.
+const SETTLING: Duration = Duration::from_secs(5);
+
+/// Something that should be gone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Leftover {
+    /// A named network namespace.
+    Netns(PathBuf),
+    /// A cgroup.
+    Cgroup(PathBuf),
+    /// A process in a cgroup or a network namespace of a lab.
+    Process {
+        /// Its pid.
+        pid: i32,
+        /// Its command line.
+        command: String,
+    },
+    /// A directory of pinned maps and links.
+    Pins(PathBuf),
+    /// A mount of any kind.
+    Mount(PathBuf),
+    /// A directory of manifests, output and state.
+    Directory(PathBuf),
+    /// A BPF link that is still attached.
+    Link(bpf::Link),
+    /// Programs on the TCX hooks of an interface.
+    Tcx {
+        /// The network namespace.
+        netns: PathBuf,
+        /// The interface in it.
+        interface: String,
+        /// How many programs, both directions together.
+        programs: u32,
+    },
+    /// A map that only the mesh's programs have.
+    Map {
+        /// Its id, as `bpftool map` shows it.
+        id: u32,
+        /// Its name.
+        name: String,
+    },
+}
+
+impl fmt::Display for Leftover {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Netns(path) => write!(f, "network namespace {}", path.display()),
+            Self::Cgroup(path) => write!(f, "cgroup {}", path.display()),
+            Self::Process { pid, command } => write!(f, "process {pid}: {command}"),
+            Self::Pins(path) => write!(f, "pinned maps and links in {}", path.display()),
+            Self::Mount(path) => write!(f, "mount {}", path.display()),
+            Self::Directory(path) => write!(f, "directory {}", path.display()),
+            Self::Link(link) => write!(f, "BPF link {} on {:?}", link.id, link.target),
+            Self::Tcx { netns, interface, programs } => {
+                write!(f, "{programs} TCX programs on {interface} in {}", netns.display())
+            }
+            Self::Map { id, name } => write!(f, "BPF map {id} {name}"),
+        }
+    }
+}
+
+/// What one lab has made, as the kernel knows it.
+#[derive(Debug)]
+pub(crate) struct Footprint {
+    pub(crate) unique: String,
+    /// Path and inode of its network namespaces.
+    pub(crate) namespaces: Vec<(PathBuf, u64)>,
+    /// Ids of its cgroups.
+    pub(crate) cgroups: HashSet<u64>,
+}
+
+/// What agents and apps that have ended left in a lab that still stands: processes, pins, links, programs.
+pub(crate) fn of_agents(footprint: &Footprint) -> Result<Vec<Leftover>> {
+    let inodes: HashSet<u64> = footprint.namespaces.iter().map(|(_, inode)| *inode).collect();
+    let mut found = processes_in_namespaces(&inodes);
+    for path in cgroup::tree(&cgroup::root()?.join(&footprint.unique)) {
+        let strays = processes_in_cgroup(&path).filter(|stray| !found.contains(stray)).collect::<Vec<_>>();
+        found.extend(strays);
+    }
+    found.extend(pins(&footprint.unique).map(Leftover::Pins));
+    found.extend(bpf::links_to(&footprint.cgroups, &inodes)?.into_iter().map(Leftover::Link));
+    for (netns, _) in &footprint.namespaces {
+        for (interface, programs) in bpf::tcx_programs(netns)? {
+            found.push(Leftover::Tcx { netns: netns.clone(), interface, programs });
+        }
+    }
+    Ok(found)
+}
+
+/// Everything whose name begins with `prefix`.
+pub(crate) fn named(prefix: &str) -> Result<Vec<Leftover>> {
+    let mut found: Vec<Leftover> = Vec::new();
+    for top in entries(&cgroup::root()?, prefix) {
+        for path in cgroup::tree(&top) {
+            found.extend(processes_in_cgroup(&path));
+        }
+        found.push(Leftover::Cgroup(top));
+    }
+    found.extend(mounts()?.into_iter().filter(|path| has_prefix(path, prefix)).map(Leftover::Mount));
+    found.extend(entries(Path::new(net::NETNS_DIR), prefix).map(Leftover::Netns));
+    found.extend(pins(prefix).map(Leftover::Pins));
+    found.extend(entries(&std::env::temp_dir(), prefix).map(Leftover::Directory));
+    Ok(found)
+}
+
+/// Everything of any lab, and every map of any agent, on this machine. Labs in use are included.
+pub fn any() -> Result<Vec<Leftover>> {
+    let mut found = named(PREFIX)?;
+    let maps = bpf::maps_named(bpf::OUR_MAPS)?;
+    found.extend(maps.into_iter().map(|(id, name)| Leftover::Map { id, name }));
+    Ok(found)
+}
+
+/// Takes away what belongs to labs whose process has ended. Says what it removed and, as errors, what it could not.
+pub fn clean() -> Result<(Vec<Leftover>, Vec<String>)> {
+    let (mut removed, mut failed) = (Vec::new(), Vec::new());
+    for leftover in named(PREFIX)? {
+        if owner_lives(&leftover) {
+            continue;
+        }
+        match remove(&leftover) {
+            Ok(()) => removed.push(leftover),
+            Err(error) => failed.push(format!("{leftover}: {error:#}")),
+        }
+    }
+    Ok((removed, failed))
+}
+
+/// Directories of pins whose name begins with `prefix`.
+pub(crate) fn pins(prefix: &str) -> impl Iterator<Item = PathBuf> {
+    entries(Path::new(BPFFS), prefix)
+}
+
+/// Looks again until nothing is found or time is up; says what is left then.
+pub(crate) fn wait_until_none(find: impl Fn() -> Result<Vec<Leftover>>) -> Vec<String> {
+    let deadline = Instant::now() + SETTLING;
+    loop {
+        match find() {
+            Ok(found) if found.is_empty() => return Vec::new(),
+            Ok(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(20)),
+            Ok(found) => return found.iter().map(|leftover| format!("left behind: {leftover}")).collect(),
+            Err(error) => return vec![format!("{:#}", error.context("looking for residue"))],
+        }
+    }
+}
+
+/// Mounts bpffs if nobody has. Tests do this at once, and two mounts on top of each other would hide pins.
+pub(crate) fn mount_bpffs() -> Result<()> {
+    let is_mounted = || -> Result<bool> { Ok(mounts()?.iter().any(|path| path == Path::new(BPFFS))) };
+    if is_mounted()? {
+        return Ok(());
+    }
+    let directory = fs::File::open(BPFFS).with_context(|| format!("opening {BPFFS}"))?;
+    let _held = Flock::lock(directory, FlockArg::LockExclusive).map_err(|(_, errno)| errno)?;
+    if is_mounted()? {
+        return Ok(());
+    }
+    mount(Some("bpf"), BPFFS, Some("bpf"), MsFlags::empty(), None::<&str>)
+        .with_context(|| format!("mount -t bpf bpf {BPFFS} (this needs root)"))
+}
+
+fn remove(leftover: &Leftover) -> Result<()> {
+    match leftover {
+        Leftover::Netns(path) => net::remove_named(path),
+        Leftover::Cgroup(path) => cgroup::remove_tree(path),
+        Leftover::Pins(path) | Leftover::Directory(path) => {
+            fs::remove_dir_all(path).with_context(|| format!("removing {}", path.display()))
+        }
+        Leftover::Mount(path) if path.starts_with(net::NETNS_DIR) => net::remove_named(path),
+        Leftover::Mount(path) => {
+            umount2(path, MntFlags::MNT_DETACH).with_context(|| format!("unmounting {}", path.display()))
+        }
+        // Processes end with their cgroup; links and programs go with pins and namespaces.
+        Leftover::Process { .. } | Leftover::Link(_) | Leftover::Tcx { .. } | Leftover::Map { .. } => Ok(()),
+    }
+}
+
+/// Whether the process that made the lab still runs: its pid is in the name.
+fn owner_lives(leftover: &Leftover) -> bool {
+    let (Leftover::Netns(path)
+    | Leftover::Cgroup(path)
+    | Leftover::Pins(path)
+    | Leftover::Directory(path)
+    | Leftover::Mount(path)) = leftover
+    else {
+        return false;
+    };
+    owner(path).is_some_and(|pid| Path::new("/proc").join(pid.to_string()).exists())
+}
+
+fn owner(path: &Path) -> Option<u32> {
+    let name = path.iter().filter_map(|part| part.to_str()).find_map(|part| part.strip_prefix(PREFIX))?;
+    name.split('-').next()?.parse().ok()
+}
+
+fn entries(directory: &Path, prefix: &str) -> impl Iterator<Item = PathBuf> {
+    let entries = fs::read_dir(directory).into_iter().flatten().filter_map(std::io::Result::ok);
+    entries.map(|entry| entry.path()).filter(move |path| has_prefix(path, prefix))
+}
+
+/// Whether a part of the path is the prefix itself or begins with it and a dash: `lab-1` is not `lab-11`.
+fn has_prefix(path: &Path, prefix: &str) -> bool {
+    path.iter().filter_map(|part| part.to_str()).any(|part| {
+        part.strip_prefix(prefix)
+            .is_some_and(|rest| prefix.ends_with('-') || rest.is_empty() || rest.starts_with('-'))
+    })
+}
+
+fn mounts() -> Result<Vec<PathBuf>> {
+    let text = fs::read_to_string("/proc/self/mountinfo").context("reading /proc/self/mountinfo")?;
+    Ok(text.lines().filter_map(|line| line.split(' ').nth(4)).map(PathBuf::from).collect())
+}
+
+fn processes_in_cgroup(path: &Path) -> impl Iterator<Item = Leftover> {
+    cgroup::processes(path).into_iter().map(process)
+}
+
+fn processes_in_namespaces(inodes: &HashSet<u64>) -> Vec<Leftover> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().filter_map(std::io::Result::ok);
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    pids.filter(|pid| {
+        let namespace = fs::metadata(format!("/proc/{pid}/ns/net"));
+        namespace.is_ok_and(|metadata| inodes.contains(&metadata.ino()))
+    })
+    .map(process)
+    .collect()
+}
+
+fn process(pid: i32) -> Leftover {
+    let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let command = String::from_utf8_lossy(&line).replace('\0', " ").trim_end().to_owned();
+    Leftover::Process { pid, command }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lab_is_not_mistaken_for_another_with_a_longer_number() {
+        let path = Path::new("/run/netns/mesh-lab-7-11-name-a-default-x");
+        assert!(has_prefix(path, "mesh-lab-"));
+        assert!(has_prefix(path, "mesh-lab-7-11-name"));
+        assert!(!has_prefix(path, "mesh-lab-7-1"));
+        assert!(!has_prefix(Path::new("/run/netns/other"), "mesh-lab-"));
+    }
+
+    #[test]
+    fn the_owner_is_in_the_name() {
+        assert_eq!(owner(Path::new("/run/netns/mesh-lab-4711-0-x-a")), Some(4711));
+        assert_eq!(owner(Path::new("/tmp/mesh-lab-x")), None);
+    }
+}

@@ -1,0 +1,297 @@
+//! A small world for one test: a pod and a neighbour in network namespaces of their own, joined by a veth, below a
+//! cgroup of this process. Everything is taken away when the test ends.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    net::{IpAddr, SocketAddr},
+    path::{Path, PathBuf},
+    process::Command,
+    sync::{
+        Arc, Mutex, PoisonError, Weak,
+        atomic::{AtomicU32, Ordering},
+    },
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, anyhow, ensure};
+use mesh_agent::{
+    capture::{Capture, CaptureConfig, Captured, EbpfLog, Listener, PodNet},
+    identity::SpiffeId,
+    state::snapshot::Workload,
+};
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, setns},
+};
+use tokio::runtime::Runtime;
+
+/// For what happens at once when it happens at all.
+pub const LIMIT: Duration = Duration::from_secs(20);
+
+pub const POD4: &str = "10.77.0.2";
+pub const POD6: &str = "fd00:77::2";
+pub const PEER4: &str = "10.77.0.1";
+pub const PEER6: &str = "fd00:77::1";
+
+static NEXT: AtomicU32 = AtomicU32::new(0);
+
+/// A name no other test has.
+fn unique(what: &str) -> String {
+    format!("mc{}{what}{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
+fn run(command: &str) -> Result<()> {
+    let mut words = command.split_whitespace();
+    let program = words.next().context("empty command")?;
+    let output = Command::new(program).args(words).output().with_context(|| command.to_owned())?;
+    ensure!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
+}
+
+/// A network namespace, gone when dropped.
+pub struct Ns {
+    name: String,
+}
+
+impl Ns {
+    pub fn new(what: &str) -> Result<Self> {
+        let ns = Self { name: unique(what) };
+        run(&format!("ip netns add {}", ns.name))?;
+        run(&format!("ip -n {} link set lo up", ns.name))?;
+        Ok(ns)
+    }
+
+    pub fn path(&self) -> PathBuf {
+        Path::new("/run/netns").join(&self.name)
+    }
+
+    pub fn ip(&self, arguments: &str) -> Result<()> {
+        run(&format!("ip -n {} {arguments}", self.name))
+    }
+
+    /// Runs `f` on a thread of its own inside the namespace.
+    pub fn spawn<T: Send + 'static>(
+        &self,
+        f: impl FnOnce() -> Result<T> + Send + 'static,
+    ) -> thread::JoinHandle<Result<T>> {
+        let path = self.path();
+        thread::spawn(move || {
+            setns(fs::File::open(&path)?, CloneFlags::CLONE_NEWNET)?;
+            f()
+        })
+    }
+
+    /// As [`Ns::spawn`], and waits.
+    pub fn run<T: Send + 'static>(&self, f: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+        join(self.spawn(f))
+    }
+}
+
+impl Drop for Ns {
+    fn drop(&mut self) {
+        if let Err(error) = run(&format!("ip netns delete {}", self.name)) {
+            eprintln!("{error:#}");
+        }
+    }
+}
+
+pub fn join<T>(thread: thread::JoinHandle<Result<T>>) -> Result<T> {
+    thread.join().map_err(|_| anyhow!("a thread of the test has panicked"))?
+}
+
+/// The cgroup all tests of this process share: the agent and the apps are this process.
+pub struct Cgroup {
+    pub root: PathBuf,
+    home: PathBuf,
+}
+
+static CGROUP: Mutex<Weak<Cgroup>> = Mutex::new(Weak::new());
+
+impl Cgroup {
+    fn shared() -> Result<Arc<Self>> {
+        let mut shared = CGROUP.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(cgroup) = shared.upgrade() {
+            return Ok(cgroup);
+        }
+        let cgroup = Arc::new(Self::new()?);
+        *shared = Arc::downgrade(&cgroup);
+        Ok(cgroup)
+    }
+
+    fn new() -> Result<Self> {
+        let mounts = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"].map(Path::new);
+        let hierarchy = mounts.into_iter().find(|path| path.join("cgroup.controllers").exists());
+        let hierarchy = hierarchy.context("no cgroup2 hierarchy")?;
+        let own = fs::read_to_string("/proc/self/cgroup")?;
+        let own = own.lines().find_map(|line| line.strip_prefix("0::/")).context("no cgroup of our own")?;
+        let root = hierarchy.join(unique("cg"));
+        fs::create_dir(&root)?;
+        let cgroup = Self { root, home: hierarchy.join(own) };
+        fs::write(cgroup.root.join("cgroup.procs"), "0")?;
+        Ok(cgroup)
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        // Under the lock, so that no test enters what is being taken away.
+        let _shared = CGROUP.lock().unwrap_or_else(PoisonError::into_inner);
+        let left = fs::write(self.home.join("cgroup.procs"), "0").and_then(|()| fs::remove_dir(&self.root));
+        if let Err(error) = left {
+            eprintln!("{}: {error}", self.root.display());
+        }
+    }
+}
+
+fn bpffs() -> Result<&'static Path> {
+    static MOUNTING: Mutex<()> = Mutex::new(());
+    let _one = MOUNTING.lock().unwrap_or_else(PoisonError::into_inner);
+    let path = Path::new("/sys/fs/bpf");
+    if !fs::read_to_string("/proc/self/mounts")?.lines().any(|line| line.contains(" /sys/fs/bpf bpf ")) {
+        mount(Some("bpf"), path, Some("bpf"), MsFlags::empty(), None::<&str>)?;
+    }
+    Ok(path)
+}
+
+/// An agent, without pods yet.
+pub struct Agent {
+    capture: Option<Capture>,
+    pub config: CaptureConfig,
+    pub rt: Runtime,
+    _cgroup: Arc<Cgroup>,
+}
+
+impl Agent {
+    pub fn new() -> Result<Self> {
+        let cgroup = Cgroup::shared()?;
+        let root = cgroup.root.clone();
+        let config = CaptureConfig {
+            cgroup_root: Some(root),
+            bpf_dir: bpffs()?.join(unique("bpf")),
+            ebpf_log: EbpfLog::Off,
+        };
+        Self::with(config, cgroup)
+    }
+
+    fn with(config: CaptureConfig, cgroup: Arc<Cgroup>) -> Result<Self> {
+        let rt = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+        let capture = {
+            let _inside = rt.enter();
+            Capture::load(&config)?
+        };
+        Ok(Self { capture: Some(capture), config, rt, _cgroup: cgroup })
+    }
+
+    pub fn capture(&self) -> Result<&Capture> {
+        self.capture.as_ref().context("the agent has crashed")
+    }
+
+    pub fn closed_flows(&self) -> Result<tokio::sync::mpsc::Receiver<mesh_common::flow::FlowRecord>> {
+        let _inside = self.rt.enter();
+        self.capture()?.closed_flows()
+    }
+
+    pub fn enrol(&self, pod: &Ns, ips: &[&str]) -> Result<Arc<PodNet>> {
+        let _inside = self.rt.enter();
+        self.capture()?.enrol(workload(pod.path(), ips)?)
+    }
+
+    /// The next captured connection.
+    pub fn accept(&self, pod: &Arc<PodNet>, listener: Listener) -> Result<Captured> {
+        Ok(self.rt.block_on(async { tokio::time::timeout(LIMIT, pod.accept(listener)).await })??)
+    }
+
+    /// Ends as a crash does: nothing is taken away.
+    pub fn crash(&mut self) {
+        self.capture = None;
+    }
+
+    /// Starts again, with what the last one left.
+    pub fn restart(&mut self) -> Result<()> {
+        let _inside = self.rt.enter();
+        self.capture = Some(Capture::load(&self.config)?);
+        Ok(())
+    }
+
+    /// Takes everything away and sees that nothing is left.
+    pub fn remove(&mut self) -> Result<()> {
+        if let Some(capture) = self.capture.take() {
+            capture.remove()?;
+        }
+        ensure!(!self.config.bpf_dir.exists(), "{} is left", self.config.bpf_dir.display());
+        Ok(())
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        self.capture = None;
+        if let Err(error) = mesh_agent::capture::clean(&self.config.bpf_dir) {
+            eprintln!("{error:#}");
+        }
+    }
+}
+
+pub fn workload(netns: PathBuf, ips: &[&str]) -> Result<Arc<Workload>> {
+    let name: Arc<str> = "pod".into();
+    Ok(Arc::new(Workload {
+        namespace: "default".into(),
+        name: Arc::clone(&name),
+        ips: ips.iter().map(|ip| ip.parse::<IpAddr>()).collect::<Result<_, _>>()?,
+        node: None,
+        identity: SpiffeId {
+            trust_domain: "cluster.local".into(),
+            namespace: "default".into(),
+            service_account: "default".into(),
+        },
+        labels: BTreeMap::new(),
+        enrolled: true,
+        netns: Some(netns),
+        workload_name: Arc::clone(&name),
+        canonical_service: name,
+        canonical_revision: "latest".into(),
+    }))
+}
+
+/// A pod and its neighbour on one link, both with a default route to the other.
+pub fn pair() -> Result<(Ns, Ns)> {
+    let (pod, peer) = (Ns::new("p")?, Ns::new("n")?);
+    run(&format!("ip link add eth0 netns {} type veth peer name eth0 netns {}", pod.name, peer.name))?;
+    for (ns, own4, own6, other4, other6) in
+        [(&pod, POD4, POD6, PEER4, PEER6), (&peer, PEER4, PEER6, POD4, POD6)]
+    {
+        ns.ip(&format!("address add {own4}/24 dev eth0"))?;
+        ns.ip(&format!("address add {own6}/64 dev eth0 nodad"))?;
+        ns.ip("link set eth0 up")?;
+        ns.ip(&format!("route add default via {other4}"))?;
+        ns.ip(&format!("-6 route add default via {other6}"))?;
+    }
+    Ok((pod, peer))
+}
+
+/// An agent with one enrolled pod, and the pod's neighbour.
+pub struct World {
+    pub net: Arc<PodNet>,
+    pub agent: Agent,
+    pub pod: Ns,
+    pub peer: Ns,
+}
+
+impl World {
+    pub fn new() -> Result<Self> {
+        let (pod, peer) = pair()?;
+        let agent = Agent::new()?;
+        let net = agent.enrol(&pod, &[POD4, POD6])?;
+        Ok(Self { net, agent, pod, peer })
+    }
+
+    pub fn accept(&self, listener: Listener) -> Result<Captured> {
+        self.agent.accept(&self.net, listener)
+    }
+}
+
+pub fn addr(ip: &str, port: u16) -> Result<SocketAddr> {
+    Ok(SocketAddr::new(ip.parse()?, port))
+}

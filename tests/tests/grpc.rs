@@ -1,0 +1,29 @@
+//! gRPC passes: unary and streaming, statuses in trailers, and what the mesh refuses is a gRPC status too.
+
+use anyhow::{Result, ensure};
+use lab::{Pair, apps, require_root};
+
+#[tokio::test]
+async fn unary_and_streaming_calls_pass_across_and_within_nodes() -> Result<()> {
+    if !require_root()? {
+        return Ok(());
+    }
+    let pair = Pair::new("grpc").await?;
+    for (name, node) in [("far", &pair.b), ("near", &pair.a)] {
+        let server = node.pod(name).label("app", name).start().await?;
+        server.serve(apps::grpc(50051)).await?;
+        let service = pair.lab.service(name).selector("app", name).port("grpc", 50051, 50051).apply()?;
+        pair.settled().await?;
+        server.enrolled().await?;
+        let called = pair.client.grpc(&service.url(50051, ""), "count/5").await?;
+        ensure!(called.check == "SERVING" && called.pod.as_deref() == Some(name), "{called:?}");
+        ensure!(called.stream.len() == 5 && called.ended == "Ok", "{called:?}");
+        let unknown = pair.client.grpc(&service.url(50051, ""), "nobody").await?;
+        ensure!(unknown.check == "NotFound", "{unknown:?}");
+    }
+    let empty = pair.lab.service("empty").selector("app", "nobody").port("grpc", 50051, 50051).apply()?;
+    pair.settled().await?;
+    let refused = pair.client.grpc(&empty.url(50051, ""), "count/1").await?;
+    ensure!(refused.check == "Unavailable", "{refused:?}");
+    pair.finish().await
+}

@@ -1,0 +1,256 @@
+//! What a subcommand needs on this machine: found, installed, or named.
+//!
+//! As root on Debian (or a relative of it), missing packages come from apt; elsewhere the error says what to install
+//! and the exit code is 2. Programs that cargo installs go below `target/tools`. Never touches the Rust toolchain in
+//! PATH, and installs nothing that is there already. The pure parts are tested below, the rest by `.ci/run`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+
+use crate::command::{answer, kept};
+use crate::progress::Progress;
+use crate::workspace;
+
+/// Something has to be installed that this program cannot install: exit code 2.
+#[derive(Debug)]
+pub struct Missing(pub String);
+
+impl std::error::Error for Missing {}
+
+impl std::fmt::Display for Missing {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        out.write_str(&self.0)
+    }
+}
+
+/// A package, by its Debian name, and what shows that it is there on other systems.
+#[derive(Debug, Clone, Copy)]
+pub struct Package {
+    name: &'static str,
+    sign: Sign,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Sign {
+    Program(&'static str),
+    Library(&'static str),
+    File(&'static str),
+}
+
+/// What the host's build needs: a C compiler (aws-lc, libbpf) and the libraries libbpf stands on.
+pub const BUILD: [Package; 4] = [
+    Package { name: "build-essential", sign: Sign::Program("cc") },
+    Package { name: "pkg-config", sign: Sign::Program("pkg-config") },
+    Package { name: "libelf-dev", sign: Sign::Library("libelf") },
+    Package { name: "zlib1g-dev", sign: Sign::Library("zlib") },
+];
+
+/// What the lab needs besides: `ip` makes its network namespaces and links.
+pub const LAB: [Package; 1] = [Package { name: "iproute2", sign: Sign::Program("ip") }];
+
+/// Debian's Rust that knows the BPF target (see `docs/decisions/002-two-worlds-of-ebpf-builds.md`).
+pub const DEBIAN_EBPF: [Package; 3] = [
+    Package { name: "rustc-web", sign: Sign::Program("/usr/bin/rustc") },
+    Package { name: "cargo-web", sign: Sign::Program("/usr/bin/cargo") },
+    Package { name: "libstd-rust-web-dev-bpf", sign: Sign::File("/usr/lib/rustlib/bpfel-unknown-none/lib") },
+];
+
+/// Clippy of the same Rust.
+pub const DEBIAN_EBPF_CLIPPY: [Package; 1] =
+    [Package { name: "rust-web-clippy", sign: Sign::Program("/usr/bin/clippy-driver") }];
+
+/// The LLVM that bpf-linker is built with.
+pub const LLVM: [Package; 4] = [
+    Package { name: "llvm-22-dev", sign: Sign::Program("llvm-config-22") },
+    Package { name: "libpolly-22-dev", sign: Sign::File("/usr/lib/llvm-22/lib/libPolly.a") },
+    Package { name: "zlib1g-dev", sign: Sign::Library("zlib") },
+    Package { name: "build-essential", sign: Sign::Program("cc") },
+];
+
+/// Finds or installs the packages; `what` says what they are for.
+///
+/// # Errors
+/// [`Missing`] where this user may not install them or this is no Debian; else apt's own failure.
+pub fn packages(progress: &mut Progress, wanted: &[Package], what: &str) -> Result<()> {
+    let missing = missing(wanted);
+    if missing.is_empty() {
+        return Ok(());
+    }
+    if !(is_root() && is_debian()) {
+        let text = to_install(&missing, what, is_debian());
+        return Err(Missing(text).into());
+    }
+    progress.step(&format!("apt-get install {} (for {what})", missing.join(" ")), || {
+        // Lists that are fresh enough are used as they are; an image usually has none, or old ones.
+        if installable(&missing) && kept(apt("install", &missing)).is_ok() {
+            return Ok(());
+        }
+        kept(apt("update", &[]))?;
+        kept(apt("install", &missing))
+    })
+}
+
+/// Which of the packages are not installed.
+pub fn missing(wanted: &[Package]) -> Vec<&'static str> {
+    let absent =
+        |package: &&Package| if is_debian() { !has_package(package.name) } else { !package.sign.seen() };
+    let mut names: Vec<_> = wanted.iter().filter(absent).map(|package| package.name).collect();
+    names.dedup();
+    names
+}
+
+/// Whether apt and dpkg manage this machine.
+pub fn is_debian() -> bool {
+    Path::new("/var/lib/dpkg/status").is_file() && Path::new("/usr/bin/apt-get").is_file()
+}
+
+/// Whether this process may do everything (its effective user is root).
+pub fn is_root() -> bool {
+    fs::read_to_string("/proc/self/status").is_ok_and(|status| effective_user(&status) == Some(0))
+}
+
+/// A program that cargo installs below `target/tools`.
+#[derive(Debug, Clone, Copy)]
+pub struct Tool {
+    /// Crate and program.
+    pub name: &'static str,
+    /// Exactly this version.
+    pub version: &'static str,
+    /// How long the installation takes, for the person who waits.
+    pub takes: &'static str,
+}
+
+impl Tool {
+    /// Where the program is, whether it is there or not.
+    pub fn path(&self) -> PathBuf {
+        workspace::tools_dir().join("bin").join(self.name)
+    }
+
+    /// Whether the program is there, in the right version, and runs.
+    pub fn is_installed(&self) -> bool {
+        let version = answer(workspace::command(self.path()).arg("--version"));
+        version.is_some_and(|text| text.split_whitespace().last() == Some(self.version))
+    }
+
+    /// Installs the program with `cargo install` unless it is there.
+    pub fn install(
+        &self,
+        progress: &mut Progress,
+        arguments: &[&str],
+        llvm: Option<&Path>,
+    ) -> Result<PathBuf> {
+        if self.is_installed() {
+            return Ok(self.path());
+        }
+        let Self { name, version, takes } = self;
+        progress.step(
+            &format!("cargo install {name} {version} into target/tools (once, {takes})"),
+            || {
+                fs::create_dir_all(workspace::tools_dir()).context("cannot create target/tools")?;
+                let mut cargo = workspace::cargo();
+                cargo.args(["install", name, "--version", version, "--locked", "--force", "--root"]);
+                cargo.arg(workspace::tools_dir()).args(arguments);
+                if let Some(prefix) = llvm {
+                    cargo.env("LLVM_PREFIX", prefix);
+                }
+                kept(cargo)
+            },
+        )?;
+        Ok(self.path())
+    }
+}
+
+impl Package {
+    /// What Debian calls it.
+    pub const fn name(&self) -> &'static str {
+        self.name
+    }
+}
+
+impl Sign {
+    fn seen(self) -> bool {
+        match self {
+            Self::Program(name) => in_path(name),
+            Self::Library(name) => answer(Command::new("pkg-config").args(["--exists", name])).is_some(),
+            Self::File(path) => Path::new(path).exists(),
+        }
+    }
+}
+
+/// Whether a program of this name can be started.
+pub fn in_path(name: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|dir| dir.join(name).is_file())
+}
+
+fn has_package(name: &str) -> bool {
+    let status = answer(Command::new("dpkg-query").args(["-W", "-f=${db:Status-Abbrev}", name]));
+    status.is_some_and(|status| status.starts_with("ii"))
+}
+
+fn installable(names: &[&str]) -> bool {
+    answer(apt("install", names).arg("--simulate")).is_some()
+}
+
+fn apt(verb: &str, names: &[&str]) -> Command {
+    let mut command = workspace::command("apt-get");
+    command.env("DEBIAN_FRONTEND", "noninteractive").arg(verb).arg("-y");
+    if verb == "install" {
+        command.arg("--no-install-recommends").args(names);
+    }
+    command
+}
+
+fn to_install(missing: &[&str], what: &str, debian: bool) -> String {
+    let names = missing.join(" ");
+    if debian {
+        format!(
+            "{what} needs packages that are not installed. As root:\n  apt-get install -y --no-install-recommends {names}"
+        )
+    } else {
+        format!(
+            "{what} needs these, by their Debian names: {names}\nInstall what this system calls them, and try again."
+        )
+    }
+}
+
+fn effective_user(status: &str) -> Option<u32> {
+    status.lines().find_map(|line| line.strip_prefix("Uid:"))?.split_whitespace().nth(1)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_effective_user_decides() {
+        assert_eq!(effective_user("Name:\tx\nUid:\t1000\t0\t0\t0\n"), Some(0));
+        assert_eq!(effective_user("Uid:\t0\t1000\t0\t0\n"), Some(1000));
+        assert_eq!(effective_user("Gid:\t0\n"), None);
+    }
+
+    #[test]
+    fn what_is_missing_is_named_in_a_command_to_copy() {
+        let text = to_install(&["libelf-dev", "zlib1g-dev"], "the build", true);
+        assert!(text.ends_with("apt-get install -y --no-install-recommends libelf-dev zlib1g-dev"), "{text}");
+        let text = to_install(&["libelf-dev"], "the build", false);
+        assert!(text.contains("Debian names: libelf-dev"), "{text}");
+    }
+
+    #[test]
+    fn signs_of_other_systems() {
+        assert!(Sign::Program("sh").seen());
+        assert!(!Sign::Program("no-such-program-here").seen());
+        assert!(Sign::File("/proc/self/status").seen());
+        assert!(!Sign::File("/nonexistent").seen());
+    }
+
+    #[test]
+    fn a_tool_that_is_not_there_is_not_installed() {
+        let tool = Tool { name: "no-such-program-here", version: "1.0.0", takes: "" };
+        assert!(!tool.is_installed());
+    }
+}
