@@ -77,10 +77,8 @@ fn one_directory_serves_one_agent() -> Result<()> {
 
 #[test]
 fn a_crash_fails_closed_and_the_next_agent_takes_over() -> Result<()> {
-    let mut world = World::new()?;
-    world.agent.crash();
-    let World { net, mut agent, pod, peer } = world;
-    drop(net);
+    let World { net, mut agent, pod, peer } = World::new()?;
+    agent.crash([net]);
     let (out, into) = (addr(PEER4, 7000)?, addr(POD4, 7000)?);
     // Both would be served if they got through.
     let listeners =
@@ -95,8 +93,7 @@ fn a_crash_fails_closed_and_the_next_agent_takes_over() -> Result<()> {
     let net = agent.enrol(&pod, &[POD4, POD6])?;
     let _client = pod.run(move || Ok(TcpStream::connect_timeout(&out, LIMIT)?))?;
     assert_eq!(agent.accept(&net, Listener::Outbound)?.original_dst, out);
-    agent.crash();
-    drop(net);
+    agent.crash([net]);
     mesh_agent::capture::clean(&agent.config.bpf_dir)?;
     assert!(!agent.config.bpf_dir.exists());
     drop(listeners);

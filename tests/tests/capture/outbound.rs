@@ -104,8 +104,7 @@ fn a_socket_used_again_is_seen_anew() -> Result<()> {
         Ok((again, bound))
     })?;
     assert_eq!(world.accept(Listener::Outbound)?.original_dst, dst);
-    world.agent.crash();
-    drop(world.net);
+    world.agent.crash([world.net]);
     // Captured and refused; then to loopback, where its first destination must be forgotten.
     assert!(socket.connect_timeout(&dst.into(), LIMIT).is_err());
     let own = bound.local_addr()?;

@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
     process::Command,
     sync::{
-        Arc, Mutex, PoisonError, Weak,
+        Arc, Mutex, PoisonError, RwLock, Weak,
         atomic::{AtomicU32, Ordering},
     },
     thread,
@@ -42,9 +42,14 @@ fn unique(what: &str) -> String {
     format!("mc{}{what}{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
 }
 
+/// A child holds what this process has open, the listeners of an agent too, until the kernel is through with its
+/// `exec`. Held shared while a child runs, and alone by whoever must know that what it closes is closed.
+static CHILDREN: RwLock<()> = RwLock::new(());
+
 fn run(command: &str) -> Result<()> {
     let mut words = command.split_whitespace();
     let program = words.next().context("empty command")?;
+    let _child = CHILDREN.read().unwrap_or_else(PoisonError::into_inner);
     let output = Command::new(program).args(words).output().with_context(|| command.to_owned())?;
     ensure!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
     Ok(())
@@ -203,9 +208,12 @@ impl Agent {
         Ok(self.rt.block_on(async { tokio::time::timeout(LIMIT, pod.accept(listener)).await })??)
     }
 
-    /// Ends as a crash does: nothing is taken away.
-    pub fn crash(&mut self) {
+    /// Ends as a crash does: nothing is taken away, and every socket of its pods is closed. To be called with all that
+    /// is held of its pods.
+    pub fn crash(&mut self, pods: impl IntoIterator<Item = Arc<PodNet>>) {
+        let _no_child = CHILDREN.write().unwrap_or_else(PoisonError::into_inner);
         self.capture = None;
+        pods.into_iter().for_each(drop);
     }
 
     /// Starts again, with what the last one left.
