@@ -1,25 +1,34 @@
 //! The composition root: every part of a role is made here, handed what it needs, and ended here in order.
 //!
-//! Nothing else uses this file. Listeners are bound before anything is promised; the agent is ready when its first
-//! configuration is in force and its pods are enrolled. Tested by the lab, which runs the real thing.
+//! Nothing else uses this file. Signals are heard from the first moment, so that a start can be broken off and leaves
+//! nothing; listeners are bound before anything is promised; the agent is ready when its first configuration is in force
+//! and its pods are enrolled. Tested by the lab, which runs the real thing.
 
-use std::{collections::HashMap, io, net::SocketAddr, path::Path, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    io,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, anyhow};
 use arc_swap::ArcSwap;
 use mesh_common::flow::FlowRecord;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use tokio::{
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
     sync::{mpsc, watch},
+    task::JoinHandle,
 };
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::{EnvFilter, layer::SubscriberExt as _, reload, util::SubscriberInitExt as _};
 
 use crate::{
-    admin::{self, CertificateView, LogLevel, Readiness},
+    admin::{self, CertificateView, LogLevel, Readiness, RunDir},
     capture::{self, Capture, CaptureConfig, inspect},
-    config::{CleanConfig, NodeConfig},
+    config::{BPF_DIR, CleanConfig, NodeConfig},
     drain::Drain,
     enrolment::Enrolment,
     identity::{Authority, CertificateInfo},
@@ -60,16 +69,11 @@ pub fn node(config: NodeConfig, log: &str) -> Result<()> {
 
 /// `mesh-agent clean`.
 pub fn clean(config: &CleanConfig) -> Result<()> {
-    capture::clean(&config.bpf_dir)?;
-    match &config.run_dir {
-        Some(dir) => match std::fs::remove_dir_all(dir) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(error).with_context(|| format!("removing {}", dir.display()))
-            }
-            _ => Ok(()),
-        },
-        None => Ok(()),
-    }
+    let run_dir = config.run_dir();
+    let noted = || admin::noted_bpf_dir(&run_dir);
+    let bpf_dir = config.bpf_dir.clone().or_else(noted).unwrap_or_else(|| PathBuf::from(BPF_DIR));
+    capture::clean(&bpf_dir)?;
+    admin::clean_run_dir(&run_dir).with_context(|| format!("removing {}", run_dir.display()))
 }
 
 fn start_log(filter: &str) -> Result<LogLevel> {
@@ -80,71 +84,80 @@ fn start_log(filter: &str) -> Result<LogLevel> {
     Ok(LogLevel::of(handle))
 }
 
-/// What was bound before anything else: an address that is taken stops the start.
+/// What ends the agent, and what has it read its configuration again. Registered before there is anything to end.
+struct Signals {
+    hangup: Signal,
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn register() -> io::Result<Self> {
+        Ok(Self {
+            hangup: signal(SignalKind::hangup())?,
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    /// SIGHUP reads the configuration again; SIGTERM and SIGINT end the agent.
+    async fn until_told_to_stop(&mut self, reread: impl Fn()) {
+        loop {
+            tokio::select! {
+                Some(()) = self.hangup.recv() => reread(),
+                Some(()) = self.terminate.recv() => return,
+                Some(()) = self.interrupt.recv() => return,
+            }
+        }
+    }
+}
+
+/// What was bound before the kernel was touched: an address that is taken stops the start.
 struct Listeners {
     admin: admin::Listener,
     metrics: admin::Listener,
     readiness: admin::Listener,
 }
 
+impl Listeners {
+    async fn bind(config: &NodeConfig) -> Result<Self> {
+        Ok(Self {
+            admin: admin::Listener::bind_admin(&config.admin()).await?,
+            metrics: admin::Listener::bind(config.metrics).await?,
+            readiness: admin::Listener::bind(config.readiness).await?,
+        })
+    }
+}
+
 async fn run_node(config: NodeConfig, dir: &Path, log_level: LogLevel) -> Result<()> {
-    let listeners = Listeners {
-        admin: admin::Listener::bind_admin(&config.admin()).await?,
-        metrics: admin::Listener::bind(config.metrics).await?,
-        readiness: admin::Listener::bind(config.readiness).await?,
+    let mut signals = Signals::register().context("listening for signals")?;
+    let (source, mut run_dir, listeners) = tokio::select! {
+        biased;
+        () = signals.until_told_to_stop(|| {}) => return Ok(()),
+        begun = begin(&config, dir) => begun?,
     };
-    let readiness = Readiness::default();
-    let enrolling = readiness.block("the pods of this node");
-    let reporter = Arc::new(Reporter::new(config.access_log.into()).context("starting the access log")?);
-    let Source { snapshots, problems, reread, counts: _ } =
-        source::directory(dir.to_path_buf(), config.trust_domain.as_str().into()).await?;
     let authority = Authority::open(&config.state_dir, &config.trust_domain)
         .with_context(|| format!("--state-dir {}", config.state_dir.display()))?;
-    let authority = Arc::new(authority);
+    let reporter = Arc::new(Reporter::new(config.access_log.into()).context("starting the access log")?);
     let capture = Capture::load(&CaptureConfig {
         cgroup_root: config.cgroup_root.clone(),
         bpf_dir: config.bpf_dir.clone(),
         ebpf_log: config.ebpf_log,
     })?;
-    let started = start_capture(&capture);
+    let noted = run_dir.note_bpf_dir(&config.bpf_dir).context("--run-dir");
+    let started = noted.and_then(|()| start_capture(&capture));
     let capture = Arc::new(capture);
     let ended = match started {
         Ok(closed) => {
-            let mesh = Arc::new(Mesh {
-                node: config.node.as_str().into(),
-                snapshot: ArcSwap::new(Arc::clone(&snapshots.borrow())),
-                pods: LocalPods::default(),
+            let parts = Parts {
+                source,
+                listeners,
+                authority: Arc::new(authority),
                 reporter: Arc::clone(&reporter),
-            });
-            tokio::spawn(report_closed_flows(closed, Arc::clone(&mesh)));
-            tokio::spawn(keep_gauges(
-                snapshots.clone(),
-                problems.clone(),
-                Arc::clone(&authority),
-                Arc::clone(&reporter),
-            ));
-            let stop = CancellationToken::new();
-            let shown = Arc::clone(&mesh);
-            let state = admin::State {
-                version: env!("CARGO_PKG_VERSION"),
-                readiness: readiness.clone(),
-                snapshot: snapshots.clone(),
-                problems: Arc::new(move || problems.borrow().iter().map(ToString::to_string).collect()),
-                flows: flows_of(config.bpf_dir.clone(), shown),
-                reporter: Arc::clone(&reporter),
-                certificates: certificates_of(Arc::clone(&authority)),
-                log_level,
+                capture: Arc::clone(&capture),
+                closed,
             };
-            serve_operators(listeners, state, &stop);
-            let drain = Drain::default();
-            let enrolment = Enrolment::new(mesh, Arc::clone(&capture), authority, drain.clone());
-            let enrolled = tokio::spawn(enrolment.run(snapshots, enrolling, config.drain_deadline));
-            tracing::info!(node = config.node, config = %dir.display(), "agent started");
-            let signalled = until_told_to_stop(&reread).await;
-            drain.start();
-            enrolled.await.context("enrolment failed")?;
-            stop.cancel();
-            signalled
+            serve_pods(parts, &config, log_level, &mut signals).await
         }
         Err(error) => Err(error),
     };
@@ -154,9 +167,80 @@ async fn run_node(config: NodeConfig, dir: &Path, log_level: LogLevel) -> Result
     ended
 }
 
+/// Everything that leaves nothing behind when it is broken off: the configuration first, then what is bound.
+async fn begin(config: &NodeConfig, dir: &Path) -> Result<(Source, RunDir, Listeners)> {
+    let source = source::directory(dir.to_path_buf(), config.trust_domain.as_str().into()).await?;
+    let run_dir = RunDir::create(config.run_dir())?;
+    let listeners = Listeners::bind(config).await?;
+    Ok((source, run_dir, listeners))
+}
+
 fn start_capture(capture: &Capture) -> Result<mpsc::Receiver<FlowRecord>> {
     tokio::task::block_in_place(|| capture.prove())?;
     capture.closed_flows()
+}
+
+/// What a node serves with, once all of it is there.
+struct Parts {
+    source: Source,
+    listeners: Listeners,
+    authority: Arc<Authority>,
+    reporter: Arc<Reporter>,
+    capture: Arc<Capture>,
+    closed: mpsc::Receiver<FlowRecord>,
+}
+
+/// Serves the pods of this node until a signal says to stop, then lets them go. Holds nothing of the kernel's when it
+/// returns.
+async fn serve_pods(
+    parts: Parts,
+    config: &NodeConfig,
+    log_level: LogLevel,
+    signals: &mut Signals,
+) -> Result<()> {
+    let Parts { source, listeners, authority, reporter, capture, closed } = parts;
+    let Source { snapshots, problems, reread, counts: _ } = source;
+    let readiness = Readiness::default();
+    let enrolling = readiness.block("the pods of this node");
+    let mesh = Arc::new(Mesh {
+        node: config.node.as_str().into(),
+        snapshot: ArcSwap::new(Arc::clone(&snapshots.borrow())),
+        pods: LocalPods::default(),
+        reporter: Arc::clone(&reporter),
+        limits: config.http,
+    });
+    tokio::spawn(report_closed_flows(closed, Arc::clone(&mesh)));
+    tokio::spawn(keep_gauges(
+        snapshots.clone(),
+        problems.clone(),
+        Arc::clone(&authority),
+        Arc::clone(&reporter),
+    ));
+    let drain = Drain::default();
+    let enrolment = Enrolment::new(Arc::clone(&mesh), capture, Arc::clone(&authority), drain.clone());
+    let (failing, shown) = (enrolment.failing(), Arc::clone(&mesh));
+    let state = admin::State {
+        version: env!("CARGO_PKG_VERSION"),
+        readiness,
+        snapshot: snapshots.clone(),
+        problems: Arc::new(move || problems.borrow().iter().map(ToString::to_string).collect()),
+        pods: Arc::new(move || failing.view(&shown)),
+        flows: flows_of(config.bpf_dir.clone(), mesh),
+        reporter,
+        certificates: certificates_of(authority),
+        log_level,
+    };
+    let stop = CancellationToken::new();
+    let operators = serve_operators(listeners, state, &stop);
+    let enrolled = tokio::spawn(enrolment.run(snapshots, enrolling, config.drain_deadline));
+    tracing::info!(node = config.node, "agent started");
+    signals.until_told_to_stop(|| reread.reread()).await;
+    drain.start();
+    let left = enrolled.await.context("enrolment failed");
+    stop.cancel();
+    // The admin socket goes with its listener.
+    let _ = operators.await;
+    left
 }
 
 /// With a directory of manifests nothing else can take over: the agent takes everything with it.
@@ -164,27 +248,14 @@ fn remove(capture: Arc<Capture>) -> Result<()> {
     Arc::into_inner(capture).ok_or_else(|| anyhow!("capture is still in use"))?.remove()
 }
 
-fn serve_operators(listeners: Listeners, state: admin::State, stop: &CancellationToken) {
+/// Serves until `stop`; what is returned ends when the operator's endpoint is gone.
+fn serve_operators(listeners: Listeners, state: admin::State, stop: &CancellationToken) -> JoinHandle<()> {
     tokio::spawn(admin::serve_metrics(listeners.metrics, Arc::clone(&state.reporter), stop.clone()));
     tokio::spawn(admin::serve_readiness(listeners.readiness, state.readiness.clone(), stop.clone()));
-    tokio::spawn(admin::serve_admin(listeners.admin, state, stop.clone()));
+    tokio::spawn(admin::serve_admin(listeners.admin, state, stop.clone()))
 }
 
-/// SIGHUP reads the configuration again; SIGTERM and SIGINT end the agent.
-async fn until_told_to_stop(reread: &source::Reread) -> Result<()> {
-    let mut hangup = signal(SignalKind::hangup())?;
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    loop {
-        tokio::select! {
-            Some(()) = hangup.recv() => reread.reread(),
-            Some(()) = terminate.recv() => return Ok(()),
-            Some(()) = interrupt.recv() => return Ok(()),
-        }
-    }
-}
-
-fn flows_of(bpf_dir: std::path::PathBuf, mesh: Arc<Mesh>) -> admin::Read<Result<Vec<FlowView>>> {
+fn flows_of(bpf_dir: PathBuf, mesh: Arc<Mesh>) -> admin::Read<Result<Vec<FlowView>>> {
     Arc::new(move || {
         let records = inspect::read_flows(&bpf_dir)?;
         Ok(views(&records, &mesh))

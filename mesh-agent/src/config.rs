@@ -1,14 +1,23 @@
 //! Flags of `mesh-agent`. Each has an environment variable `MESH_…`; every default is in `--help`.
 
+mod limits;
+
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+pub use self::limits::HttpLimits;
 use crate::{
     admin::{Address, SOCKET_NAME},
     capture::EbpfLog,
     report::AccessLog,
 };
+
+/// Where an agent pins its maps and links, unless it is told otherwise.
+pub const BPF_DIR: &str = "/sys/fs/bpf/mesh";
+
+/// Where agents keep their run directories, one for each node.
+pub const RUN_DIRS: &str = "/run/mesh";
 
 /// Service mesh without sidecars: the agent of one node.
 #[derive(Debug, Parser)]
@@ -62,7 +71,7 @@ pub struct NodeConfig {
     #[arg(long, env = "MESH_CGROUP_ROOT", value_name = "DIR")]
     pub cgroup_root: Option<PathBuf>,
     /// Directory in a mounted bpffs for this agent's pins
-    #[arg(long, env = "MESH_BPF_DIR", value_name = "DIR", default_value = "/sys/fs/bpf/mesh")]
+    #[arg(long, env = "MESH_BPF_DIR", value_name = "DIR", default_value = BPF_DIR)]
     pub bpf_dir: PathBuf,
     /// What the programs in the kernel log
     #[arg(long, env = "MESH_EBPF_LOG", value_enum, default_value_t = EbpfLog::Off)]
@@ -73,23 +82,40 @@ pub struct NodeConfig {
     /// How long SIGTERM waits for open connections, seconds
     #[arg(long, env = "MESH_DRAIN_DEADLINE", value_name = "SECONDS", default_value = "5", value_parser = seconds)]
     pub drain_deadline: Duration,
+    /// What apps may ask for over HTTP.
+    #[command(flatten)]
+    pub http: HttpLimits,
 }
 
 /// `mesh-agent clean`.
 #[derive(Debug, Clone, Args)]
 pub struct CleanConfig {
-    /// Directory of the agent's pins
-    #[arg(long, env = "MESH_BPF_DIR", value_name = "DIR", default_value = "/sys/fs/bpf/mesh")]
-    pub bpf_dir: PathBuf,
-    /// Directory of the agent's sockets
+    /// Name of the agent's node, which settles its run directory
+    #[arg(long, env = "MESH_NODE", default_value_t = hostname())]
+    pub node: String,
+    /// Directory of the agent's pins [default: the one noted in the run directory, else /sys/fs/bpf/mesh]
+    #[arg(long, env = "MESH_BPF_DIR", value_name = "DIR")]
+    pub bpf_dir: Option<PathBuf>,
+    /// Directory of the agent's sockets, removed when it holds nothing else [default: /run/mesh/NODE]
     #[arg(long, env = "MESH_RUN_DIR", value_name = "DIR")]
     pub run_dir: Option<PathBuf>,
+}
+
+impl CleanConfig {
+    /// Directory of the agent's sockets.
+    pub fn run_dir(&self) -> PathBuf {
+        run_dir(self.run_dir.as_ref(), &self.node)
+    }
+}
+
+fn run_dir(given: Option<&PathBuf>, node: &str) -> PathBuf {
+    given.cloned().unwrap_or_else(|| PathBuf::from(RUN_DIRS).join(node))
 }
 
 impl NodeConfig {
     /// Directory of this agent's sockets.
     pub fn run_dir(&self) -> PathBuf {
-        self.run_dir.clone().unwrap_or_else(|| PathBuf::from("/run/mesh").join(&self.node))
+        run_dir(self.run_dir.as_ref(), &self.node)
     }
 
     /// Where the admin interface listens.
@@ -120,7 +146,13 @@ impl From<AccessLogFormat> for AccessLog {
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {
-    text.parse().map(Duration::from_secs).map_err(|error| format!("not a number of seconds: {error}"))
+    let number: f64 = text.parse().map_err(|error| format!("not a number of seconds: {error}"))?;
+    Duration::try_from_secs_f64(number).map_err(|error| format!("not a number of seconds: {error}"))
+}
+
+fn some_seconds(text: &str) -> Result<Duration, String> {
+    let time = seconds(text)?;
+    if time.is_zero() { Err("must be more than 0".to_owned()) } else { Ok(time) }
 }
 
 fn hostname() -> String {
@@ -138,5 +170,29 @@ mod tests {
     fn flags_are_consistent() {
         use clap::CommandFactory;
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn times_are_seconds_and_parts_of_them() {
+        assert_eq!(seconds("0.25"), Ok(Duration::from_millis(250)));
+        assert_eq!(seconds("3600"), Ok(Duration::from_hours(1)));
+        for bad in ["", "-1", "1s", "NaN", "1e300"] {
+            assert!(seconds(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn cleaning_looks_where_the_agent_of_the_same_node_would_have_been() {
+        let run_dir = |arguments: &[&str]| match Cli::try_parse_from(arguments).map(|cli| cli.role) {
+            Ok(Role::Node(node)) => Some(node.run_dir()),
+            Ok(Role::Clean(clean)) => Some(clean.run_dir()),
+            Err(_) => None,
+        };
+        for flags in [&[][..], &["--node", "a"], &["--run-dir", "/run/elsewhere"]] {
+            let [node, clean] =
+                ["node", "clean"].map(|role| run_dir(&[&["mesh-agent", role], flags].concat()));
+            assert!(node.is_some() && node == clean, "{flags:?}: {node:?} {clean:?}");
+        }
+        assert_eq!(run_dir(&["mesh-agent", "clean", "--node", "a"]), Some("/run/mesh/a".into()));
     }
 }

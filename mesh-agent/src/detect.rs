@@ -27,6 +27,9 @@ const LONGEST_METHOD: usize = 20;
 /// Bytes asked for in one read: most request heads fit.
 const FIRST_READ: usize = 1 << 10;
 
+/// Largest `ClientHello` read for its server name; with post-quantum key shares they have some 2 KiB.
+const LONGEST_HELLO: usize = 16 << 10;
+
 /// What the bytes so far say.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
@@ -36,8 +39,9 @@ pub enum Verdict {
     Undecided,
 }
 
-/// Judges the first bytes of a client.
+/// Judges the first bytes of a client. What is decided stays decided, however many bytes follow.
 pub fn judge(bytes: &[u8]) -> Verdict {
+    let bytes = &bytes[..bytes.len().min(LONGEST_LINE)];
     if bytes.starts_with(H2_PREFACE) {
         return Verdict::Is(Protocol::Http2);
     }
@@ -100,6 +104,55 @@ pub async fn http_version<S: AsyncRead + Unpin>(stream: &mut Prefixed<S>) -> io:
             return Ok(Protocol::Http1);
         }
     }
+}
+
+/// The server name in a client's TLS `ClientHello`; `None` for a client that names none or speaks no TLS.
+///
+/// Cancel safe: what was read before stays in `stream`.
+pub async fn server_name<S: AsyncRead + Unpin>(stream: &mut Prefixed<S>) -> io::Result<Option<String>> {
+    loop {
+        match hello(&stream.prefix) {
+            Hello::Name(name) => return Ok(Some(name)),
+            Hello::None => return Ok(None),
+            Hello::Undecided => {}
+        }
+        if stream.prefix.len() >= LONGEST_HELLO || stream.read_more().await? == 0 {
+            return Ok(None);
+        }
+    }
+}
+
+/// What the first bytes say of the server's name.
+enum Hello {
+    Name(String),
+    None,
+    Undecided,
+}
+
+fn hello(bytes: &[u8]) -> Hello {
+    const HANDSHAKE: u8 = 0x16;
+    match bytes.first() {
+        None => return Hello::Undecided,
+        Some(first) if *first != HANDSHAKE => return Hello::None,
+        Some(_) => {}
+    }
+    let mut acceptor = rustls::server::Acceptor::default();
+    let mut left = bytes;
+    while !left.is_empty() {
+        // Reading from memory cannot fail; what is no TLS is told by `accept`.
+        if !matches!(acceptor.read_tls(&mut left), Ok(1..)) {
+            break;
+        }
+        match acceptor.accept() {
+            Ok(Some(accepted)) => {
+                let name = accepted.client_hello().server_name().map(str::to_owned);
+                return name.map_or(Hello::None, Hello::Name);
+            }
+            Ok(None) => {}
+            Err(_) => return Hello::None,
+        }
+    }
+    Hello::Undecided
 }
 
 /// A stream with bytes that were already read from it put back in front.
@@ -202,6 +255,16 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_line_too_long_to_wait_for_is_judged_once() {
+        let start = [b"GET /".as_slice(), &[b'x'; LONGEST_LINE - 5]].concat();
+        assert_eq!(judge(&start[..LONGEST_LINE - 1]), Verdict::Undecided);
+        assert_eq!(judge(&start), Verdict::Is(Protocol::Http1));
+        for more in [b" SPDY/3\r\n".as_slice(), b"\0", b"x"] {
+            assert_eq!(judge(&[&start, more].concat()), Verdict::Is(Protocol::Http1));
+        }
+    }
+
     #[tokio::test]
     async fn split_preface_is_waited_for_and_nothing_is_lost() -> io::Result<()> {
         let (mut client, server) = tokio::io::duplex(64);
@@ -219,6 +282,33 @@ mod tests {
         let mut all = Vec::new();
         stream.read_to_end(&mut all).await?;
         assert_eq!(all, H2_PREFACE);
+        Ok(())
+    }
+
+    #[tokio::test]
+    async fn the_server_name_is_read_from_a_hello_in_pieces() -> io::Result<()> {
+        let (mut client, server) = tokio::io::duplex(8);
+        let config = rustls::ClientConfig::builder_with_provider(std::sync::Arc::new(
+            rustls::crypto::aws_lc_rs::default_provider(),
+        ));
+        let config = config.with_safe_default_protocol_versions().map_err(io::Error::other)?;
+        let config = config.with_root_certificates(rustls::RootCertStore::empty()).with_no_client_auth();
+        let name = rustls_pki_types::ServerName::try_from("db.example.com").map_err(io::Error::other)?;
+        let mut tls =
+            rustls::ClientConnection::new(std::sync::Arc::new(config), name).map_err(io::Error::other)?;
+        let mut bytes = Vec::new();
+        tls.write_tls(&mut bytes)?;
+        let mut stream = Prefixed::new(server);
+        let (name, sent) = tokio::join!(server_name(&mut stream), client.write_all(&bytes));
+        sent?;
+        assert_eq!(name?.as_deref(), Some("db.example.com"));
+        assert_eq!(stream.prefix, bytes);
+        for other in [&b"GET / HTTP/1.1\r\n\r\n"[..], b"\x16\x03\x01\x00\x02hi", b"\x16\x03\x01"] {
+            let (mut client, server) = tokio::io::duplex(64);
+            client.write_all(other).await?;
+            drop(client);
+            assert_eq!(server_name(&mut Prefixed::new(server)).await?, None);
+        }
         Ok(())
     }
 

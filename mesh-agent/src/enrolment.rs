@@ -1,14 +1,21 @@
 //! Which pods of this node the mesh carries: compares what the configuration wants with what is enrolled, and makes it so.
 //!
-//! Promises: one pod's failure touches no other; what failed is tried again; a pod whose network namespace has gone, or
-//! whose address, identity or namespace has changed, is let go of at once. Tested by the table below and in the lab.
+//! Promises: one pod's failure touches no other; what failed is tried again, and shown until it succeeds; a pod whose
+//! network namespace has gone, or whose address, identity or namespace has changed, is let go of at once. Tested by the
+//! tables below and in the lab.
 
-use std::{collections::HashMap, os::unix::fs::MetadataExt, path::Path, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    os::unix::fs::MetadataExt,
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use tokio::sync::watch;
 
 use crate::{
-    admin::BlockReady,
+    admin::{BlockReady, FailingPod, PodsView},
     capture::{Capture, Listener},
     drain::Drain,
     identity::Authority,
@@ -30,10 +37,51 @@ pub struct Enrolment {
     capture: Arc<Capture>,
     authority: Arc<Authority>,
     drain: Drain,
-    /// What stands between a pod and its enrolment, so that each reason is logged once.
-    failing: HashMap<PodName, String>,
+    failing: Failing,
     /// Device and inode of each enrolled pod's network namespace: a path may come to name another one.
     namespaces: HashMap<PodName, (u64, u64)>,
+}
+
+/// What stands between each wanted pod and its enrolment; each reason is logged once. Cheap to clone; all clones are one.
+#[derive(Debug, Clone, Default)]
+pub struct Failing(Arc<Mutex<HashMap<PodName, String>>>);
+
+impl Failing {
+    /// The map is whole after every change, so a panic elsewhere does not make it wrong.
+    fn reasons(&self) -> MutexGuard<'_, HashMap<PodName, String>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes a failure. Whether it is news.
+    fn note(&self, name: &PodName, reason: &str) -> bool {
+        let mut reasons = self.reasons();
+        let known = reasons.get(name).is_some_and(|known| known == reason);
+        if !known {
+            reasons.insert(name.clone(), reason.to_owned());
+        }
+        !known
+    }
+
+    fn forget(&self, name: &PodName) {
+        self.reasons().remove(name);
+    }
+
+    fn keep_only(&self, wanted: &HashMap<PodName, Arc<Workload>>) {
+        self.reasons().retain(|name, _| wanted.contains_key(name));
+    }
+
+    /// The pods of this node for the operator: those enrolled in `mesh`, and those that fail.
+    pub fn view(&self, mesh: &Mesh) -> PodsView {
+        let mut enrolled: Vec<_> = mesh.pods.all().keys().map(ToString::to_string).collect();
+        let one = |(name, reason): (&PodName, &String)| FailingPod {
+            pod: name.to_string(),
+            reason: reason.clone(),
+        };
+        let mut failing: Vec<_> = self.reasons().iter().map(one).collect();
+        enrolled.sort();
+        failing.sort();
+        PodsView { node: mesh.node.to_string(), enrolled, failing }
+    }
 }
 
 /// What has to be done.
@@ -86,7 +134,12 @@ fn namespace_id(path: &Path) -> Option<(u64, u64)> {
 impl Enrolment {
     /// Nothing enrolled yet.
     pub fn new(mesh: Arc<Mesh>, capture: Arc<Capture>, authority: Arc<Authority>, drain: Drain) -> Self {
-        Self { mesh, capture, authority, drain, failing: HashMap::new(), namespaces: HashMap::new() }
+        Self { mesh, capture, authority, drain, failing: Failing::default(), namespaces: HashMap::new() }
+    }
+
+    /// What fails, for as long as this runs.
+    pub fn failing(&self) -> Failing {
+        self.failing.clone()
     }
 
     /// Follows the configuration, ready once its first round is done, until the agent drains; then lets every pod go, within `deadline`.
@@ -113,6 +166,7 @@ impl Enrolment {
 
     async fn reconcile(&mut self, snapshot: &Snapshot) {
         let mut wanted = wanted(snapshot, &self.mesh.node);
+        self.failing.keep_only(&wanted);
         wanted.retain(|name, pod| self.namespace_stands(name, pod));
         let enrolled =
             self.mesh.pods.all().iter().map(|(name, pod)| (name.clone(), pod.workload())).collect();
@@ -126,20 +180,24 @@ impl Enrolment {
             }
         }
         for workload in plan.join {
+            // A node full of pods takes a while: an agent that is told to stop does not go on with it.
+            if self.drain.token().is_cancelled() {
+                break;
+            }
             self.try_join(workload).await;
         }
-        self.failing.retain(|name, _| wanted.contains_key(name) || enrolled.contains_key(name));
-        self.mesh.reporter.set_enrolled_pods(self.mesh.pods.all().len());
+        let failing = self.failing.reasons().len();
+        self.mesh.reporter.set_pods(self.mesh.pods.all().len(), failing);
     }
 
     /// False when the pod's namespace is not there, or is no longer the one that was enrolled.
-    fn namespace_stands(&mut self, name: &PodName, pod: &Workload) -> bool {
+    fn namespace_stands(&self, name: &PodName, pod: &Workload) -> bool {
         let Some(path) = &pod.netns else { return false };
         match (namespace_id(path), self.namespaces.get(name)) {
             (Some(now), Some(then)) => now == *then,
             (Some(_), None) => true,
             (None, _) => {
-                self.fails(name, format!("its network namespace {} is not there", path.display()));
+                self.fails(name, &format!("its network namespace {} is not there", path.display()));
                 false
             }
         }
@@ -149,10 +207,10 @@ impl Enrolment {
         let name = PodName::from(&*workload);
         match self.join(&workload).await {
             Ok(()) => {
-                self.failing.remove(&name);
+                self.failing.forget(&name);
                 tracing::info!(pod = %name, identity = %workload.identity, "pod enrolled");
             }
-            Err(reason) => self.fails(&name, reason),
+            Err(reason) => self.fails(&name, &reason),
         }
     }
 
@@ -164,7 +222,12 @@ impl Enrolment {
         let identity =
             self.authority.identity(&workload.identity).await.map_err(|error| error.to_string())?;
         let net = self.capture.enrol(Arc::clone(workload)).map_err(|error| format!("{error:#}"))?;
-        let pod = Arc::new(Pod::new(net, identity, self.drain.child()));
+        let pod = Arc::new(Pod::new(
+            net,
+            identity,
+            self.drain.child(),
+            self.mesh.limits.max_connections_per_pod as usize,
+        ));
         self.mesh.pods.insert(name.clone(), Arc::clone(&pod));
         self.namespaces.insert(name, id);
         tokio::spawn(outbound::serve(Arc::clone(&self.mesh), Arc::clone(&pod)));
@@ -208,10 +271,9 @@ impl Enrolment {
         }
     }
 
-    fn fails(&mut self, name: &PodName, reason: String) {
-        if self.failing.get(name) != Some(&reason) {
+    fn fails(&self, name: &PodName, reason: &str) {
+        if self.failing.note(name, reason) {
             tracing::warn!(pod = %name, reason, "pod cannot be enrolled; it will be tried again");
-            self.failing.insert(name.clone(), reason);
         }
     }
 }
@@ -260,6 +322,21 @@ mod tests {
         let moved = pod("a", 9, "v1");
         let step = plan(&HashMap::from([a.clone()]), &HashMap::from([moved.clone()]));
         assert_eq!((step.leave, step.join), (vec![a.0], vec![moved.1]));
+    }
+
+    #[test]
+    fn a_failure_is_news_once_for_as_long_as_its_pod_is_wanted() {
+        let (failing, (name, workload)) = (Failing::default(), pod("a", 1, "v1"));
+        let wanted = HashMap::from([(name.clone(), workload)]);
+        let gone = "its network namespace is not there";
+        assert!(failing.note(&name, gone));
+        failing.keep_only(&wanted);
+        assert!(!failing.note(&name, gone), "told a second time");
+        assert!(failing.note(&name, "port 15001 is taken"), "another reason is news");
+        failing.keep_only(&HashMap::new());
+        assert!(failing.reasons().is_empty() && failing.note(&name, gone));
+        failing.forget(&name);
+        assert!(failing.reasons().is_empty());
     }
 
     #[test]

@@ -40,6 +40,16 @@ pub enum Kind {
     DownstreamReset,
     /// A budget is used up.
     Overflow,
+    /// The head of a request did not come in time.
+    HeadTimeout,
+    /// The head of a request is larger than is taken.
+    HeadTooLarge,
+    /// The target of a request is longer than is taken.
+    TargetTooLong,
+    /// Nothing moved on the exchange for too long.
+    StreamIdle,
+    /// The endpoint does not switch to the protocol that was asked for.
+    NoUpgrade,
 }
 
 /// The status an injected abort answers with.
@@ -102,6 +112,13 @@ impl Kind {
             Self::IllegalDestination => (Downstream, StatusCode::FORBIDDEN, 7, "DENY", "illegal_destination"),
             Self::DownstreamReset => (Downstream, StatusCode::BAD_REQUEST, 1, "DC", "downstream_reset"),
             Self::Overflow => (Mesh, StatusCode::SERVICE_UNAVAILABLE, 8, "UO", "overflow"),
+            Self::HeadTimeout => (Downstream, StatusCode::REQUEST_TIMEOUT, 4, "SI", "head_timeout"),
+            Self::HeadTooLarge => {
+                (Downstream, StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, 8, "DPE", "head_too_large")
+            }
+            Self::TargetTooLong => (Downstream, StatusCode::URI_TOO_LONG, 8, "DPE", "target_too_long"),
+            Self::StreamIdle => (Mesh, StatusCode::GATEWAY_TIMEOUT, 4, "SI", "stream_idle"),
+            Self::NoUpgrade => (Upstream, StatusCode::BAD_GATEWAY, 12, "UPE", "no_upgrade"),
         };
         Row { side, http, grpc, flag, word }
     }
@@ -114,12 +131,14 @@ pub struct Error {
     pub kind: Kind,
     /// The sentence.
     pub detail: String,
+    /// The code with which an HTTP/2 peer reset its stream, where that is what went wrong.
+    pub reset: Option<h2::Reason>,
 }
 
 impl Error {
     /// An error of this kind with a sentence for the operator.
     pub fn new(kind: Kind, detail: impl Into<String>) -> Self {
-        Self { kind, detail: detail.into() }
+        Self { kind, detail: detail.into(), reset: None }
     }
 }
 

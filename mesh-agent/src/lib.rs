@@ -15,6 +15,8 @@ pub mod detect;
 pub mod drain;
 pub mod enrolment;
 pub mod error;
+pub mod http1;
+pub mod http2;
 pub mod identity;
 pub mod policy;
 pub mod proxy;

@@ -4,7 +4,7 @@
 //! together and counts flows, `peername.rs` tells apps the truth about their peers, `inbound.rs` steers what arrives
 //! at a pod, `tc.rs` counts packets no socket hook sees. Never sends a packet of its own and never changes one.
 //! Built by `cargo xtask build-ebpf`; on any other target it is an empty program. Tested in the lab
-//! (`tests/tests/capture.rs`).
+//! (`tests/tests/capture/`).
 #![cfg_attr(target_arch = "bpf", no_std, no_main, feature(asm_experimental_arch))]
 #![cfg_attr(
     target_arch = "bpf",

@@ -5,6 +5,7 @@
 //! `meshctl`. An agent that ends by itself fails [`crate::Lab::finish`].
 
 use std::{
+    collections::BTreeMap,
     fs,
     net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
@@ -30,6 +31,8 @@ const METRICS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCAL
 const READINESS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 15021);
 /// How long `meshctl` and `mesh-agent clean` may take.
 const COMMAND_LIMIT: Duration = Duration::from_secs(30);
+/// Lines of the access log that a failure shows.
+const SHOWN_LINES: usize = 10;
 /// How long an agent may take to end.
 const GRACE: Duration = Duration::from_secs(20);
 
@@ -41,6 +44,8 @@ pub struct AgentBuilder {
     args: Vec<String>,
     env: Vec<(String, String)>,
     state_dir: Option<PathBuf>,
+    config_dir: Option<PathBuf>,
+    cgroup_root: Option<PathBuf>,
     binary: Option<PathBuf>,
 }
 
@@ -54,7 +59,15 @@ pub struct Agent {
 
 impl AgentBuilder {
     pub(crate) fn new(node: Node) -> Self {
-        Self { node, args: Vec::new(), env: Vec::new(), state_dir: None, binary: None }
+        Self {
+            node,
+            args: Vec::new(),
+            env: Vec::new(),
+            state_dir: None,
+            config_dir: None,
+            cgroup_root: None,
+            binary: None,
+        }
     }
 
     /// Adds a command-line argument.
@@ -72,6 +85,18 @@ impl AgentBuilder {
     /// Where the embedded CA lives. By default all agents of a lab share one directory, and so one root.
     pub fn state_dir(mut self, path: PathBuf) -> Self {
         self.state_dir = Some(path);
+        self
+    }
+
+    /// Its directory of manifests. By default all agents of a lab read the lab's.
+    pub fn config_dir(mut self, path: PathBuf) -> Self {
+        self.config_dir = Some(path);
+        self
+    }
+
+    /// Where its programs are attached. By default to the node's own root.
+    pub fn cgroup_root(mut self, path: PathBuf) -> Self {
+        self.cgroup_root = Some(path);
         self
     }
 
@@ -102,15 +127,15 @@ impl AgentBuilder {
 
     /// Starts the agent and returns at once, for tests of agents that cannot become ready.
     pub fn spawn(self) -> Result<Agent> {
-        let Self { node, args, env, state_dir, binary: path } = self;
+        let Self { node, args, env, state_dir, config_dir, cgroup_root, binary: path } = self;
         let state_dir = state_dir.unwrap_or_else(|| node.world.dir.join("state"));
         let path = path.map_or_else(|| binary("mesh-agent", "MESH_AGENT_BIN", "mesh-agent"), Ok)?;
         let mut command = Command::new(path);
         command.arg("node").args(["--node", node.name()]);
-        command.arg("--config").arg(node.world.config_dir());
+        command.arg("--config").arg(config_dir.unwrap_or_else(|| node.world.config_dir()));
         command.arg("--state-dir").arg(&state_dir);
         command.arg("--run-dir").arg(run_dir(&node)?);
-        command.arg("--cgroup-root").arg(node.cgroup());
+        command.arg("--cgroup-root").arg(cgroup_root.as_deref().unwrap_or_else(|| node.cgroup()));
         command.arg("--bpf-dir").arg(bpf_dir(&node));
         command.args(["--metrics", &METRICS.to_string(), "--readiness", &READINESS.to_string()]);
         command.args(args).envs(env);
@@ -132,7 +157,7 @@ impl Agent {
 
     /// Its directory of sockets.
     pub fn run_dir(&self) -> PathBuf {
-        self.node.world.dir.join("run").join(self.node.name())
+        self.node.run_dir()
     }
 
     /// Where its embedded CA lives, shared by all agents of the lab unless told otherwise.
@@ -196,16 +221,63 @@ impl Agent {
         self.process.stdout().lines().map(str::to_owned).collect()
     }
 
+    /// Waits for a line of the access log in which each of these keys has this value, and returns it, its values
+    /// without quotes. It is an error if there are several when the first is seen.
+    pub async fn logged(&self, expected: &[(&str, &str)]) -> Result<BTreeMap<String, String>> {
+        let wanted = |line: &BTreeMap<String, String>| {
+            expected.iter().all(|(key, value)| line.get(*key).is_some_and(|found| found == value))
+        };
+        self.logged_as("a line of the access log", wanted).await.with_context(|| format!("{expected:?}"))
+    }
+
+    /// As [`Agent::logged`], for a line that `wanted` recognizes.
+    pub async fn logged_as(
+        &self,
+        what: &str,
+        wanted: impl Fn(&BTreeMap<String, String>) -> bool,
+    ) -> Result<BTreeMap<String, String>> {
+        eventually(what, async || {
+            let lines = self.access_log();
+            let mut found: Vec<_> =
+                lines.iter().map(|line| fields(line)).filter(|line| wanted(line)).collect();
+            ensure!(found.len() <= 1, "{} lines: {found:#?}", found.len());
+            let last = &lines[lines.len().saturating_sub(SHOWN_LINES)..];
+            found.pop().with_context(|| format!("no such line; the last are\n{}", last.join("\n")))
+        })
+        .await
+    }
+
+    /// The memory it holds now.
+    pub fn rss_bytes(&self) -> Result<u64> {
+        self.process.rss_bytes()
+    }
+
+    /// The most memory it ever held.
+    pub fn peak_rss_bytes(&self) -> Result<u64> {
+        self.process.peak_rss_bytes()
+    }
+
+    /// The processor time it has used so far.
+    pub fn cpu_time(&self) -> Result<Duration> {
+        self.process.cpu_time()
+    }
+
     /// Its own log: the lines of its standard error so far.
     pub fn log(&self) -> Vec<String> {
         self.process.stderr().lines().map(str::to_owned).collect()
     }
 
-    /// Runs `meshctl` against it and returns standard output.
+    /// Runs `meshctl` against it, which is told its run directory alone, and returns standard output.
     pub async fn meshctl(&self, args: &[&str]) -> Result<String> {
         let mut command = Command::new(binary("meshctl", "MESHCTL_BIN", "mesh-agent")?);
-        command.arg("--run-dir").arg(self.run_dir()).arg("--bpf-dir").arg(self.bpf_dir()).args(args);
+        command.arg("--run-dir").arg(self.run_dir()).args(args);
         run(&self.node, command).await
+    }
+
+    /// `meshctl status -o json`.
+    pub async fn status(&self) -> Result<Value> {
+        let text = self.meshctl(&["status", "-o", "json"]).await?;
+        serde_json::from_str(&text).with_context(|| format!("meshctl status is no JSON: {text}"))
     }
 
     /// `meshctl flows -o json`.
@@ -239,10 +311,20 @@ impl Agent {
 }
 
 impl Node {
-    /// Runs `mesh-agent clean`, as a person would after a crash.
+    /// Where its agent has its sockets.
+    pub fn run_dir(&self) -> PathBuf {
+        self.world.dir.join("run").join(self.name())
+    }
+
+    /// Where its agent has its pins.
+    pub fn bpf_dir(&self) -> PathBuf {
+        bpf_dir(self)
+    }
+
+    /// Runs `mesh-agent clean`, as a person would after a crash: told the agent's run directory alone.
     pub async fn clean(&self) -> Result<String> {
         let mut command = Command::new(binary("mesh-agent", "MESH_AGENT_BIN", "mesh-agent")?);
-        command.arg("clean").arg("--bpf-dir").arg(bpf_dir(self));
+        command.arg("clean").arg("--run-dir").arg(run_dir(self)?);
         run(self, command).await
     }
 }
@@ -259,12 +341,51 @@ async fn run(node: &Node, command: Command) -> Result<String> {
     Ok(process.stdout())
 }
 
+/// Keys and values of a line of the access log, in either form; quoted values without their quotes.
+pub fn fields(line: &str) -> BTreeMap<String, String> {
+    if let Ok(Value::Object(object)) = serde_json::from_str(line) {
+        let plain = |value: Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        return object.into_iter().map(|(key, value)| (key, plain(value))).collect();
+    }
+    let (mut fields, mut rest) = (BTreeMap::new(), line);
+    while let Some((key, after)) = rest.trim_start().split_once('=') {
+        let mut values = serde_json::Deserializer::from_str(after).into_iter::<String>();
+        let value = match values.next() {
+            Some(Ok(value)) if after.starts_with('"') => {
+                rest = &after[values.byte_offset()..];
+                value
+            }
+            _ => {
+                let (value, more) = after.split_once(' ').unwrap_or((after, ""));
+                rest = more;
+                value.to_owned()
+            }
+        };
+        fields.insert(key.to_owned(), value);
+    }
+    fields
+}
+
 fn run_dir(node: &Node) -> Result<PathBuf> {
     let parent = node.world.dir.join("run");
     fs::create_dir_all(&parent).with_context(|| format!("making {}", parent.display()))?;
-    Ok(parent.join(node.name()))
+    Ok(node.run_dir())
 }
 
 pub(crate) fn bpf_dir(node: &Node) -> PathBuf {
     PathBuf::from(format!("/sys/fs/bpf/{}-{}", node.world.unique, node.name()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_forms_of_a_line_are_read() {
+        let text = fields(r#"time=now path="/a b=\"c\"" status=200 route=-"#);
+        let json = fields(r#"{"time":"now","path":"/a b=\"c\"","status":200,"route":"-"}"#);
+        assert_eq!(text, json);
+        assert_eq!((text["path"].as_str(), text.len()), (r#"/a b="c""#, 4));
+        assert!(fields("no line of the log").is_empty());
+    }
 }

@@ -106,8 +106,9 @@ fn tcx_count(interface: c_int, hook: libbpf_sys::bpf_attach_type) -> Result<u32>
     match check(result) {
         // SAFETY: `count` and `prog_cnt` are the same 32 bits under two names.
         Ok(_) => Ok(unsafe { opts.__bindgen_anon_1.count }),
-        // Kernels before TCX know no such hook, and interfaces without programs may say so in this way.
-        Err(error) if matches!(error.raw_os_error(), Some(22 | 2)) => Ok(0),
+        // Kernels before TCX know no such hook (EINVAL); interfaces without programs may say so in this way (ENOENT);
+        // one may go meanwhile, with its other end in another namespace (ENODEV).
+        Err(error) if matches!(error.raw_os_error(), Some(22 | 2 | 19)) => Ok(0),
         Err(error) => Err(error).context("asking for the programs of an interface"),
     }
 }
@@ -159,12 +160,13 @@ fn map_name(id: u32) -> io::Result<Option<String>> {
     Ok(Some(String::from_utf8_lossy(&Vec::from_iter::<Vec<u8>>(name)).into_owned()))
 }
 
-/// The descriptor behind a libbpf result; `None` if the object has gone in the meantime.
+/// The descriptor behind a libbpf result; `None` if the object has gone in the meantime, or is not there yet: a link
+/// that is being attached has its id already (EAGAIN).
 fn opened(result: c_int) -> io::Result<Option<OwnedFd>> {
     match check(result) {
         // SAFETY: libbpf has just opened this descriptor for us, and nobody else knows it.
         Ok(fd) => Ok(Some(unsafe { OwnedFd::from_raw_fd(fd) })),
-        Err(error) if is_gone(&error) => Ok(None),
+        Err(error) if is_gone(&error) || error.kind() == io::ErrorKind::WouldBlock => Ok(None),
         Err(error) => Err(error),
     }
 }
@@ -221,7 +223,7 @@ mod tests {
         if !crate::require_root()? {
             return Ok(());
         }
-        let path = cgroup::root()?.join(format!("mesh-lab-bpf-{}-0", std::process::id()));
+        let path = cgroup::root()?.join(crate::unique("bpf")?);
         fs::create_dir(&path)?;
         let ours = HashSet::from([cgroup::id(&path)?]);
         let directory = fs::File::open(&path)?;
@@ -244,7 +246,7 @@ mod tests {
         if !crate::require_root()? {
             return Ok(());
         }
-        let netns = crate::net::Netns::create(&format!("mesh-lab-{}-0-tcx", std::process::id()))?;
+        let netns = crate::net::Netns::create(&crate::unique("tcx")?)?;
         let before = tcx_programs(&netns.path())?;
         let link = netns.inside(|| attach(BPF_PROG_TYPE_SCHED_CLS, BPF_TCX_EGRESS, -1, 1))?;
         let attached = tcx_programs(&netns.path())?;

@@ -36,6 +36,14 @@ const AGENT_GRACE: Duration = Duration::from_secs(20);
 
 static LABS: AtomicU32 = AtomicU32::new(0);
 
+/// A name that nothing else on this machine has: `mesh-lab-PID-sSTART-N-NAME`. Process ids are used again, so the time
+/// at which this process started is part of it.
+pub fn unique(name: &str) -> Result<String> {
+    let pid = std::process::id();
+    let start = residue::start_time(pid).context("reading when this process started")?;
+    Ok(format!("{PREFIX}{pid}-s{start}-{}-{name}", LABS.fetch_add(1, Ordering::Relaxed)))
+}
+
 /// A world of its own. See the crate.
 #[derive(Debug)]
 pub struct Lab {
@@ -47,7 +55,7 @@ pub struct Lab {
 /// What the handles of one lab share.
 #[derive(Debug)]
 pub(crate) struct World {
-    /// `mesh-lab-PID-N-NAME`.
+    /// As [`unique`] gives it.
     pub(crate) unique: String,
     pub(crate) dir: PathBuf,
     pub(crate) cgroup: PathBuf,
@@ -93,8 +101,7 @@ impl Lab {
             "the name of a lab is made of a-z, 0-9 and -: {name:?}"
         );
         residue::mount_bpffs()?;
-        let unique =
-            format!("{PREFIX}{}-{}-{name}", std::process::id(), LABS.fetch_add(1, Ordering::Relaxed));
+        let unique = unique(name)?;
         let world = World {
             dir: std::env::temp_dir().join(&unique),
             cgroup: cgroup::root()?.join(&unique),

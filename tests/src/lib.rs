@@ -32,23 +32,27 @@ pub mod apps;
 pub mod bookinfo;
 pub mod bpf;
 pub mod cgroup;
+pub mod clients;
 mod eventually;
 mod fetch;
+mod hello;
 mod lab;
 mod manifest;
 pub mod net;
 mod node;
 mod pair;
+pub mod peer;
 mod pod;
 mod process;
 pub mod residue;
 mod service;
 mod tap;
-mod wire;
+pub mod wire;
 
-pub use agent::{Agent, AgentBuilder};
+pub use agent::{Agent, AgentBuilder, fields};
 pub use eventually::{PATIENCE, eventually, eventually_within};
-pub use lab::Lab;
+pub use hello::client_hello;
+pub use lab::{Lab, unique};
 pub use node::Node;
 pub use pair::{Pair, metric};
 pub use pod::{Output, Pod, PodBuilder};
@@ -67,18 +71,21 @@ pub fn require_root() -> Result<bool> {
     if nix::unistd::geteuid().is_root() {
         return Ok(true);
     }
+    skip("the lab needs root (network namespaces, cgroups, eBPF)")
+}
+
+/// Says why a test does not run, unless it must.
+fn skip(why: &str) -> Result<bool> {
     if std::env::var_os("MESH_REQUIRE_LAB").is_some_and(|value| value == "1") {
-        bail!(
-            "the lab needs root (network namespaces, cgroups, eBPF), and MESH_REQUIRE_LAB=1 forbids to skip"
-        );
+        bail!("{why}, and MESH_REQUIRE_LAB=1 forbids to skip");
     }
-    eprintln!("skipped: the lab needs root (network namespaces, cgroups, eBPF)");
+    eprintln!("skipped: {why}");
     Ok(false)
 }
 
 /// A binary of the workspace: from the variable, else beside this executable or one directory up (where cargo puts
 /// binaries as seen from a test).
-fn binary(name: &str, variable: &str, package: &str) -> Result<PathBuf> {
+pub fn binary(name: &str, variable: &str, package: &str) -> Result<PathBuf> {
     if let Some(path) = std::env::var_os(variable) {
         return Ok(path.into());
     }

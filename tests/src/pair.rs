@@ -32,10 +32,16 @@ pub struct Pair {
 impl Pair {
     /// Makes the world; both agents are ready and the client is enrolled.
     pub async fn new(name: &str) -> Result<Self> {
+        Self::with(name, &[]).await
+    }
+
+    /// The same, with these flags for both agents.
+    pub async fn with(name: &str, flags: &[&str]) -> Result<Self> {
         let lab = Lab::new(name).await?;
         let (a, b) = (lab.node("a").await?, lab.node("b").await?);
         let client = a.pod("client").sa("client").label("app", "client").start().await?;
-        let (agent_a, agent_b) = tokio::try_join!(a.agent().start(), b.agent().start())?;
+        let agent = |node: &Node| flags.iter().fold(node.agent(), |agent, flag| agent.arg(*flag)).start();
+        let (agent_a, agent_b) = tokio::try_join!(agent(&a), agent(&b))?;
         client.enrolled().await?;
         Ok(Self { lab, a, b, agent_a, agent_b, client, markers: AtomicU32::new(0) })
     }

@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, anyhow, bail};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use nix::{
     errno::Errno,
     sched::{CloneFlags, setns},
@@ -22,7 +22,7 @@ use nix::{
         signal::{Signal, kill},
         wait::{Id, WaitPidFlag, waitid},
     },
-    unistd::Pid,
+    unistd::{Pid, SysconfVar, sysconf},
 };
 use tokio::sync::watch;
 
@@ -115,6 +115,42 @@ impl Process {
     /// What it has written to standard error so far.
     pub fn stderr(&self) -> String {
         read_lossy(&with_end(&self.0.output, ".err"))
+    }
+
+    /// The memory it holds now.
+    pub fn rss_bytes(&self) -> Result<u64> {
+        self.memory("VmRSS:")
+    }
+
+    /// The most memory it ever held.
+    pub fn peak_rss_bytes(&self) -> Result<u64> {
+        self.memory("VmHWM:")
+    }
+
+    fn memory(&self, field: &str) -> Result<u64> {
+        let status = self.proc("status")?;
+        let line = status.lines().find_map(|line| line.strip_prefix(field));
+        let kibibytes = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+        Ok(1024 * kibibytes.with_context(|| format!("{} has no {field}", self.0.label))?)
+    }
+
+    /// The processor time of all its threads so far, its own and the kernel's on its behalf.
+    pub fn cpu_time(&self) -> Result<Duration> {
+        let stat = self.proc("stat")?;
+        // The name, in parentheses, may hold anything; the state follows it.
+        let fields = stat.rsplit(')').next().unwrap_or_default();
+        let ticks = fields.split_whitespace().skip(11).take(2).map(str::parse::<u64>);
+        let ticks = ticks.sum::<Result<u64, _>>().context("reading the times of a process")?;
+        let a_second = sysconf(SysconfVar::CLK_TCK)?.context("the kernel's clock has no ticks")?;
+        Ok(Duration::from_secs_f64(ticks as f64 / a_second as f64))
+    }
+
+    fn proc(&self, file: &str) -> Result<String> {
+        // Under the lock nobody reaps it: the pid is this process's.
+        let status = self.0.lock();
+        ensure!(status.is_none(), "{} has ended", self.0.label);
+        let path = format!("/proc/{}/{file}", self.0.pid);
+        std::fs::read_to_string(&path).with_context(|| format!("reading {path}"))
     }
 
     /// The last lines of both outputs, for failure messages.

@@ -111,6 +111,23 @@ pub(crate) fn of_agents(footprint: &Footprint) -> Result<Vec<Leftover>> {
     Ok(found)
 }
 
+/// What agents have left in a network namespace that still stands: links, and programs on its interfaces.
+pub fn in_netns(netns: &Path) -> Result<Vec<Leftover>> {
+    let inode = fs::metadata(netns).with_context(|| format!("looking at {}", netns.display()))?.ino();
+    let links = bpf::links_to(&HashSet::new(), &HashSet::from([inode]))?;
+    let mut found: Vec<_> = links.into_iter().map(Leftover::Link).collect();
+    for (interface, programs) in bpf::tcx_programs(netns)? {
+        found.push(Leftover::Tcx { netns: netns.to_owned(), interface, programs });
+    }
+    Ok(found)
+}
+
+/// What agents have left attached to a cgroup that still stands.
+pub fn in_cgroup(path: &Path) -> Result<Vec<Leftover>> {
+    let links = bpf::links_to(&HashSet::from([cgroup::id(path)?]), &HashSet::new())?;
+    Ok(links.into_iter().map(Leftover::Link).collect())
+}
+
 /// Everything whose name begins with `prefix`.
 pub(crate) fn named(prefix: &str) -> Result<Vec<Leftover>> {
     let mut found: Vec<Leftover> = Vec::new();
@@ -156,7 +173,7 @@ pub(crate) fn pins(prefix: &str) -> impl Iterator<Item = PathBuf> {
 }
 
 /// Looks again until nothing is found or time is up; says what is left then.
-pub(crate) fn wait_until_none(find: impl Fn() -> Result<Vec<Leftover>>) -> Vec<String> {
+pub fn wait_until_none(find: impl Fn() -> Result<Vec<Leftover>>) -> Vec<String> {
     let deadline = Instant::now() + SETTLING;
     loop {
         match find() {
@@ -199,7 +216,7 @@ fn remove(leftover: &Leftover) -> Result<()> {
     }
 }
 
-/// Whether the process that made the lab still runs: its pid is in the name.
+/// Whether the process that made the lab still runs: its pid and the time of its start are in the name.
 fn owner_lives(leftover: &Leftover) -> bool {
     let (Leftover::Netns(path)
     | Leftover::Cgroup(path)
@@ -209,12 +226,33 @@ fn owner_lives(leftover: &Leftover) -> bool {
     else {
         return false;
     };
-    owner(path).is_some_and(|pid| Path::new("/proc").join(pid.to_string()).exists())
+    owner(path).is_some_and(|owner| {
+        let now = start_time(owner.pid);
+        // A name without a time says no more than its pid.
+        now.is_some() && owner.start.is_none_or(|start| Some(start) == now)
+    })
 }
 
-fn owner(path: &Path) -> Option<u32> {
+/// Who made something of a lab.
+#[derive(Debug, PartialEq, Eq)]
+struct Owner {
+    pid: u32,
+    start: Option<u64>,
+}
+
+fn owner(path: &Path) -> Option<Owner> {
     let name = path.iter().filter_map(|part| part.to_str()).find_map(|part| part.strip_prefix(PREFIX))?;
-    name.split('-').next()?.parse().ok()
+    let mut parts = name.split('-');
+    let pid = parts.next()?.parse().ok()?;
+    let start = parts.next().and_then(|part| part.strip_prefix('s')?.parse().ok());
+    Some(Owner { pid, start })
+}
+
+/// When the process with this pid started, in clock ticks since boot; `None` where there is none.
+pub(crate) fn start_time(pid: u32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name of the program, in parentheses, may hold anything; 20 fields after it (proc(5): field 22).
+    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
 }
 
 fn entries(directory: &Path, prefix: &str) -> impl Iterator<Item = PathBuf> {
@@ -270,8 +308,24 @@ mod tests {
     }
 
     #[test]
-    fn the_owner_is_in_the_name() {
-        assert_eq!(owner(Path::new("/run/netns/mesh-lab-4711-0-x-a")), Some(4711));
+    fn the_owner_is_in_the_name() -> Result<()> {
+        let of = |pid, start| Some(Owner { pid, start });
+        assert_eq!(owner(Path::new("/run/netns/mesh-lab-4711-s99-0-x-a")), of(4711, Some(99)));
+        assert_eq!(owner(Path::new("/run/netns/mesh-lab-4711-0-x-a")), of(4711, None));
         assert_eq!(owner(Path::new("/tmp/mesh-lab-x")), None);
+        let pid = std::process::id();
+        assert_eq!(owner(Path::new(&crate::unique("x")?)), of(pid, start_time(pid)));
+        Ok(())
+    }
+
+    #[test]
+    fn a_pid_that_was_used_again_is_no_owner() {
+        let pid = std::process::id();
+        let start = start_time(pid).unwrap_or_default();
+        let lives = |name: &str| owner_lives(&Leftover::Directory(Path::new("/tmp").join(name)));
+        assert!(lives(&format!("mesh-lab-{pid}-s{start}-0-x")));
+        assert!(!lives(&format!("mesh-lab-{pid}-s{}-0-x", start + 1)));
+        assert!(lives(&format!("mesh-lab-{pid}-0-x")), "nothing but the pid is known");
+        assert!(!lives("mesh-lab-4194999-s1-0-x"), "beyond the largest pid");
     }
 }

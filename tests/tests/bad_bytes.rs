@@ -3,20 +3,32 @@
 use std::{fmt::Write as _, net::SocketAddr, time::Duration};
 
 use anyhow::{Result, ensure};
-use lab::{Pair, Pod, apps, eventually, metric, require_root};
+use lab::{
+    Pair, Pod, apps, eventually, metric, require_root,
+    wire::{H2_PREFACE, H2_STRAY_CONTINUATION, H2Frame, h2_frames},
+};
 
-/// Sends bytes from inside an enrolled pod's cgroup and namespace and returns what comes back.
-async fn say(from: &Pod, to: SocketAddr, bytes: &[u8]) -> Result<Vec<u8>> {
+/// What `timeout` ends with when it had to end the program.
+const TIMED_OUT: i32 = 124;
+
+/// Sends bytes from inside an enrolled pod's cgroup and namespace and returns what comes back, and whether the other
+/// side ended the connection.
+async fn say(from: &Pod, to: SocketAddr, bytes: &[u8]) -> Result<(Vec<u8>, bool)> {
     let mut escaped = String::new();
     for byte in bytes {
         write!(escaped, "\\x{byte:02x}")?;
     }
     let (ip, port) = (to.ip(), to.port());
-    let script = format!("exec 3<>/dev/tcp/{ip}/{port}; printf '{escaped}' >&3; timeout 10 cat <&3");
+    // In hexadecimal: what comes back need not be text.
+    let script = format!(
+        "exec 3<>/dev/tcp/{ip}/{port}; printf '{escaped}' >&3; set -o pipefail; timeout 10 cat <&3 | od -An -v -tx1"
+    );
     let mut bash = std::process::Command::new("bash");
     bash.args(["-c", &script]);
     let output = from.run_within(Duration::from_secs(15), bash).await?;
-    Ok(output.stdout.into_bytes())
+    let bytes: Result<Vec<u8>, _> =
+        output.stdout.split_whitespace().map(|byte| u8::from_str_radix(byte, 16)).collect();
+    Ok((bytes?, output.status.code() != Some(TIMED_OUT)))
 }
 
 #[tokio::test]
@@ -37,20 +49,22 @@ async fn garbage_is_answered_400_and_counted() -> Result<()> {
         b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n",
     ];
     for request in requests {
-        let answer = say(&pair.client, to, request).await?;
+        let (answer, _) = say(&pair.client, to, request).await?;
         let text = String::from_utf8_lossy(&answer).into_owned();
         ensure!(text.starts_with("HTTP/1.1 400"), "{:?} got {text:?}", String::from_utf8_lossy(request));
     }
-    // An HTTP/2 peer that breaks the protocol: the preface, then a frame no connection may begin with.
-    let broken =
-        [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".as_slice(), b"\x00\x00\x00\x09\x00\x00\x00\x00\x00"].concat();
-    let answer = say(&pair.client, to, &broken).await?;
-    // GOAWAY is frame type 7.
-    ensure!(answer.windows(4).any(|window| window[3] == 7) || answer.is_empty(), "{answer:?}");
-    eventually("both protocol errors are counted", async || {
+    // An HTTP/2 peer that breaks the protocol: it is told so, or cut off; it is not served.
+    let (answer, ended) = say(&pair.client, to, &[H2_PREFACE, H2_STRAY_CONTINUATION].concat()).await?;
+    let frames = h2_frames(&answer);
+    let told = frames.iter().any(|frame| frame.goaway_code().is_some_and(|code| code != 0));
+    let served = frames.iter().any(|frame| frame.kind == H2Frame::HEADERS);
+    ensure!(ended && !served && (told || frames.len() <= 1), "ended: {ended}, {frames:?} in {answer:?}");
+    eventually("what was no HTTP/2 and what were no requests is counted", async || {
         let metrics = pair.agent_a.metrics().await?;
         let refused = metric(&metrics, "mesh_refused_total", &[("side", "source"), ("kind", "bad_request")]);
-        ensure!(refused >= 2.0, "{refused}\n{metrics}");
+        let answered = [("reporter", "source"), ("response_code", "400"), ("response_flags", "DPE")];
+        let answered = metric(&metrics, "istio_requests_total", &answered);
+        ensure!(refused as u64 == 1 && answered as u64 == 3, "{refused} {answered}\n{metrics}");
         Ok(())
     })
     .await?;

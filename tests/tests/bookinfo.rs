@@ -1,8 +1,9 @@
-//! Bookinfo without a mesh: its pods run on two nodes and answer, and what cannot be reached is shown as missing.
+//! Bookinfo: without a mesh its pods run on two nodes and answer, and what cannot be reached is shown as missing; with
+//! an agent on each node the page is whole, and who asks decides about the stars.
 
 use std::fs;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use lab::{
     Lab,
     bookinfo::{self, Bookinfo, PORT},
@@ -52,5 +53,39 @@ async fn the_manifests_of_the_sample_get_addresses() -> Result<()> {
     let broken = bookinfo.add(&lab, "a", "ratings-broken", "ratings", "v1", &["--broken=503"]).await?;
     let answer = bookinfo.client.http_get(&format!("http://{}/ratings/0", broken.at(PORT)), &[]).await?;
     assert_eq!(answer.status, 503);
+    lab.finish().await
+}
+
+/// The whole chain, both nodes: client and productpage on a, details, reviews v2 and v3 and ratings on b.
+#[tokio::test]
+async fn the_page_shows_black_stars_to_jason_and_red_ones_to_others() -> Result<()> {
+    if !lab::require_root()? {
+        return Ok(());
+    }
+    let lab = Lab::new("bookinfo-page").await?;
+    let bookinfo = Bookinfo::start(&lab).await?;
+    bookinfo::apply(&lab, "reviews.yaml", "virtual-service-jason.yaml")?;
+    let (a, b) = (lab.node("a").await?.agent(), lab.node("b").await?.agent());
+    let agents = tokio::try_join!(a.start(), b.start())?;
+    for pod in bookinfo.pods.iter().chain([&bookinfo.client]) {
+        pod.enrolled().await?;
+    }
+    for (user, stars, version) in [("jason", "black", "v2"), ("ada", "red", "v3"), ("", "red", "v3")] {
+        for _ in 0..5 {
+            let page = bookinfo.client.http_get(&bookinfo.page(), &[("end-user", user)]).await?;
+            let seen = [bookinfo::STARS_HEADER, bookinfo::REVIEWS_HEADER].map(|name| page.headers.get(name));
+            ensure!(page.status == 200, "{page:?}");
+            ensure!(seen == [Some(&stars.to_owned()), Some(&version.to_owned())], "{user:?} saw {seen:?}");
+            ensure!(page.body.contains("1595"), "details are there too: {}", page.body);
+        }
+    }
+    // Each hop is a service of its own for the metrics of its client's node.
+    let metrics = agents.0.metrics().await?;
+    for service in ["productpage", "reviews", "details"] {
+        let labels =
+            [("reporter", "source"), ("destination_service_name", service), ("response_code", "200")];
+        let seen = lab::metric(&metrics, "istio_requests_total", &labels);
+        ensure!((seen - 15.0).abs() < f64::EPSILON, "{service}: {seen}\n{metrics}");
+    }
     lab.finish().await
 }

@@ -2,6 +2,7 @@
 
 use anyhow::{Result, ensure};
 use lab::{Pair, Service, apps, eventually, metric, require_root};
+use serde_json::json;
 
 const TO_V1: &str = "
 apiVersion: networking.istio.io/v1
@@ -45,6 +46,25 @@ async fn log_says(pair: &Pair, words: &[&str]) -> Result<()> {
     .await
 }
 
+/// What is not the mesh's business is no problem: it is passed over, with one line for each kind.
+async fn others_are_passed_over(pair: &Pair) -> Result<()> {
+    let problems =
+        async || Ok::<_, anyhow::Error>(metric(&pair.agent_a.metrics().await?, "mesh_config_problems", &[]));
+    let before = problems().await?;
+    let deployment = "{apiVersion: apps/v1, kind: Deployment, metadata: {name: web}}";
+    let job = "{apiVersion: batch/v1, kind: Job, metadata: {name: once}}";
+    pair.lab.apply("others.yaml", &[deployment, job].join("\n---\n"))?;
+    pair.apply("more.yaml", &deployment.replace("web", "another")).await?;
+    for kind in ["Deployment (apps/v1)", "Job (batch/v1)"] {
+        let log = pair.agent_a.log();
+        let lines: Vec<_> = log.iter().filter(|line| line.contains(kind)).collect();
+        ensure!(lines.len() == 1 && lines[0].contains("INFO"), "{kind}: {lines:?}");
+    }
+    let after = problems().await?;
+    ensure!((after - before).abs() < f64::EPSILON, "{before} problems before, {after} after");
+    Ok(())
+}
+
 #[tokio::test]
 async fn changes_take_effect_and_broken_files_change_nothing() -> Result<()> {
     if !require_root()? {
@@ -64,7 +84,7 @@ async fn changes_take_effect_and_broken_files_change_nothing() -> Result<()> {
     from("web-v2").await?;
     // Each of these is refused, by name, and the last good state stays.
     pair.apply("web.yaml", "kind: [unclosed").await?;
-    log_says(&pair, &["web.yaml"]).await?;
+    log_says(&pair, &["web.yaml", "not valid YAML"]).await?;
     from("web-v2").await?;
     pair.apply("web.yaml", &TO_V1.replace("route:", "rouet:")).await?;
     log_says(&pair, &["web.yaml", "rouet"]).await?;
@@ -75,6 +95,7 @@ async fn changes_take_effect_and_broken_files_change_nothing() -> Result<()> {
     from("web-v2").await?;
     let metrics = pair.agent_a.metrics().await?;
     ensure!(metric(&metrics, "mesh_config_problems", &[]) >= 1.0, "{metrics}");
+    others_are_passed_over(&pair).await?;
     // Another file is not affected by this one's trouble.
     let other = pair.lab.service("other").selector("app", "web").port("http", 80, 8080).apply()?;
     pair.settled().await?;
@@ -106,7 +127,7 @@ spec:
     - route: [{ destination: { host: web } }]
 ";
     pair.apply("web.yaml", routes).await?;
-    log_says(&pair, &["v9"]).await?;
+    log_says(&pair, &["web.yaml", "v9", "subset"]).await?;
     ensure!(pair.client.http_get(&service.url(80, "/lost"), &[]).await?.status == 503);
     ensure!(pair.client.http_get(&service.url(80, "/"), &[]).await?.status == 200);
     let empty = pair
@@ -131,6 +152,37 @@ spec:
     pair.finish().await
 }
 
+/// The pod `doomed` of node a cannot be enrolled: that is logged once, shown and counted.
+async fn doomed_is_told_once(pair: &Pair) -> Result<()> {
+    let gone = "its network namespace /run/netns/";
+    log_says(pair, &["cannot be enrolled", "default/doomed", gone, "is not there"]).await?;
+    eventually("the failing pod is shown and counted", async || {
+        let status = pair.agent_a.status().await?;
+        let failing = &status["failing"];
+        let reason = failing[0]["reason"].as_str().unwrap_or_default();
+        ensure!(failing[0]["pod"] == "default/doomed" && reason.contains(gone), "{status}");
+        ensure!(
+            status["enrolled"] == json!(["default/client", "default/web-v1"]),
+            "of node a alone: {status}"
+        );
+        let metrics = pair.agent_a.metrics().await?;
+        let gauges =
+            ["mesh_enrolment_failures", "mesh_enrolled_pods"].map(|name| metric(&metrics, name, &[]) as u64);
+        ensure!(gauges == [1, 2], "{gauges:?}");
+        Ok(())
+    })
+    .await?;
+    // Each of these makes the agent try again; the reason is told once.
+    for _ in 0..3 {
+        pair.settled().await?;
+    }
+    let told = pair.agent_a.log().iter().filter(|line| line.contains(gone)).count();
+    ensure!(told == 1, "told {told} times:\n{}", pair.agent_a.log().join("\n"));
+    let table = pair.agent_a.meshctl(&["status"]).await?;
+    ensure!(table.contains("not enrolled     default/doomed: its network namespace"), "{table}");
+    Ok(())
+}
+
 #[tokio::test]
 async fn labels_enrol_and_release_and_a_vanished_namespace_disturbs_nobody() -> Result<()> {
     if !require_root()? {
@@ -142,8 +194,9 @@ async fn labels_enrol_and_release_and_a_vanished_namespace_disturbs_nobody() -> 
     pair.settled().await?;
     doomed.enrolled().await?;
     ensure!(doomed.http_get(&service.url(80, "/"), &[]).await?.status == 200);
+    ensure!(pair.agent_a.status().await?["failing"] == json!([]));
     doomed.vanish().await?;
-    log_says(&pair, &["doomed"]).await?;
+    doomed_is_told_once(&pair).await?;
     ensure!(pair.client.http_get(&service.url(80, "/"), &[]).await?.status == 200);
 
     pair.lab.namespace("default", false)?;

@@ -135,8 +135,7 @@ async fn http_apps_and_clients_do_what_they_are_asked() -> Result<()> {
     assert_eq!((tally.statuses.get(&200), tally.pods.get("server")), (Some(&20), Some(&20)));
     let failing = client.get(format!("http://{}/", server.at(8081))).many(3, 1, None).await?;
     assert_eq!((failing.sent, failing.statuses.get(&503)), (3, Some(&3)));
-    let stats: Value = serde_json::from_str(&client.get(url("/stats")).send().await?.body)?;
-    assert_eq!(stats["/fail-first/2?key=a"], 3);
+    assert_eq!(server.stats(8080).await?.paths["/fail-first/2?key=a"], 3);
     lab.finish().await
 }
 
@@ -275,6 +274,25 @@ async fn what_a_lab_leaves_behind_is_found() -> Result<()> {
     let left = residue::any()?;
     assert!(!left.iter().any(|leftover| leftover.to_string().contains(&unique)), "{left:?}");
     Ok(())
+}
+
+#[tokio::test]
+async fn what_is_left_of_a_pid_that_was_used_again_is_cleaned() -> Result<()> {
+    if !lab::require_root()? {
+        return Ok(());
+    }
+    let lab = Lab::new("alive").await?;
+    // As ours, of a process that had our pid before us.
+    let ours = lab::unique("reused")?;
+    let (before, after) = ours.split_once("-s").context("a name holds the start of its process")?;
+    let (_, after) = after.split_once('-').context("and a number after it")?;
+    let reused = std::env::temp_dir().join(format!("{before}-s1-{after}"));
+    fs::create_dir(&reused)?;
+    let (removed, failed) = residue::clean()?;
+    assert!(removed.iter().any(|leftover| leftover.to_string().ends_with(&format!("{}", reused.display()))));
+    assert!(!reused.exists() && failed.is_empty(), "{failed:?}");
+    assert!(lab.config_dir().exists(), "a lab in use was touched");
+    lab.finish().await
 }
 
 #[tokio::test]

@@ -7,8 +7,10 @@
 
 mod build_ebpf;
 mod clean;
+mod clients;
 mod command;
 mod demo;
+mod fuzz;
 mod lint;
 mod progress;
 mod setup;
@@ -41,6 +43,8 @@ enum Command {
     Test(test::Options),
     /// Checks format, clippy, the import law and the other rules of the sources, licences and bans
     Lint(lint::Options),
+    /// Runs the fuzz targets under libFuzzer, each for some seconds
+    Fuzz(fuzz::Options),
     /// Runs two nodes with Bookinfo on this machine and checks what flows between them (root)
     Demo(demo::Options),
     /// Removes what tests and demos may have left on this machine
@@ -52,6 +56,7 @@ fn main() -> ExitCode {
         Command::BuildEbpf(options) => build_ebpf::run(&options),
         Command::Test(options) => test::run(&options),
         Command::Lint(options) => lint::run(&options),
+        Command::Fuzz(options) => fuzz::run(&options),
         Command::Demo(options) => demo::run(&options),
         Command::Clean(options) => clean::run(&options),
     };

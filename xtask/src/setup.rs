@@ -51,6 +51,20 @@ pub const BUILD: [Package; 4] = [
 /// What the lab needs besides: `ip` makes its network namespaces and links.
 pub const LAB: [Package; 1] = [Package { name: "iproute2", sign: Sign::Program("ip") }];
 
+/// The clients of the real world that lab tests run inside pods. Python is Debian's own, whatever else is in PATH.
+pub const CLIENTS: [Package; 7] = [
+    Package { name: "curl", sign: Sign::Program("curl") },
+    Package { name: "nghttp2-client", sign: Sign::Program("nghttp") },
+    Package { name: "python3", sign: Sign::Program("/usr/bin/python3") },
+    Package { name: "python3-requests", sign: Sign::File("/usr/lib/python3/dist-packages/requests") },
+    Package { name: "python3-httpx", sign: Sign::File("/usr/lib/python3/dist-packages/httpx") },
+    Package { name: "python3-h2", sign: Sign::File("/usr/lib/python3/dist-packages/h2") },
+    Package { name: "python3-websockets", sign: Sign::File("/usr/lib/python3/dist-packages/websockets") },
+];
+
+/// What builds the lab's gRPC client, where no other Go is in PATH.
+pub const GO: [Package; 1] = [Package { name: "golang-go", sign: Sign::Program("go") }];
+
 /// Debian's Rust that knows the BPF target (see `docs/decisions/002-two-worlds-of-ebpf-builds.md`).
 pub const DEBIAN_EBPF: [Package; 3] = [
     Package { name: "rustc-web", sign: Sign::Program("/usr/bin/rustc") },

@@ -12,6 +12,7 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 
 use crate::build_ebpf;
+use crate::clients;
 use crate::command::{kept, shown, watched};
 use crate::progress::{Progress, Reported};
 use crate::setup;
@@ -69,6 +70,7 @@ fn steps(options: &Options, progress: &mut Progress, totals: &mut Totals) -> Res
         return Ok(());
     }
     setup::packages(progress, &setup::LAB, "the lab")?;
+    clients::prepare(progress)?;
     build_everything(progress)?;
     let results = [
         progress.step("unit and direct tests", || {

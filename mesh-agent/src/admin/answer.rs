@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use super::{FlowEvent, HealthView, Readiness, Reply, State, VersionView, dump};
 use crate::report::{FlowView, Reporter};
 
-const PATHS: &str = "/config_dump, /flows, /certs, /logging, /version, /healthz";
+const PATHS: &str = "/config_dump, /pods, /flows, /certs, /logging, /version, /healthz";
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 const JSON: &str = "application/json";
 const JSON_LINES: &str = "application/x-ndjson";
@@ -99,6 +99,7 @@ pub(super) async fn admin<B>(
             json(StatusCode::OK, &dump::config(&snapshot, &(state.problems)()))
         }
         (&Method::GET, "/flows") => flows(&query, state, stop).await,
+        (&Method::GET, "/pods") => json(StatusCode::OK, &(state.pods)()),
         (&Method::GET, "/certs") => json(StatusCode::OK, &(state.certificates)()),
         (&Method::GET, "/version") => json(
             StatusCode::OK,
@@ -108,7 +109,7 @@ pub(super) async fn admin<B>(
         (&Method::GET, "/logging") => sentence(StatusCode::OK, (state.log_level.show)()),
         (&Method::POST, "/logging") => set_log_level(&query, state),
         (_, "/logging") => not_allowed("GET, POST"),
-        (_, "/config_dump" | "/flows" | "/certs" | "/version" | "/healthz") => not_allowed("GET"),
+        (_, "/config_dump" | "/pods" | "/flows" | "/certs" | "/version" | "/healthz") => not_allowed("GET"),
         (_, path) => sentence(StatusCode::NOT_FOUND, format!("there is no {path}, only {PATHS}")),
     }
 }
@@ -167,6 +168,8 @@ async fn flows(query: &Query<'_>, state: &State, stop: &CancellationToken) -> An
         Err(error) => return sentence(StatusCode::INTERNAL_SERVER_ERROR, format!("reading flows: {error}")),
     };
     flows.retain(|flow| filter.admits(flow));
+    // The kernel's tables have no order; times of one form are in order as texts.
+    flows.sort_by(|a, b| (&a.start, a.socket).cmp(&(&b.start, b.socket)));
     let Some(mut closed) = closed else { return json(StatusCode::OK, &flows) };
     let (pieces, body) = mpsc::channel(PIECES);
     let stop = stop.clone();
@@ -175,6 +178,9 @@ async fn flows(query: &Query<'_>, state: &State, stop: &CancellationToken) -> An
             if !tell(&pieces, &FlowEvent::Flow(Box::new(flow))).await {
                 return;
             }
+        }
+        if !tell(&pieces, &FlowEvent::Listed).await {
+            return;
         }
         loop {
             let event = tokio::select! {

@@ -1,15 +1,19 @@
 //! The snapshot as JSON, for `/config_dump`: what the agent acts on, after all defaults.
 //!
 //! Promises to show every field that decides anything, and the same text for the same snapshot. Never shows a
-//! secret: a snapshot holds none. Tested in `tests.rs`.
+//! secret: a snapshot holds none. Tested in `dump/tests.rs`.
 
 use std::{collections::BTreeMap, time::Duration};
 
 use serde_json::{Value, json};
 
+#[cfg(test)]
+mod tests;
+
 use crate::state::snapshot::{
-    Abort, Backend, Cluster, Fault, HeaderMatch, HeaderOp, HttpRoute, PathRewrite, Protocol, RequestMatch,
-    RetryOn, RetryPolicy, Rewrite, RouteAction, Service, ServicePort, Snapshot, StringMatch, Workload,
+    Abort, Backend, Cluster, CorsPolicy, Fault, HeaderMatch, HeaderOp, HttpRoute, Mirror, PathRewrite,
+    Percentage, Protocol, RequestMatch, RetryOn, RetryPolicy, Rewrite, RouteAction, Service, ServicePort,
+    Snapshot, SniHost, StreamMatch, StreamRoute, StringMatch, Visibility, WeightedBackend, Workload,
 };
 
 /// The whole snapshot.
@@ -43,13 +47,23 @@ fn workload(w: &Workload) -> Value {
 }
 
 fn service(s: &Service) -> Value {
-    json!({
+    let mut value = json!({
         "host": *s.host,
         "name": *s.name,
         "namespace": *s.namespace,
         "vips": s.vips,
         "ports": s.ports.iter().map(port).collect::<Vec<_>>(),
-    })
+    });
+    // Most services are the same for everybody, and visible to all.
+    if let Visibility::Namespaces(namespaces) = &s.visible {
+        value["visible_to"] = json!(namespaces.iter().map(|one| &**one).collect::<Vec<_>>());
+    }
+    if !s.views.is_empty() {
+        let views: BTreeMap<&str, Vec<Value>> =
+            s.views.iter().map(|(client, ports)| (&**client, ports.iter().map(port).collect())).collect();
+        value["views"] = json!(views);
+    }
+    value
 }
 
 fn port(p: &ServicePort) -> Value {
@@ -58,6 +72,7 @@ fn port(p: &ServicePort) -> Value {
         "protocol": p.protocol.map(protocol),
         "cluster": cluster(&p.cluster),
         "routes": p.routes.iter().map(|r| route(r)).collect::<Vec<_>>(),
+        "streams": p.streams.iter().map(|r| stream(r)).collect::<Vec<_>>(),
     })
 }
 
@@ -80,7 +95,9 @@ fn cluster(c: &Cluster) -> Value {
     json!({
         "name": *c.name,
         "balancing": format!("{:?}", c.balancing),
+        "view": c.view.as_deref(),
         "connect_timeout_ms": ms(c.connect_timeout),
+        "retry_budget": { "percent": percent(c.retry_budget.percent), "min": c.retry_budget.min_concurrency },
         "endpoints": endpoints.collect::<Vec<_>>(),
     })
 }
@@ -101,7 +118,64 @@ fn route(r: &HttpRoute) -> Value {
         "rewrite": rewrite(&r.rewrite),
         "timeout_ms": r.timeout.map(ms),
         "retries": retries(&r.retries),
+        "mirrors": r.mirrors.iter().map(mirror).collect::<Vec<_>>(),
+        "cors": r.cors.as_ref().map(cors),
+        "stat_name": r.stat_name.as_deref(),
     })
+}
+
+fn mirror(m: &Mirror) -> Value {
+    let mut value = json!({ "percent": percent(m.percentage) });
+    backend(&mut value, &m.backend);
+    value
+}
+
+fn cors(c: &CorsPolicy) -> Value {
+    let text = |value: &Option<http::HeaderValue>| {
+        value.as_ref().map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned())
+    };
+    json!({
+        "allow_origins": c.allow_origins.iter().map(string_match).collect::<Vec<_>>(),
+        "allow_methods": text(&c.allow_methods),
+        "allow_headers": text(&c.allow_headers),
+        "expose_headers": text(&c.expose_headers),
+        "max_age": text(&c.max_age),
+        "allow_credentials": c.allow_credentials,
+        "unmatched_preflights": format!("{:?}", c.unmatched_preflights),
+    })
+}
+
+fn stream(r: &StreamRoute) -> Value {
+    json!({
+        "name": *r.name,
+        "origin": *r.origin,
+        "match": r.matches.iter().map(stream_match).collect::<Vec<_>>(),
+        "forward": r.backends.iter().map(weighted).collect::<Vec<_>>(),
+    })
+}
+
+fn stream_match(m: &StreamMatch) -> Value {
+    let sni = m.sni_hosts.iter().map(|host| match host {
+        SniHost::Any => "*".to_owned(),
+        SniHost::Exact(name) => name.clone(),
+        SniHost::Below(suffix) => format!("*{suffix}"),
+    });
+    set_only(json!({
+        "sni_hosts": sni.collect::<Vec<_>>(),
+        "destination_subnets": m.destination_subnets.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        "port": m.port,
+        "source_labels": m.source_labels,
+        "source_namespace": m.source_namespace,
+        "source_subnet": m.source_subnet.map(|subnet| subnet.to_string()),
+    }))
+}
+
+/// Most conditions are absent, and none decides anything then.
+fn set_only(mut value: Value) -> Value {
+    if let Some(object) = value.as_object_mut() {
+        object.retain(|_, v| !v.is_null() && *v != json!([]) && *v != json!(false));
+    }
+    value
 }
 
 fn string_match(m: &StringMatch) -> Value {
@@ -122,7 +196,9 @@ fn request_match(m: &RequestMatch) -> Value {
         list.iter().map(one).collect()
     };
     let query = m.query_params.iter().map(|(name, m)| json!({ "name": name, "value": string_match(m) }));
-    let mut value = json!({
+    set_only(json!({
+        "name": m.name.as_deref(),
+        "stat_prefix": m.stat_prefix.as_deref(),
         "uri": optional(&m.uri),
         "ignore_uri_case": m.ignore_uri_case,
         "scheme": optional(&m.scheme),
@@ -134,33 +210,17 @@ fn request_match(m: &RequestMatch) -> Value {
         "port": m.port,
         "source_labels": m.source_labels,
         "source_namespace": m.source_namespace,
-    });
-    // Most conditions are absent, and none decides anything then.
-    if let Some(object) = value.as_object_mut() {
-        object.retain(|_, v| !v.is_null() && *v != json!([]) && *v != json!(false));
-    }
-    value
+    }))
 }
 
 fn action(action: &RouteAction) -> Value {
     match action {
         RouteAction::Forward(backends) => {
-            let one = backends.iter().map(|b| {
-                let mut value = json!({
-                    "weight": b.weight,
-                    "request_headers": header_op(&b.headers.request),
-                    "response_headers": header_op(&b.headers.response),
-                });
-                match &b.backend {
-                    Backend::Cluster(c) => value["cluster"] = cluster(c),
-                    Backend::Missing(why) => value["missing"] = json!(**why),
-                }
-                value
-            });
-            json!({ "forward": one.collect::<Vec<_>>() })
+            json!({ "forward": backends.iter().map(weighted).collect::<Vec<_>>() })
         }
         RouteAction::Redirect(r) => json!({ "redirect": {
             "uri": r.uri,
+            "prefix": r.prefix,
             "authority": r.authority,
             "port": r.port.map(|port| format!("{port:?}")),
             "scheme": r.scheme,
@@ -172,8 +232,28 @@ fn action(action: &RouteAction) -> Value {
     }
 }
 
+fn weighted(b: &WeightedBackend) -> Value {
+    let mut value = json!({
+        "weight": b.weight,
+        "request_headers": header_op(&b.headers.request),
+        "response_headers": header_op(&b.headers.response),
+    });
+    backend(&mut value, &b.backend);
+    value
+}
+
+fn backend(value: &mut Value, backend: &Backend) {
+    match backend {
+        Backend::Cluster(c) => value["cluster"] = cluster(c),
+        Backend::Missing(why) => value["missing"] = json!(**why),
+    }
+}
+
+fn percent(share: Percentage) -> f64 {
+    f64::from(share.0) / 100.0
+}
+
 fn fault(f: &Fault) -> Value {
-    let percent = |share: crate::state::snapshot::Percentage| f64::from(share.0) / 100.0;
     let abort = |a: Abort| match a {
         Abort::Http(status) => json!({ "http_status": status.as_u16() }),
         Abort::Grpc(code) => json!({ "grpc_status": code }),
@@ -181,6 +261,7 @@ fn fault(f: &Fault) -> Value {
     json!({
         "delay": f.delay.map(|(share, time)| json!({ "percent": percent(share), "ms": ms(time) })),
         "abort": f.abort.map(|(share, a)| json!({ "percent": percent(share), "with": abort(a) })),
+        "by_header": f.by_header,
     })
 }
 
@@ -212,6 +293,8 @@ fn retries(r: &RetryPolicy) -> Value {
         "attempts": r.attempts,
         "per_try_timeout_ms": r.per_try_timeout.map(ms),
         "backoff_ms": ms(r.backoff),
+        "remote_localities": r.remote_localities,
+        "ignore_previous_hosts": r.ignore_previous_hosts,
         "on": on(&r.on),
     })
 }
@@ -225,129 +308,11 @@ fn on(conditions: &RetryOn) -> Vec<String> {
         (conditions.connect_failure, "connect-failure"),
         (conditions.refused_stream, "refused-stream"),
         (conditions.retriable_4xx, "retriable-4xx"),
+        (conditions.retriable_headers, "retriable-headers"),
+        (conditions.envoy_ratelimited, "envoy-ratelimited"),
+        (conditions.reset_before_request, "reset-before-request"),
     ];
     let words = named.iter().filter(|(set, _)| *set).map(|(_, word)| (*word).to_owned());
     let codes = conditions.status_codes.iter().map(ToString::to_string);
     words.chain(codes).chain(conditions.grpc.iter().map(|code| format!("grpc-{code}"))).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use std::{collections::HashMap, sync::Arc};
-
-    use http::{HeaderName, HeaderValue, StatusCode};
-
-    use super::*;
-    use crate::state::snapshot::{Balancing, HeaderOps, Percentage, WeightedBackend};
-
-    fn route_of_everything() -> HttpRoute {
-        let target = Cluster {
-            name: "outbound|9080|v2|reviews.default.svc.cluster.local".into(),
-            host: "reviews.default.svc.cluster.local".into(),
-            service: "reviews".into(),
-            namespace: "default".into(),
-            port: 9080,
-            protocol: Some(Protocol::Http1),
-            subset: Some("v2".into()),
-            endpoints: Vec::new(),
-            balancing: Balancing::RoundRobin,
-            connect_timeout: Duration::from_secs(10),
-            state: Arc::default(),
-        };
-        let user =
-            (HeaderName::from_static("end-user"), HeaderMatch::Value(StringMatch::Exact("jason".into())));
-        let backend = |backend| WeightedBackend { weight: 50, headers: HeaderOps::default(), backend };
-        HttpRoute {
-            name: "jason".into(),
-            origin: "VirtualService default/reviews".into(),
-            matches: vec![RequestMatch { headers: vec![user], ..RequestMatch::default() }],
-            action: RouteAction::Forward(vec![
-                backend(Backend::Cluster(Arc::new(target))),
-                backend(Backend::Missing("subset v9 does not exist".into())),
-            ]),
-            fault: Fault {
-                delay: Some((Percentage(10_000), Duration::from_secs(2))),
-                abort: Some((Percentage(50), Abort::Http(StatusCode::IM_A_TEAPOT))),
-            },
-            headers: HeaderOps {
-                request: HeaderOp {
-                    set: vec![(HeaderName::from_static("x-a"), HeaderValue::from_static("1"))],
-                    ..HeaderOp::default()
-                },
-                response: HeaderOp::default(),
-            },
-            rewrite: Rewrite { path: Some(PathRewrite::Uri("/v1".into())), authority: None },
-            timeout: None,
-            retries: RetryPolicy {
-                attempts: 2,
-                per_try_timeout: Some(Duration::from_millis(250)),
-                on: RetryOn {
-                    server_error: true,
-                    status_codes: vec![404],
-                    grpc: vec![14],
-                    ..RetryOn::default()
-                },
-                backoff: Duration::from_millis(25),
-            },
-        }
-    }
-
-    #[test]
-    fn a_route_is_shown_with_all_that_decides() {
-        let expected = json!({
-            "name": "jason",
-            "origin": "VirtualService default/reviews",
-            "match": [{"headers": [{"name": "end-user", "value": {"exact": "jason"}}]}],
-            "action": {"forward": [
-                {"weight": 50, "request_headers": null, "response_headers": null, "cluster": {
-                    "name": "outbound|9080|v2|reviews.default.svc.cluster.local",
-                    "balancing": "RoundRobin", "connect_timeout_ms": 10_000, "endpoints": [],
-                }},
-                {"weight": 50, "request_headers": null, "response_headers": null,
-                    "missing": "subset v9 does not exist"},
-            ]},
-            "fault": {
-                "delay": {"percent": 100.0, "ms": 2000},
-                "abort": {"percent": 0.5, "with": {"http_status": 418}},
-            },
-            "request_headers": {"set": [["x-a", "1"]], "add": [], "remove": [], "authority": null},
-            "response_headers": null,
-            "rewrite": {"path": {"uri": "/v1"}, "authority": null},
-            "timeout_ms": null,
-            "retries": {
-                "attempts": 2, "per_try_timeout_ms": 250, "backoff_ms": 25, "on": ["5xx", "404", "grpc-14"],
-            },
-        });
-        assert_eq!(route(&route_of_everything()), expected);
-    }
-
-    #[test]
-    fn a_pod_of_two_addresses_is_shown_once_and_order_is_fixed() {
-        let mut workloads = HashMap::new();
-        for (name, last) in [("b", 1), ("a", 3)] {
-            let ips = vec![[10, 0, 0, last].into(), [10, 0, 0, last + 1].into()];
-            let pod = Arc::new(Workload {
-                namespace: "default".into(),
-                name: name.into(),
-                ips: ips.clone(),
-                node: None,
-                identity: crate::identity::SpiffeId {
-                    trust_domain: "t".into(),
-                    namespace: "default".into(),
-                    service_account: name.into(),
-                },
-                labels: BTreeMap::new(),
-                enrolled: false,
-                netns: None,
-                workload_name: name.into(),
-                canonical_service: name.into(),
-                canonical_revision: "latest".into(),
-            });
-            workloads.extend(ips.into_iter().map(|ip: std::net::IpAddr| (ip, pod.clone())));
-        }
-        let dump = config(&Snapshot { workloads, ..Snapshot::default() }, &[]);
-        let names: Vec<_> = dump["workloads"].as_array().into_iter().flatten().map(|w| &w["name"]).collect();
-        assert_eq!(names, ["a", "b"]);
-        assert_eq!(dump["workloads"][0]["identity"], "spiffe://t/ns/default/sa/a");
-    }
 }

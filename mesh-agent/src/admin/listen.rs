@@ -1,23 +1,23 @@
 //! Where the agent's own endpoints listen.
 //!
-//! Promises that the admin socket is the administrator's alone: mode 0600 in a directory of mode 0700, or loopback.
-//! Never takes a socket away from an agent that still answers on it. Tested in `tests.rs`.
+//! Promises that the admin socket is the administrator's alone (mode 0600 in a directory of mode 0700, or loopback),
+//! and that it goes with its listener. Never takes a socket away from an agent that still answers on it. Tested in
+//! `tests.rs`.
 
 use std::{
     fmt, io,
     net::SocketAddr,
-    os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, PermissionsExt as _},
+    os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     str::FromStr,
 };
 
 use tokio::net::{TcpListener, UnixListener, UnixStream};
 
+use super::run_dir::make_private;
+
 /// Name of the admin socket in the run directory.
 pub const SOCKET_NAME: &str = "admin.sock";
-
-/// Bits of a mode that are of the group and of others.
-const OTHERS: u32 = 6;
 
 /// Where the operator's endpoints are: `unix:PATH`, or `IP:PORT` on loopback.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -70,9 +70,31 @@ impl fmt::Display for Address {
 #[derive(Debug)]
 pub enum Listener {
     /// A unix socket.
-    Unix(UnixListener),
+    Unix(Socket),
     /// TCP.
     Tcp(TcpListener),
+}
+
+/// A bound unix socket; its file goes when it is dropped.
+#[derive(Debug)]
+pub struct Socket {
+    pub(super) listener: UnixListener,
+    path: PathBuf,
+    /// Device and inode of the file: what another has put in its place is not ours to remove.
+    file: (u64, u64),
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        let ours = file_id(&self.path).is_ok_and(|file| file == self.file);
+        if ours && let Err(error) = std::fs::remove_file(&self.path) {
+            tracing::warn!(path = %self.path.display(), %error, "the admin socket is left");
+        }
+    }
+}
+
+fn file_id(path: &Path) -> io::Result<(u64, u64)> {
+    std::fs::symlink_metadata(path).map(|file| (file.dev(), file.ino()))
 }
 
 impl Listener {
@@ -108,35 +130,16 @@ impl Listener {
     }
 }
 
-async fn bind_unix(path: &Path) -> io::Result<UnixListener> {
+async fn bind_unix(path: &Path) -> io::Result<Socket> {
     if let Some(directory) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
         make_private(directory)?;
     }
     remove_stale(path).await?;
-    // Between these two lines the socket has the mode of the umask; its directory keeps others out.
+    // Between binding and chmod the socket has the mode of the umask; its directory keeps others out.
     let listener = UnixListener::bind(path)?;
+    let socket = Socket { listener, path: path.to_owned(), file: file_id(path)? };
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-    Ok(listener)
-}
-
-/// Makes the directory, or makes sure that it is closed to others. One that is open is refused, not changed: it may
-/// be somebody else's.
-fn make_private(directory: &Path) -> io::Result<()> {
-    match std::fs::metadata(directory) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)
-        }
-        Err(error) => Err(error),
-        Ok(metadata) if metadata.permissions().mode().trailing_zeros() >= OTHERS => Ok(()),
-        Ok(metadata) => Err(io::Error::new(
-            io::ErrorKind::PermissionDenied,
-            format!(
-                "directory {} has mode {:03o} and is open to others: use a directory of its own, or chmod 700",
-                directory.display(),
-                metadata.permissions().mode() & 0o777
-            ),
-        )),
-    }
+    Ok(socket)
 }
 
 async fn remove_stale(path: &Path) -> io::Result<()> {

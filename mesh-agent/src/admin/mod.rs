@@ -1,14 +1,15 @@
-//! What the agent shows of itself over HTTP: to the operator (`/config_dump`, `/flows`, `/certs`, `/logging`,
-//! `/version`, `/healthz`), to Prometheus (`/metrics`) and to the kubelet (`/healthz/ready`).
+//! What the agent shows of itself over HTTP: to the operator (`/config_dump`, `/pods`, `/flows`, `/certs`,
+//! `/logging`, `/version`, `/healthz`), to Prometheus (`/metrics`) and to the kubelet (`/healthz/ready`).
 //!
 //! Promises that the operator's endpoints are reachable by this machine's administrator alone (a 0600 unix socket, or
-//! loopback when asked for). Never changes anything but the log level. Binding is in `listen.rs`, serving in
-//! `serve.rs`, answers in `answer.rs`. Tested in `tests.rs` over real sockets.
+//! loopback when asked for). Never changes anything but the log level. Binding is in `listen.rs`, the directory of the
+//! socket in `run_dir.rs`, serving in `serve.rs`, answers in `answer.rs`. Tested in `tests.rs` over real sockets.
 
 mod answer;
 mod dump;
 mod health;
 mod listen;
+mod run_dir;
 mod serve;
 #[cfg(test)]
 pub(crate) mod tests;
@@ -24,7 +25,8 @@ use tracing_subscriber::{EnvFilter, reload};
 
 pub use self::{
     health::{BlockReady, Readiness},
-    listen::{Address, AddressError, Listener, SOCKET_NAME},
+    listen::{Address, AddressError, Listener, SOCKET_NAME, Socket},
+    run_dir::{RunDir, clean_run_dir, noted_bpf_dir},
     serve::Reply,
 };
 use crate::{
@@ -48,6 +50,8 @@ pub struct State {
     pub problems: Read<Vec<String>>,
     /// All flows of this node now. Called on a thread where it may block.
     pub flows: Read<anyhow::Result<Vec<FlowView>>>,
+    /// The pods of this node, enrolled and failing.
+    pub pods: Read<PodsView>,
     /// For those who follow flows.
     pub reporter: Arc<Reporter>,
     /// Certificates in use.
@@ -80,6 +84,26 @@ pub struct CertificateView {
     pub expires_in_seconds: i64,
 }
 
+/// `/pods`: the pods of this node that the configuration enrols.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodsView {
+    /// Name of the node.
+    pub node: String,
+    /// Pods whose traffic is captured now, `namespace/name`, in order.
+    pub enrolled: Vec<String>,
+    /// Pods that cannot be enrolled now; each is tried again.
+    pub failing: Vec<FailingPod>,
+}
+
+/// A pod that cannot be enrolled.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct FailingPod {
+    /// `namespace/name`.
+    pub pod: String,
+    /// What stands in the way.
+    pub reason: String,
+}
+
 /// `/version`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VersionView {
@@ -104,6 +128,8 @@ pub struct HealthView {
 pub enum FlowEvent {
     /// A flow: first all there are, then each that ends.
     Flow(Box<FlowView>),
+    /// All there were have been told.
+    Listed,
     /// So many ended flows were not told: the reader was too slow.
     Lost(u64),
 }

@@ -107,7 +107,7 @@ async fn accept(
 ) -> io::Result<(Box<dyn Stream>, tokio::sync::OwnedSemaphorePermit)> {
     let permit = room.clone().acquire_owned().await.map_err(io::Error::other)?;
     let stream: Box<dyn Stream> = match listener {
-        Listener::Unix(listener) => Box::new(listener.accept().await?.0),
+        Listener::Unix(socket) => Box::new(socket.listener.accept().await?.0),
         Listener::Tcp(listener) => Box::new(listener.accept().await?.0),
     };
     Ok((stream, permit))

@@ -13,11 +13,15 @@ use tokio::{
 use super::*;
 use crate::report::{Clock, Context, join};
 
-/// A flow of namespace `default`, or of `other` from socket 100 on.
+/// When the flows are looked at.
+const NOW: std::time::Duration = std::time::Duration::from_secs(1000);
+
+/// A flow of namespace `default`, or of `other` from socket 100 on; it began in the second of its number.
 pub(crate) fn flow(socket: u64) -> FlowView {
     let record = mesh_common::flow::FlowRecord {
         socket,
         local: mesh_common::addr::Addr::v4([10, 244, 0, 1], 4),
+        start_ns: socket * 1_000_000_000,
         ..Default::default()
     };
     let snapshot = Snapshot::default();
@@ -25,7 +29,7 @@ pub(crate) fn flow(socket: u64) -> FlowView {
         snapshot: &snapshot,
         pod_of: &|_| None,
         facts: &|_, _, _| None,
-        clock: Clock { monotonic_ns: 0, wall: std::time::SystemTime::UNIX_EPOCH },
+        clock: Clock { monotonic_ns: NOW.as_nanos() as u64, wall: std::time::SystemTime::UNIX_EPOCH + NOW },
     };
     let mut view = join(&record, &context);
     view.namespace = Some(if socket < 100 { "default" } else { "other" }.to_owned());
@@ -56,7 +60,16 @@ fn state(reporter: &Arc<Reporter>, readiness: &Readiness) -> (State, watch::Send
         readiness: readiness.clone(),
         snapshot,
         problems: Arc::new(|| vec!["a.yaml: VirtualService default/x: spec.http: is missing".to_owned()]),
-        flows: Arc::new(|| Ok(vec![flow(1), flow(101)])),
+        pods: Arc::new(|| PodsView {
+            node: "a".to_owned(),
+            enrolled: vec!["default/client".to_owned()],
+            failing: vec![FailingPod {
+                pod: "default/lost".to_owned(),
+                reason: "its network namespace is not there".to_owned(),
+            }],
+        }),
+        // As the kernel lists them: in no order.
+        flows: Arc::new(|| Ok(vec![flow(101), flow(1)])),
         reporter: reporter.clone(),
         certificates: Arc::new(Vec::new),
         log_level: LogLevel::new(
@@ -130,6 +143,11 @@ async fn the_operator_reads_everything_over_the_socket() -> Result<()> {
     assert_eq!(dump["problems"][0], "a.yaml: VirtualService default/x: spec.http: is missing");
     let (_, body) = agent.ask("GET", "/flows?namespace=default").await?;
     assert_eq!(serde_json::from_str::<Vec<FlowView>>(&body)?, [flow(1)]);
+    let (_, body) = agent.ask("GET", "/flows").await?;
+    assert_eq!(serde_json::from_str::<Vec<FlowView>>(&body)?, [flow(1), flow(101)], "the oldest first");
+    let (_, body) = agent.ask("GET", "/pods").await?;
+    let pods: PodsView = serde_json::from_str(&body)?;
+    assert_eq!((pods.node.as_str(), pods.failing[0].pod.as_str()), ("a", "default/lost"));
     assert_eq!(agent.ask("GET", "/certs").await?, (200, "[]".into()));
     let (status, body) = agent.ask("GET", "/nothing").await?;
     assert!(status == 404 && body.contains("/config_dump"), "{body}");
@@ -213,6 +231,7 @@ async fn a_follower_is_told_each_flow_that_ends_and_leaves_nothing_behind() -> R
         Ok(serde_json::from_slice(&frame.into_data().map_err(|_| anyhow::anyhow!("trailers"))?)?)
     };
     assert_eq!(next().await?, FlowEvent::Flow(Box::new(flow(1))));
+    assert_eq!(next().await?, FlowEvent::Listed);
     agent.reporter.flow_closed(flow(102));
     agent.reporter.flow_closed(flow(2));
     assert_eq!(next().await?, FlowEvent::Flow(Box::new(flow(2))));
@@ -258,7 +277,16 @@ async fn the_socket_is_private_and_taken_from_nobody() -> Result<()> {
 
     let stale = agent.dir.path().join("run/stale.sock");
     drop(std::os::unix::net::UnixListener::bind(&stale)?);
-    Listener::bind_admin(&Address::Unix(stale)).await?;
+    let bound = Listener::bind_admin(&Address::Unix(stale.clone())).await?;
+    assert!(stale.exists());
+    drop(bound);
+    assert!(!stale.exists(), "the socket goes with its listener");
+    // What another has put in its place since stays.
+    let bound = Listener::bind_admin(&Address::Unix(stale.clone())).await?;
+    std::fs::remove_file(&stale)?;
+    std::fs::write(&stale, "another's")?;
+    drop(bound);
+    assert_eq!(std::fs::read(&stale)?, b"another's");
 
     let file = agent.dir.path().join("run/file");
     std::fs::write(&file, "precious")?;

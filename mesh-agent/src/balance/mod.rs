@@ -126,9 +126,11 @@ mod tests {
             port: 80,
             protocol: None,
             subset: None,
+            view: None,
             endpoints: (1..=endpoints).map(endpoint).collect(),
             balancing,
             connect_timeout: Duration::from_secs(10),
+            retry_budget: crate::state::defaults::RETRY_BUDGET,
             state: Arc::new(ClusterState::default()),
         }
     }

@@ -1,25 +1,23 @@
-//! A request body that can be sent again.
+//! A request body that can be sent again, and copied to a mirror.
 //!
 //! Promises: frames are handed on as they come, and kept until [`LIMIT`] bytes; a later try first gets what was kept
 //! and then the rest of the stream. Once more than the limit has passed, the body can not be sent again
-//! ([`Replay::again`] says no) and nothing more is kept. Tested below.
+//! ([`Replay::again`] says no) and nothing more is kept. The latest try alone reads on. A mirror ([`Follow`]) gets what was kept, as it comes, never
+//! asks for anything itself, and breaks off where the body becomes too long. Tested in the lab (`tests/tests/http/`).
 
 use std::{
     pin::Pin,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
-    task::{Context, Poll},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{Context, Poll, Waker},
 };
 
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
-use hyper::body::Incoming;
 
-use super::count_data;
+use super::{BodyError, Meter, Peer};
+use crate::error::{Error, Kind};
 
-/// How much of a request body is kept for another try, bytes (Linkerd's limit).
+/// How much of a request body is kept for another try or a mirror, bytes (Linkerd's limit).
 pub const LIMIT: usize = 64 << 10;
 
 /// One try's view of the body.
@@ -28,16 +26,32 @@ pub struct Replay {
     shared: Arc<Mutex<Shared>>,
     /// How many kept frames this view has handed out.
     position: usize,
+    /// Which try it is for: only the latest one's view gets anything.
+    turn: u64,
+}
+
+/// A mirror's view of the body.
+#[derive(Debug)]
+pub struct Follow {
+    shared: Arc<Mutex<Shared>>,
+    position: usize,
 }
 
 #[derive(Debug)]
 struct Shared {
-    incoming: Incoming,
+    peer: Peer,
+    meter: Arc<Meter>,
     kept: Vec<Kept>,
     kept_bytes: usize,
     overflowed: bool,
     ended: bool,
-    count: Arc<AtomicU64>,
+    /// Views that may still ask the peer for more.
+    views: usize,
+    /// The latest try.
+    turn: u64,
+    /// Whoever waits for the peer.
+    reader: Option<Waker>,
+    followers: Vec<Waker>,
 }
 
 #[derive(Debug, Clone)]
@@ -48,37 +62,73 @@ enum Kept {
 
 impl Replay {
     /// The first try's view; counts the bytes that come from the client.
-    pub fn new(incoming: Incoming, count: Arc<AtomicU64>) -> Self {
-        let shared =
-            Shared { incoming, kept: Vec::new(), kept_bytes: 0, overflowed: false, ended: false, count };
-        Self { shared: Arc::new(Mutex::new(shared)), position: 0 }
+    pub fn new(peer: Peer, meter: Arc<Meter>) -> Self {
+        let shared = Shared {
+            peer,
+            meter,
+            kept: Vec::new(),
+            kept_bytes: 0,
+            overflowed: false,
+            ended: false,
+            views: 1,
+            turn: 0,
+            reader: None,
+            followers: Vec::new(),
+        };
+        Self { shared: Arc::new(Mutex::new(shared)), position: 0, turn: 0 }
     }
 
-    /// A view for another try, unless too much has passed to keep.
+    /// A view for another try, unless too much has passed to keep. The views before it break off.
     pub fn again(&self) -> Option<Self> {
-        let possible = !self.lock().overflowed;
-        possible.then(|| Self { shared: Arc::clone(&self.shared), position: 0 })
+        let mut shared = lock(&self.shared);
+        if shared.overflowed {
+            return None;
+        }
+        shared.views += 1;
+        shared.turn += 1;
+        if let Some(reader) = shared.reader.take() {
+            reader.wake();
+        }
+        Some(Self { shared: Arc::clone(&self.shared), position: 0, turn: shared.turn })
     }
 
-    /// Whether the whole body was empty or short enough, or nothing was read of it yet.
-    fn lock(&self) -> MutexGuard<'_, Shared> {
-        // A panic while the lock was held leaves frames that were kept whole: they are still good.
-        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    /// A view for a mirror, from the first byte on; breaks off at once where too much has passed already.
+    pub fn follow(&self) -> Follow {
+        Follow { shared: Arc::clone(&self.shared), position: 0 }
     }
 }
 
+impl Drop for Replay {
+    fn drop(&mut self) {
+        let mut shared = lock(&self.shared);
+        shared.views -= 1;
+        if shared.views == 0 {
+            shared.wake();
+        }
+    }
+}
+
+fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
+    // A panic while the lock was held leaves frames that were kept whole: they are still good.
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Shared {
-    fn poll_incoming(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        let frame = match std::task::ready!(Pin::new(&mut self.incoming).poll_frame(cx)) {
+    fn poll_peer(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let frame = match std::task::ready!(Pin::new(&mut self.peer).poll_frame(cx)) {
             Some(Ok(frame)) => frame,
             Some(Err(error)) => return Poll::Ready(Some(Err(error))),
             None => {
                 self.ended = true;
+                self.wake();
                 return Poll::Ready(None);
             }
         };
-        count_data(&frame, &self.count);
+        self.meter.count(&frame);
         self.keep(&frame);
+        // Whoever sends the body may not ask again after its last frame.
+        self.ended = self.peer.is_end_stream();
+        self.wake();
         Poll::Ready(Some(Ok(frame)))
     }
 
@@ -93,30 +143,47 @@ impl Shared {
             self.kept.push(Kept::Trailers(trailers.clone()));
         }
     }
+
+    fn kept(&self, position: usize) -> Option<Frame<Bytes>> {
+        self.kept.get(position).map(|kept| match kept.clone() {
+            Kept::Data(data) => Frame::data(data),
+            Kept::Trailers(trailers) => Frame::trailers(trailers),
+        })
+    }
+
+    fn wake(&mut self) {
+        self.followers.drain(..).for_each(Waker::wake);
+    }
 }
 
 impl Body for Replay {
     type Data = Bytes;
-    type Error = hyper::Error;
+    type Error = BodyError;
 
     fn poll_frame(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let this = self.get_mut();
-        let mut shared = this.shared.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(kept) = shared.kept.get(this.position) {
+        let mut shared = lock(&this.shared);
+        if this.turn != shared.turn {
+            let error = Error::new(Kind::UpstreamReset, "another try has taken over");
+            let error = Error { reset: Some(h2::Reason::CANCEL), ..error };
+            return Poll::Ready(Some(Err(BodyError::Mesh(error))));
+        }
+        if let Some(frame) = shared.kept(this.position) {
+            drop(shared);
             this.position += 1;
-            let frame = match kept.clone() {
-                Kept::Data(data) => Frame::data(data),
-                Kept::Trailers(trailers) => Frame::trailers(trailers),
-            };
             return Poll::Ready(Some(Ok(frame)));
         }
         if shared.ended {
             return Poll::Ready(None);
         }
-        let frame = shared.poll_incoming(cx);
+        let frame = shared.poll_peer(cx);
+        if frame.is_pending() {
+            shared.reader = Some(cx.waker().clone());
+        }
+        drop(shared);
         if matches!(frame, Poll::Ready(Some(Ok(_)))) {
             this.position += 1;
         }
@@ -124,20 +191,55 @@ impl Body for Replay {
     }
 
     fn is_end_stream(&self) -> bool {
-        let shared = self.lock();
-        self.position >= shared.kept.len() && (shared.ended || shared.incoming.is_end_stream())
+        let shared = lock(&self.shared);
+        self.position >= shared.kept.len() && (shared.ended || shared.peer.is_end_stream())
     }
 
     fn size_hint(&self) -> SizeHint {
-        let shared = self.lock();
+        let shared = lock(&self.shared);
         if self.position == 0 && shared.kept.is_empty() && !shared.overflowed {
-            return shared.incoming.size_hint();
+            return shared.peer.size_hint();
         }
         let kept: usize = shared.kept.iter().skip(self.position).map(Kept::len).sum();
-        match shared.incoming.size_hint().exact() {
+        match shared.peer.size_hint().exact() {
             Some(rest) => SizeHint::with_exact(rest + kept as u64),
             None => SizeHint::default(),
         }
+    }
+}
+
+impl Body for Follow {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let this = self.get_mut();
+        let mut shared = lock(&this.shared);
+        let broken = |why| Poll::Ready(Some(Err(BodyError::Mesh(Error::new(Kind::Overflow, why)))));
+        if shared.overflowed {
+            return broken("the request body is too long to be mirrored");
+        }
+        if let Some(frame) = shared.kept(this.position) {
+            drop(shared);
+            this.position += 1;
+            return Poll::Ready(Some(Ok(frame)));
+        }
+        if shared.ended {
+            return Poll::Ready(None);
+        }
+        if shared.views == 0 {
+            return broken("the request that is mirrored has ended before its body");
+        }
+        shared.followers.push(cx.waker().clone());
+        Poll::Pending
+    }
+
+    fn is_end_stream(&self) -> bool {
+        let shared = lock(&self.shared);
+        shared.ended && !shared.overflowed && self.position >= shared.kept.len()
     }
 }
 
@@ -148,9 +250,4 @@ impl Kept {
             Self::Trailers(_) => 0,
         }
     }
-}
-
-/// Bytes counted so far.
-pub fn counted(count: &AtomicU64) -> u64 {
-    count.load(Ordering::Relaxed)
 }

@@ -92,14 +92,18 @@ impl Capture {
     pub fn load(config: &CaptureConfig) -> Result<Self> {
         let root = cgroup::root(config.cgroup_root.as_deref())?;
         let dir = BpfDir::create(&config.bpf_dir)?;
-        let mut node = loader::load(&dir, config.ebpf_log)?;
-        let attached = loader::attach(&mut node, &dir, &root);
-        if let Err(error) = attached {
-            dir.remove()?;
-            return Err(error);
+        let loaded = loader::load(&dir, config.ebpf_log)
+            .and_then(|mut node| loader::attach(&mut node, &dir, &root).map(|()| node));
+        match loaded {
+            Ok(node) => {
+                let shared = Arc::new(Shared { pods: Mutex::default() });
+                Ok(Self { dir, shared, log: config.ebpf_log, node: Mutex::new(node) })
+            }
+            Err(error) => {
+                dir.remove()?;
+                Err(error)
+            }
         }
-        let shared = Arc::new(Shared { pods: Mutex::default() });
-        Ok(Self { dir, shared, log: config.ebpf_log, node: Mutex::new(node) })
     }
 
     /// Enrols a pod: from here on its connections come to its [`PodNet`]. To be called inside a tokio runtime.

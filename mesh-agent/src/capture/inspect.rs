@@ -30,6 +30,12 @@ pub enum Error {
         /// What the kernel says.
         error: io::Error,
     },
+    /// There are maps, and none of this name.
+    #[error("no such map: {name}; `meshctl maps list` shows those there are")]
+    NoSuchMap {
+        /// The name asked for.
+        name: String,
+    },
     /// The map is there and cannot be read.
     #[error("map {name} cannot be read: {error}")]
     Read {
@@ -104,8 +110,12 @@ pub struct Element {
 }
 
 fn open(bpf_dir: &Path, name: &str) -> Result<Map, Error> {
-    let path = bpf_dir.join("maps").join(name);
-    Map::open_pinned(&path).map_err(|error| Error::Pin { path: path.display().to_string(), error })
+    let maps = bpf_dir.join("maps");
+    let path = maps.join(name);
+    Map::open_pinned(&path).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound if maps.is_dir() => Error::NoSuchMap { name: name.to_owned() },
+        _ => Error::Pin { path: path.display().to_string(), error },
+    })
 }
 
 /// All maps pinned under `bpf_dir/maps`, by name.
@@ -197,7 +207,7 @@ pub fn read_flows(bpf_dir: &Path) -> Result<Vec<FlowRecord>, Error> {
     let mut flows = read_flows_of(&open(bpf_dir, "FLOWS")?)?;
     match open(bpf_dir, "PACKET_FLOWS") {
         Ok(map) => flows.append(&mut read_flows_of(&map)?),
-        Err(Error::Pin { error, .. }) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(Error::NoSuchMap { .. }) => {}
         Err(error) => return Err(error),
     }
     Ok(flows)

@@ -7,7 +7,7 @@
 //!
 //! Never touches a pod that is not enrolled, never leaves anything behind in one that is un-enrolled. `unsafe` code of
 //! the agent is in this room alone. Tested by the unit tests of its files and, with the kernel, by the lab
-//! (`tests/tests/capture.rs`).
+//! (`tests/tests/capture/`).
 
 mod cgroup;
 mod enrol;

@@ -74,12 +74,22 @@ pub(super) async fn run(
 async fn follow(client: &Client, args: &Args, output: Output, out: &mut dyn Write) -> Result<(), Failure> {
     let mut lines = client.lines(&args.path()).await?;
     let mut columns = Columns::new(&HEADINGS);
-    if output == Output::Table {
-        writeln!(out, "{}", columns.line(&HEADINGS.map(str::to_owned)))?;
-    }
+    // What there is already is written at once, in columns that fit all of it.
+    let mut listed = Some(Vec::new());
     while let Some(event) = lines.next::<FlowEvent>().await? {
         match (&event, output) {
-            (FlowEvent::Flow(flow), Output::Table) => writeln!(out, "{}", columns.line(&cells(flow)))?,
+            (FlowEvent::Flow(flow), Output::Table) => {
+                let row = cells(flow);
+                match &mut listed {
+                    Some(rows) => {
+                        rows.push(row);
+                        continue;
+                    }
+                    None => columns.write(out, &[row])?,
+                }
+            }
+            (FlowEvent::Listed, Output::Table) => columns.write(out, &listed.take().unwrap_or_default())?,
+            (FlowEvent::Listed, Output::Json | Output::Yaml) => continue,
             (FlowEvent::Lost(lost), Output::Table) => {
                 writeln!(out, "({lost} flows ended and are not shown: this reader is too slow)")?;
             }

@@ -1,7 +1,8 @@
 //! `meshctl maps`: the agent's BPF maps as they are in the kernel, with or without the agent.
 
-use std::{io::Write, path::Path};
+use std::{io::Write, net::IpAddr, path::Path};
 
+use mesh_common::maps::{ORIGINAL_DST, POD_ORIGINAL_DST};
 use serde_json::Value;
 
 use super::{
@@ -68,14 +69,46 @@ pub(super) fn dump_rows(dump: &inspect::Dump) -> Rows {
     for entry in &dump.entries {
         match entry.value["entries"].as_array() {
             Some(inner) => {
+                let of = entry.value["name"].as_str().unwrap_or(&dump.name);
                 for element in inner {
-                    rows.push(&[flat(&entry.key), flat(&element["key"]), flat(&element["value"])]);
+                    let [key, value] = element_cells(of, &element["key"], &element["value"]);
+                    rows.push(&[flat(&entry.key), key, value]);
                 }
             }
-            None => rows.push(&[flat(&entry.key), flat(&entry.value)]),
+            None => rows.push(&element_cells(&dump.name, &entry.key, &entry.value)),
         }
     }
     rows
+}
+
+/// Key and value of one element. The entry with the all-zero key, which is no connection, is named for what it is.
+fn element_cells(map: &str, key: &Value, value: &Value) -> [String; 2] {
+    // The kernel keeps 15 characters of a name.
+    let marks = POD_ORIGINAL_DST.starts_with(map) && map.len() >= ORIGINAL_DST.len();
+    if !marks || !is_zero(key) {
+        return [flat(key), flat(value)];
+    }
+    let full = match value["full_ns"].as_u64() {
+        Some(ns) if ns > 0 => format!(
+            "the table was last full {}.{:03} s after boot",
+            ns / 1_000_000_000,
+            ns / 1_000_000 % 1000
+        ),
+        _ => "the table was never full".to_owned(),
+    };
+    ["(no connection)".to_owned(), full]
+}
+
+/// Whether nothing in it is set: no number but 0, no address but the unspecified one.
+fn is_zero(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::Bool(set) => !set,
+        Value::Number(number) => number.as_u64() == Some(0),
+        Value::String(text) => text.parse::<IpAddr>().is_ok_and(|ip| ip.to_canonical().is_unspecified()),
+        Value::Array(items) => items.iter().all(is_zero),
+        Value::Object(fields) => fields.values().all(is_zero),
+    }
 }
 
 /// A value on one line; an address and its port as they are usually written.

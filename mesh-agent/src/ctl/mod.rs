@@ -23,14 +23,14 @@ use std::{
 use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum};
 
 use self::client::Client;
-use crate::admin::{Address, SOCKET_NAME};
+use crate::{
+    admin::{self, Address, SOCKET_NAME},
+    config::{BPF_DIR, RUN_DIRS},
+};
 
-/// Where agents keep their run directories, one for each node.
-const RUN_DIRS: &str = "/run/mesh";
-
-/// Looks into the mesh on this node.
+/// Looks into the mesh on this node: flows, configuration, certificates, and the kernel's maps.
 #[derive(Debug, Parser)]
-#[command(name = "meshctl", version, about, arg_required_else_help = true)]
+#[command(name = "meshctl", version, arg_required_else_help = true)]
 pub struct Cli {
     /// Run directory of the agent, which holds its admin socket [default: the only one under /run/mesh]
     #[arg(long, global = true, env = "MESH_RUN_DIR", value_name = "DIR")]
@@ -38,9 +38,10 @@ pub struct Cli {
     /// Admin endpoint of the agent, `unix:PATH` or loopback `IP:PORT` [default: admin.sock in the run directory]
     #[arg(long, global = true, env = "MESH_ADMIN", value_name = "ADDRESS")]
     admin: Option<Address>,
-    /// Directory in bpffs where the agent pins its maps
-    #[arg(long, global = true, env = "MESH_BPF_DIR", value_name = "DIR", default_value = "/sys/fs/bpf/mesh")]
-    bpf_dir: PathBuf,
+    /// Directory in bpffs where the agent pins its maps [default: the one noted in the run directory, else
+    /// /sys/fs/bpf/mesh]
+    #[arg(long, global = true, env = "MESH_BPF_DIR", value_name = "DIR")]
+    bpf_dir: Option<PathBuf>,
     /// Form of the output
     #[arg(short, long, global = true, env = "MESH_OUTPUT", value_enum, default_value_t)]
     output: Output,
@@ -63,17 +64,18 @@ pub enum Output {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Flows of this node's pods: pod, service, endpoint, identity, route, bytes, round-trip time, verdict
+    #[command(after_help = "The oldest flow comes first. A flow that has ended is shown for 30 s more.")]
     Flows(flows::Args),
     /// BPF maps of the agent, read from the kernel: works without the agent
     Maps {
         #[command(subcommand)]
         command: maps::Command,
     },
-    /// The configuration in force: workloads, services, routes, endpoints, problems
+    /// The configuration in force: workloads, routes of each service, endpoints, problems
     Config,
     /// Certificates in use and when they expire
     Certs,
-    /// Whether the agent is ready, and of what
+    /// Whether the agent is ready, what it has, and which pods of this node it cannot enrol
     Status,
     /// Completions for a shell, to be read by it
     Completions {
@@ -134,7 +136,7 @@ pub async fn run(cli: Cli, out: &mut dyn Write) -> Result<(), Failure> {
     let client = || Ok::<_, Failure>(Client::new(admin_address(&cli)?));
     match &cli.command {
         Command::Flows(args) => flows::run(&client()?, args, cli.output, out).await,
-        Command::Maps { command } => maps::run(command, &cli.bpf_dir, cli.output, out),
+        Command::Maps { command } => maps::run(command, &bpf_dir(&cli)?, cli.output, out),
         Command::Config => config::run(&client()?, cli.output, out).await,
         Command::Certs => certs::run(&client()?, cli.output, out).await,
         Command::Status => status::run(&client()?, cli.output, out).await,
@@ -154,13 +156,31 @@ fn admin_address(cli: &Cli) -> Result<Address, Failure> {
     Ok(Address::Unix(dir.join(SOCKET_NAME)))
 }
 
-/// The one run directory under `parent` that has an admin socket.
-fn only_run_dir(parent: &Path) -> Result<PathBuf, Failure> {
+/// Where the pins are: as told, else as the agent has noted. Works without the agent.
+fn bpf_dir(cli: &Cli) -> Result<PathBuf, Failure> {
+    if let Some(dir) = &cli.bpf_dir {
+        return Ok(dir.clone());
+    }
+    let run_dir = match &cli.run_dir {
+        Some(dir) => Some(dir.clone()),
+        None if run_dirs(Path::new(RUN_DIRS)).is_empty() => None,
+        None => Some(only_run_dir(Path::new(RUN_DIRS))?),
+    };
+    Ok(run_dir.and_then(|dir| admin::noted_bpf_dir(&dir)).unwrap_or_else(|| PathBuf::from(BPF_DIR)))
+}
+
+/// The directories under `parent` that have an admin socket.
+fn run_dirs(parent: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(parent).into_iter().flatten().flatten();
     let mut dirs: Vec<_> =
         entries.map(|entry| entry.path()).filter(|dir| dir.join(SOCKET_NAME).exists()).collect();
     dirs.sort();
-    match dirs.as_slice() {
+    dirs
+}
+
+/// The one run directory under `parent` that has an admin socket.
+fn only_run_dir(parent: &Path) -> Result<PathBuf, Failure> {
+    match run_dirs(parent).as_slice() {
         [] => Err(Failure::Unreachable(format!(
             "no agent has an admin socket under {}: is one running on this node? Else name its --run-dir or --admin",
             parent.display()

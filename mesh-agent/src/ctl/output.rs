@@ -29,7 +29,8 @@ impl Rows {
         self.rows.push(cells.iter().map(|cell| printable(cell)).collect());
     }
 
-    fn write(&self, out: &mut dyn Write) -> io::Result<()> {
+    /// Writes the table.
+    pub fn write(&self, out: &mut dyn Write) -> io::Result<()> {
         let mut table = Table::new();
         table.load_preset(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
         table.set_header(self.headings.clone());
@@ -72,22 +73,44 @@ pub(super) fn yaml<T: Serialize>(value: &T) -> Result<String, Failure> {
     Ok(text)
 }
 
-/// Rows that come one by one: columns grow with what they have seen.
+/// Rows that come one by one: columns grow with what they have seen, and the headings are written again when they do,
+/// so that every row stands below its heading.
 #[derive(Debug)]
-pub(super) struct Columns(Vec<usize>);
+pub(super) struct Columns {
+    headings: Vec<String>,
+    widths: Vec<usize>,
+    /// Whether the headings have been written with these widths.
+    headed: bool,
+}
 
 impl Columns {
     /// Wide enough for these headings.
     pub fn new(headings: &[&str]) -> Self {
-        Self(headings.iter().map(|heading| heading.len()).collect())
+        let widths = headings.iter().map(|heading| heading.len()).collect();
+        Self { headings: headings.iter().map(ToString::to_string).collect(), widths, headed: false }
     }
 
-    /// One line.
-    pub fn line(&mut self, cells: &[String]) -> String {
+    /// Writes these rows; the headings first, where they have to be.
+    pub fn write(&mut self, out: &mut dyn Write, rows: &[Vec<String>]) -> io::Result<()> {
+        let rows: Vec<Vec<String>> =
+            rows.iter().map(|row| row.iter().map(|cell| printable(cell)).collect()).collect();
+        for row in &rows {
+            for (width, cell) in self.widths.iter_mut().zip(row) {
+                let needed = cell.chars().count();
+                self.headed &= needed <= *width;
+                *width = (*width).max(needed);
+            }
+        }
+        if !self.headed {
+            writeln!(out, "{}", self.line(&self.headings))?;
+            self.headed = true;
+        }
+        rows.iter().try_for_each(|row| writeln!(out, "{}", self.line(row)))
+    }
+
+    fn line(&self, cells: &[String]) -> String {
         let mut line = String::new();
-        for (width, cell) in self.0.iter_mut().zip(cells) {
-            let cell = printable(cell);
-            *width = (*width).max(cell.chars().count());
+        for (width, cell) in self.widths.iter().zip(cells) {
             let _ = write!(line, "{cell:<0$}  ", *width);
         }
         line.truncate(line.trim_end().len());
@@ -95,9 +118,13 @@ impl Columns {
     }
 }
 
-/// Without control characters.
-fn printable(text: &str) -> String {
-    if text.chars().any(char::is_control) { text.escape_debug().to_string() } else { text.to_owned() }
+/// Without control characters; everything else as it is.
+pub(super) fn printable(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c.is_control() { out.extend(c.escape_debug()) } else { out.push(c) }
+    }
+    out
 }
 
 /// What is there, or `-`.

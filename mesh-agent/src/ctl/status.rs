@@ -10,7 +10,7 @@ use super::{
     client::Client,
     output::{self, Rows},
 };
-use crate::admin::{CertificateView, HealthView, VersionView};
+use crate::admin::{CertificateView, FailingPod, HealthView, PodsView, VersionView};
 
 #[derive(Debug, Serialize)]
 struct Status {
@@ -20,7 +20,9 @@ struct Status {
     config_revision: u64,
     problems: Vec<String>,
     workloads: usize,
-    enrolled: usize,
+    node: String,
+    enrolled: Vec<String>,
+    failing: Vec<FailingPod>,
     services: usize,
     certificates: usize,
 }
@@ -29,9 +31,9 @@ pub(super) async fn run(client: &Client, output: Output, out: &mut dyn Write) ->
     let version: VersionView = client.get("/version").await?;
     let health: HealthView = client.get("/healthz").await?;
     let config: Value = client.get("/config_dump").await?;
+    let pods: PodsView = client.get("/pods").await?;
     let certificates: Vec<CertificateView> = client.get("/certs").await?;
     let count = |name: &str| config[name].as_array().map_or(0, Vec::len);
-    let enrolled = |workload: &&Value| workload["enrolled"] == true;
     let strings = |value: &Value| {
         value.as_array().into_iter().flatten().filter_map(Value::as_str).map(str::to_owned).collect()
     };
@@ -42,7 +44,9 @@ pub(super) async fn run(client: &Client, output: Output, out: &mut dyn Write) ->
         config_revision: config["revision"].as_u64().unwrap_or_default(),
         problems: strings(&config["problems"]),
         workloads: count("workloads"),
-        enrolled: config["workloads"].as_array().map_or(0, |all| all.iter().filter(enrolled).count()),
+        node: pods.node,
+        enrolled: pods.enrolled,
+        failing: pods.failing,
         services: count("services"),
         certificates: certificates.len(),
     };
@@ -57,12 +61,18 @@ fn rows(status: &Status) -> Rows {
         ("version", status.version.clone()),
         ("ready", ready),
         ("config revision", status.config_revision.to_string()),
-        ("workloads", format!("{} ({} enrolled)", status.workloads, status.enrolled)),
+        ("node", status.node.clone()),
+        ("enrolled pods", format!("{} of this node", status.enrolled.len())),
+        ("failing pods", format!("{} of this node", status.failing.len())),
+        ("workloads", format!("{} in the mesh's configuration", status.workloads)),
         ("services", status.services.to_string()),
         ("certificates", status.certificates.to_string()),
         ("problems", status.problems.len().to_string()),
     ] {
         rows.push(&[what.to_owned(), is]);
+    }
+    for FailingPod { pod, reason } in &status.failing {
+        rows.push(&["not enrolled".to_owned(), format!("{pod}: {reason}")]);
     }
     for problem in &status.problems {
         rows.push(&["problem".to_owned(), problem.clone()]);

@@ -59,13 +59,21 @@ async fn status_config_and_certs_tell_what_the_agent_has() -> Result<()> {
     let _capture = readiness.block("capture");
     let agent = Agent::start(&readiness).await?;
     let status = output(&agent, &["status"]).await?;
-    for line in
-        ["version          mesh-agent 1.2.3", "ready            waits for capture", "config revision  3"]
-    {
+    for line in [
+        "version          mesh-agent 1.2.3",
+        "ready            waits for capture",
+        "config revision  3",
+        "node             a",
+        "enrolled pods    1 of this node",
+        "failing pods     1 of this node",
+        "not enrolled     default/lost: its network namespace is not there",
+    ] {
         assert!(status.contains(line), "{status}");
     }
     let status: serde_json::Value = serde_json::from_str(&output(&agent, &["status", "-o", "json"]).await?)?;
     assert_eq!((&status["ready"], &status["waiting_for"]), (&json!(false), &json!(["capture"])));
+    assert_eq!(status["enrolled"], json!(["default/client"]));
+    assert_eq!(status["failing"][0]["pod"], "default/lost");
     let config = output(&agent, &["config"]).await?;
     assert!(
         config.ends_with("problem: a.yaml: VirtualService default/x: spec.http: is missing\n"),
@@ -100,6 +108,7 @@ async fn followed_flows_come_as_they_end() -> Result<()> {
             Ok(serde_json::from_str(&pieces.recv().await.context("the command ended")?)?)
         };
         assert_eq!(next().await?, FlowEvent::Flow(Box::new(flow(1))));
+        // That the list is through is for tables; programs read flows.
         for socket in [2, 150, 3] {
             agent.reporter.flow_closed(flow(socket));
         }
@@ -113,6 +122,90 @@ async fn followed_flows_come_as_they_end() -> Result<()> {
     let failure = command.err().context("the agent stopped")?;
     assert_eq!(failure.code(), 3, "{failure}");
     Ok(())
+}
+
+#[tokio::test]
+async fn followed_flows_stand_below_their_headings() -> Result<()> {
+    let agent = Agent::start(&Readiness::default()).await?;
+    let cli = parse(Some(&agent), &["flows", "--follow"])?;
+    let (sender, mut pieces) = mpsc::unbounded_channel();
+    let mut out = Pieces(sender, Vec::new());
+    let blocks = async {
+        let mut next = async || pieces.recv().await.context("the command ended");
+        // All there are, at once.
+        let listed = next().await?;
+        assert_eq!(listed.lines().count(), 3, "{listed}");
+        let mut usual = flow(2);
+        usual.pod = Some("p".to_owned());
+        agent.reporter.flow_closed(usual.clone());
+        let one = next().await?;
+        // One that is wider than all before has the headings written again.
+        usual.pod = Some("a-name-longer-than-any-so-far".to_owned());
+        agent.reporter.flow_closed(usual.clone());
+        let wide = next().await?;
+        agent.reporter.flow_closed(flow(3));
+        let narrow = next().await?;
+        agent.stop.cancel();
+        Ok::<_, anyhow::Error>([listed, one, wide, narrow].concat())
+    };
+    let (command, seen) = tokio::join!(run(cli, &mut out), blocks);
+    assert_eq!(command.err().map(|failure| failure.code()), Some(3));
+    let (seen, mut below) = (seen?, None);
+    for line in seen.lines() {
+        match line.find("LOCAL") {
+            Some(heading) => below = Some(heading),
+            None => assert_eq!(line.find("10.244.0.1:4"), below, "{seen}"),
+        }
+    }
+    assert_eq!(seen.matches("LOCAL").count(), 3, "for the list, for `default/p`, for the long name:\n{seen}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn the_configuration_is_shown_with_workloads_and_endpoints() -> Result<()> {
+    let dump = json!({
+        "problems": ["a.yaml: found \"b\"\nand a line break"],
+        "workloads": [{"namespace": "default", "name": "web", "node": "b", "ips": ["10.0.0.1", "fd00::1"],
+            "enrolled": true, "identity": "spiffe://cluster.local/ns/default/sa/web"}],
+        "services": [{"host": "web.default.svc.cluster.local", "ports": [{"port": 80, "protocol": "http1",
+            "cluster": {"name": "outbound|80||web", "endpoints": [
+                {"address": "10.0.0.1:8080", "workload": "default/web"}]},
+            "routes": [{"name": "default", "origin": "Service", "action": {"forward": [{"weight": 1,
+                "cluster": {"name": "outbound|80|v2|web", "endpoints": []}}]}}]}]}],
+    });
+    let mut out = Vec::new();
+    config::write(&dump, &mut out)?;
+    let text = String::from_utf8(out)?;
+    for line in [
+        "default/web  b     10.0.0.1 fd00::1  yes   spiffe://cluster.local/ns/default/sa/web",
+        "outbound|80||web    10.0.0.1:8080  default/web",
+        "outbound|80|v2|web  -              -",
+        r#"problem: a.yaml: found "b"\nand a line break"#,
+    ] {
+        assert!(text.lines().any(|is| is == line), "{line}\n{text}");
+    }
+    Ok(())
+}
+
+#[test]
+fn the_run_directory_says_where_the_maps_are() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let run_dir = format!("--run-dir={}", dir.path().display());
+    assert_eq!(bpf_dir(&parse(None, &[&run_dir, "maps", "list"])?).ok(), Some(BPF_DIR.into()));
+    std::fs::write(dir.path().join("bpf-dir"), "/sys/fs/bpf/of-this-agent")?;
+    let noted = parse(None, &[&run_dir, "maps", "list"])?;
+    assert_eq!(bpf_dir(&noted).ok(), Some("/sys/fs/bpf/of-this-agent".into()));
+    let told = parse(None, &[&run_dir, "--bpf-dir", "/sys/fs/bpf/x", "maps", "list"])?;
+    assert_eq!(bpf_dir(&told).ok(), Some("/sys/fs/bpf/x".into()));
+    Ok(())
+}
+
+#[test]
+fn help_is_about_meshctl() {
+    let help = Cli::command().render_long_help().to_string();
+    assert!(help.starts_with("Looks into the mesh on this node"), "{help}");
+    let flows = Cli::command().find_subcommand_mut("flows").map(|flows| flows.render_help().to_string());
+    assert!(flows.as_ref().is_some_and(|help| help.contains("30 s")), "{flows:?}");
 }
 
 #[tokio::test]
@@ -156,6 +249,11 @@ async fn failures_have_their_exit_codes_and_say_what_to_do() -> Result<()> {
     let no_maps = run(no_maps, &mut out).await.err().context("there are no maps")?;
     assert_eq!(no_maps.code(), 1);
     assert!(no_maps.to_string().contains("check --bpf-dir"), "{no_maps}");
+    std::fs::create_dir(empty.path().join("maps"))?;
+    let no_such = parse(None, &["maps", "dump", "NOPE", "--bpf-dir", &empty.path().to_string_lossy()])?;
+    let no_such = run(no_such, &mut out).await.err().context("there is no such map")?.to_string();
+    assert!(no_such.contains("no such map: NOPE") && no_such.contains("meshctl maps list"), "{no_such}");
+    std::fs::remove_dir(empty.path().join("maps"))?;
     let bad_name =
         run(parse(None, &["maps", "dump", "../x"])?, &mut out).await.err().context("a bad name")?;
     assert_eq!(bad_name.code(), 2);
@@ -191,7 +289,28 @@ fn dumps_become_rows() -> Result<(), Failure> {
     let inner = json!({"name": "POD_FLOWS", "entries": [
         {"key": 9, "value": {"bytes": 5, "local": {"ip": "10.0.0.1", "port": 80}, "peer": {"ip": "fd00::1", "port": 1}}},
     ]});
+    let nowhere = json!({"src": {"ip": "::", "port": 0}, "dst": {"ip": "0.0.0.0", "port": 0}});
+    let somewhere = json!({"src": {"ip": "10.0.0.1", "port": 9}, "dst": {"ip": "::", "port": 0}});
+    let tables = |full_ns| {
+        json!({"name": "POD_ORIGINAL_DS", "entries": [
+            {"key": nowhere, "value": {"socket": 0, "full_ns": full_ns}},
+            {"key": somewhere, "value": {"socket": 7}},
+        ]})
+    };
     for (dump, expected) in [
+        (
+            dump(vec![
+                element(json!(7), tables(0)),
+                element(json!(8), tables(1_500_000_000_u64)),
+                element(json!(9), json!({"name": "POD_CLIENTS", "entries": [{"key": nowhere, "value": 1}]})),
+            ]),
+            "MAP  KEY                        VALUE\n\
+             7    (no connection)            the table was never full\n\
+             7    dst=[::]:0 src=10.0.0.1:9  socket=7\n\
+             8    (no connection)            the table was last full 1.500 s after boot\n\
+             8    dst=[::]:0 src=10.0.0.1:9  socket=7\n\
+             9    dst=0.0.0.0:0 src=[::]:0   1\n",
+        ),
         (
             dump(vec![element(json!(7), inner)]),
             "MAP  KEY  VALUE\n7    9    bytes=5 local=10.0.0.1:80 peer=[fd00::1]:1\n",

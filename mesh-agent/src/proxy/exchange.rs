@@ -4,28 +4,41 @@
 use std::{
     net::SocketAddr,
     pin::Pin,
-    sync::{Arc, atomic::AtomicU64},
+    sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
 };
 
 use bytes::Bytes;
-use http::{HeaderMap, Method, StatusCode, request};
+use http::{HeaderMap, HeaderValue, Method, StatusCode, header::ORIGIN, request};
 use http_body::{Body as _, Frame, SizeHint};
 use tokio::time::{Instant, Sleep};
 
-use super::Ends;
+use super::{Ends, tries::UnderWay};
 use crate::{
     balance::Chosen,
-    body::{Body, counted},
+    body::{Activity, Body, BodyError, Inform, Meter},
     error::{Error, Kind},
+    http1::Turn,
     report::{Peer, Reporter, RequestOutcome, RequestProtocol, Security, Side},
-    state::snapshot::{Cluster, HttpRoute},
+    route,
+    state::snapshot::{Cluster, HttpRoute, Protocol},
     upstream::{Lease, message, retry},
 };
 
+/// The client's side of one request, as its connection gives it.
+pub(super) struct Client {
+    /// What it speaks.
+    pub version: Protocol,
+    /// Whether anything moves.
+    pub activity: Arc<Activity>,
+    /// Where interim responses go.
+    pub inform: Arc<dyn Inform>,
+    /// Over HTTP/1: its turn on the connection, which ends with the exchange.
+    pub turn: Option<Turn>,
+}
+
 /// What is known of one request; reported when dropped.
-#[derive(Debug)]
 pub(super) struct Exchange {
     pub reporter: Arc<Reporter>,
     /// Source, destination, or both for a pass within the node.
@@ -33,26 +46,37 @@ pub(super) struct Exchange {
     pub source: Peer,
     pub destination: Peer,
     pub ends: Ends,
+    pub client: Client,
     pub route: Option<Arc<HttpRoute>>,
+    /// What logs call the route.
+    pub route_name: Option<Arc<str>>,
+    /// What metrics call the route.
+    pub stat_name: Option<Arc<str>>,
     pub cluster: Option<Arc<Cluster>>,
     pub endpoint: Option<SocketAddr>,
     pub security: Security,
     pub error: Option<Error>,
     pub delay_injected: bool,
     pub tries: u32,
-    pub request_bytes: Arc<AtomicU64>,
+    pub request: Arc<Meter>,
     pub grpc: bool,
     pub authority: String,
+    pub request_id: Option<HeaderValue>,
     /// When the whole response must have passed.
     pub deadline: Option<Instant>,
     /// Held until the response has ended.
     pub lease: Option<Lease>,
     /// Counts as in flight until the response has ended.
     pub chosen: Option<Chosen>,
+    /// Counts as under way at the cluster until the response has ended.
+    pub under_way: Option<UnderWay>,
     method: Method,
     path: String,
+    /// Of a browser's request: the site it is made from.
+    origin: Option<HeaderValue>,
     started: Instant,
-    status: StatusCode,
+    /// What the client was told; `None` while it was told nothing.
+    status: Option<StatusCode>,
     grpc_status: Option<u32>,
     response_bytes: u64,
 }
@@ -71,8 +95,10 @@ impl Exchange {
         sides: Sides,
         source: Peer,
         ends: Ends,
+        client: Client,
         request: &request::Parts,
     ) -> Self {
+        client.activity.begin();
         Self {
             reporter: Arc::clone(reporter),
             sides,
@@ -80,36 +106,54 @@ impl Exchange {
             destination: Peer::default(),
             ends,
             route: None,
+            route_name: None,
+            stat_name: None,
             cluster: None,
             endpoint: None,
             security: Security::None,
             error: None,
             delay_injected: false,
             tries: 0,
-            request_bytes: Arc::default(),
+            request: Arc::new(Meter::new(Arc::clone(&client.activity))),
+            client,
             grpc: message::is_grpc(&request.headers),
             authority: String::new(),
+            request_id: None,
             deadline: None,
             lease: None,
             chosen: None,
+            under_way: None,
             method: request.method.clone(),
             path: request.uri.path_and_query().map_or_else(|| "/".to_owned(), ToString::to_string),
+            origin: request.headers.get(ORIGIN).cloned(),
             started: Instant::now(),
-            status: StatusCode::OK,
+            status: None,
             grpc_status: None,
             response_bytes: 0,
         }
     }
 
-    /// The whole exchange, response body included, must be done within this time from now.
+    /// The whole exchange, response body included, must be done within this time from now; the shortest counts.
     pub fn limit(&mut self, timeout: Option<Duration>) {
-        self.deadline = timeout.map(|timeout| Instant::now() + timeout);
+        let Some(timeout) = timeout else { return };
+        let deadline = Instant::now() + timeout;
+        self.deadline = Some(self.deadline.map_or(deadline, |before| before.min(deadline)));
+    }
+
+    /// How long the exchange has taken so far.
+    pub fn elapsed(&self) -> Duration {
+        self.started.elapsed()
     }
 
     /// The response goes to the client; its body reports when it ends.
-    pub fn respond(mut self, parts: http::response::Parts, body: Body) -> http::Response<Reported> {
-        self.status = parts.status;
+    pub fn respond(mut self, mut parts: http::response::Parts, body: Body) -> http::Response<Reported> {
+        self.status = Some(parts.status);
         self.grpc_status = retry::grpc_status(&parts.headers);
+        let cors = self.route.as_ref().and_then(|route| route.cors.as_ref());
+        if let (Some(policy), Some(origin)) = (cors, &self.origin) {
+            route::cors::apply(policy, origin, &mut parts.headers);
+        }
+        let body = if self.method == Method::HEAD { Body::Empty } else { body };
         let deadline = self.deadline.map(|deadline| Box::pin(tokio::time::sleep_until(deadline)));
         let body = Reported { body, deadline, exchange: Some(Box::new(self)) };
         http::Response::from_parts(parts, body.ended_already())
@@ -137,6 +181,11 @@ impl Exchange {
         self.respond(parts, body)
     }
 
+    /// The client and the endpoint went over to another protocol: this was said, and so much passed.
+    pub fn switched(mut self, status: StatusCode, received: u64, error: Option<Error>) {
+        (self.status, self.response_bytes, self.error) = (Some(status), received, error);
+    }
+
     fn report(&self) {
         let protocol = if self.grpc { RequestProtocol::Grpc } else { RequestProtocol::Http };
         let outcome = |side| RequestOutcome {
@@ -146,19 +195,22 @@ impl Exchange {
             cluster: self.cluster.as_deref(),
             protocol,
             security: self.security,
-            status: self.status.as_u16(),
+            // 0, as in Envoy, for who was told nothing.
+            status: self.status.map_or(0, |status| status.as_u16()),
             grpc_status: self.grpc_status,
             error: self.error.as_ref(),
             delay_injected: self.delay_injected,
             method: self.method.as_str(),
             authority: &self.authority,
             path: &self.path,
-            route: self.route.as_ref().map_or("", |route| &route.name),
+            request_id: self.request_id.as_ref().and_then(|id| id.to_str().ok()),
+            route: self.route_name.as_deref().unwrap_or_default(),
+            stat_name: self.stat_name.as_ref(),
             endpoint: self.endpoint,
             client: self.ends.client,
             original_dst: self.ends.original_dst,
             tries: self.tries,
-            request_bytes: counted(&self.request_bytes),
+            request_bytes: self.request.bytes(),
             response_bytes: self.response_bytes,
             duration: self.started.elapsed(),
         };
@@ -173,19 +225,23 @@ impl Exchange {
 
 fn set(headers: &mut HeaderMap, name: &'static str, value: &str) {
     // Every value here is a number or a word of our own table: always a valid header value.
-    if let Ok(value) = http::HeaderValue::from_str(value) {
+    if let Ok(value) = HeaderValue::from_str(value) {
         headers.insert(name, value);
     }
 }
 
 impl Drop for Exchange {
     fn drop(&mut self) {
+        if self.status.is_none() && self.error.is_none() {
+            let gone = "the client went away before it had an answer";
+            self.error = Some(Error::new(Kind::DownstreamReset, gone));
+        }
         self.report();
+        self.client.activity.end();
     }
 }
 
 /// A response body on its way to the client.
-#[derive(Debug)]
 pub(super) struct Reported {
     body: Body,
     deadline: Option<Pin<Box<Sleep>>>,
@@ -216,15 +272,31 @@ impl Reported {
         }
     }
 
-    fn fail(&mut self, kind: Kind, detail: String) {
-        if let Some(exchange) = &mut self.exchange {
-            exchange.error = Some(Error::new(kind, detail));
+    fn fail(&mut self, error: Error) -> BodyError {
+        if let Some(mut exchange) = self.exchange.take() {
+            exchange.error = Some(error.clone());
         }
-        self.exchange = None;
+        BodyError::Mesh(error)
+    }
+
+    /// Ends the response in the middle: a gRPC client is told by the status it waits for, others by the reset.
+    fn break_off(&mut self, error: Error) -> Result<Frame<Bytes>, BodyError> {
+        let Some(exchange) = self.exchange.as_mut().filter(|exchange| exchange.grpc) else {
+            return Err(self.fail(error));
+        };
+        let row = error.kind.row();
+        exchange.grpc_status = Some(row.grpc);
+        let mut trailers = HeaderMap::new();
+        set(&mut trailers, "grpc-status", &row.grpc.to_string());
+        set(&mut trailers, "grpc-message", row.word);
+        (self.body, self.deadline) = (Body::Empty, None);
+        self.fail(error);
+        Ok(Frame::trailers(trailers))
     }
 
     fn note(&mut self, frame: &Frame<Bytes>) {
         let Some(exchange) = &mut self.exchange else { return };
+        exchange.client.activity.handed_over();
         if let Some(data) = frame.data_ref() {
             exchange.response_bytes += data.len() as u64;
         } else if let Some(trailers) = frame.trailers_ref() {
@@ -235,35 +307,47 @@ impl Reported {
 
 impl Drop for Reported {
     fn drop(&mut self) {
-        self.fail(Kind::DownstreamReset, "the client went away before the response had ended".to_owned());
+        let Some(exchange) = &self.exchange else { return };
+        let error = if exchange.client.activity.has_stalled() {
+            Error::new(Kind::StreamIdle, "nothing moved within the response for too long")
+        } else {
+            Error::new(Kind::DownstreamReset, "the client went away before the response had ended")
+        };
+        self.fail(error);
     }
 }
 
 impl http_body::Body for Reported {
     type Data = Bytes;
-    type Error = Error;
+    type Error = BodyError;
 
-    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let this = self.get_mut();
+        if let Some(exchange) = &this.exchange {
+            exchange.client.activity.asked();
+        }
         if let Some(deadline) = &mut this.deadline
             && deadline.as_mut().poll(cx).is_ready()
         {
-            let detail = "the route's timeout ran out within the response body".to_owned();
-            this.fail(Kind::Timeout, detail.clone());
-            return Poll::Ready(Some(Err(Error::new(Kind::Timeout, detail))));
+            let error = Error::new(Kind::Timeout, "the route's timeout ran out within the response body");
+            return Poll::Ready(Some(this.break_off(error)));
         }
         match ready!(Pin::new(&mut this.body).poll_frame(cx)) {
             Some(Ok(frame)) => {
                 this.note(&frame);
-                if this.body.is_end_stream() {
+                // Trailers are the last frame (RFC 9110 section 6.5): an HTTP/1.1 client's connection asks for no more.
+                if frame.is_trailers() || this.body.is_end_stream() {
                     this.end();
                 }
                 Poll::Ready(Some(Ok(frame)))
             }
-            Some(Err(error)) => {
-                let detail = format!("the endpoint broke off within the response body: {error}");
-                this.fail(Kind::UpstreamReset, detail.clone());
-                Poll::Ready(Some(Err(Error::new(Kind::UpstreamReset, detail))))
+            Some(Err(broken)) => {
+                let detail = format!("the endpoint broke off within the response body: {broken}");
+                let error = Error { reset: Some(broken.reason()), ..Error::new(Kind::UpstreamReset, detail) };
+                Poll::Ready(Some(this.break_off(error)))
             }
             None => {
                 this.end();

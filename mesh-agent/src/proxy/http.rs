@@ -1,183 +1,192 @@
-//! An HTTP connection of a pod's app: each request is routed, permitted, balanced and sent on its own.
+//! A request of a pod's app: routed, permitted, balanced and sent on its own, whatever connection it came on.
+//!
+//! Reads top to bottom: check → normalise → route → preflight → fault → rewrite → mirror → send → the response's headers.
 
-use std::{convert::Infallible, sync::Arc, time::Duration};
+use std::sync::Arc;
 
-use http::{HeaderValue, Request, Response, header::LOCATION};
-use hyper::{body::Incoming, server::conn, service::service_fn};
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use tokio::net::TcpStream;
+use http::{HeaderValue, Request, Response, header::LOCATION, request, response};
 
 use super::{
-    exchange::{Exchange, Reported, Sides},
+    exchange::{Client, Exchange, Reported, Sides},
+    headers, mirror,
     outbound::Outbound,
     tries::{self, Sendable},
+    upgrade::{self, Agreed, Taker},
 };
 use crate::{
     body::Body,
-    detect::Prefixed,
+    config::HttpLimits,
     error::{Error, FaultStatus, Kind, Result},
+    http1::Turn,
     route,
-    state::snapshot::{Abort, Backend, Cluster, Fault, HttpRoute, Protocol, RouteAction, WeightedBackend},
+    state::snapshot::{
+        Abort, Backend, Cluster, HttpRoute, Protocol, Redirect, RequestMatch, RouteAction, WeightedBackend,
+        Workload,
+    },
     tunnel,
-    upstream::message,
+    upstream::{Switch, message},
 };
 
-/// Time for the head of an HTTP/1 request, first byte to last.
-const HEAD_TIMEOUT: Duration = Duration::from_mins(1);
-
-/// Largest head of a request, bytes (Envoy: 60 KiB), and for HTTP/1 the largest buffer.
-const HEAD_LIMIT: u32 = 60 << 10;
-
-/// HTTP/2 towards apps: windows in bytes, and how many requests one connection may have open (Envoy: 2^31 - 1; what is
-/// open is bounded by the pod's budget).
-const STREAM_WINDOW: u32 = 1 << 20;
-const CONNECTION_WINDOW: u32 = 4 << 20;
-const STREAMS: u32 = 1 << 10;
-
-/// Serves requests until the client is done or the pod drains.
-pub(super) async fn serve(
-    outbound: Arc<Outbound>,
-    client: Prefixed<TcpStream>,
-    version: Protocol,
-    cluster: Arc<Cluster>,
-) -> Result<()> {
-    let io = TokioIo::new(client);
-    let shared = Arc::clone(&outbound);
-    let answer =
-        service_fn(move |request| answer(Arc::clone(&shared), Arc::clone(&cluster), version, request));
-    let ended = if version == Protocol::Http2 {
-        let mut builder = conn::http2::Builder::new(TokioExecutor::new());
-        builder
-            .timer(TokioTimer::new())
-            .initial_stream_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(CONNECTION_WINDOW)
-            .max_concurrent_streams(STREAMS)
-            .max_header_list_size(HEAD_LIMIT);
-        let mut connection = std::pin::pin!(builder.serve_connection(io, answer));
-        tokio::select! {
-            ended = &mut connection => ended,
-            () = outbound.pod.drain.started() => {
-                connection.as_mut().graceful_shutdown();
-                connection.await
-            }
-        }
-    } else {
-        let mut builder = conn::http1::Builder::new();
-        builder
-            .timer(TokioTimer::new())
-            .header_read_timeout(HEAD_TIMEOUT)
-            .max_buf_size(HEAD_LIMIT as usize)
-            .half_close(true);
-        let mut connection = std::pin::pin!(builder.serve_connection(io, answer));
-        tokio::select! {
-            ended = &mut connection => ended,
-            () = outbound.pod.drain.started() => {
-                connection.as_mut().graceful_shutdown();
-                connection.await
-            }
-        }
-    };
-    ended.or_else(|error| broken(&outbound, &error))
+/// What the client is told.
+pub(super) enum Answered {
+    /// A response, whose body reports when it ends.
+    Response(Response<Reported>),
+    /// The protocol is switched: this head, and from then on bytes.
+    Switch(Response<()>, Taker),
 }
 
-/// How a connection that did not end well is told: bad bytes are a refusal, a client that goes away is not.
-fn broken(outbound: &Outbound, error: &hyper::Error) -> Result<()> {
-    let protocol_error = error.is_parse()
-        || std::error::Error::source(error)
-            .and_then(|cause| cause.downcast_ref::<h2::Error>())
-            .is_some_and(|cause| cause.is_go_away() && !cause.is_remote() || cause.is_library());
-    if protocol_error {
-        return Err(Error::new(Kind::BadRequest, format!("not a valid HTTP request: {error}")));
-    }
-    tracing::debug!(client = %outbound.ends.client, %error, "connection of a client ended early");
-    Ok(())
+/// What the way of a request comes to.
+pub(super) enum Made {
+    Response(Response<Body>),
+    Switch(Agreed),
 }
 
-async fn answer(
-    outbound: Arc<Outbound>,
+/// Answers one request. `refused`: what the connection it came on found wrong with it.
+pub(super) async fn answer(
+    outbound: &Arc<Outbound>,
     cluster: Arc<Cluster>,
-    version: Protocol,
-    request: Request<Incoming>,
-) -> std::result::Result<Response<Reported>, Infallible> {
+    request: Request<Body>,
+    client: Client,
+    refused: Option<Error>,
+) -> Answered {
     let (parts, body) = request.into_parts();
-    let mesh = &outbound.mesh;
-    let mut exchange =
-        Exchange::begin(&mesh.reporter, Sides::Source, outbound.source.clone(), outbound.ends, &parts);
+    let source = outbound.source.clone();
+    let reporter = &outbound.mesh.reporter;
+    let mut exchange = Exchange::begin(reporter, Sides::Source, source, outbound.ends, client, &parts);
     exchange.cluster = Some(cluster);
-    let answered = forward(&outbound, &mut exchange, version, parts, body).await;
-    Ok(match answered {
-        Ok((head, body)) => exchange.respond(head, body),
-        Err(error) => exchange.refuse(error),
-    })
+    let made = match refused {
+        Some(error) => Err(error),
+        None => forward(outbound, &mut exchange, parts, body).await,
+    };
+    match made {
+        Ok(Made::Response(response)) => {
+            let (head, body) = response.into_parts();
+            Answered::Response(exchange.respond(head, body))
+        }
+        Ok(Made::Switch(agreed)) => upgrade::carry(outbound, exchange, agreed),
+        Err(error) => {
+            // What broke the body off is what went wrong, whatever it led to behind.
+            let refused = exchange.client.turn.as_ref().and_then(Turn::body_refusal);
+            Answered::Response(exchange.refuse(refused.map_or(error, Error::from)))
+        }
+    }
 }
 
-/// The request's way: normalise → route → fault → rewrite → send → the response's headers.
+/// The request's way.
 async fn forward(
-    outbound: &Outbound,
+    outbound: &Arc<Outbound>,
     exchange: &mut Exchange,
-    version: Protocol,
-    mut parts: http::request::Parts,
-    body: Incoming,
-) -> Result<(http::response::Parts, Body)> {
-    message::normalise(&mut parts)?;
+    mut parts: request::Parts,
+    body: Body,
+) -> Result<Made> {
+    within(&outbound.mesh.limits, &parts)?;
+    let wanted = Switch::asked(&parts);
+    message::normalise(&mut parts, outbound.ends.original_dst)?;
     message::strip_hop_by_hop(&mut parts.headers);
     tunnel::strip_mesh_headers(&mut parts.headers);
     exchange.authority = parts.uri.authority().map(ToString::to_string).unwrap_or_default();
+    exchange.request_id = Some(headers::identify(&mut parts.headers));
+    if exchange.grpc {
+        exchange.limit(headers::grpc_timeout(&parts.headers));
+    }
 
-    let snapshot = outbound.mesh.snapshot();
-    let (port, routes) = {
-        let known = exchange.cluster.as_ref().and_then(|cluster| {
-            snapshot.services.get(&cluster.host).and_then(|service| service.port(cluster.port))
-        });
-        let known = known.ok_or_else(|| Error::new(Kind::NoRoute, "the service is no longer there"))?;
-        (known.port, Arc::clone(&known.routes))
-    };
     let workload = outbound.pod.workload();
+    let (port, routes) = routes(outbound, exchange, &workload)?;
     let Some((route, matched)) = route::find(&routes, &parts, port, &workload) else {
         let text =
             format!("no route of {} matches {} {}", exchange.authority, parts.method, parts.uri.path());
         return Err(Error::new(Kind::NoRoute, text));
     };
+    exchange.route_name = Some(Arc::clone(route.name_of(matched)));
+    exchange.stat_name = route.stat_name_of(matched).cloned();
     exchange.route = Some(Arc::clone(route));
 
-    inject(&route.fault, exchange).await?;
+    if let Some((status, headers)) = route.cors.as_ref().and_then(|cors| route::cors::preflight(cors, &parts))
+    {
+        let (mut head, ()) = Response::new(()).into_parts();
+        (head.status, head.headers) = (status, headers);
+        return Ok(Made::Response(Response::from_parts(head, Body::Empty)));
+    }
+    inject(route, exchange, &parts).await?;
     match &route.action {
-        RouteAction::Redirect(redirect) => {
-            let location = route::location(redirect, &parts, matched, port);
-            let (mut head, ()) = Response::new(()).into_parts();
-            head.status = redirect.status;
-            let location = HeaderValue::from_str(&location).map_err(|_| {
-                Error::new(Kind::BadRequest, "the redirect's Location would not be a valid header")
-            })?;
-            head.headers.insert(LOCATION, location);
-            route::apply_response(&mut head.headers, &route.headers.response);
-            Ok((head, Body::Empty))
-        }
+        RouteAction::Redirect(redirect) => redirected(route, redirect, &parts, matched, port),
         RouteAction::Direct { status, body } => {
             let (mut head, ()) = Response::new(()).into_parts();
             head.status = *status;
             route::apply_response(&mut head.headers, &route.headers.response);
-            Ok((head, Body::from(body.clone())))
+            Ok(Made::Response(Response::from_parts(head, Body::from(body.clone()))))
         }
         RouteAction::Forward(backends) => {
             let backend = route::draw(backends);
             route::apply_request(&mut parts, &route.headers.request);
             route::apply_request(&mut parts, &backend.headers.request);
             route::rewrite(&mut parts, &route.rewrite, matched);
-            let sendable = Sendable::new(parts, body, route, exchange);
-            send(outbound, exchange, version, route, backend, sendable).await
+            send(outbound, exchange, route, backend, parts, body, wanted).await
         }
     }
 }
 
-async fn send(
+/// The port that was dialled and its routes, as they are now for this pod.
+fn routes(
     outbound: &Outbound,
+    exchange: &Exchange,
+    workload: &Workload,
+) -> Result<(u16, Arc<[Arc<HttpRoute>]>)> {
+    let snapshot = outbound.mesh.snapshot();
+    let known = exchange.cluster.as_ref().and_then(|cluster| {
+        let service = snapshot.services.get(&cluster.host)?;
+        service.port_for(&workload.namespace, cluster.port)
+    });
+    let known = known.ok_or_else(|| Error::new(Kind::NoRoute, "the service is no longer there"))?;
+    Ok((known.port, Arc::clone(&known.routes)))
+}
+
+/// What the connection it came on has not bounded yet (HTTP/2).
+fn within(limits: &HttpLimits, parts: &request::Parts) -> Result<()> {
+    let target = parts.uri.path_and_query().map_or(0, |target| target.as_str().len());
+    if target > limits.max_request_target_bytes as usize {
+        let text = format!("the target has {target} bytes, {} are allowed", limits.max_request_target_bytes);
+        return Err(Error::new(Kind::TargetTooLong, text));
+    }
+    let bytes: usize = parts.headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum();
+    if bytes > limits.max_request_head_bytes as usize {
+        let text = format!("the headers have {bytes} bytes, {} are allowed", limits.max_request_head_bytes);
+        return Err(Error::new(Kind::HeadTooLarge, text));
+    }
+    if parts.headers.len() > limits.max_request_headers as usize {
+        let count = parts.headers.len();
+        let text = format!("there are {count} headers, {} are allowed", limits.max_request_headers);
+        return Err(Error::new(Kind::HeadTooLarge, text));
+    }
+    Ok(())
+}
+
+fn redirected(
+    route: &HttpRoute,
+    redirect: &Redirect,
+    parts: &request::Parts,
+    matched: Option<&RequestMatch>,
+    port: u16,
+) -> Result<Made> {
+    let location = route::location(redirect, parts, matched, port);
+    let (mut head, ()) = Response::new(()).into_parts();
+    head.status = redirect.status;
+    let location = HeaderValue::from_str(&location)
+        .map_err(|_| Error::new(Kind::BadRequest, "the redirect's Location would not be a valid header"))?;
+    head.headers.insert(LOCATION, location);
+    route::apply_response(&mut head.headers, &route.headers.response);
+    Ok(Made::Response(Response::from_parts(head, Body::Empty)))
+}
+
+async fn send(
+    outbound: &Arc<Outbound>,
     exchange: &mut Exchange,
-    version: Protocol,
     route: &HttpRoute,
     backend: &WeightedBackend,
-    sendable: Sendable,
-) -> Result<(http::response::Parts, Body)> {
+    parts: request::Parts,
+    body: Body,
+    wanted: Option<Switch>,
+) -> Result<Made> {
     let cluster = match &backend.backend {
         Backend::Cluster(cluster) => cluster,
         Backend::Missing(what) => {
@@ -186,20 +195,40 @@ async fn send(
     };
     exchange.cluster = Some(Arc::clone(cluster));
     exchange.limit(route.timeout);
-    let protocol = upstream_protocol(cluster, version, exchange.grpc);
-    let response = tries::run(outbound, exchange, route, cluster, protocol, sendable).await?;
+    let response = if let Some(wanted) = wanted {
+        // Boxed: rare, and its room is not the usual request's to pay.
+        match Box::pin(upgrade::ask(outbound, exchange, cluster, Request::from_parts(parts, body), &wanted))
+            .await?
+        {
+            Made::Response(response) => response,
+            switched @ Made::Switch(_) => return Ok(switched),
+        }
+    } else {
+        let protocol = upstream_protocol(cluster, exchange.client.version, exchange.grpc);
+        let kept = route.retries.attempts > 0 || !route.mirrors.is_empty();
+        let sendable = Sendable::new(parts, body, kept, exchange);
+        mirror::send(outbound, route, &sendable, exchange.grpc);
+        // Boxed: its room goes back once the head of the response is there, while the body may take long.
+        Box::pin(tries::run(outbound, exchange, route, cluster, protocol, sendable)).await?
+    };
     let (mut head, body) = response.into_parts();
-    message::for_client(&mut head.headers, head.status);
-    tunnel::strip_mesh_headers(&mut head.headers);
+    for_client(&mut head, exchange);
     route::apply_response(&mut head.headers, &route.headers.response);
     route::apply_response(&mut head.headers, &backend.headers.response);
+    Ok(Made::Response(Response::from_parts(head, body)))
+}
+
+fn for_client(head: &mut response::Parts, exchange: &Exchange) {
+    message::for_client(&mut head.headers, head.status);
+    tunnel::strip_mesh_headers(&mut head.headers);
+    headers::served_in(&mut head.headers, exchange.elapsed());
     head.version = http::Version::default();
-    Ok((head, body))
+    head.extensions = http::Extensions::new();
 }
 
 /// What to speak to the app: what its port declares; where nothing is declared, what the client speaks. gRPC needs HTTP/2
 /// whatever the port is called.
-fn upstream_protocol(cluster: &Cluster, client: Protocol, grpc: bool) -> Protocol {
+pub(super) fn upstream_protocol(cluster: &Cluster, client: Protocol, grpc: bool) -> Protocol {
     match cluster.protocol {
         _ if grpc => Protocol::Http2,
         Some(declared @ (Protocol::Http1 | Protocol::Http2)) => declared,
@@ -207,15 +236,26 @@ fn upstream_protocol(cluster: &Cluster, client: Protocol, grpc: bool) -> Protoco
     }
 }
 
+/// What another protocol is asked for in: `Upgrade` is HTTP/1.1's, unless the port declares HTTP/2.
+pub(super) fn upgrade_protocol(cluster: &Cluster) -> Protocol {
+    cluster.protocol.filter(|declared| *declared == Protocol::Http2).unwrap_or(Protocol::Http1)
+}
+
+/// The version a request was made in.
+pub(super) fn version_of<B>(request: &Request<B>) -> Protocol {
+    if request.version() == http::Version::HTTP_2 { Protocol::Http2 } else { Protocol::Http1 }
+}
+
 /// `fault`: first the delay, then the abort (Envoy's order).
-async fn inject(fault: &Fault, exchange: &mut Exchange) -> Result<()> {
-    if let Some((share, delay)) = fault.delay
+async fn inject(route: &HttpRoute, exchange: &mut Exchange, parts: &request::Parts) -> Result<()> {
+    let injection = route::injection(&route.fault, &parts.headers);
+    if let Some((share, delay)) = injection.delay
         && route::hits(share)
     {
         exchange.delay_injected = true;
         tokio::time::sleep(delay).await;
     }
-    if let Some((share, abort)) = fault.abort
+    if let Some((share, abort)) = injection.abort
         && route::hits(share)
     {
         let status = match abort {

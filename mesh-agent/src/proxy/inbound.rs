@@ -4,32 +4,28 @@
 //! native request → permit → hand over to the app → report. Plaintext (port 15006): accept → permit → hand over →
 //! report; the peer has no identity.
 
-use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use http::{Request, Response, StatusCode};
-use hyper::{
-    body::{Body as _, Incoming},
-    service::service_fn,
-};
-use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::{
-    Ends, Mesh, assert_small,
-    exchange::{Exchange, Reported, Sides},
-    pod_name, vouched,
+    Ends, Mesh, admit, assert_small,
+    exchange::{Client, Exchange, Reported, Sides},
+    headers, pod_name, vouched,
 };
 use crate::{
     body::Body,
     capture::{Captured, Listener},
     copy::{self, Moved},
     error::{Error, Kind, Result},
+    http2::{Reply, ServerStream},
     identity::SpiffeId,
     policy::{self, Permit},
     report::{FlowGuard, Peer, RequestProtocol, Security, Side, TcpLabels},
     state::snapshot::{Protocol, Workload},
-    tunnel::{self, MeshStream, Tunnel, Wire},
-    upstream::{Lease, Pod, message},
+    tunnel::{self, MeshStream, Tunnel},
+    upstream::{Destination, Lease, Pod, Via, message},
 };
 
 /// Time for the app inside the pod to accept a connection.
@@ -46,7 +42,12 @@ pub async fn serve(mesh: Arc<Mesh>, pod: Arc<Pod>, listener: Listener) {
             () = pod.drain.started() => return,
         };
         let Ok(captured) = captured else { return };
+        let Some(place) = admit(&mesh, &pod, Side::Destination, captured.client) else { continue };
         let connection = connection(Arc::clone(&mesh), Arc::clone(&pod), listener, captured);
+        let connection = async move {
+            connection.await;
+            drop(place);
+        };
         pod.drain.spawn(assert_small(connection, CONNECTION_FUTURE));
     }
 }
@@ -106,17 +107,35 @@ async fn mesh_connection(mesh: Arc<Mesh>, pod: Arc<Pod>, captured: Captured) -> 
     // Boxed: the handshake is over soon.
     let (tls, peer, wire) = Box::pin(tunnel::accept(captured.stream, pod.identity())).await?;
     let inbound = Arc::new(Inbound::new(mesh, pod, ends, Some(peer)));
-    match wire {
-        Wire::Hbone => {
-            let (ips, drain) = (inbound.workload.ips.clone(), inbound.pod.drain.token());
-            tunnel::serve_tunnels(tls, &ips, &drain, |tunnel| tunnelled(Arc::clone(&inbound), tunnel)).await
+    let (ips, drain) = (inbound.workload.ips.clone(), inbound.pod.drain.token());
+    let handle = |stream| serve_stream(Arc::clone(&inbound), stream);
+    // Boxed, the handshake being over: what an idle connection needs is small, what serving one takes is not.
+    match Box::pin(tunnel::serve(tls, wire, &ips, &drain, handle)).await {
+        // A peer that goes away is no refusal: what was open has been reported stream by stream.
+        Err(error) if error.kind == Kind::DownstreamReset => {
+            tracing::debug!(client = %ends.client, %error, "mesh connection ended early");
+            Ok(())
         }
-        // Boxed: most connections of a pod that serves bytes never need the room.
-        Wire::MeshH2 => Box::pin(serve_requests(inbound, TokioIo::new(tls))).await,
+        ended => ended,
     }
 }
 
-/// One CONNECT of an HBONE connection.
+async fn serve_stream(inbound: Arc<Inbound>, stream: MeshStream) {
+    match stream {
+        MeshStream::Tunnel(tunnel) => tunnelled(inbound, tunnel).await,
+        // Boxed: most connections of a pod that serves bytes never need the room.
+        MeshStream::Http { request, port, protocol, stream } => {
+            let app = SocketAddr::new(inbound.ends.original_dst.ip(), port);
+            Box::pin(native(inbound, request, app, protocol, stream)).await;
+        }
+        MeshStream::Neither { error, stream } => {
+            inbound.refused(&error);
+            stream.refuse(tunnel_status(error.kind));
+        }
+    }
+}
+
+/// A CONNECT: answered with 200 only once the app has accepted; then bytes.
 async fn tunnelled(inbound: Arc<Inbound>, tunnel: Tunnel) {
     let destination = tunnel.destination;
     let opened = match policy::inbound(destination) {
@@ -135,53 +154,6 @@ async fn tunnelled(inbound: Arc<Inbound>, tunnel: Tunnel) {
     }
 }
 
-/// A connection whose streams are requests.
-async fn serve_requests<S>(inbound: Arc<Inbound>, io: TokioIo<S>) -> Result<()>
-where
-    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-{
-    let (drain, client) = (inbound.pod.drain.clone(), inbound.ends.client);
-    let service = service_fn(move |request| stream(Arc::clone(&inbound), request));
-    let mut serving = std::pin::pin!(tunnel::server_builder().serve_connection(io, service));
-    let ended = tokio::select! {
-        ended = &mut serving => ended,
-        () = drain.started() => {
-            serving.as_mut().graceful_shutdown();
-            serving.await
-        }
-    };
-    let Err(error) = ended else { return Ok(()) };
-    let broke_protocol = std::error::Error::source(&error)
-        .and_then(|cause| cause.downcast_ref::<h2::Error>())
-        .is_some_and(h2::Error::is_library);
-    if broke_protocol {
-        return Err(Error::new(Kind::BadRequest, format!("the peer broke HTTP/2: {error}")));
-    }
-    tracing::debug!(%client, %error, "mesh connection ended early");
-    Ok(())
-}
-
-/// One stream of a `mesh-h2` connection.
-async fn stream(
-    inbound: Arc<Inbound>,
-    request: Request<Incoming>,
-) -> std::result::Result<Response<Reported>, Infallible> {
-    let answered = match tunnel::classify(request, Wire::MeshH2, &inbound.workload.ips) {
-        Ok(MeshStream::Tunnel { request, destination }) => open_tunnel(&inbound, request, destination).await,
-        Ok(MeshStream::Http { request, port, protocol }) => {
-            let app = SocketAddr::new(inbound.ends.original_dst.ip(), port);
-            return Ok(native(&inbound, request, app, protocol).await);
-        }
-        Err(error) => Err(error),
-    };
-    Ok(answered.unwrap_or_else(|error| {
-        inbound.refused(&error);
-        let mut response = Response::new(Reported::silent(Body::Empty));
-        *response.status_mut() = tunnel_status(error.kind);
-        response
-    }))
-}
-
 /// HBONE's answers: 400 for what cannot be meant, 401 for what policy refuses, 503 for what cannot be reached.
 fn tunnel_status(kind: Kind) -> StatusCode {
     match kind {
@@ -191,53 +163,62 @@ fn tunnel_status(kind: Kind) -> StatusCode {
     }
 }
 
-/// A CONNECT: answered with 200 only once the app has accepted; then bytes.
-async fn open_tunnel(
-    inbound: &Arc<Inbound>,
-    request: Request<Incoming>,
-    destination: SocketAddr,
-) -> Result<Response<Reported>> {
-    let permit = policy::inbound(destination)?;
-    let app = hand_over(inbound, &permit, destination).await?;
-    let shared = Arc::clone(inbound);
-    inbound.pod.drain.spawn(async move {
-        match hyper::upgrade::on(request).await {
-            Ok(upgraded) => copy_to_app(&shared, TokioIo::new(upgraded), app, destination).await,
-            Err(error) => tracing::debug!(%destination, %error, "the peer left before its tunnel was open"),
-        }
-    });
-    Ok(Response::new(Reported::silent(Body::Empty)))
-}
-
 /// A request that travelled as a stream of its own.
 async fn native(
-    inbound: &Arc<Inbound>,
-    request: Request<Incoming>,
+    inbound: Arc<Inbound>,
+    request: Request<Body>,
     app: SocketAddr,
     protocol: Protocol,
-) -> Response<Reported> {
-    let (mut parts, body) = request.into_parts();
-    let reporter = &inbound.mesh.reporter;
-    let mut exchange =
-        Exchange::begin(reporter, Sides::Destination, inbound.source.clone(), inbound.ends, &parts);
+    stream: ServerStream,
+) {
+    let client = Client {
+        version: Protocol::Http2,
+        activity: stream.activity(),
+        inform: stream.informer(),
+        turn: None,
+    };
+    let stall = inbound.mesh.limits.stall();
+    let answer = async {
+        let (parts, body) = request.into_parts();
+        let exchange = begin(&inbound, &parts, app, client);
+        let request = Request::from_parts(parts, body);
+        // Boxed: its room goes back once the head of the response is there, while the body may take long.
+        Reply::Response(Box::pin(answer(&inbound, exchange, request, app, protocol)).await)
+    };
+    stream.run(answer, stall).await;
+}
+
+fn begin(inbound: &Inbound, parts: &http::request::Parts, app: SocketAddr, client: Client) -> Exchange {
+    let (reporter, source) = (&inbound.mesh.reporter, inbound.source.clone());
+    let mut exchange = Exchange::begin(reporter, Sides::Destination, source, inbound.ends, client, parts);
     exchange.destination = vouched(&inbound.workload);
     exchange.security = inbound.security();
     exchange.endpoint = Some(app);
     exchange.tries = 1;
     exchange.cluster = inbound.mesh.snapshot().inbound.get(&app).cloned();
     exchange.authority = parts.uri.authority().map(ToString::to_string).unwrap_or_default();
+    exchange.request_id = headers::request_id(&parts.headers);
     inbound.flow.learn(|facts| {
         facts.protocol = Some(if exchange.grpc { RequestProtocol::Grpc } else { RequestProtocol::Http });
         facts.service = exchange.cluster.as_ref().map(|cluster| Arc::clone(&cluster.host));
     });
+    exchange
+}
+
+async fn answer(
+    inbound: &Inbound,
+    mut exchange: Exchange,
+    request: Request<Body>,
+    app: SocketAddr,
+    protocol: Protocol,
+) -> Response<Reported> {
+    let (mut parts, body) = request.into_parts();
     message::strip_hop_by_hop(&mut parts.headers);
-    let body = if body.is_end_stream() {
-        Body::Empty
-    } else {
-        Body::Counted(body, Arc::clone(&exchange.request_bytes))
-    };
+    let own = &inbound.workload.identity;
+    message::client_certificate(&mut parts.headers, inbound.source.identity.as_ref(), own);
+    let request = Request::from_parts(parts, body.metered(Arc::clone(&exchange.request)));
     let sent = match policy::inbound(app) {
-        Ok(permit) => send_to_app(inbound, &permit, app, protocol, Request::from_parts(parts, body)).await,
+        Ok(permit) => tries(inbound, &permit, &mut exchange, request, app, protocol).await,
         Err(error) => Err(error),
     };
     match sent {
@@ -253,14 +234,44 @@ async fn native(
     }
 }
 
+/// A request without a body that the app has not looked at is sent again (Istio's default for inbound traffic:
+/// `reset-before-request`, twice, gRPC apart).
+async fn tries(
+    inbound: &Inbound,
+    permit: &Permit,
+    exchange: &mut Exchange,
+    request: Request<Body>,
+    app: SocketAddr,
+    protocol: Protocol,
+) -> Result<(Response<Body>, Lease)> {
+    const AGAIN: u32 = 2;
+    let (parts, body) = request.into_parts();
+    let may_repeat = matches!(body, Body::Empty) && !exchange.grpc;
+    let mut body = Some(body);
+    loop {
+        let sending = Request::from_parts(parts.clone(), body.take().unwrap_or_default());
+        let sent = send_to_app(inbound, permit, exchange, sending, app, protocol).await;
+        match sent {
+            Err(error) if error.kind == Kind::RefusedStream && may_repeat && exchange.tries <= AGAIN => {
+                exchange.tries += 1;
+            }
+            sent => return sent,
+        }
+    }
+}
+
 async fn send_to_app(
     inbound: &Inbound,
     _permit: &Permit,
+    exchange: &Exchange,
+    request: Request<Body>,
     app: SocketAddr,
     protocol: Protocol,
-    request: Request<Body>,
 ) -> Result<(Response<Body>, Lease)> {
-    inbound.pod.send_to_app(app, protocol, request, inbound.ends.client, APP_CONNECT_TIMEOUT).await
+    let via = Via::Local(Arc::clone(&inbound.pod));
+    let to =
+        Destination { address: app, via: &via, protocol, connect_timeout: APP_CONNECT_TIMEOUT, flow: None };
+    inbound.pod.send_to_app(&to, request, inbound.ends.client, &exchange.client.inform).await
 }
 
 async fn hand_over(inbound: &Inbound, _permit: &Permit, app: SocketAddr) -> Result<tokio::net::TcpStream> {

@@ -4,20 +4,27 @@
 //! tunnel → move → report. Never takes a lock on the path; holds one snapshot per connection or request. Tested in
 //! the lab with real eBPF.
 
+mod downstream;
 mod exchange;
+mod headers;
 mod http;
 pub mod inbound;
+mod mirror;
 pub mod outbound;
 mod tries;
+mod upgrade;
 
 use std::{net::SocketAddr, sync::Arc};
 
 use arc_swap::ArcSwap;
+use tokio::sync::OwnedSemaphorePermit;
 
 use crate::{
-    report::{Peer, Reporter},
+    config::HttpLimits,
+    error::{Error, Kind},
+    report::{Peer, Reporter, Side},
     state::snapshot::{Snapshot, Workload},
-    upstream::LocalPods,
+    upstream::{LocalPods, Pod},
 };
 
 /// What every connection of the agent shares.
@@ -31,6 +38,8 @@ pub struct Mesh {
     pub pods: LocalPods,
     /// Metrics, access log, facts of flows.
     pub reporter: Arc<Reporter>,
+    /// What apps may ask for over HTTP.
+    pub limits: HttpLimits,
 }
 
 impl Mesh {
@@ -38,6 +47,16 @@ impl Mesh {
     pub fn snapshot(&self) -> Arc<Snapshot> {
         self.snapshot.load_full()
     }
+}
+
+/// A place for one more connection of the pod; without one it is refused and counted.
+fn admit(mesh: &Mesh, pod: &Pod, side: Side, client: SocketAddr) -> Option<OwnedSemaphorePermit> {
+    let place = pod.admit();
+    if place.is_none() {
+        let text = format!("the pod has {} connections open already", mesh.limits.max_connections_per_pod);
+        mesh.reporter.refused(side, &pod.workload(), client, &Error::new(Kind::Overflow, text));
+    }
+    place
 }
 
 /// The pod itself as one end of the traffic: its identity is the kernel's word, not the wire's.

@@ -8,10 +8,11 @@ use std::{sync::Arc, time::Duration};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::TcpStream,
+    sync::OwnedSemaphorePermit,
     time::timeout,
 };
 
-use super::{Ends, Mesh, assert_small, http, pod_name, vouched};
+use super::{Ends, Mesh, admit, assert_small, downstream, pod_name, vouched};
 use crate::{
     balance::{self, Chosen},
     capture::{Captured, Listener},
@@ -20,9 +21,9 @@ use crate::{
     error::{Error, Kind, Result},
     policy,
     report::{FlowGuard, Peer, RequestProtocol, Side, TcpLabels},
-    state::snapshot::{Cluster, Endpoint, Protocol, Snapshot, Workload},
-    tunnel::ByteStream,
-    upstream::{self, Destination, Pod, Via},
+    route::{self, StreamFacts},
+    state::snapshot::{Backend, Cluster, Endpoint, Protocol, Snapshot, StreamRoute, Workload},
+    upstream::{self, Destination, Pod, UpstreamStream, Via},
 };
 
 /// How long an undeclared port's client may be silent before the endpoint is dialled, in case the server speaks first.
@@ -45,7 +46,8 @@ pub async fn serve(mesh: Arc<Mesh>, pod: Arc<Pod>) {
             () = pod.drain.started() => return,
         };
         let Ok(captured) = captured else { return };
-        let connection = connection(Arc::clone(&mesh), Arc::clone(&pod), captured);
+        let Some(place) = admit(&mesh, &pod, Side::Source, captured.client) else { continue };
+        let connection = connection(Arc::clone(&mesh), Arc::clone(&pod), captured, place);
         pod.drain.spawn(assert_small(connection, CONNECTION_FUTURE));
     }
 }
@@ -59,13 +61,15 @@ pub(super) struct Outbound {
     pub source: Peer,
     pub ends: Ends,
     pub flow: FlowGuard,
+    /// Its place among the pod's connections.
+    _place: OwnedSemaphorePermit,
 }
 
-async fn connection(mesh: Arc<Mesh>, pod: Arc<Pod>, captured: Captured) {
+async fn connection(mesh: Arc<Mesh>, pod: Arc<Pod>, captured: Captured, place: OwnedSemaphorePermit) {
     let workload = pod.workload();
     let ends = Ends { client: captured.client, original_dst: captured.original_dst };
     let flow = mesh.reporter.flow(&workload, Side::Source, ends.client);
-    let outbound = Arc::new(Outbound { mesh, pod, source: vouched(&workload), ends, flow });
+    let outbound = Arc::new(Outbound { mesh, pod, source: vouched(&workload), ends, flow, _place: place });
     if let Err(error) = outbound.carry(captured.stream).await {
         outbound.flow.learn(|facts| facts.flag = Some(error.kind.row().flag));
         outbound.mesh.reporter.refused(Side::Source, &workload, ends.client, &error);
@@ -76,22 +80,35 @@ async fn connection(mesh: Arc<Mesh>, pod: Arc<Pod>, captured: Captured) {
 #[derive(Debug)]
 enum Resolved {
     /// A port of a service.
-    Service { cluster: Arc<Cluster> },
+    Service(ServicePort),
     /// One pod, dialled by its own address.
     Pod(Arc<Workload>),
     /// Nothing the mesh knows: passed on untouched (Istio's `ALLOW_ANY`).
     Unknown,
 }
 
+/// A port of a service, as this pod sees it.
+#[derive(Debug, Clone)]
+struct ServicePort {
+    /// The whole service.
+    cluster: Arc<Cluster>,
+    /// Routes of connections that are not read as HTTP.
+    streams: Arc<[Arc<StreamRoute>]>,
+    /// Whether a VirtualService routes its requests, so that nothing may pass it by.
+    routed: bool,
+}
+
 /// A known service address with an unknown port is refused; it is never passed on.
-fn resolve(snapshot: &Snapshot, ends: Ends) -> Result<Resolved> {
+fn resolve(snapshot: &Snapshot, namespace: &str, ends: Ends) -> Result<Resolved> {
     let (ip, port) = (ends.original_dst.ip(), ends.original_dst.port());
-    if let Some(service) = snapshot.service_at(ip) {
-        let Some(port) = service.port(port) else {
+    if let Some(service) = snapshot.service_at(ip, namespace) {
+        let Some(port) = service.port_for(namespace, port) else {
             let text = format!("service {} has no port {port}", service.host);
             return Err(Error::new(Kind::NoHealthyUpstream, text));
         };
-        return Ok(Resolved::Service { cluster: Arc::clone(&port.cluster) });
+        let (cluster, streams) = (Arc::clone(&port.cluster), Arc::clone(&port.streams));
+        let routed = port.routes.iter().any(|route| route.origin.starts_with("VirtualService"));
+        return Ok(Resolved::Service(ServicePort { cluster, streams, routed }));
     }
     Ok(snapshot.workload_at(ip).map_or(Resolved::Unknown, |pod| Resolved::Pod(Arc::clone(pod))))
 }
@@ -99,40 +116,72 @@ fn resolve(snapshot: &Snapshot, ends: Ends) -> Result<Resolved> {
 impl Outbound {
     async fn carry(self: &Arc<Self>, client: TcpStream) -> Result<()> {
         let snapshot = self.mesh.snapshot();
-        match resolve(&snapshot, self.ends)? {
-            Resolved::Service { cluster } => self.to_service(Prefixed::new(client), cluster).await,
+        match resolve(&snapshot, &self.pod.workload().namespace, self.ends)? {
+            Resolved::Service(port) => self.to_service(Prefixed::new(client), port).await,
             Resolved::Pod(workload) => self.to_address(client, Some(workload)).await,
             Resolved::Unknown => self.to_address(client, None).await,
         }
     }
 
-    async fn to_service(
-        self: &Arc<Self>,
-        mut client: Prefixed<TcpStream>,
-        cluster: Arc<Cluster>,
-    ) -> Result<()> {
-        self.flow.learn(|facts| facts.service = Some(Arc::clone(&cluster.host)));
-        let protocol = match cluster.protocol {
+    async fn to_service(self: &Arc<Self>, mut client: Prefixed<TcpStream>, port: ServicePort) -> Result<()> {
+        self.flow.learn(|facts| facts.service = Some(Arc::clone(&port.cluster.host)));
+        let protocol = match port.cluster.protocol {
             Some(Protocol::Opaque) => Protocol::Opaque,
             Some(Protocol::Http1 | Protocol::Http2) => self.http_version(&mut client).await?,
-            None => return Box::pin(self.detect(client, cluster)).await,
+            None => return Box::pin(self.detect(client, port)).await,
         };
-        self.as_protocol(client, cluster, protocol).await
+        self.as_protocol(client, port, protocol).await
     }
 
     async fn as_protocol(
         self: &Arc<Self>,
-        client: Prefixed<TcpStream>,
-        cluster: Arc<Cluster>,
+        mut client: Prefixed<TcpStream>,
+        port: ServicePort,
         protocol: Protocol,
     ) -> Result<()> {
         match protocol {
             Protocol::Opaque => {
+                let cluster = self.routed(&mut client, port).await?;
                 let server = self.open(&cluster).await?;
                 self.copy(client, server, Some(cluster)).await
             }
             // Boxed: an opaque connection need not pay for the room of an HTTP one.
-            version => Box::pin(http::serve(Arc::clone(self), client, version, cluster)).await,
+            version => Box::pin(downstream::serve(Arc::clone(self), client, version, port.cluster)).await,
+        }
+    }
+
+    /// The cluster that the service's `tls` and `tcp` routes choose; the whole service where none of them holds.
+    async fn routed(&self, client: &mut Prefixed<TcpStream>, port: ServicePort) -> Result<Arc<Cluster>> {
+        if port.streams.is_empty() {
+            return Ok(port.cluster);
+        }
+        // Boxed: few ports have routes that ask for a server name.
+        let name =
+            if route::needs_sni(&port.streams) { Box::pin(self.server_name(client)).await? } else { None };
+        let workload = self.pod.workload();
+        let facts = StreamFacts {
+            sni: name.as_deref(),
+            destination: self.ends.original_dst.ip(),
+            port: port.cluster.port,
+            source: &workload,
+            source_ip: self.ends.client.ip(),
+        };
+        let Some(route) = route::find_stream(&port.streams, &facts) else { return Ok(port.cluster) };
+        self.flow.learn(|facts| facts.route = Some(Arc::clone(&route.name)));
+        match &route::draw(&route.backends).backend {
+            Backend::Cluster(cluster) => Ok(Arc::clone(cluster)),
+            Backend::Missing(what) => {
+                Err(Error::new(Kind::NoHealthyUpstream, format!("{}: {what}", route.origin)))
+            }
+        }
+    }
+
+    /// The name in the client's `ClientHello`; none where it says something else, or nothing within the limit.
+    async fn server_name(&self, client: &mut Prefixed<TcpStream>) -> Result<Option<String>> {
+        match timeout(DETECTION_LIMIT, detect::server_name(client)).await {
+            Ok(Ok(name)) => Ok(name),
+            Ok(Err(error)) => Err(Error::new(Kind::DownstreamReset, format!("client went away: {error}"))),
+            Err(_) => Ok(None),
         }
     }
 
@@ -146,12 +195,15 @@ impl Outbound {
     }
 
     /// An undeclared port: the client's first bytes tell, unless the server speaks first.
-    async fn detect(self: &Arc<Self>, mut client: Prefixed<TcpStream>, cluster: Arc<Cluster>) -> Result<()> {
+    async fn detect(self: &Arc<Self>, mut client: Prefixed<TcpStream>, port: ServicePort) -> Result<()> {
         let gone = |error| Error::new(Kind::DownstreamReset, format!("client went away: {error}"));
         if let Ok(protocol) = timeout(SERVER_FIRST_AFTER, detect::by_first_bytes(&mut client)).await {
             let protocol = protocol.map_err(gone)?;
-            return self.as_protocol(client, cluster, protocol).await;
+            return self.as_protocol(client, port, protocol).await;
         }
+        // Whoever is silent for so long has no server name to tell either.
+        let cluster =
+            self.routed(&mut client, ServicePort { streams: silent(&port), ..port.clone() }).await?;
         let mut server = self.open(&cluster).await?;
         let mut greeting = vec![0; 1 << 10];
         let first = tokio::select! {
@@ -162,8 +214,16 @@ impl Outbound {
         match first {
             First::Client(protocol @ (Protocol::Http1 | Protocol::Http2)) => {
                 drop(server);
-                self.as_protocol(client, cluster, protocol).await
+                self.as_protocol(client, port, protocol).await
             }
+            First::Client(Protocol::Opaque) if route::needs_sni(&port.streams) => {
+                drop(server);
+                self.as_protocol(client, port, Protocol::Opaque).await
+            }
+            First::Nobody if port.routed => Err(Error::new(
+                Kind::BadRequest,
+                format!("nothing known within {DETECTION_LIMIT:?}, on a port whose requests are routed"),
+            )),
             First::Client(Protocol::Opaque) | First::Nobody => self.copy(client, server, Some(cluster)).await,
             First::Server(read) => {
                 let read = read.map_err(|error| closed_by_server(&server, &error))?;
@@ -199,11 +259,32 @@ impl Outbound {
     ) -> Result<Opened> {
         let via = upstream::via(&self.mesh.pods, &self.mesh.node, &endpoint)?;
         let permit = policy::outbound(endpoint.workload.as_deref(), endpoint.address)?;
-        let destination =
-            Destination { address: endpoint.address, via: &via, protocol: Protocol::Opaque, connect_timeout };
+        let destination = Destination {
+            address: endpoint.address,
+            via: &via,
+            protocol: Protocol::Opaque,
+            connect_timeout,
+            flow: None,
+        };
         // Boxed: dialling is over soon, copying lasts.
         let stream = Box::pin(self.pod.open(&permit, &destination, self.ends.client)).await?;
-        Ok(Opened { stream, endpoint, via, received: 0, _in_flight: chosen })
+        let flow = matches!(via, Via::Local(_)).then(|| self.passed_flow(&endpoint)).flatten();
+        Ok(Opened { stream, endpoint, via, received: 0, _in_flight: chosen, _flow: flow })
+    }
+
+    /// In a pass within the node nobody else knows what the app's end of the connection is for.
+    fn passed_flow(&self, endpoint: &Endpoint) -> Option<FlowGuard> {
+        let app = endpoint.workload.as_ref()?;
+        let flow = self.mesh.reporter.flow(app, Side::Destination, self.ends.client);
+        let service = self.mesh.snapshot().inbound.get(&endpoint.address).map(|c| Arc::clone(&c.host));
+        let source = self.pod.workload();
+        flow.learn(|facts| {
+            facts.service = service;
+            facts.peer_pod = Some(pod_name(&source));
+            facts.peer = Some(source.identity.clone());
+            facts.protocol = Some(RequestProtocol::Tcp);
+        });
+        Some(flow)
     }
 
     /// Moves bytes until both sides are done, and reports. From here on a failure is the connection's end, not a
@@ -265,12 +346,23 @@ enum First {
 
 /// An open byte stream to an endpoint.
 struct Opened {
-    stream: Box<dyn ByteStream>,
+    stream: UpstreamStream,
     endpoint: Arc<Endpoint>,
     via: Via,
     /// Bytes of the server that were handed on before the copy began.
     received: u64,
     _in_flight: Option<Chosen>,
+    /// The facts of the app's end, in a pass within the node.
+    _flow: Option<FlowGuard>,
+}
+
+/// The routes that may hold for a client that says nothing.
+fn silent(port: &ServicePort) -> Arc<[Arc<StreamRoute>]> {
+    if !route::needs_sni(&port.streams) {
+        return Arc::clone(&port.streams);
+    }
+    let asks = |route: &&Arc<StreamRoute>| !route::needs_sni(std::slice::from_ref(*route));
+    port.streams.iter().filter(asks).cloned().collect()
 }
 
 fn closed_by_server(server: &Opened, error: &std::io::Error) -> Error {

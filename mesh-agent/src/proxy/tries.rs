@@ -1,22 +1,30 @@
-//! One request to one cluster: choose, permit, send, and try again where the route's `retries` allow it.
+//! One request to one cluster: choose, permit, send, and try again where the route's `retries` and the cluster's
+//! budget allow it.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+};
 
-use http::{Request, Response, request};
-use hyper::body::{Body as _, Incoming};
-use tokio::time::{Instant, timeout_at};
+use http::{HeaderValue, Request, Response, request};
+use hyper::body::Body as _;
+use tokio::time::{Instant, sleep_until};
 
 use super::{
     exchange::{Exchange, Sides},
+    headers,
     outbound::Outbound,
     pod_name, vouched,
 };
 use crate::{
     balance,
-    body::{Body, Replay},
+    body::{Body, Follow, Replay},
     error::{Error, Kind, Result},
     policy,
-    report::RequestProtocol,
+    report::{FlowGuard, RequestProtocol, Side},
     state::snapshot::{Cluster, Endpoint, HttpRoute, Protocol},
     upstream::{self, Destination, Via, retry},
 };
@@ -29,30 +37,88 @@ pub(super) struct Sendable {
 
 enum Source {
     Empty,
-    /// Sent once only: the route has no retries.
+    /// Sent once only.
     Once(Option<Body>),
     Kept(Replay),
 }
 
 impl Sendable {
-    pub fn new(parts: request::Parts, body: Incoming, route: &HttpRoute, exchange: &Exchange) -> Self {
-        let count = Arc::clone(&exchange.request_bytes);
-        let body = match () {
-            () if body.is_end_stream() => Source::Empty,
-            () if route.retries.attempts == 0 => Source::Once(Some(Body::Counted(body, count))),
-            () => Source::Kept(Replay::new(body, count)),
+    /// `kept`: the body is needed again, for other tries or for mirrors.
+    pub fn new(parts: request::Parts, body: Body, kept: bool, exchange: &Exchange) -> Self {
+        let meter = Arc::clone(&exchange.request);
+        let body = match body {
+            body if body.is_end_stream() => Source::Empty,
+            Body::Peer(peer) if kept => Source::Kept(Replay::new(peer, meter)),
+            body => Source::Once(Some(body.metered(meter))),
         };
         Self { parts, body }
     }
 
+    /// The head, as it stands after the route's changes.
+    pub fn parts(&self) -> &request::Parts {
+        &self.parts
+    }
+
+    /// A copy of the body for a mirror, as it comes; `None` for an empty one.
+    pub fn follow(&self) -> Option<Follow> {
+        match &self.body {
+            Source::Kept(replay) => Some(replay.follow()),
+            Source::Empty | Source::Once(_) => None,
+        }
+    }
+
     /// The request for the next try; `None` when its body has gone and cannot be sent again.
-    fn next(&mut self) -> Option<Request<Body>> {
+    fn next(&mut self, attempt: u32) -> Option<Request<Body>> {
         let body = match &mut self.body {
             Source::Empty => Body::Empty,
             Source::Once(body) => body.take()?,
             Source::Kept(replay) => Body::Replay(replay.again()?),
         };
-        Some(Request::from_parts(self.parts.clone(), body))
+        let mut parts = self.parts.clone();
+        parts.headers.insert(headers::ATTEMPT_COUNT, HeaderValue::from(attempt));
+        Some(Request::from_parts(parts, body))
+    }
+}
+
+/// Copies under way to one mirror at a time.
+const MOST_MIRRORED: u32 = 512;
+
+/// One of the requests under way at a cluster, or one of the retries among them; counted until dropped.
+pub(super) struct UnderWay {
+    cluster: Arc<Cluster>,
+    count: fn(&Cluster) -> &AtomicU32,
+}
+
+impl UnderWay {
+    fn request(cluster: &Arc<Cluster>) -> Self {
+        Self::counted(cluster, |cluster| &cluster.state.active)
+    }
+
+    /// A retry; `None` when there are as many already as the budget allows.
+    fn retry(cluster: &Arc<Cluster>) -> Option<Self> {
+        let retry = Self::counted(cluster, |cluster| &cluster.state.retrying);
+        let state = &cluster.state;
+        let retrying = state.retrying.load(Ordering::Relaxed);
+        // A share of the requests that are no retries: measured by all of them, a fifth would become a quarter.
+        let first_tries = state.active.load(Ordering::Relaxed).saturating_sub(retrying);
+        (retrying <= cluster.retry_budget.limit(first_tries)).then_some(retry)
+    }
+
+    /// A copy for a mirror; `None` when there are too many already: a slow mirror is none of the request's trouble.
+    pub fn mirror(cluster: &Arc<Cluster>) -> Option<Self> {
+        let mirror = Self::counted(cluster, |cluster| &cluster.state.mirroring);
+        (cluster.state.mirroring.load(Ordering::Relaxed) <= MOST_MIRRORED).then_some(mirror)
+    }
+
+    fn counted(cluster: &Arc<Cluster>, count: fn(&Cluster) -> &AtomicU32) -> Self {
+        count(cluster).fetch_add(1, Ordering::Relaxed);
+        Self { cluster: Arc::clone(cluster), count }
+    }
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        (self.count)(&self.cluster).fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -66,8 +132,10 @@ pub(super) async fn run(
     mut sendable: Sendable,
 ) -> Result<Response<Body>> {
     let policy = &route.retries;
+    exchange.under_way = Some(UnderWay::request(cluster));
     let mut tried: Vec<SocketAddr> = Vec::new();
-    let mut request = sendable.next();
+    let mut request = sendable.next(1);
+    let mut retrying = None;
     loop {
         let Some(sending) = request.take() else {
             return Err(Error::new(Kind::UpstreamReset, "the request body is too long to be sent again"));
@@ -77,22 +145,35 @@ pub(super) async fn run(
         let result = one(outbound, exchange, cluster, protocol, sending, &tried, limit).await;
         let again = exchange.tries <= policy.attempts
             && match &result {
-                Ok(response) => retry::covers_response(&policy.on, response.status(), response.headers()),
+                Ok(response) => retry::covers_response(&policy.on, response, &sendable.parts.headers),
                 Err(error) => retry::covers_error(&policy.on, error),
             };
         let over = exchange.deadline.is_some_and(|deadline| Instant::now() >= deadline);
+        // What the failed try held of the budget goes back before the next one asks.
+        drop(retrying.take());
         if !again || over {
             return result;
         }
-        request = sendable.next();
+        retrying = UnderWay::retry(cluster);
+        if retrying.is_none() {
+            outbound.mesh.reporter.retry_over_budget(cluster);
+            return result;
+        }
+        request = sendable.next(exchange.tries + 1);
         if request.is_none() {
             return result;
         }
-        tried.extend(exchange.endpoint);
+        if policy.ignore_previous_hosts {
+            tried.extend(exchange.endpoint);
+        }
+        let wait = retry::backoff(policy, exchange.tries + 1);
+        if exchange.deadline.is_some_and(|deadline| Instant::now() + wait >= deadline) {
+            return result;
+        }
         // What the failed try held goes back before the next one chooses.
         (exchange.lease, exchange.chosen) = (None, None);
         drop(result);
-        tokio::time::sleep(retry::backoff(policy, exchange.tries + 1)).await;
+        tokio::time::sleep(wait).await;
     }
 }
 
@@ -105,6 +186,31 @@ fn try_limit(exchange: &Exchange, route: &HttpRoute) -> Option<Instant> {
     }
 }
 
+/// An endpoint that was chosen and permitted.
+pub(super) struct Picked {
+    pub endpoint: Arc<Endpoint>,
+    pub via: Via,
+    pub permit: policy::Permit,
+}
+
+/// Chooses an endpoint of the cluster and notes it in the exchange.
+pub(super) fn pick(
+    outbound: &Outbound,
+    exchange: &mut Exchange,
+    cluster: &Cluster,
+    tried: &[SocketAddr],
+) -> Result<Picked> {
+    let Some(chosen) = balance::choose(cluster, tried) else {
+        return Err(Error::new(Kind::NoHealthyUpstream, format!("{} has no ready endpoint", cluster.name)));
+    };
+    let endpoint = Arc::clone(&chosen.endpoint);
+    exchange.chosen = Some(chosen);
+    let via = upstream::via(&outbound.mesh.pods, &outbound.mesh.node, &endpoint)?;
+    note(outbound, exchange, &endpoint, &via);
+    let permit = policy::outbound(endpoint.workload.as_deref(), endpoint.address)?;
+    Ok(Picked { endpoint, via, permit })
+}
+
 async fn one(
     outbound: &Outbound,
     exchange: &mut Exchange,
@@ -114,29 +220,56 @@ async fn one(
     tried: &[SocketAddr],
     limit: Option<Instant>,
 ) -> Result<Response<Body>> {
-    let Some(chosen) = balance::choose(cluster, tried) else {
-        return Err(Error::new(Kind::NoHealthyUpstream, format!("{} has no ready endpoint", cluster.name)));
-    };
-    let endpoint = Arc::clone(&chosen.endpoint);
-    let via = upstream::via(&outbound.mesh.pods, &outbound.mesh.node, &endpoint)?;
-    note(outbound, exchange, &endpoint, &via);
-    let permit = policy::outbound(endpoint.workload.as_deref(), endpoint.address)?;
+    let Picked { endpoint, via, permit } = pick(outbound, exchange, cluster, tried)?;
+    let passed = || passed_flow(outbound, exchange, &endpoint);
     let destination = Destination {
         address: endpoint.address,
         via: &via,
         protocol,
         connect_timeout: cluster.connect_timeout,
+        // In a pass within the node nobody else knows what the app's connection is for.
+        flow: matches!(via, Via::Local(_)).then_some(&passed),
     };
-    let sending = outbound.pod.send(&permit, &destination, request, outbound.ends.client);
-    let (response, lease) = match limit {
-        None => sending.await?,
-        Some(limit) => timeout_at(limit, sending).await.map_err(|_| {
-            Error::new(Kind::Timeout, format!("no response from {} in time", endpoint.address))
-        })??,
+    let (client, inform) = (outbound.ends.client, &exchange.client.inform);
+    let sending = outbound.pod.send(&permit, &destination, request, client, inform);
+    let late = async {
+        match limit {
+            Some(limit) => sleep_until(limit).await,
+            None => std::future::pending().await,
+        }
+    };
+    let (response, lease) = tokio::select! {
+        biased;
+        sent = sending => sent?,
+        () = late => {
+            let text = format!("no response from {} in time", endpoint.address);
+            return Err(Error::new(Kind::Timeout, text));
+        }
+        () = exchange.client.activity.stalled(outbound.mesh.limits.stall()) => {
+            let text = format!("nothing moved for too long while waiting for {}", endpoint.address);
+            return Err(Error::new(Kind::StreamIdle, text));
+        }
     };
     exchange.lease = Some(lease);
-    exchange.chosen = Some(chosen);
     Ok(response)
+}
+
+/// The facts of the app's end of a connection that passes within the node.
+fn passed_flow(outbound: &Outbound, exchange: &Exchange, endpoint: &Endpoint) -> Option<FlowGuard> {
+    let app = endpoint.workload.as_ref()?;
+    let flow = outbound.mesh.reporter.flow(app, Side::Destination, outbound.ends.client);
+    let source = outbound.pod.workload();
+    flow.learn(|facts| {
+        facts.service = exchange.cluster.as_ref().map(|cluster| Arc::clone(&cluster.host));
+        facts.peer_pod = Some(pod_name(&source));
+        facts.peer = Some(source.identity.clone());
+        facts.protocol = Some(protocol_of(exchange));
+    });
+    Some(flow)
+}
+
+fn protocol_of(exchange: &Exchange) -> RequestProtocol {
+    if exchange.grpc { RequestProtocol::Grpc } else { RequestProtocol::Http }
 }
 
 fn note(outbound: &Outbound, exchange: &mut Exchange, endpoint: &Endpoint, via: &Via) {
@@ -151,11 +284,10 @@ fn note(outbound: &Outbound, exchange: &mut Exchange, endpoint: &Endpoint, via: 
             facts.peer_pod = peer.map(pod_name);
             facts.peer = peer.filter(|peer| peer.enrolled).map(|peer| peer.identity.clone());
             facts.mutual_tls = matches!(via, Via::Mesh(_));
-            facts.protocol = Some(if exchange.grpc { RequestProtocol::Grpc } else { RequestProtocol::Http });
+            facts.protocol = Some(protocol_of(exchange));
         }
-        let route = exchange.route.as_ref().map(|route| &route.name);
-        if facts.route.as_ref() != route {
-            facts.route = route.cloned();
+        if facts.route != exchange.route_name {
+            facts.route.clone_from(&exchange.route_name);
         }
     });
 }

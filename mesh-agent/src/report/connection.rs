@@ -58,7 +58,15 @@ const fn never_established(kind: Kind) -> bool {
         | Kind::FaultAbort(_)
         | Kind::IllegalDestination
         | Kind::Overflow => true,
-        Kind::BadRequest | Kind::UpstreamReset | Kind::Timeout | Kind::DownstreamReset => false,
+        Kind::BadRequest
+        | Kind::UpstreamReset
+        | Kind::Timeout
+        | Kind::DownstreamReset
+        | Kind::HeadTimeout
+        | Kind::HeadTooLarge
+        | Kind::TargetTooLong
+        | Kind::StreamIdle
+        | Kind::NoUpgrade => false,
     }
 }
 

@@ -253,7 +253,7 @@ fn service(
     snapshot: &Snapshot,
 ) -> Option<String> {
     let known = facts.service.as_ref();
-    let dialled = || (direction == Direction::Outbound).then(|| snapshot.service_at(remote.ip())).flatten();
+    let dialled = || (direction == Direction::Outbound).then(|| snapshot.vips.get(&remote.ip())).flatten();
     known.or_else(|| dialled().map(|service| &service.host)).map(ToString::to_string)
 }
 

@@ -7,7 +7,7 @@ use mesh_common::flow::FlowRecord;
 use super::*;
 use crate::{
     report::{FlowFacts, RequestProtocol, samples},
-    state::snapshot::Service,
+    state::snapshot::{Service, Visibility},
 };
 
 const SECOND: u64 = 1_000_000_000;
@@ -19,7 +19,9 @@ fn snapshot() -> Snapshot {
         name: "reviews".into(),
         namespace: "default".into(),
         vips: vec![vip],
+        visible: Visibility::Everywhere,
         ports: Vec::new(),
+        views: HashMap::new(),
     });
     let pods = [samples::workload("productpage", 1), samples::workload("reviews", 2)];
     Snapshot {

@@ -25,7 +25,10 @@ use super::{
     Peer, RequestOutcome, RequestProtocol, Security, Side,
     labels::{Flags, RefusedLabels, RequestLabels, TrafficLabels},
 };
-use crate::{identity::SpiffeId, state::snapshot::Workload};
+use crate::{
+    identity::SpiffeId,
+    state::snapshot::{Cluster, Workload},
+};
 
 /// Istio's buckets, in milliseconds for durations and bytes for sizes.
 const BUCKETS: [f64; 19] = [
@@ -54,6 +57,9 @@ const BUCKETS: [f64; 19] = [
 /// its workloads alive (some 2 KiB), so this also bounds what gone pods hold.
 const REMEMBERED: usize = 4096;
 
+type RouteLabels = [(&'static str, String); 3];
+type ClusterLabels = [(&'static str, String); 1];
+type MirrorLabels = [(&'static str, String); 2];
 type Histograms = Family<RequestLabels, Histogram, fn() -> Histogram>;
 type TcpCounter = Family<TrafficLabels, Counter>;
 
@@ -73,9 +79,13 @@ pub(super) struct Metrics {
     pub tcp_sent: TcpCounter,
     pub tcp_received: TcpCounter,
     refused: Family<RefusedLabels, Counter>,
+    routes: Family<RouteLabels, Counter>,
+    over_budget: Family<ClusterLabels, Counter>,
+    mirrored: Family<MirrorLabels, Counter>,
     pub config_problems: Gauge,
     pub config_revision: Gauge<u64, AtomicU64>,
     pub enrolled_pods: Gauge,
+    pub enrolment_failures: Gauge,
     pub flows_closed: Counter,
     pub log_dropped: Counter,
     certificates: Family<[(&'static str, String); 1], Gauge>,
@@ -115,9 +125,13 @@ impl Metrics {
             tcp_sent: Family::default(),
             tcp_received: Family::default(),
             refused: Family::default(),
+            routes: Family::default(),
+            over_budget: Family::default(),
+            mirrored: Family::default(),
             config_problems: Gauge::default(),
             config_revision: Gauge::default(),
             enrolled_pods: Gauge::default(),
+            enrolment_failures: Gauge::default(),
             flows_closed: Counter::default(),
             log_dropped: Counter::default(),
             certificates: Family::default(),
@@ -164,6 +178,21 @@ impl Metrics {
             "Connections refused before anything was known of them",
             self.refused.clone(),
         );
+        r.register(
+            "mesh_route_requests",
+            "Requests by the name of their route (statPrefix, or the name it was given)",
+            self.routes.clone(),
+        );
+        r.register(
+            "mesh_retries_over_budget",
+            "Requests not tried again because the cluster's budget of retries was used up",
+            self.over_budget.clone(),
+        );
+        r.register(
+            "mesh_mirrored_requests",
+            "Copies of requests sent to mirrors, by what became of them",
+            self.mirrored.clone(),
+        );
         r.register("mesh_config_problems", "Problems in the configuration now", self.config_problems.clone());
         r.register(
             "mesh_config_revision",
@@ -174,6 +203,11 @@ impl Metrics {
             "mesh_enrolled_pods",
             "Pods of this node whose traffic is captured",
             self.enrolled_pods.clone(),
+        );
+        r.register(
+            "mesh_enrolment_failures",
+            "Pods of this node that cannot be enrolled now",
+            self.enrolment_failures.clone(),
         );
         r.register("mesh_flows_closed", "Flows that ended", self.flows_closed.clone());
         r.register(
@@ -198,8 +232,28 @@ impl Metrics {
         }
     }
 
+    /// Counts one request that was not tried again.
+    pub fn retry_over_budget(&self, cluster: &Cluster) {
+        self.over_budget.get_or_create(&[("cluster", cluster.name.to_string())]).inc();
+    }
+
+    /// Counts one copy of a request.
+    pub fn mirrored(&self, cluster: &Cluster, outcome: &'static str) {
+        let labels = [("cluster", cluster.name.to_string()), ("outcome", outcome.to_owned())];
+        self.mirrored.get_or_create(&labels).inc();
+    }
+
+    fn count_route(&self, outcome: &RequestOutcome<'_>) {
+        let (Some(name), Side::Source) = (outcome.stat_name, outcome.side) else { return };
+        let host = outcome.cluster.map(|cluster| cluster.host.to_string()).unwrap_or_default();
+        let code = outcome.status.to_string();
+        let labels = [("route", name.to_string()), ("destination_service", host), ("response_code", code)];
+        self.routes.get_or_create(&labels).inc();
+    }
+
     /// Counts one request.
     pub fn request(&self, outcome: &RequestOutcome<'_>) {
+        self.count_route(outcome);
         let key = Key::new(self.id, outcome);
         let counted = SEEN.try_with(|seen| {
             let mut seen = seen.borrow_mut();

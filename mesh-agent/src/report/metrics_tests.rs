@@ -56,6 +56,8 @@ impl Request {
             method: "GET",
             authority: "reviews:9080",
             path: "/reviews/0",
+            request_id: Some("7"),
+            stat_name: None,
             route: "default",
             endpoint: Some(at(2, 9080)),
             client: at(1, 40_000),
@@ -226,7 +228,7 @@ fn opaque_connections_are_counted_by_guards() {
 fn what_others_know_is_set_and_forgotten() {
     let reporter = Reporter::default();
     reporter.set_config(7, 2);
-    reporter.set_enrolled_pods(3);
+    reporter.set_pods(3, 1);
     let at = SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_001);
     reporter.set_certificates(&[(samples::identity("a"), at), (samples::identity("b"), at)]);
     reporter.set_certificates(&[(samples::identity("b"), at)]);
@@ -237,6 +239,7 @@ fn what_others_know_is_set_and_forgotten() {
         "mesh_config_revision 7",
         "mesh_config_problems 2",
         "mesh_enrolled_pods 3",
+        "mesh_enrolment_failures 1",
         "mesh_flows_closed_total 0",
         "mesh_access_log_dropped_total 0",
         "mesh_certificates_expiry_seconds{identity=\"spiffe://cluster.local/ns/default/sa/b\"} 1800000001",
@@ -297,7 +300,7 @@ fn one_line_per_event_with_everything_in_it() -> std::io::Result<()> {
             "dst.identity=spiffe://cluster.local/ns/default/sa/reviews ",
             "dst.service=reviews.default.svc.cluster.local ",
             "cluster=outbound|9080||reviews.default.svc.cluster.local endpoint=10.244.0.2:9080 protocol=http ",
-            "method=GET authority=reviews:9080 path=\"/r?x=\\\"1\\\"\\u000astatus=200\" route=default status=503 ",
+            "method=GET authority=reviews:9080 path=\"/r?x=\\\"1\\\"\\u000astatus=200\" request_id=7 route=default status=503 ",
             "grpc_status=- flags=UF tries=3 bytes_received=0 bytes_sent=358 duration_ms=7.000 ",
             "security=mutual_tls error=\"dialling 10.244.0.2:9080: refused\"",
         )

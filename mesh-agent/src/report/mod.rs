@@ -136,8 +136,12 @@ pub struct RequestOutcome<'a> {
     pub authority: &'a str,
     /// Path and query, for the log.
     pub path: &'a str,
+    /// `x-request-id`.
+    pub request_id: Option<&'a str>,
     /// Name of the route.
     pub route: &'a str,
+    /// What metrics call the route (`statPrefix`, or the name it was given), if anything.
+    pub stat_name: Option<&'a Arc<str>>,
     /// Address of the endpoint that answered.
     pub endpoint: Option<SocketAddr>,
     /// The app's address at the client's end.
@@ -235,6 +239,7 @@ impl Reporter {
             line.text("method", Some(outcome.method));
             line.text("authority", Some(outcome.authority));
             line.text("path", Some(outcome.path));
+            line.text("request_id", outcome.request_id);
             line.text("route", Some(outcome.route));
             line.number("status", Some(outcome.status.into()));
             line.number("grpc_status", outcome.grpc_status.map(u64::from));
@@ -246,6 +251,17 @@ impl Reporter {
             line.text("security", Some(outcome.security.word()));
             line.text("error", outcome.error.map(|error| error.detail.as_str()));
         });
+    }
+
+    /// A request to this cluster was not tried again because its budget of retries was used up:
+    /// `mesh_retries_over_budget_total`.
+    pub fn retry_over_budget(&self, cluster: &Cluster) {
+        self.metrics.retry_over_budget(cluster);
+    }
+
+    /// A copy of a request was sent to a mirror, or given up: `mesh_mirrored_requests_total`.
+    pub fn mirrored(&self, cluster: &Cluster, outcome: &'static str) {
+        self.metrics.mirrored(cluster, outcome);
     }
 
     /// An opaque connection begins; the guard counts its end.
@@ -300,9 +316,11 @@ impl Reporter {
         self.metrics.config_problems.set(problems.cast_signed() as i64);
     }
 
-    /// Pods of this node whose traffic is captured: `mesh_enrolled_pods`.
-    pub fn set_enrolled_pods(&self, pods: usize) {
-        self.metrics.enrolled_pods.set(pods.cast_signed() as i64);
+    /// Pods of this node whose traffic is captured, and those that cannot be enrolled: `mesh_enrolled_pods`,
+    /// `mesh_enrolment_failures`.
+    pub fn set_pods(&self, enrolled: usize, failing: usize) {
+        self.metrics.enrolled_pods.set(enrolled.cast_signed() as i64);
+        self.metrics.enrolment_failures.set(failing.cast_signed() as i64);
     }
 
     /// All certificates in use and when each expires: `mesh_certificates_expiry_seconds`, in seconds since 1970.

@@ -4,7 +4,10 @@ use std::{collections::BTreeMap, net::IpAddr, sync::Arc, time::Duration};
 
 use crate::{
     identity::SpiffeId,
-    state::snapshot::{Balancing, Cluster, Workload},
+    state::{
+        defaults,
+        snapshot::{Balancing, Cluster, Workload},
+    },
 };
 
 /// The identity of a service account in namespace `default`.
@@ -44,9 +47,11 @@ pub fn cluster(name: &str) -> Arc<Cluster> {
         port: 9080,
         protocol: None,
         subset: None,
+        view: None,
         endpoints: Vec::new(),
         balancing: Balancing::default(),
         connect_timeout: Duration::from_secs(10),
+        retry_budget: defaults::RETRY_BUDGET,
         state: Arc::default(),
     })
 }

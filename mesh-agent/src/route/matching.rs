@@ -28,7 +28,7 @@ pub fn find<'a>(
 fn holds(m: &RequestMatch, request: &Parts, port: u16, source: &Workload) -> bool {
     m.port.is_none_or(|asked| asked == port)
         && m.source_namespace.as_deref().is_none_or(|asked| asked == &*source.namespace)
-        && m.source_labels.iter().all(|(name, value)| has_label(source, name, value))
+        && has_labels(source, &m.source_labels)
         && m.uri.as_ref().is_none_or(|uri| uri_matches(uri, m.ignore_uri_case, request.uri.path()))
         && m.method.as_ref().is_none_or(|method| matches(method, request.method.as_str().as_bytes()))
         && m.authority.as_ref().is_none_or(|asked| matches(asked, authority(request)))
@@ -38,11 +38,13 @@ fn holds(m: &RequestMatch, request: &Parts, port: u16, source: &Workload) -> boo
         && m.query_params.iter().all(|(name, value)| query_matches(request, name, value))
 }
 
-fn has_label(source: &Workload, name: &str, value: &str) -> bool {
-    source.labels.get(name).is_some_and(|label| **label == *value)
+/// Whether a client has all of these labels.
+pub(super) fn has_labels(source: &Workload, labels: &[(String, String)]) -> bool {
+    labels.iter().all(|(name, value)| source.labels.get(name.as_str()).is_some_and(|has| **has == *value))
 }
 
-fn matches(m: &StringMatch, value: &[u8]) -> bool {
+/// Whether a value is what a match asks for; what is no text matches no regular expression.
+pub(super) fn matches(m: &StringMatch, value: &[u8]) -> bool {
     match m {
         StringMatch::Exact(exact) => value == exact.as_bytes(),
         StringMatch::Prefix(prefix) => value.starts_with(prefix.as_bytes()),

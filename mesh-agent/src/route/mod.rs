@@ -3,22 +3,24 @@
 //! Pure and infallible: whatever could be invalid was refused when the configuration was read. Matching borrows; it
 //! allocates nothing. Tested by the tables in `tests.rs`.
 
+pub mod cors;
+mod fault;
 mod matching;
 mod redirect;
 mod rewrite;
+mod stream;
 #[cfg(test)]
 mod tests;
 
+pub use fault::{Injection, injection};
 pub use matching::find;
 pub use redirect::location;
 pub use rewrite::{apply_request, apply_response, rewrite};
+pub use stream::{StreamFacts, find_stream, needs_sni};
 
 use http::{header::HOST, request::Parts};
 
 use crate::state::snapshot::{Percentage, WeightedBackend};
-
-/// The whole, in the unit of [`Percentage`].
-const WHOLE: u32 = 10_000;
 
 /// Draws one backend by weight. The slice is never empty, and its weights are above 0.
 ///
@@ -39,7 +41,7 @@ pub fn draw(backends: &[WeightedBackend]) -> &WeightedBackend {
 
 /// Whether this share hits now.
 pub fn hits(share: Percentage) -> bool {
-    share.0 > 0 && fastrand::u32(..WHOLE) < share.0
+    share.0 > 0 && fastrand::u32(..Percentage::WHOLE.0) < share.0
 }
 
 /// Host and port the client asked for: the URI's authority (HTTP/2, absolute form), else the Host header.

@@ -5,13 +5,16 @@
 
 use http::request::Parts;
 
-use super::{authority, rewrite::join};
+use super::{
+    authority,
+    rewrite::{join, replaced},
+};
 use crate::state::snapshot::{Redirect, RedirectPort, RequestMatch};
 
 /// The `Location` of a redirect. The query is kept unless `uri` brings its own.
 ///
-/// The match is not looked at: a redirect of the matched prefix alone is the Gateway API's.
-pub fn location(redirect: &Redirect, request: &Parts, _matched: Option<&RequestMatch>, port: u16) -> String {
+/// The match counts where `uri` replaces the matched prefix alone.
+pub fn location(redirect: &Redirect, request: &Parts, matched: Option<&RequestMatch>, port: u16) -> String {
     let old_scheme = scheme(request);
     let new_scheme = redirect.scheme.as_deref().unwrap_or(old_scheme);
     let asked =
@@ -32,6 +35,9 @@ pub fn location(redirect: &Redirect, request: &Parts, _matched: Option<&RequestM
         _ => String::new(),
     };
     let path = match &redirect.uri {
+        Some(uri) if redirect.prefix => {
+            join(&replaced(request.uri.path(), uri, matched), request.uri.query())
+        }
         Some(uri) => join(uri, request.uri.query()),
         None => request.uri.path_and_query().cloned(),
     };

@@ -59,7 +59,7 @@ fn apply(headers: &mut HeaderMap, op: &HeaderOp) {
 }
 
 /// The path with the matched prefix replaced, or wholly new where the match was no prefix.
-fn replaced(path: &str, new: &str, matched: Option<&RequestMatch>) -> String {
+pub(super) fn replaced(path: &str, new: &str, matched: Option<&RequestMatch>) -> String {
     let kept = match matched.and_then(|m| m.uri.as_ref()) {
         // The prefix matched, so that many bytes are there; with its case ignored they are ASCII.
         Some(StringMatch::Prefix(prefix)) => path.get(prefix.len()..).unwrap_or_default(),

@@ -1,6 +1,8 @@
 //! Requests against routes, written as users write them.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+mod properties;
+
 use std::{collections::BTreeMap, sync::Arc};
 
 use http::{HeaderValue, Request, StatusCode, request::Parts};
@@ -60,7 +62,7 @@ fn routes(http: &str) -> Arc<[Arc<HttpRoute>]> {
     let settings = Settings { trust_domain: "cluster.local".into(), netns: Netns::Annotation };
     let (snapshot, problems) = compile(&objects, None, &settings);
     assert_eq!(problems, []);
-    Arc::clone(&snapshot.services["a.default.svc.cluster.local"].port(80).unwrap().routes)
+    Arc::clone(&snapshot.services["a.default.svc.cluster.local"].port_for("default", 80).unwrap().routes)
 }
 
 fn matching(m: &str) -> Arc<[Arc<HttpRoute>]> {
@@ -251,6 +253,7 @@ fn set_then_add_then_remove() {
 fn locations() {
     let redirect = |uri: &str, authority: &str, port: Option<RedirectPort>, scheme: &str| Redirect {
         uri: Some(uri.to_owned()).filter(|text| !text.is_empty()),
+        prefix: false,
         authority: Some(authority.to_owned()).filter(|text| !text.is_empty()),
         port,
         scheme: Some(scheme.to_owned()).filter(|text| !text.is_empty()),

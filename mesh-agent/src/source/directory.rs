@@ -1,11 +1,11 @@
 //! A directory of manifests: `*.yaml`, `*.yml` and `*.json`, each with any number of documents or Lists.
 //!
 //! Promises that a file or object that becomes invalid keeps its last good state, that a deleted file's objects go,
-//! and that there is one object per kind, namespace and name: the first file (by name) that has it. The only place
-//! that knows YAML. Tested in `tests.rs` beside it.
+//! and that there is one object per kind, namespace and name: the first file (by name) that has it. Objects of kinds
+//! that are none of the mesh's business are passed over. The only place that knows YAML. Tested in `tests.rs` beside it.
 
 use std::{
-    collections::{BTreeMap, HashSet, btree_map::Entry},
+    collections::{BTreeMap, BTreeSet, HashSet, btree_map::Entry},
     ffi::OsStr,
     hash::{DefaultHasher, Hash, Hasher},
     io::{ErrorKind, Read},
@@ -42,6 +42,8 @@ struct File {
     /// The last good state.
     objects: Vec<(ObjectKey, Arc<Object>)>,
     problems: Vec<Problem>,
+    /// Kinds of its objects that were passed over.
+    foreign: BTreeSet<String>,
 }
 
 impl Directory {
@@ -75,6 +77,11 @@ impl Directory {
                 self.files.insert(path, file);
             }
         }
+    }
+
+    /// Kinds of objects that are here and not the mesh's, as `kind (apiVersion)`.
+    pub fn foreign(&self) -> BTreeSet<String> {
+        self.files.values().flat_map(|file| &file.foreign).cloned().collect()
     }
 
     /// All objects, and what is wrong with the files.
@@ -143,7 +150,9 @@ impl File {
         let mut fresh: Vec<(ObjectKey, Arc<Object>)> = Vec::new();
         let mut seen = HashSet::new();
         let mut refused = Vec::new();
-        for result in read_all(&documents) {
+        let (results, foreign) = read_all(&documents);
+        self.foreign = foreign;
+        for result in results {
             match result {
                 Ok((key, resource)) if seen.insert(key.clone()) => {
                     let file = Arc::clone(&name);
@@ -225,19 +234,45 @@ fn json_documents(text: &str) -> Result<Vec<Value>, String> {
 
 type ReadResult = Result<(ObjectKey, Resource), Refused>;
 
-/// Reads each object, those of Lists too.
-fn read_all(documents: &[Value]) -> Vec<ReadResult> {
-    let mut results = Vec::new();
+/// Reads each object, those of Lists too; and the kinds that were passed over.
+fn read_all(documents: &[Value]) -> (Vec<ReadResult>, BTreeSet<String>) {
+    let (mut results, mut foreign) = (Vec::new(), BTreeSet::new());
+    let mut read = |object: &Value, at: String| match foreign_kind(object) {
+        Some(kind) => drop(foreign.insert(kind)),
+        None => results.push(place(resource::read(object), &at)),
+    };
     for (i, document) in documents.iter().enumerate() {
         let list = document["kind"] == "List" && document["apiVersion"] == "v1";
         match document["items"].as_array().filter(|_| list) {
-            None => results.push(place(resource::read(document), &format!("document {}", i + 1))),
-            Some(items) => results.extend(items.iter().enumerate().map(|(j, item)| {
-                place(resource::read(item), &format!("document {}, item {}", i + 1, j + 1))
-            })),
+            None => read(document, format!("document {}", i + 1)),
+            Some(items) => {
+                for (j, item) in items.iter().enumerate() {
+                    read(item, format!("document {}, item {}", i + 1, j + 1));
+                }
+            }
         }
     }
-    results
+    (results, foreign)
+}
+
+/// Kinds of Kubernetes' own that the mesh reads, some only to check them.
+const KUBERNETES_KINDS: [&str; 8] =
+    ["Namespace", "Pod", "Service", "Node", "ServiceAccount", "Secret", "ConfigMap", "EndpointSlice"];
+/// Kinds that nobody else has: in another group than Istio's they are a typing error.
+const ISTIO_KINDS: [&str; 2] = ["VirtualService", "DestinationRule"];
+
+/// The kind of an object that is somebody else's business (a Deployment, a Job). What does not say what it is, and kinds
+/// of Istio and of the Gateway API that are not supported, are not: those have to be told.
+fn foreign_kind(object: &Value) -> Option<String> {
+    let text = |name: &str| object[name].as_str().filter(|text| !text.is_empty());
+    let (api_version, kind) = (text("apiVersion")?, text("kind")?);
+    let group = api_version.split_once('/').map_or("", |(group, _)| group);
+    let ours = match group {
+        "" | "discovery.k8s.io" => KUBERNETES_KINDS.contains(&kind),
+        "gateway.networking.k8s.io" => true,
+        _ => group.ends_with(".istio.io") || ISTIO_KINDS.contains(&kind),
+    };
+    (!ours).then(|| format!("{kind} ({api_version})"))
 }
 
 /// Says where in the file a manifest stands that does not say what it is.
@@ -250,9 +285,16 @@ fn place(mut result: ReadResult, place: &str) -> ReadResult {
     result
 }
 
-/// The objects of a YAML text and what was refused, for the tests of other rooms.
-#[cfg(test)]
-pub(crate) fn read_text(text: &str) -> (Objects, Vec<Problem>) {
+/// The documents of a YAML text as JSON, empty ones left out. All or none.
+///
+/// # Errors
+/// When the text is not YAML; the error says where.
+pub fn read_documents(text: &str) -> Result<Vec<Value>, String> {
+    documents(text)
+}
+
+/// The objects of a YAML text, and what was refused: the same as if it stood in the file `test.yaml`.
+pub fn read_text(text: &str) -> (Objects, Vec<Problem>) {
     let mut directory = Directory::new(PathBuf::new());
     let mut file = File::default();
     file.take(Path::new("test.yaml"), text.as_bytes());

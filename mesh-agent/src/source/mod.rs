@@ -30,8 +30,7 @@ use crate::state::{
     snapshot::Snapshot,
 };
 
-#[cfg(test)]
-pub(crate) use directory::read_text;
+pub use directory::{read_documents, read_text};
 
 /// A running source. It runs for as long as any receiver of `snapshots` is held.
 #[derive(Debug)]
@@ -84,6 +83,7 @@ pub async fn directory(dir: PathBuf, trust_domain: Arc<str>) -> anyhow::Result<S
         compiled: Vec::new(),
         snapshot: Arc::new(Snapshot::default()),
         problems: BTreeSet::new(),
+        foreign: BTreeSet::new(),
         counts: Arc::new(Counts::default()),
     };
     state = tokio::task::spawn_blocking(move || state.load().map(|()| state))
@@ -148,6 +148,8 @@ struct State {
     compiled: Vec<Problem>,
     snapshot: Arc<Snapshot>,
     problems: BTreeSet<Problem>,
+    /// Kinds that were said to be passed over.
+    foreign: BTreeSet<String>,
     counts: Arc<Counts>,
 }
 
@@ -166,6 +168,15 @@ impl State {
     fn reload(&mut self) {
         self.counts.reads.fetch_add(1, Ordering::Relaxed);
         self.directory.read();
+        for kind in self.directory.foreign() {
+            if !self.foreign.contains(&kind) {
+                tracing::info!(
+                    kind,
+                    "configuration: objects of this kind are none of the mesh's and are passed over"
+                );
+                self.foreign.insert(kind);
+            }
+        }
         let (objects, mut found) = self.directory.merge();
         if !same(&objects, &self.objects) {
             self.objects = objects;

@@ -254,6 +254,52 @@ async fn what_is_no_manifest_is_named() {
     }
 }
 
+#[tokio::test]
+async fn kinds_of_others_are_passed_over_and_ours_are_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let object = |api_version: &str, kind: &str| {
+        format!("---\n{{apiVersion: {api_version}, kind: {kind}, metadata: {{name: x}}}}\n")
+    };
+    let foreign = [
+        ("apps/v1", "Deployment"),
+        ("apps/v1", "Deployment"),
+        ("batch/v1", "Job"),
+        ("v1", "PersistentVolumeClaim"),
+        ("serving.knative.dev/v1", "Service"),
+    ];
+    let text: String = foreign.iter().map(|(api_version, kind)| object(api_version, kind)).collect();
+    put(dir.path(), "a.yaml", &(service("a") + &text));
+    let mut source = start(dir.path()).await;
+    assert_eq!(source.problems.borrow().to_vec(), []);
+    assert_eq!(hosts(&source.snapshots.borrow()), ["a"]);
+    let mut directory = Directory::new(dir.path().to_owned());
+    directory.read();
+    let named = [
+        "Deployment (apps/v1)",
+        "Job (batch/v1)",
+        "PersistentVolumeClaim (v1)",
+        "Service (serving.knative.dev/v1)",
+    ];
+    assert_eq!(directory.foreign().into_iter().collect::<Vec<_>>(), named);
+
+    // What the mesh could be expected to read is a problem, and so is a typing error in its group.
+    let ours = [
+        ("networking.istio.io/v1", "Gateway"),
+        ("security.istio.io/v1", "PeerAuthentication"),
+        ("gateway.networking.k8s.io/v1", "HTTPRoute"),
+        ("networking.istio.oi/v1", "VirtualService"),
+        ("v2", "Service"),
+    ];
+    let text: String = ours.iter().map(|(api_version, kind)| object(api_version, kind)).collect();
+    put(dir.path(), "b.yaml", &text);
+    let problems = source.problems.wait_for(|problems| problems.len() == ours.len()).await.unwrap();
+    for (api_version, kind) in ours {
+        let named =
+            |problem: &Problem| problem.message.contains(&format!("kind {kind} (apiVersion {api_version})"));
+        assert!(problems.iter().any(named), "{kind}: {problems:?}");
+    }
+}
+
 #[test]
 fn yaml_that_explodes_is_refused() {
     let mut bomb = String::from("a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n");

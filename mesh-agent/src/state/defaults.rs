@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use http::StatusCode;
 
-use super::snapshot::{Percentage, RetryOn, RetryPolicy};
+use super::snapshot::{Percentage, RetryBudget, RetryOn, RetryPolicy};
 
 /// DNS suffix of service host names: `NAME.NAMESPACE.svc.cluster.local` (Kubernetes' default cluster domain).
 pub const CLUSTER_DOMAIN: &str = "cluster.local";
@@ -39,6 +39,19 @@ pub const REDIRECT_STATUS: StatusCode = StatusCode::MOVED_PERMANENTLY;
 /// `fault.*.percentage`: a fault without one hits no request (Istio's documentation, Envoy's default).
 pub const FAULT_PERCENTAGE: Percentage = Percentage(0);
 
+/// `mirrorPercentage` and `mirrors[].percentage`: a mirror without one gets a copy of every request (Istio).
+pub const MIRROR_PERCENTAGE: Percentage = Percentage::WHOLE;
+
+/// Longest delay that a request may ask for by header, so that nobody parks requests for good.
+pub const HEADER_DELAY: Duration = Duration::from_hours(1);
+
+/// Where no rule has a `retryBudget`: one request in five, and at least ten at a time (Linkerd: ten a second), so that a
+/// service with few clients can always have a failing replica hidden.
+pub const RETRY_BUDGET: RetryBudget = RetryBudget { percent: Percentage(2_000), min_concurrency: 10 };
+
+/// `retryBudget.minRetryConcurrency` where a rule has a budget without it (Istio).
+pub const MIN_RETRY_CONCURRENCY: u32 = 3;
+
 /// Longest regular expression (Istio), in characters.
 pub const REGEX_LENGTH: usize = 1024;
 
@@ -60,5 +73,12 @@ pub fn retry_on() -> RetryOn {
 
 /// Retries of a route that says nothing about them (Istio).
 pub fn retry_policy() -> RetryPolicy {
-    RetryPolicy { attempts: RETRY_ATTEMPTS, per_try_timeout: None, on: retry_on(), backoff: RETRY_BACKOFF }
+    RetryPolicy {
+        attempts: RETRY_ATTEMPTS,
+        per_try_timeout: None,
+        on: retry_on(),
+        backoff: RETRY_BACKOFF,
+        remote_localities: false,
+        ignore_previous_hosts: true,
+    }
 }

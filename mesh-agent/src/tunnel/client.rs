@@ -11,13 +11,12 @@ use std::{
         Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    task::{Context, Poll, Waker, ready},
+    task::{Context, Poll, ready},
 };
 
 use bytes::Bytes;
+use h2::client::SendRequest;
 use http::{Request, Response, StatusCode};
-use hyper::client::conn::http2::SendRequest;
-use hyper_util::rt::TokioIo;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
@@ -28,15 +27,14 @@ use tokio_rustls::{TlsConnector, client::TlsStream};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{
-    ByteStream, Wire, failure,
-    hbone::TunnelStream,
+    Wire, failure,
     native::{strip_mesh_headers, to_wire},
-    serve::keep_alive,
-    settings::{CLIENT_MAX_STREAMS, HANDSHAKE_TIMEOUT, client_builder, tunnel_client_builder},
+    settings::{CLIENT_MAX_STREAMS, HANDSHAKE_TIMEOUT, PING_INTERVAL, PING_TIMEOUT, client_builder},
 };
 use crate::{
-    body::Body,
+    body::{Body, Inform},
     error::{Error, Kind, Result},
+    http2::{self, ByteStream, Failed, keep_alive},
     identity::{ALPN_H2, ALPN_MESH_H2, SpiffeId, WorkloadIdentity, expected_identity, server_name},
     state::snapshot::Protocol,
 };
@@ -54,7 +52,7 @@ pub struct MeshConnection {
 
 struct Shared {
     address: SocketAddr,
-    driver: Driver,
+    sender: SendRequest<Bytes>,
     places: Arc<Semaphore>,
     /// Grows with every stream.
     uses: AtomicU64,
@@ -64,11 +62,6 @@ struct Shared {
     /// Tells the driver that no handle is left.
     #[expect(dead_code, reason = "its drop is what it is for")]
     unused: DropGuard,
-}
-
-enum Driver {
-    Hbone(h2::client::SendRequest<Bytes>),
-    MeshH2(SendRequest<Body>),
 }
 
 /// mTLS and h2 handshake over a stream that is already connected to the peer's 15008, for requests: `mesh-h2`
@@ -128,48 +121,20 @@ impl Shared {
             (Arc::new(OnceLock::new()), CancellationToken::new(), CancellationToken::new());
         let io = Watched { io: tls, address, refusal: Arc::clone(&refusal) };
         let ended = closed.clone().drop_guard();
-        let driver = match wire {
-            Wire::MeshH2 => {
-                let (sender, driver) = client_builder()
-                    .handshake(TokioIo::new(io))
-                    .await
-                    .map_err(|error| failure::stream(&error, address))?;
-                tokio::spawn(async move {
-                    let _ended = ended;
-                    if let Err(error) = driver.await {
-                        tracing::debug!(peer = %address, %error, "mesh connection ended");
-                    }
-                });
-                Driver::MeshH2(sender)
-            }
-            Wire::Hbone => {
-                let (sender, driver) = tunnel_client_builder()
-                    .handshake(io)
-                    .await
-                    .map_err(|error| failure::stream(&error, address))?;
-                tokio::spawn(drive(driver, unused.clone(), ended, address));
-                Driver::Hbone(sender)
-            }
-        };
+        let (sender, driver) =
+            client_builder(wire).handshake(io).await.map_err(|error| failure::stream(&error, address))?;
+        tokio::spawn(drive(driver, unused.clone(), ended, address));
         let places = Arc::new(Semaphore::new(CLIENT_MAX_STREAMS));
         let (uses, unused) = (AtomicU64::new(0), unused.drop_guard());
-        Ok(Self { address, driver, places, uses, refusal, closed, unused })
+        Ok(Self { address, sender, places, uses, refusal, closed, unused })
     }
 
     fn is_closed(&self) -> bool {
-        self.closed.is_cancelled()
-            || match &self.driver {
-                Driver::MeshH2(sender) => sender.is_closed(),
-                // The clone has no stream of its own to wait for: only the end or a GOAWAY is an error here.
-                Driver::Hbone(sender) => {
-                    let mut cx = Context::from_waker(Waker::noop());
-                    matches!(sender.clone().poll_ready(&mut cx), Poll::Ready(Err(_)))
-                }
-            }
+        self.closed.is_cancelled() || http2::is_closed(&self.sender)
     }
 
-    fn failed(&self, error: &(dyn std::error::Error + 'static)) -> Error {
-        self.refusal.get().cloned().unwrap_or_else(|| failure::stream(error, self.address))
+    fn failed(&self, failed: impl Into<Failed>) -> Error {
+        self.refusal.get().cloned().unwrap_or_else(|| failure::failed(&failed.into(), self.address))
     }
 }
 
@@ -180,7 +145,7 @@ async fn drive(
     peer: SocketAddr,
 ) {
     let pings = connection.ping_pong();
-    let keep_alive = keep_alive(pings);
+    let keep_alive = keep_alive(pings, PING_INTERVAL, PING_TIMEOUT);
     tokio::pin!(keep_alive);
     let mut in_use = true;
     loop {
@@ -212,40 +177,24 @@ impl MeshConnection {
         self.shared.address
     }
 
-    /// Opens a CONNECT stream to `destination` (an address of the peer pod) and waits for its 200.
-    ///
-    /// Dropped before `shutdown`, the stream is reset, except on a [`Wire::MeshH2`] connection, whose tunnels end
-    /// cleanly then: take [`connect_tunnels`] for bytes.
+    /// Opens a CONNECT stream to `destination` (an address of the peer pod) and waits for its 200. Dropped before
+    /// `shutdown`, the stream is reset.
     ///
     /// # Errors
     /// [`Kind::Denied`], [`Kind::ConnectFailure`] or [`Kind::BadRequest`] by the peer's answer;
     /// [`Kind::RefusedStream`] when another connection should be tried; [`Kind::UpstreamReset`] else.
-    pub async fn open_tunnel(&self, destination: SocketAddr) -> Result<Box<dyn ByteStream>> {
+    pub async fn open_tunnel(&self, destination: SocketAddr) -> Result<ByteStream> {
         let place = self.take_place()?;
-        let (address, failed) = (self.shared.address, |error: &_| self.shared.failed(error));
+        let failed = |error: h2::Error| self.shared.failed(error);
         let request = Request::connect(destination.to_string()).body(()).map_err(|error| {
             Error::new(Kind::BadRequest, format!("CONNECT to {destination} is not possible: {error}"))
         })?;
-        match &self.shared.driver {
-            Driver::Hbone(sender) => {
-                let mut sender = sender.clone().ready().await.map_err(|error| self.shared.failed(&error))?;
-                let (response, send) =
-                    sender.send_request(request, false).map_err(|error| self.shared.failed(&error))?;
-                let response = response.await.map_err(|error| self.shared.failed(&error))?;
-                check_status(response.status(), destination, address)?;
-                Ok(Box::new(TunnelStream::new(send, response.into_body(), Some(place))))
-            }
-            Driver::MeshH2(sender) => {
-                let response = sender
-                    .clone()
-                    .send_request(request.map(|()| Body::Empty))
-                    .await
-                    .map_err(|error| failed(&error))?;
-                check_status(response.status(), destination, address)?;
-                let io = hyper::upgrade::on(response).await.map_err(|error| failed(&error))?;
-                Ok(Box::new(Placed { io: TokioIo::new(io), _place: place }))
-            }
-        }
+        let unsent = |error| self.shared.failed(Failed { error, untouched: true });
+        let mut sender = self.shared.sender.clone().ready().await.map_err(unsent)?;
+        let (response, send) = sender.send_request(request, false).map_err(unsent)?;
+        let response = response.await.map_err(failed)?;
+        check_status(response.status(), destination, self.shared.address)?;
+        Ok(ByteStream::new(send, response.into_body(), Some(place)))
     }
 
     /// Sends a native request (only on [`Wire::MeshH2`]). `destination` is the app's address in the peer pod,
@@ -260,17 +209,18 @@ impl MeshConnection {
         request: Request<Body>,
         destination: SocketAddr,
         protocol: Protocol,
+        inform: Option<&dyn Inform>,
     ) -> Result<Response<Body>> {
-        let Driver::MeshH2(sender) = &self.shared.driver else {
+        if self.wire != Wire::MeshH2 {
             let address = self.shared.address;
             return Err(Error::new(Kind::BadRequest, format!("{address} speaks HBONE only: open a tunnel")));
-        };
+        }
         let request = to_wire(request, destination, protocol)?;
         let place = self.take_place()?;
-        let sent = sender.clone().send_request(request).await;
-        let mut response = sent.map_err(|error| self.shared.failed(&error))?;
+        let sent = http2::send(self.shared.sender.clone(), request, inform).await;
+        let mut response = sent.map_err(|failed| self.shared.failed(failed))?;
         strip_mesh_headers(response.headers_mut());
-        Ok(response.map(|body| Body::Held(body, Arc::new(place))))
+        Ok(response.map(|body| body.held(Arc::new(place))))
     }
 
     /// A handle with the next stream's place set aside, unless the connection is full or closed.
@@ -381,36 +331,6 @@ impl AsyncWrite for Watched {
 
     fn is_write_vectored(&self) -> bool {
         self.io.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_shutdown(cx)
-    }
-}
-
-/// A tunnel on a `mesh-h2` connection, with its place there.
-struct Placed {
-    io: TokioIo<hyper::upgrade::Upgraded>,
-    _place: OwnedSemaphorePermit,
-}
-
-impl AsyncRead for Placed {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_read(cx, buffer)
-    }
-}
-
-impl AsyncWrite for Placed {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write(cx, data)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

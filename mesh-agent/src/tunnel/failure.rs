@@ -7,6 +7,7 @@ use rustls::{CertificateError, Error as TlsError, OtherError};
 
 use crate::{
     error::{Error, Kind},
+    http2::Failed,
     identity::PeerRefusal,
 };
 
@@ -86,33 +87,22 @@ pub(super) fn late_refusal(error: &io::Error, peer: SocketAddr) -> Option<Error>
     tls_error(error).map(|_| dialling(error, peer))
 }
 
-/// A stream that failed: refused untouched, or broken on its way.
-pub(super) fn stream(error: &(dyn StdError + 'static), peer: SocketAddr) -> Error {
-    if was_never_processed(error) {
+/// A request that failed: refused untouched, or broken on its way.
+pub(super) fn failed(failed: &Failed, peer: SocketAddr) -> Error {
+    let Failed { error, untouched } = failed;
+    if *untouched {
         return Error::new(
             Kind::RefusedStream,
             format!("{peer} refused the stream untouched: {}", chain(error)),
         );
     }
-    Error::new(Kind::UpstreamReset, format!("the stream to {peer} broke: {}", chain(error)))
+    stream(error, peer)
 }
 
-fn was_never_processed(error: &(dyn StdError + 'static)) -> bool {
-    let mut next = Some(error);
-    while let Some(error) = next {
-        if let Some(hyper) = error.downcast_ref::<hyper::Error>()
-            && (hyper.is_canceled() || hyper.is_closed())
-        {
-            return true;
-        }
-        if let Some(h2) = error.downcast_ref::<h2::Error>() {
-            // h2 gives a stream the peer's GOAWAY only when its id is beyond the last one processed.
-            let refused = h2.is_reset() && h2.reason() == Some(h2::Reason::REFUSED_STREAM);
-            return h2.is_remote() && (refused || h2.is_go_away());
-        }
-        next = error.source();
-    }
-    false
+/// A stream or connection that broke.
+pub(super) fn stream(error: &h2::Error, peer: SocketAddr) -> Error {
+    let broke = Error::new(Kind::UpstreamReset, format!("the stream to {peer} broke: {}", chain(error)));
+    Error { reset: error.reason().filter(|_| error.is_reset()), ..broke }
 }
 
 /// An error with its causes, in one line.
@@ -141,12 +131,4 @@ pub(super) fn refused_tunnel(status: StatusCode, destination: SocketAddr, peer: 
         _ => (Kind::ConnectFailure, "an answer HBONE does not have"),
     };
     Error::new(kind, format!("{peer} answered {status} to CONNECT {destination}: {reason}"))
-}
-
-/// A connection that broke while it was served.
-pub(super) fn serving(error: &h2::Error, peer: SocketAddr) -> Error {
-    if error.is_io() {
-        return Error::new(Kind::DownstreamReset, format!("the connection of {peer} broke: {error}"));
-    }
-    Error::new(Kind::BadRequest, format!("{peer} breaks HTTP/2: {error}"))
 }

@@ -7,7 +7,6 @@
 
 mod client;
 mod failure;
-mod hbone;
 mod native;
 mod pool;
 mod serve;
@@ -16,15 +15,12 @@ mod settings;
 #[cfg(test)]
 mod tests;
 
-use tokio::io::{AsyncRead, AsyncWrite};
-
 pub use client::{MeshConnection, connect, connect_tunnels};
-pub use hbone::TunnelStream;
 pub use native::{MESH_APP_PROTOCOL, MESH_PORT, strip_mesh_headers};
 pub use pool::{Pool, PoolKey};
-pub use serve::{Tunnel, serve_tunnels};
-pub use server::{MeshStream, accept, classify};
-pub use settings::{MESH_TLS_PORT, server_builder};
+pub use serve::{MeshStream, Tunnel, serve};
+pub use server::accept;
+pub use settings::MESH_TLS_PORT;
 
 use crate::identity::{ALPN_H2, ALPN_MESH_H2};
 
@@ -46,7 +42,3 @@ impl Wire {
         }
     }
 }
-
-/// The two directions of a tunnelled byte stream.
-pub trait ByteStream: AsyncRead + AsyncWrite + Send + Unpin {}
-impl<T: AsyncRead + AsyncWrite + Send + Unpin> ByteStream for T {}

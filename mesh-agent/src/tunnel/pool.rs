@@ -107,7 +107,8 @@ impl Pool {
                 Wire::Hbone => connect_tunnels(stream, identity, &key.expected).await,
             }
         };
-        turn.finish(made.await)
+        // Boxed: rare, and every request would have to make room for it.
+        turn.finish(Box::pin(made).await)
     }
 
     /// How many connections it keeps.

@@ -1,4 +1,4 @@
-//! The accepting end: who dialled, and what each stream wants.
+//! The accepting end: who dialled, and where a tunnel may lead.
 //!
 //! Nothing is served before the peer has proved an identity of our trust domain, and nothing is passed on to an
 //! address that is not the pod's own. Tested in `tunnel/tests`.
@@ -8,8 +8,7 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
-use http::{Method, Request, uri::Authority};
-use hyper::body::Incoming;
+use http::{Method, uri::Authority};
 use tokio::{net::TcpStream, time::timeout};
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
@@ -20,30 +19,7 @@ use super::{
 use crate::{
     error::{Error, Kind, Result},
     identity::{SpiffeId, WorkloadIdentity, single_identity},
-    state::snapshot::Protocol,
 };
-
-/// What came in on one stream of a mesh connection.
-#[derive(Debug)]
-pub enum MeshStream {
-    /// A CONNECT to this address of the pod: answer 200 with an empty body and take the bytes by
-    /// `hyper::upgrade::on`.
-    Tunnel {
-        /// The request.
-        request: Request<Incoming>,
-        /// Where to.
-        destination: SocketAddr,
-    },
-    /// A native request, our headers already stripped.
-    Http {
-        /// The request.
-        request: Request<Incoming>,
-        /// Port of the app.
-        port: u16,
-        /// What the app speaks.
-        protocol: Protocol,
-    },
-}
 
 /// The server's half of the handshake on a connection to a pod's 15008: the verified peer, what was agreed, and
 /// the TLS stream to serve h2 on.
@@ -74,23 +50,6 @@ pub async fn accept(
     let proven = single_identity(leaf)
         .map_err(|refusal| Error::new(Kind::Unauthenticated, format!("{peer} is refused: {refusal}")))?;
     Ok((tls, proven, wire))
-}
-
-/// Tells native requests from tunnels and checks either against the pod's addresses; `Err` becomes 400.
-///
-/// # Errors
-/// [`Kind::BadRequest`] for what this wire does not carry or an address that is not the pod's,
-/// [`Kind::IllegalDestination`] for a port of the mesh itself.
-pub fn classify(mut request: Request<Incoming>, wire: Wire, pod_ips: &[IpAddr]) -> Result<MeshStream> {
-    // Taken out on either wire: the app never sees them, and on HBONE they mean nothing.
-    let native = native::from_wire(request.headers_mut());
-    if wire == Wire::MeshH2
-        && let Some((port, protocol)) = native?
-    {
-        return Ok(MeshStream::Http { request, port, protocol });
-    }
-    let destination = tunnel_destination(request.method(), request.uri().authority(), pod_ips)?;
-    Ok(MeshStream::Tunnel { request, destination })
 }
 
 /// Where a tunnel leads: an address of the pod, and no port of ours.

@@ -4,14 +4,16 @@ use std::{net::SocketAddr, time::Duration};
 
 use tokio::net::TcpStream;
 
+use super::BeginFlow;
 use crate::{
     capture::PodNet,
     error::{Error, Kind, Result},
+    report::FlowGuard,
     tunnel::MESH_TLS_PORT,
 };
 
 /// One connection to be made.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 pub struct Dial<'a> {
     /// The pod whose network it is made in.
     pub net: &'a PodNet,
@@ -21,9 +23,16 @@ pub struct Dial<'a> {
     pub as_client: Option<SocketAddr>,
     /// Time to connect.
     pub timeout: Duration,
+    /// Begins the facts of the connection, where the app's end has some.
+    pub flow: Option<&'a BeginFlow<'a>>,
 }
 
 impl Dial<'_> {
+    /// The facts of the connection just made, for as long as it is open.
+    pub fn begin_flow(&self) -> Option<FlowGuard> {
+        self.flow.and_then(|begin| begin())
+    }
+
     /// Makes the connection.
     pub async fn connect(&self) -> Result<TcpStream> {
         let dialling = async {

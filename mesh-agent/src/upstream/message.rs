@@ -2,14 +2,19 @@
 //!
 //! Pure. Tested by the tables below.
 
+use std::net::SocketAddr;
+
 use http::{
-    HeaderMap, HeaderName, HeaderValue, Method, Uri, Version,
+    HeaderMap, HeaderName, HeaderValue, Uri, Version,
     header::{CONNECTION, CONTENT_LENGTH, EXPECT, HOST, TE, TRANSFER_ENCODING, UPGRADE},
     request,
     uri::{Authority, PathAndQuery, Scheme},
 };
 
-use crate::error::{Error, Kind, Result};
+use crate::{
+    error::{Error, Kind, Result},
+    identity::SpiffeId,
+};
 
 /// Headers that speak of one connection only (RFC 9110 §7.6.1), besides those that `Connection` names.
 const HOP_BY_HOP: [HeaderName; 6] = [
@@ -20,6 +25,9 @@ const HOP_BY_HOP: [HeaderName; 6] = [
     UPGRADE,
     EXPECT,
 ];
+
+/// Who the client proved to be, for apps (Envoy's XFCC).
+const CLIENT_CERT: HeaderName = HeaderName::from_static("x-forwarded-client-cert");
 
 /// Takes away what speaks of the connection to the client only. `TE: trailers` stays: gRPC asks for it end to end.
 pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
@@ -45,10 +53,15 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
 }
 
 /// Brings a request into the one form the path works with: authority in the URI (from `:authority`, the absolute form
-/// or `Host`), no `Host` header.
-pub fn normalise(parts: &mut request::Parts) -> Result<()> {
-    if parts.method == Method::CONNECT {
-        return Err(Error::new(Kind::BadRequest, "CONNECT is not proxied"));
+/// or `Host`), no `Host` header. A CONNECT without a path gets `/`, so that it can be routed.
+/// What names no authority at all (HTTP/1.0) gets the address that was dialled.
+pub fn normalise(parts: &mut request::Parts, dialled: SocketAddr) -> Result<()> {
+    let lengths = parts.headers.get_all(CONTENT_LENGTH).iter().count();
+    if lengths > 1 {
+        return Err(Error::new(
+            Kind::BadRequest,
+            format!("{lengths} Content-Length headers in one request (RFC 9110 §8.6)"),
+        ));
     }
     let hosts = parts.headers.get_all(HOST).iter().count();
     if hosts > 1 {
@@ -69,8 +82,18 @@ pub fn normalise(parts: &mut request::Parts) -> Result<()> {
                 "HTTP/1.1 request without a Host header (RFC 9112 §3.2)",
             ));
         }
-        (None, None) => return Ok(()),
+        // An address and port are an authority.
+        (None, None) => match Authority::try_from(dialled.to_string()) {
+            Ok(authority) => authority,
+            Err(_) => return Ok(()),
+        },
     };
+    if authority.as_str().contains('@') {
+        return Err(Error::new(
+            Kind::BadRequest,
+            "the authority names a user, which a request must not (RFC 9110 §4.2.4)",
+        ));
+    }
     set_authority(parts, authority);
     Ok(())
 }
@@ -96,6 +119,18 @@ pub fn for_http1(parts: &mut request::Parts) {
     parts.version = Version::HTTP_11;
 }
 
+/// A normalised CONNECT as every version wants it: nothing but the authority.
+pub fn for_connect(parts: &mut request::Parts) {
+    let mut uri = http::uri::Parts::default();
+    uri.authority = parts.uri.authority().cloned();
+    if let Some(host) = uri.authority.as_ref().and_then(|a| HeaderValue::from_str(a.as_str()).ok()) {
+        parts.headers.insert(HOST, host);
+    }
+    // An authority alone is a valid target; without one the request was refused before.
+    parts.uri = Uri::from_parts(uri).unwrap_or_default();
+    parts.version = Version::HTTP_11;
+}
+
 /// A normalised request as HTTP/2 wants it.
 pub fn for_http2(parts: &mut request::Parts) {
     parts.version = Version::HTTP_2;
@@ -108,6 +143,15 @@ pub fn for_client(headers: &mut HeaderMap, status: http::StatusCode) {
     if status == http::StatusCode::NO_CONTENT || status.is_informational() {
         headers.remove(CONTENT_LENGTH);
     }
+}
+
+/// Tells the app who the client proved to be, in the place of whatever the request says: an app may write anything.
+pub fn client_certificate(headers: &mut HeaderMap, client: Option<&SpiffeId>, own: &SpiffeId) {
+    headers.remove(CLIENT_CERT);
+    let text = client.map(|client| format!("By={own};Subject=\"\";URI={client}"));
+    // An identity is made of characters that a header value may have.
+    let value = text.and_then(|text| HeaderValue::try_from(text).ok());
+    headers.extend(value.map(|value| (CLIENT_CERT, value)));
 }
 
 /// Whether the request is gRPC, by content type.
@@ -125,6 +169,8 @@ mod tests {
     use http::Request;
 
     use super::*;
+
+    const DIALLED: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 80);
 
     fn parts(request: http::request::Builder) -> Option<request::Parts> {
         request.body(()).ok().map(|request| request.into_parts().0)
@@ -153,7 +199,7 @@ mod tests {
     fn authority_comes_from_host_or_the_absolute_form() {
         let mut by_host =
             parts(Request::get("/reviews/0?x=1").header("host", "reviews:9080")).unwrap_or_else(|| panic!());
-        assert!(normalise(&mut by_host).is_ok());
+        assert!(normalise(&mut by_host, DIALLED).is_ok());
         assert_eq!(by_host.uri, "http://reviews:9080/reviews/0?x=1");
         for_http1(&mut by_host);
         assert_eq!(by_host.uri, "/reviews/0?x=1");
@@ -161,7 +207,7 @@ mod tests {
 
         let mut absolute =
             parts(Request::get("http://a/b").header("host", "other")).unwrap_or_else(|| panic!());
-        assert!(normalise(&mut absolute).is_ok());
+        assert!(normalise(&mut absolute, DIALLED).is_ok());
         assert_eq!(absolute.uri, "http://a/b");
     }
 
@@ -170,10 +216,28 @@ mod tests {
         let none = parts(Request::get("/"));
         let two = parts(Request::get("/").header("host", "a").header("host", "b"));
         let garbage = parts(Request::get("/").header("host", "a b/c"));
-        for request in [none, two, garbage] {
+        let lengths = parts(
+            Request::get("/").header("host", "a").header("content-length", "1").header("content-length", "1"),
+        );
+        for request in [none, two, garbage, lengths] {
             let mut request = request.unwrap_or_else(|| panic!());
-            assert_eq!(normalise(&mut request).map_err(|e| e.kind), Err(Kind::BadRequest));
+            assert_eq!(normalise(&mut request, DIALLED).map_err(|e| e.kind), Err(Kind::BadRequest));
         }
+    }
+
+    #[test]
+    fn client_certificates_are_told_only_of_who_proved_something() {
+        let id = |account: &str| -> SpiffeId {
+            format!("spiffe://cluster.local/ns/default/sa/{account}").parse().unwrap_or_else(|_| panic!())
+        };
+        let forged = || HeaderMap::from_iter([(CLIENT_CERT, HeaderValue::from_static("URI=forged"))]);
+        let mut headers = forged();
+        client_certificate(&mut headers, None, &id("server"));
+        assert!(headers.is_empty());
+        let mut headers = forged();
+        client_certificate(&mut headers, Some(&id("a")), &id("b"));
+        let expected = "By=spiffe://cluster.local/ns/default/sa/b;Subject=\"\";URI=spiffe://cluster.local/ns/default/sa/a";
+        assert_eq!(headers[CLIENT_CERT], expected);
     }
 
     #[test]

@@ -10,6 +10,9 @@ pub mod message;
 mod pod;
 mod pool;
 pub mod retry;
+mod slot;
+mod stream;
+mod switch;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -20,14 +23,16 @@ pub use self::{
     dial::Dial,
     pod::{LocalPods, Pod, PodName},
     pool::{Key, Lease, Pool},
+    stream::UpstreamStream,
+    switch::{Io, Switch, Switched},
 };
 use crate::{
-    body::Body,
+    body::{Body, Inform},
     error::{Error, Kind, Result},
     policy::Permit,
-    report::Security,
+    report::{FlowGuard, Security},
     state::snapshot::{Endpoint, Protocol, Workload},
-    tunnel::{ByteStream, MESH_TLS_PORT, MeshConnection, PoolKey, Wire},
+    tunnel::{MESH_TLS_PORT, MeshConnection, PoolKey, Wire},
 };
 
 /// How an endpoint is reached.
@@ -70,8 +75,11 @@ pub fn via(pods: &LocalPods, node: &str, endpoint: &Endpoint) -> Result<Via> {
     }
 }
 
+/// Begins the facts of an app's new connection.
+pub type BeginFlow<'a> = dyn Fn() -> Option<FlowGuard> + Send + Sync + 'a;
+
 /// One exchange's way to an endpoint.
-#[derive(Debug)]
+#[derive(Clone, Copy)]
 pub struct Destination<'a> {
     /// Where the app listens.
     pub address: SocketAddr,
@@ -81,61 +89,62 @@ pub struct Destination<'a> {
     pub protocol: Protocol,
     /// Time to connect.
     pub connect_timeout: Duration,
+    /// What is called when a connection to an app of this node is made for it; kept for as long as that is open.
+    pub flow: Option<&'a BeginFlow<'a>>,
 }
 
 impl Pod {
-    /// Sends a normalised request to an endpoint; the response's body is still to come. The lease lives as long as the
-    /// body.
+    /// Sends a normalised request to an endpoint; the response's body is still to come, interim responses go to
+    /// `inform`. The lease lives as long as the body.
     pub async fn send(
         &self,
         _permit: &Permit,
         to: &Destination<'_>,
-        request: Request<Body>,
+        mut request: Request<Body>,
         client: SocketAddr,
+        inform: &Arc<dyn Inform>,
     ) -> Result<(Response<Body>, Lease)> {
-        let timeout = to.connect_timeout;
         match to.via {
-            Via::Local(pod) => pod.send_to_app(to.address, to.protocol, request, client, timeout).await,
+            Via::Local(pod) => {
+                // This agent is the destination's too.
+                let app = &pod.identity().id;
+                message::client_certificate(request.headers_mut(), Some(&self.identity().id), app);
+                pod.send_to_app(to, request, client, inform).await
+            }
             Via::Mesh(workload) => {
+                let timeout = to.connect_timeout;
                 let connection = self.mesh_connection(workload, to.address, Wire::MeshH2, timeout).await?;
-                self.send_through_mesh(&connection, to, request).await
+                if connection.wire == Wire::Hbone {
+                    // Its agent sees bytes only.
+                    let (own, app) = (&self.identity().id, &workload.identity);
+                    message::client_certificate(request.headers_mut(), Some(own), app);
+                    return Box::pin(self.send_over_tunnel(&connection, to, request, inform)).await;
+                }
+                let sent = connection.send(request, to.address, to.protocol, Some(&**inform)).await;
+                Ok((sent?, Lease::shared()))
             }
             Via::Plain => {
                 let key = Key { to: to.address, client: None };
                 let request = in_form(request, to.protocol);
-                let dial = Dial { net: self.net(), to: to.address, as_client: None, timeout };
-                self.plain.send(key, to.protocol, request, &dial).await
+                let (net, timeout) = (self.net(), to.connect_timeout);
+                let dial = Dial { net, to: to.address, as_client: None, timeout, flow: None };
+                self.plain.send(key, to.protocol, request, inform, &dial).await
             }
-        }
-    }
-
-    async fn send_through_mesh(
-        &self,
-        connection: &MeshConnection,
-        to: &Destination<'_>,
-        request: Request<Body>,
-    ) -> Result<(Response<Body>, Lease)> {
-        match connection.wire {
-            Wire::MeshH2 => {
-                let response = connection.send(request, to.address, to.protocol).await?;
-                Ok((response, Lease::shared()))
-            }
-            Wire::Hbone => self.send_over_tunnel(connection, to, request).await,
         }
     }
 
     /// The app of this pod, over loopback inside the pod; it is shown the client's address.
     pub async fn send_to_app(
         &self,
-        app: SocketAddr,
-        protocol: Protocol,
+        to: &Destination<'_>,
         request: Request<Body>,
         client: SocketAddr,
-        timeout: Duration,
+        inform: &Arc<dyn Inform>,
     ) -> Result<(Response<Body>, Lease)> {
-        let key = Key { to: app, client: Some(client.ip()) };
-        let dial = Dial { net: self.net(), to: app, as_client: Some(client), timeout };
-        self.apps.send(key, protocol, in_form(request, protocol), &dial).await
+        let key = Key { to: to.address, client: Some(client.ip()) };
+        let (net, timeout) = (self.net(), to.connect_timeout);
+        let dial = Dial { net, to: to.address, as_client: Some(client), timeout, flow: to.flow };
+        self.apps.send(key, to.protocol, in_form(request, to.protocol), inform, &dial).await
     }
 
     /// Opens a byte stream to an endpoint.
@@ -144,17 +153,18 @@ impl Pod {
         _permit: &Permit,
         to: &Destination<'_>,
         client: SocketAddr,
-    ) -> Result<Box<dyn ByteStream>> {
+    ) -> Result<UpstreamStream> {
         let timeout = to.connect_timeout;
         match to.via {
-            Via::Local(pod) => Ok(Box::new(pod.open_app(to.address, client, timeout).await?)),
+            Via::Local(pod) => Ok(UpstreamStream::Tcp(pod.open_app(to.address, client, timeout).await?)),
             Via::Mesh(workload) => {
                 let connection = self.mesh_connection(workload, to.address, Wire::Hbone, timeout).await?;
-                connection.open_tunnel(to.address).await
+                Ok(UpstreamStream::Tunnel(connection.open_tunnel(to.address).await?))
             }
             Via::Plain => {
-                let dial = Dial { net: self.net(), to: to.address, as_client: None, timeout };
-                Ok(Box::new(dial.connect().await?))
+                let (net, to) = (self.net(), to.address);
+                let dial = Dial { net, to, as_client: None, timeout, flow: None };
+                Ok(UpstreamStream::Tcp(dial.connect().await?))
             }
         }
     }
@@ -166,7 +176,7 @@ impl Pod {
         client: SocketAddr,
         timeout: Duration,
     ) -> Result<TcpStream> {
-        Dial { net: self.net(), to: app, as_client: Some(client), timeout }.connect().await
+        Dial { net: self.net(), to: app, as_client: Some(client), timeout, flow: None }.connect().await
     }
 
     async fn mesh_connection(
@@ -184,7 +194,7 @@ impl Pod {
             std::slice::from_ref(&workload.identity),
             wire,
         );
-        let dial = Dial { net: self.net(), to: destination, as_client: None, timeout };
+        let dial = Dial { net: self.net(), to: destination, as_client: None, timeout, flow: None };
         self.tunnels.get(&key, self.identity(), dial.connect()).await
     }
 }

@@ -9,11 +9,11 @@ use std::{
 
 use arc_swap::ArcSwap;
 use http::{Request, Response};
-use hyper_util::rt::TokioIo;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::{Destination, Lease, Pool, in_form};
 use crate::{
-    body::Body,
+    body::{Body, Inform},
     capture::PodNet,
     drain::Drain,
     error::Result,
@@ -36,11 +36,13 @@ pub struct Pod {
     pub(super) apps: Arc<Pool>,
     /// Ends when the pod is un-enrolled, or with the agent.
     pub drain: Drain,
+    /// Places for connections with the agent.
+    places: Arc<Semaphore>,
 }
 
 impl Pod {
-    /// A pod whose listeners are open and whose identity is certified.
-    pub fn new(net: Arc<PodNet>, identity: Arc<WorkloadIdentity>, drain: Drain) -> Self {
+    /// A pod whose listeners are open and whose identity is certified, with so many connections at most.
+    pub fn new(net: Arc<PodNet>, identity: Arc<WorkloadIdentity>, drain: Drain, connections: usize) -> Self {
         Self {
             workload: ArcSwap::new(Arc::clone(&net.workload)),
             net,
@@ -49,7 +51,13 @@ impl Pod {
             plain: Arc::default(),
             apps: Arc::default(),
             drain,
+            places: Arc::new(Semaphore::new(connections)),
         }
+    }
+
+    /// A place for one more connection, held until it has ended; `None` when all are taken.
+    pub fn admit(&self) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.places).try_acquire_owned().ok()
     }
 
     /// Its network namespace.
@@ -86,9 +94,11 @@ impl Pod {
         connection: &MeshConnection,
         to: &Destination<'_>,
         request: Request<Body>,
+        inform: &Arc<dyn Inform>,
     ) -> Result<(Response<Body>, Lease)> {
-        let stream = TokioIo::new(connection.open_tunnel(to.address).await?);
-        super::pool::send_on_new(stream, to.address, to.protocol, in_form(request, to.protocol)).await
+        let stream = connection.open_tunnel(to.address).await?;
+        let request = in_form(request, to.protocol);
+        super::pool::send_on_new(stream, to.address, to.protocol, request, inform).await
     }
 }
 

@@ -8,23 +8,31 @@
 use std::{
     collections::HashMap,
     net::{IpAddr, SocketAddr},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
+use bytes::Bytes;
+use h2::client::SendRequest;
 use http::{Request, Response};
-use hyper::client::conn::{http1, http2};
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper::client::conn::http1;
+use hyper_util::rt::TokioIo;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     time::Instant,
 };
 
-use super::Dial;
+use super::{Dial, message, slot::Slot};
 use crate::{
-    body::Body,
+    body::{Body, Inform},
     error::{Error, Kind, Result},
+    http2::{self, Failed},
+    report::FlowGuard,
     state::snapshot::Protocol,
+    tunnel::strip_mesh_headers,
 };
 
 /// How long an HTTP/1.1 connection may wait for its next request (shorter than the 60 s after which many servers close;
@@ -37,6 +45,8 @@ const IDLE_PER_KEY: usize = 1024;
 /// HTTP/2 stream and connection windows towards apps, bytes.
 const STREAM_WINDOW: u32 = 1 << 20;
 const CONNECTION_WINDOW: u32 = 4 << 20;
+/// Header list taken from an app, bytes: a head of 60 KiB (Envoy) as HTTP/2 counts it.
+const HEADER_LIST: u32 = 64 << 10;
 
 /// What connections may be shared for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -52,6 +62,8 @@ pub struct Key {
 pub struct Pool {
     idle: Mutex<HashMap<Key, Vec<Idle>>>,
     shared: Mutex<HashMap<Key, Arc<Slot>>>,
+    /// Whether somebody looks after connections that grow old; changed under the lock of `idle`.
+    swept: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -60,7 +72,11 @@ struct Idle {
     since: Instant,
 }
 
-type Slot = tokio::sync::Mutex<Option<http2::SendRequest<Body>>>;
+impl Idle {
+    fn is_stale(&self) -> bool {
+        self.since.elapsed() >= IDLE || self.sender.is_closed()
+    }
+}
 
 /// What must outlive the response body: the HTTP/1.1 connection, which is free again when the body has ended.
 #[derive(Debug)]
@@ -95,12 +111,16 @@ impl Pool {
         self: &Arc<Self>,
         key: Key,
         protocol: Protocol,
-        request: Request<Body>,
+        mut request: Request<Body>,
+        inform: &Arc<dyn Inform>,
         dial: &Dial<'_>,
     ) -> Result<(Response<Body>, Lease)> {
         match protocol {
-            Protocol::Http2 => self.send_http2(key, request, dial).await,
-            Protocol::Http1 | Protocol::Opaque => self.send_http1(key, request, dial).await,
+            Protocol::Http2 => self.send_http2(key, request, &**inform, dial).await,
+            Protocol::Http1 | Protocol::Opaque => {
+                informed(&mut request, inform);
+                self.send_http1(key, request, dial).await
+            }
         }
     }
 
@@ -115,7 +135,8 @@ impl Pool {
             let fresh = kept.is_none();
             let mut sender = match kept {
                 Some(sender) => sender,
-                None => connect_http1(TokioIo::new(dial.connect().await?), key.to).await?,
+                // Boxed: rare, and every request would have to make room for it.
+                None => Box::pin(dial_http1(dial, key.to)).await?,
             };
             match sender.try_send_request(request).await {
                 Ok(response) => {
@@ -132,21 +153,24 @@ impl Pool {
     }
 
     async fn send_http2(
-        &self,
+        self: &Arc<Self>,
         key: Key,
         request: Request<Body>,
+        inform: &dyn Inform,
         dial: &Dial<'_>,
     ) -> Result<(Response<Body>, Lease)> {
         let slot = Arc::clone(lock(&self.shared).entry(key).or_default());
-        let mut sender = {
-            let mut slot = slot.lock().await;
-            match slot.as_ref() {
-                Some(sender) if !sender.is_closed() => sender.clone(),
-                _ => slot.insert(connect_http2(TokioIo::new(dial.connect().await?), key.to).await?).clone(),
+        self.look_after();
+        let (sender, place) = loop {
+            let (sender, place) = slot.get(|| dial_http2(dial, key.to)).await?;
+            // Waits where the peer's limit of streams is reached; a connection that ends meanwhile has sent nothing.
+            if let Ok(sender) = sender.ready().await {
+                break (sender, place);
             }
         };
-        let response = sender.send_request(request).await.map_err(|error| failure(&error, key.to))?;
-        Ok((response.map(Body::from), Lease::shared()))
+        let sent = http2::send(sender, request, Some(inform)).await;
+        let response = sent.map_err(|failed| h2_failure(&failed, key.to))?;
+        Ok((response.map(|body| body.held(place)), Lease::shared()))
     }
 
     fn take(&self, key: &Key) -> Option<http1::SendRequest<Body>> {
@@ -161,15 +185,48 @@ impl Pool {
         None
     }
 
-    fn put(&self, key: Key, sender: http1::SendRequest<Body>) {
+    fn put(self: &Arc<Self>, key: Key, sender: http1::SendRequest<Body>) {
         let mut idle = lock(&self.idle);
         let kept = idle.entry(key).or_default();
-        // The oldest stand in front; what is stale goes when something comes back.
-        let stale =
-            kept.iter().take_while(|idle| idle.since.elapsed() >= IDLE || idle.sender.is_closed()).count();
-        kept.drain(..stale);
         if kept.len() < IDLE_PER_KEY {
             kept.push(Idle { sender, since: Instant::now() });
+        }
+        drop(idle);
+        self.look_after();
+    }
+
+    /// Sees to it that old connections are closed, as long as there are any.
+    fn look_after(self: &Arc<Self>) {
+        let _idle = lock(&self.idle);
+        if !self.swept.swap(true, Ordering::Relaxed) {
+            tokio::spawn(sweep(Arc::downgrade(self)));
+        }
+    }
+
+    /// Closes what is stale; whether nothing is left.
+    fn sweep(&self) -> bool {
+        let mut idle = lock(&self.idle);
+        for kept in idle.values_mut() {
+            kept.retain(|idle| !idle.is_stale());
+        }
+        idle.retain(|_, kept| !kept.is_empty());
+        let mut shared = lock(&self.shared);
+        // Nobody waits for it, and nothing of it is open.
+        shared.retain(|_, slot| Arc::strong_count(slot) > 1 || slot.is_open());
+        let empty = idle.is_empty() && shared.is_empty();
+        if empty {
+            self.swept.store(false, Ordering::Relaxed);
+        }
+        empty
+    }
+}
+
+async fn sweep(pool: Weak<Pool>) {
+    loop {
+        tokio::time::sleep(IDLE / 2).await;
+        let Some(pool) = pool.upgrade() else { return };
+        if pool.sweep() {
+            return;
         }
     }
 }
@@ -181,26 +238,56 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// Sends one request over a stream of its own, which ends with the response.
 pub(super) async fn send_on_new<S>(
-    stream: TokioIo<S>,
+    stream: S,
     to: SocketAddr,
     protocol: Protocol,
-    request: Request<Body>,
+    mut request: Request<Body>,
+    inform: &Arc<dyn Inform>,
 ) -> Result<(Response<Body>, Lease)>
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     let response = match protocol {
-        Protocol::Http2 => connect_http2(stream, to).await?.send_request(request).await,
+        Protocol::Http2 => {
+            let sender = connect_http2(stream, to, None).await?;
+            let sent = http2::send(sender, request, Some(&**inform)).await;
+            sent.map_err(|failed| h2_failure(&failed, to))?
+        }
         Protocol::Http1 | Protocol::Opaque => {
-            let mut sender = connect_http1(stream, to).await?;
-            sender.send_request(request).await
+            let mut sender = connect_http1(TokioIo::new(stream), to, None).await?;
+            informed(&mut request, inform);
+            sender.send_request(request).await.map_err(|error| failure(&error, to))?.map(Body::from)
         }
     };
-    let response = response.map_err(|error| failure(&error, to))?;
-    Ok((response.map(Body::from), Lease::shared()))
+    Ok((response, Lease::shared()))
 }
 
-async fn connect_http1<S>(stream: TokioIo<S>, to: SocketAddr) -> Result<http1::SendRequest<Body>>
+/// Has hyper hand the interim responses to this request to `inform`, without what is of the connection they came on:
+/// over HTTP/2 that would break the stream.
+fn informed(request: &mut Request<Body>, inform: &Arc<dyn Inform>) {
+    let inform = Arc::clone(inform);
+    hyper::ext::on_informational(request, move |response| {
+        let mut headers = response.headers().clone();
+        message::strip_hop_by_hop(&mut headers);
+        strip_mesh_headers(&mut headers);
+        inform.inform(response.status(), &headers);
+    });
+}
+
+async fn dial_http1(dial: &Dial<'_>, to: SocketAddr) -> Result<http1::SendRequest<Body>> {
+    let stream = TokioIo::new(dial.connect().await?);
+    connect_http1(stream, to, dial.begin_flow()).await
+}
+
+async fn dial_http2(dial: &Dial<'_>, to: SocketAddr) -> Result<SendRequest<Bytes>> {
+    connect_http2(dial.connect().await?, to, dial.begin_flow()).await
+}
+
+async fn connect_http1<S>(
+    stream: TokioIo<S>,
+    to: SocketAddr,
+    flow: Option<FlowGuard>,
+) -> Result<http1::SendRequest<Body>>
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
@@ -209,33 +296,46 @@ where
     // Ends with the connection; what went wrong is told to whoever waits for a response.
     tokio::spawn(async move {
         let _ = connection.await;
+        drop(flow);
     });
     Ok(sender)
 }
 
-async fn connect_http2<S>(stream: TokioIo<S>, to: SocketAddr) -> Result<http2::SendRequest<Body>>
+async fn connect_http2<S>(stream: S, to: SocketAddr, flow: Option<FlowGuard>) -> Result<SendRequest<Bytes>>
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
-    let (sender, connection) = http2::Builder::new(TokioExecutor::new())
-        .timer(TokioTimer::new())
-        .initial_stream_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW)
-        .handshake(stream)
-        .await
-        .map_err(|error| failure(&error, to))?;
+    let handshake = http2_client().handshake(stream).await;
+    let (sender, connection) = handshake.map_err(|error| h2_failure(&error.into(), to))?;
     tokio::spawn(async move {
         let _ = connection.await;
+        drop(flow);
     });
     Ok(sender)
 }
 
-/// The kind of a failed exchange: `REFUSED_STREAM` and a GOAWAY that did not cover the request mean that it was not
-/// looked at.
+/// The HTTP/2 client of apps and of what is not in the mesh.
+pub(super) fn http2_client() -> h2::client::Builder {
+    let mut builder = h2::client::Builder::new();
+    builder
+        .initial_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_header_list_size(HEADER_LIST)
+        .enable_push(false);
+    builder
+}
+
+/// The kind of a failed exchange over HTTP/1.
 pub fn failure(error: &hyper::Error, to: SocketAddr) -> Error {
-    let h2 = std::error::Error::source(error).and_then(|cause| cause.downcast_ref::<h2::Error>());
-    let refused = h2.is_some_and(|h2| h2.reason() == Some(h2::Reason::REFUSED_STREAM));
-    let kind = if refused || error.is_canceled() { Kind::RefusedStream } else { Kind::UpstreamReset };
+    let kind = if error.is_canceled() { Kind::RefusedStream } else { Kind::UpstreamReset };
     let cause = std::error::Error::source(error).map(|cause| format!(": {cause}")).unwrap_or_default();
     Error::new(kind, format!("exchange with {to} failed: {error}{cause}"))
+}
+
+/// The kind of a failed exchange over HTTP/2.
+pub(super) fn h2_failure(failed: &Failed, to: SocketAddr) -> Error {
+    let Failed { error, untouched } = failed;
+    let kind = if *untouched { Kind::RefusedStream } else { Kind::UpstreamReset };
+    let made = Error::new(kind, format!("exchange with {to} failed: {error}"));
+    Error { reset: error.reason().filter(|_| error.is_reset()), ..made }
 }

@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use http::{HeaderMap, StatusCode};
+use http::{HeaderMap, Response};
 
 use crate::{
     error::{Error, Kind},
@@ -18,7 +18,7 @@ const LARGEST_BACKOFF: u32 = 10;
 pub fn covers_error(on: &RetryOn, error: &Error) -> bool {
     match error.kind {
         Kind::ConnectFailure | Kind::TlsFailure => on.connect_failure || on.server_error || on.gateway_error,
-        Kind::RefusedStream => on.refused_stream || on.server_error,
+        Kind::RefusedStream => on.refused_stream || on.reset_before_request || on.reset || on.server_error,
         Kind::UpstreamReset => on.reset || on.server_error,
         // A try that ran into perTryTimeout is a 504 made by the mesh.
         Kind::Timeout => on.server_error || on.gateway_error || on.reset || on.status_codes.contains(&504),
@@ -26,14 +26,24 @@ pub fn covers_error(on: &RetryOn, error: &Error) -> bool {
     }
 }
 
-/// Whether the conditions cover a response.
-pub fn covers_response(on: &RetryOn, status: StatusCode, headers: &HeaderMap) -> bool {
+/// Whether the conditions cover a response to a request with these headers.
+pub fn covers_response<B>(on: &RetryOn, response: &Response<B>, request: &HeaderMap) -> bool {
+    let (status, headers) = (response.status(), response.headers());
     let code = status.as_u16();
     (on.server_error && status.is_server_error())
         || (on.gateway_error && matches!(code, 502..=504))
         || (on.retriable_4xx && code == 409)
         || on.status_codes.contains(&code)
+        || (on.envoy_ratelimited && headers.contains_key("x-envoy-ratelimited"))
+        || (on.retriable_headers && has_one_of(headers, request))
         || grpc_status(headers).is_some_and(|grpc| on.grpc.contains(&grpc))
+}
+
+/// Whether a response has a header that the request names as one to try again for.
+fn has_one_of(response: &HeaderMap, request: &HeaderMap) -> bool {
+    let named =
+        request.get_all("x-envoy-retriable-header-names").iter().filter_map(|value| value.to_str().ok());
+    named.flat_map(|names| names.split(',')).any(|name| response.contains_key(name.trim()))
 }
 
 /// `grpc-status` where it already stands in the headers (a response of trailers alone).
@@ -52,7 +62,13 @@ mod tests {
     use super::*;
 
     fn status(on: &RetryOn, code: u16) -> bool {
-        StatusCode::from_u16(code).is_ok_and(|status| covers_response(on, status, &HeaderMap::new()))
+        let response = Response::builder().status(code).body(());
+        response.is_ok_and(|response| covers_response(on, &response, &HeaderMap::new()))
+    }
+
+    fn with_header(on: &RetryOn, name: &str, request: &HeaderMap) -> bool {
+        let response = Response::builder().header(name, "14").body(());
+        response.is_ok_and(|response| covers_response(on, &response, request))
     }
 
     #[test]
@@ -73,12 +89,21 @@ mod tests {
     #[test]
     fn grpc_statuses_are_covered_by_number() {
         let unavailable = RetryOn { grpc: vec![14], ..RetryOn::default() };
-        let headers = HeaderMap::from_iter([(
-            http::HeaderName::from_static("grpc-status"),
-            http::HeaderValue::from_static("14"),
-        )]);
-        assert!(covers_response(&unavailable, StatusCode::OK, &headers));
-        assert!(!covers_response(&unavailable, StatusCode::OK, &HeaderMap::new()));
+        assert!(with_header(&unavailable, "grpc-status", &HeaderMap::new()));
+        assert!(!status(&unavailable, 200));
+    }
+
+    #[test]
+    fn headers_of_the_response_are_covered_where_they_are_named() {
+        let limited = RetryOn { envoy_ratelimited: true, ..RetryOn::default() };
+        assert!(with_header(&limited, "x-envoy-ratelimited", &HeaderMap::new()));
+        assert!(!with_header(&RetryOn::default(), "x-envoy-ratelimited", &HeaderMap::new()));
+        let named = RetryOn { retriable_headers: true, ..RetryOn::default() };
+        let names = http::HeaderValue::from_static("x-one, X-Two");
+        let request =
+            HeaderMap::from_iter([(http::HeaderName::from_static("x-envoy-retriable-header-names"), names)]);
+        assert!(with_header(&named, "x-two", &request) && !with_header(&named, "x-three", &request));
+        assert!(!with_header(&named, "x-two", &HeaderMap::new()));
     }
 
     #[test]
@@ -88,6 +113,8 @@ mod tests {
             per_try_timeout: None,
             on: RetryOn::default(),
             backoff: Duration::from_millis(25),
+            remote_localities: false,
+            ignore_previous_hosts: true,
         };
         for next in 2..40 {
             assert!(backoff(&policy, next) <= Duration::from_millis(250));

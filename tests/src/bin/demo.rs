@@ -1,19 +1,21 @@
 //! The main job, shown: two nodes, Bookinfo on both, an agent on each; what was sent, what was seen, ok or FAILED.
 //!
-//! Exit code 1 when any row failed. `--keep` leaves everything running and prints how to send requests from a pod.
+//! Exit code 1 when any row failed. `--keep` leaves everything running, with the routes of the README in force, and
+//! prints how to send requests from a pod.
 
 use std::{
-    process::ExitCode,
+    process::{Command, ExitCode},
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, ensure};
 use clap::Parser;
 use lab::{
-    Agent, Lab, Pod, Service, apps,
+    Agent, Lab, Pod, Service, apps, binary,
     bookinfo::{self, Bookinfo},
     eventually, metric,
 };
+use serde_json::Value;
 
 #[derive(Debug, Parser)]
 #[command(about = "Two nodes with Bookinfo, real eBPF, and a table of what was sent and seen")]
@@ -48,10 +50,14 @@ struct World {
     bookinfo: Bookinfo,
     a: Agent,
     b: Agent,
+    /// TCP: on port 7000 the server says in the end what it saw, on 7001 it echoes and nothing more.
     echo: Service,
     grpc: Service,
-    _servers: Vec<Pod>,
+    servers: Vec<Pod>,
 }
+
+/// The sample's routes for reviews that the README shows.
+const JASON: &str = "virtual-service-jason.yaml";
 
 impl World {
     async fn start() -> Result<Self> {
@@ -59,18 +65,22 @@ impl World {
         let (node_a, node_b) = (lab.node("a").await?, lab.node("b").await?);
         let bookinfo = Bookinfo::start(&lab).await?;
         let mut servers = Vec::new();
-        for (name, app) in [("echo", apps::tcp_echo(7000).arg("--report")), ("grpc", apps::grpc(50051))] {
+        let echoes = vec![apps::tcp_echo(7000).arg("--report"), apps::tcp_echo(7001)];
+        for (name, apps) in [("echo", echoes), ("grpc", vec![apps::grpc(50051)])] {
             let pod = node_b.pod(name).label("app", name).start().await?;
-            pod.serve(app).await?;
+            for app in apps {
+                pod.serve(app).await?;
+            }
             servers.push(pod);
         }
-        let echo = lab.service("echo").selector("app", "echo").port("tcp", 7000, 7000).apply()?;
+        let echo = lab.service("echo").selector("app", "echo");
+        let echo = echo.port("tcp", 7000, 7000).port("tcp-plain", 7001, 7001).apply()?;
         let grpc = lab.service("grpc").selector("app", "grpc").port("grpc", 50051, 50051).apply()?;
         let (a, b) = tokio::try_join!(node_a.agent().start(), node_b.agent().start())?;
         for pod in bookinfo.pods.iter().chain(&servers).chain([&bookinfo.client]) {
             pod.enrolled().await?;
         }
-        Ok(Self { lab, bookinfo, a, b, echo, grpc, _servers: servers })
+        Ok(Self { lab, bookinfo, a, b, echo, grpc, servers })
     }
 
     /// Applies one of the sample's files in the place of those before it and waits until agent `a` has it in force.
@@ -91,6 +101,17 @@ impl World {
         let tally = self.reviews(user, 20).await?;
         ensure!(tally.pods.get(pod) == Some(&20) && tally.statuses.get(&200) == Some(&20), "{tally:?}");
         Ok(format!("20 of 20 answered by {pod}"))
+    }
+
+    /// The whole page, through productpage on node a.
+    async fn page(&self) -> Result<String> {
+        for (user, stars, reviews) in [("jason", "black", "v2"), ("ada", "red", "v3")] {
+            let page = self.bookinfo.client.http_get(&self.bookinfo.page(), &[("end-user", user)]).await?;
+            let header = |name: &str| page.headers.get(name).map_or("", String::as_str);
+            let seen = (page.status, header(bookinfo::STARS_HEADER), header(bookinfo::REVIEWS_HEADER));
+            ensure!(seen == (200, stars, reviews), "{user} saw {seen:?}");
+        }
+        Ok("jason sees black stars (v2), ada red ones (v3)".to_owned())
     }
 
     async fn split(&self) -> Result<String> {
@@ -150,8 +171,10 @@ impl World {
         for clear in ["jason-the-secret", "end-user", "HTTP/1.1", "/reviews/0"] {
             ensure!(!seen.contains(clear.as_bytes()), "{clear:?} crossed in the clear");
         }
-        ensure!(seen.tls_versions(15008).iter().all(|version| *version == 0x0304), "an older TLS than 1.3");
-        Ok(format!("{segments} segments, all of port 15008, no plaintext"))
+        let versions = seen.tls_versions(15008);
+        ensure!(!versions.is_empty(), "no TLS handshake was seen");
+        ensure!(versions.iter().all(|version| *version == 0x0304), "another TLS than 1.3: {versions:04x?}");
+        Ok(format!("TLS 1.3; {segments} segments, all of port 15008, no plaintext"))
     }
 
     async fn names(&self) -> Result<String> {
@@ -174,20 +197,72 @@ impl World {
         ensure!(seen.intact && report.received == BYTES, "{} of {BYTES} bytes", seen.received);
         ensure!(report.peer.ip() == self.bookinfo.client.ip(), "accept showed {}", report.peer);
         ensure!(seen.peer == self.echo.at(7000), "getpeername showed {}", seen.peer);
-        self.flow(seen.local.to_string(), BYTES).await?;
-        Ok(format!("accept shows {}, getpeername {}, meshctl flows {BYTES} B", report.peer.ip(), seen.peer))
+        Ok(format!("accept shows {}, getpeername {}", report.peer.ip(), seen.peer))
     }
 
-    /// Waits until the flow with this local address has ended with these counts.
-    async fn flow(&self, local: String, sent: u64) -> Result<()> {
-        eventually("the flow is shown with what was sent", async || {
-            let flows = self.a.flows().await?;
-            let flow = flows.as_array().into_iter().flatten().find(|flow| flow["local"] == local.as_str());
-            let flow = flow.with_context(|| format!("no flow from {local}"))?;
-            ensure!(flow["tx_bytes"] == sent && flow["state"] == "closed", "{flow}");
+    /// The program `meshctl`, on both nodes: the same bytes from the client's side and from the server's.
+    async fn tcp_flows(&self) -> Result<String> {
+        const BYTES: u64 = 123_457;
+        let seen = self.bookinfo.client.tcp(self.echo.at(7001), BYTES, &[]).await?;
+        ensure!(seen.intact, "{} of {BYTES} bytes came back", seen.received);
+        // Nobody else dials this port of that pod.
+        let (client, server) = (seen.local.to_string(), self.echo_pod().at(7001).to_string());
+        let counted = |flow: &Value| {
+            ensure!(flow["tx_bytes"] == BYTES && flow["rx_bytes"] == BYTES, "{flow}");
+            ensure!(flow["state"] == "closed" && flow["security"] == "mutual_tls", "{flow}");
             Ok(())
-        })
-        .await
+        };
+        shown(
+            &self.a,
+            "the client's side",
+            |flow| flow["pod"] == "client" && flow["local"] == *client,
+            |flow| {
+                ensure!(flow["service"] == self.echo.host() && flow["peer_pod"] == "default/echo", "{flow}");
+                counted(flow)
+            },
+        )
+        .await?;
+        shown(
+            &self.b,
+            "the server's side",
+            |flow| flow["pod"] == "echo" && flow["local"] == *server,
+            |flow| {
+                ensure!(flow["peer_pod"] == "default/client", "{flow}");
+                counted(flow)
+            },
+        )
+        .await?;
+        Ok(format!("{BYTES} B out and in on the client's side, and on the server's"))
+    }
+
+    fn echo_pod(&self) -> &Pod {
+        &self.servers[0]
+    }
+
+    async fn request_flows(&self) -> Result<String> {
+        let url = self.bookinfo.reviews.url(9080, "/reviews/0");
+        let http = self.bookinfo.client.http_get(&url, &[("end-user", "jason")]).await?;
+        ensure!(http.status == 200, "{http:?}");
+        self.grpc().await?;
+        let (http, mut routes) = (http.local.to_string(), Vec::new());
+        for (protocol, service) in [("http", &self.bookinfo.reviews), ("grpc", &self.grpc)] {
+            let is = |flow: &Value| {
+                let ours = protocol != "http" || flow["local"] == *http;
+                ours && flow["pod"] == "client" && flow["protocol"] == protocol
+            };
+            let flow = shown(&self.a, protocol, is, |flow| {
+                ensure!(flow["service"] == service.host() && flow["endpoint"].is_string(), "{flow}");
+                ensure!(flow["route"].is_string() && flow["security"] == "mutual_tls", "{flow}");
+                Ok(())
+            })
+            .await?;
+            routes.push(format!(
+                "{protocol} to {} by {:?}",
+                service.name,
+                flow["route"].as_str().unwrap_or("")
+            ));
+        }
+        Ok(routes.join(", "))
     }
 
     async fn grpc(&self) -> Result<String> {
@@ -197,9 +272,10 @@ impl World {
     }
 
     async fn rows(&mut self, table: &mut Table) -> Result<()> {
-        self.route("reviews.yaml", "virtual-service-jason.yaml").await?;
+        self.route("reviews.yaml", JASON).await?;
         table.row("20 requests for reviews as jason", self.all_from("jason", "reviews-v2").await);
         table.row("20 requests for reviews as ada", self.all_from("ada", "reviews-v3").await);
+        table.row("the page as jason and as ada", self.page().await);
         table.row("requests and bytes between the nodes, wire tapped", self.wire().await);
         table.row("who the peers of these requests proved to be", self.names().await);
         table.row("1000 requests for reviews, split 90/10", self.split().await);
@@ -208,6 +284,10 @@ impl World {
         table.row("100 requests for ratings, one of two replicas broken", self.retries().await);
         table.row("1000003 bytes echoed over TCP, half-closed", self.echo().await);
         table.row("gRPC unary and streaming", self.grpc().await);
+        table.row("meshctl flows: TCP, on both nodes", self.tcp_flows().await);
+        self.route("reviews.yaml", JASON).await?;
+        table.row("meshctl flows: HTTP and gRPC", self.request_flows().await);
+        table.row("a request from a shell inside the client's pod", self.shell().await);
         Ok(())
     }
 }
@@ -218,7 +298,7 @@ async fn run(cli: &Cli) -> Result<bool> {
     let mut table = Table::default();
     world.rows(&mut table).await?;
     if cli.keep {
-        keep(world);
+        keep(world)?;
         return Ok(table.failed == 0);
     }
     let World { lab, a, b, .. } = world;
@@ -233,22 +313,93 @@ async fn run(cli: &Cli) -> Result<bool> {
     Ok(table.failed == 0)
 }
 
-fn keep(world: World) {
-    let netns = world.bookinfo.client.netns().path();
+/// Waits until `meshctl flows` of this agent shows the flow as `expected` wants it.
+async fn shown(
+    agent: &Agent,
+    what: &str,
+    is: impl Fn(&Value) -> bool,
+    expected: impl Fn(&Value) -> Result<()>,
+) -> Result<Value> {
+    eventually("the flow is shown as it was", async || {
+        let flows = agent.flows().await?;
+        // The oldest comes first; what was just done is the last.
+        let flow = flows.as_array().into_iter().flatten().rfind(|flow| is(flow));
+        let flow = flow.with_context(|| format!("no such flow: {what}"))?;
+        expected(flow)?;
+        Ok(flow.clone())
+    })
+    .await
+}
+
+impl World {
+    /// A command line that runs `program` inside the client's pod, from any shell of root's.
+    fn in_client(&self, program: &str) -> String {
+        let client = &self.bookinfo.client;
+        format!(
+            "sh -c 'echo $$ > {}/cgroup.procs; exec nsenter --net={} {program}'",
+            client.cgroup().display(),
+            client.netns().path().display()
+        )
+    }
+
+    /// Twenty requests as a user, and how many of them each pod has answered.
+    fn count_reviews(&self, user: &str) -> Result<String> {
+        Ok(self.in_client(&format!(
+            "{} many --count 20 --by {} --header \"end-user: {user}\" {}",
+            binary("lab-app", "MESH_LAB_APP", "lab")?.display(),
+            bookinfo::POD_HEADER,
+            self.bookinfo.reviews.url(9080, "/reviews/0"),
+        )))
+    }
+
+    /// Runs what `--keep` prints.
+    async fn shell(&self) -> Result<String> {
+        for (user, pod) in [("jason", "reviews-v2"), ("ada", "reviews-v3")] {
+            let command = self.count_reviews(user)?;
+            let run = tokio::task::spawn_blocking(move || Command::new("sh").args(["-c", &command]).output());
+            let output = run.await??;
+            let tally: apps::Tally = serde_json::from_slice(&output.stdout)
+                .with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())?;
+            ensure!(tally.pods.get(pod) == Some(&20), "{tally:?}");
+        }
+        Ok("jason: 20 of 20 by reviews-v2, ada: 20 of 20 by reviews-v3".to_owned())
+    }
+}
+
+fn keep(world: World) -> Result<()> {
+    let app = binary("lab-app", "MESH_LAB_APP", "lab")?;
+    println!("\nEverything is left running, with {JASON} in force. From inside the client's pod, as root:\n");
+    println!("twenty requests for reviews, counted by the pod that answered; as jason, and as anybody else");
+    println!("  {}", world.count_reviews("jason")?);
+    println!("  {}\n", world.count_reviews("ada")?);
     println!(
-        "\nEverything is left running. From inside the client's pod (its cgroup makes it part of the mesh):\n"
+        "one request for the page; the answer is shown as JSON, {} among its headers",
+        bookinfo::STARS_HEADER
     );
+    let asked = format!("--header \"end-user: jason\" {}", world.bookinfo.page());
+    println!("  {}\n", world.in_client(&format!("{} get {asked}", app.display())));
+    println!("the same with curl, where it is installed");
+    println!("  {}\n", world.in_client(&format!("curl -si {}", asked.replace("--header", "-H"))));
+    println!("what the agents of the two nodes saw of it; a flow that has ended is shown for 30 s");
+    let meshctl = binary("meshctl", "MESHCTL_BIN", "mesh-agent")?;
+    for agent in [&world.a, &world.b] {
+        for command in ["flows", "status"] {
+            let (run, bpf) = (agent.run_dir(), agent.bpf_dir());
+            println!(
+                "  {} --run-dir {} --bpf-dir {} {command}",
+                meshctl.display(),
+                run.display(),
+                bpf.display()
+            );
+        }
+    }
     println!(
-        "  sh -c 'echo $$ > {}/cgroup.procs; exec nsenter --net={} curl -H \"end-user: jason\" {}'\n",
-        world.bookinfo.client.cgroup().display(),
-        netns.display(),
-        world.bookinfo.reviews.url(9080, "/reviews/0"),
-    );
-    println!(
-        "The configuration is in {}; `cargo xtask clean` ends it all.",
+        "\nThe configuration is in {}: the agents follow its changes.",
         world.lab.config_dir().display()
     );
+    println!("`cargo xtask clean` ends it all.");
     world.lab.keep();
+    Ok(())
 }
 
 #[tokio::main]

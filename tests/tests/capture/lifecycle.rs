@@ -5,7 +5,7 @@ use std::net::{TcpListener, TcpStream};
 use anyhow::{Context as _, Result};
 use mesh_agent::capture::{Capture, CaptureConfig, Listener};
 
-use crate::world::{Agent, LIMIT, Ns, PEER4, POD4, POD6, World, addr, pair, workload};
+use crate::world::{Agent, LIMIT, Ns, PEER4, POD4, POD6, World, addr, alone, pair, workload};
 
 /// The pod and its neighbour reach each other as if there were no mesh.
 fn untouched(pod: &Ns, peer: &Ns) -> Result<()> {
@@ -31,7 +31,7 @@ fn un_enrolling_leaves_nothing() -> Result<()> {
     let dst = addr("192.0.2.10", 80)?;
     let client = world.pod.run(move || Ok(TcpStream::connect_timeout(&dst, LIMIT)?))?;
     let captured = world.accept(Listener::Outbound)?;
-    world.agent.capture()?.un_enrol(&world.net)?;
+    world.agent.un_enrol(&world.net)?;
 
     let ended = world.agent.rt.block_on(world.net.accept(Listener::Outbound));
     assert!(ended.is_err_and(|error| error.kind() == std::io::ErrorKind::NotConnected));
@@ -105,12 +105,13 @@ fn a_pod_that_uses_our_port_is_refused_alone() -> Result<()> {
     let world = World::new()?;
     let (squatter, neighbour) = pair()?;
     let taken = squatter.run(|| Ok(TcpListener::bind("127.0.0.1:15006")?))?;
-    let error = world.agent.enrol(&squatter, &[POD4]).map(drop).map_err(|error| format!("{error:#}"));
+    let error = alone(|| world.agent.enrol(&squatter, &[POD4]).map(drop));
+    let error = error.map_err(|error| format!("{error:#}"));
     assert!(
         error.as_ref().is_err_and(|text| text.contains("default/pod") && text.contains("15006")),
         "{error:?}"
     );
-    drop(taken);
+    alone(|| drop(taken));
     untouched(&squatter, &neighbour)?;
     assert_eq!(world.agent.capture()?.enrolled().len(), 1);
     Ok(())
@@ -134,9 +135,10 @@ fn a_namespace_that_is_gone_disturbs_nobody() -> Result<()> {
     let (gone, neighbour) = pair()?;
     let path = gone.path();
     let net = world.agent.enrol(&gone, &[POD4])?;
-    drop((gone, neighbour));
+    gone.vanish()?;
+    drop(neighbour);
     assert!(!path.exists());
-    world.agent.capture()?.un_enrol(&net)?;
+    world.agent.un_enrol(&net)?;
 
     let _inside = world.agent.rt.enter();
     let error = world.agent.capture()?.enrol(workload(path, &[POD4])?).map(drop);

@@ -1,5 +1,7 @@
 //! A small world for one test: a pod and a neighbour in network namespaces of their own, joined by a veth, below a
-//! cgroup of this process. Everything is taken away when the test ends.
+//! cgroup of this process. Everything is taken away when the test ends; what an agent has left in a namespace, in the
+//! cgroup or in bpffs by then fails the test. Names are those of a lab, so that the residue check of the whole machine
+//! and `cargo xtask clean` know them.
 
 use std::{
     collections::BTreeMap,
@@ -7,15 +9,13 @@ use std::{
     net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     process::Command,
-    sync::{
-        Arc, Mutex, PoisonError, RwLock, Weak,
-        atomic::{AtomicU32, Ordering},
-    },
+    sync::{Arc, Mutex, PoisonError, RwLock, Weak},
     thread,
     time::Duration,
 };
 
 use anyhow::{Context as _, Result, anyhow, ensure};
+use lab::{residue, unique};
 use mesh_agent::{
     capture::{Capture, CaptureConfig, Captured, EbpfLog, Listener, PodNet},
     identity::SpiffeId,
@@ -35,11 +35,15 @@ pub const POD6: &str = "fd00:77::2";
 pub const PEER4: &str = "10.77.0.1";
 pub const PEER6: &str = "fd00:77::1";
 
-static NEXT: AtomicU32 = AtomicU32::new(0);
-
-/// A name no other test has.
-fn unique(what: &str) -> String {
-    format!("mc{}{what}{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
+/// Fails the test that ends with something left behind; one that has failed already is told about it.
+fn judge(left: &[String]) {
+    if thread::panicking() {
+        for line in left {
+            eprintln!("{line}");
+        }
+    } else {
+        assert!(left.is_empty(), "{}", left.join("\n"));
+    }
 }
 
 /// A child holds what this process has open, the listeners of an agent too, until the kernel is through with its
@@ -55,14 +59,20 @@ fn run(command: &str) -> Result<()> {
     Ok(())
 }
 
-/// A network namespace, gone when dropped.
+/// Does `work` while no child runs: what it closes is closed when it returns.
+pub fn alone<T>(work: impl FnOnce() -> T) -> T {
+    let _no_child = CHILDREN.write().unwrap_or_else(PoisonError::into_inner);
+    work()
+}
+
+/// A network namespace, gone when dropped. Agents have left it by then.
 pub struct Ns {
     name: String,
 }
 
 impl Ns {
     pub fn new(what: &str) -> Result<Self> {
-        let ns = Self { name: unique(what) };
+        let ns = Self { name: unique(what)? };
         run(&format!("ip netns add {}", ns.name))?;
         run(&format!("ip -n {} link set lo up", ns.name))?;
         Ok(ns)
@@ -74,6 +84,12 @@ impl Ns {
 
     pub fn ip(&self, arguments: &str) -> Result<()> {
         run(&format!("ip -n {} {arguments}", self.name))
+    }
+
+    /// Goes at once, with whatever agents have in it.
+    pub fn vanish(self) -> Result<()> {
+        let ns = std::mem::ManuallyDrop::new(self);
+        run(&format!("ip netns delete {}", ns.name))
     }
 
     /// Runs `f` on a thread of its own inside the namespace.
@@ -96,9 +112,10 @@ impl Ns {
 
 impl Drop for Ns {
     fn drop(&mut self) {
-        if let Err(error) = run(&format!("ip netns delete {}", self.name)) {
-            eprintln!("{error:#}");
-        }
+        let path = self.path();
+        let mut left = residue::wait_until_none(|| residue::in_netns(&path));
+        left.extend(run(&format!("ip netns delete {}", self.name)).err().map(|error| format!("{error:#}")));
+        judge(&left);
     }
 }
 
@@ -131,7 +148,7 @@ impl Cgroup {
         let hierarchy = hierarchy.context("no cgroup2 hierarchy")?;
         let own = fs::read_to_string("/proc/self/cgroup")?;
         let own = own.lines().find_map(|line| line.strip_prefix("0::/")).context("no cgroup of our own")?;
-        let root = hierarchy.join(unique("cg"));
+        let root = hierarchy.join(unique("cg")?);
         fs::create_dir(&root)?;
         let cgroup = Self { root, home: hierarchy.join(own) };
         fs::write(cgroup.root.join("cgroup.procs"), "0")?;
@@ -141,12 +158,14 @@ impl Cgroup {
 
 impl Drop for Cgroup {
     fn drop(&mut self) {
+        // Its last agent is gone.
+        let mut left = residue::wait_until_none(|| residue::in_cgroup(&self.root));
         // Under the lock, so that no test enters what is being taken away.
-        let _shared = CGROUP.lock().unwrap_or_else(PoisonError::into_inner);
-        let left = fs::write(self.home.join("cgroup.procs"), "0").and_then(|()| fs::remove_dir(&self.root));
-        if let Err(error) = left {
-            eprintln!("{}: {error}", self.root.display());
-        }
+        let shared = CGROUP.lock().unwrap_or_else(PoisonError::into_inner);
+        let moved = fs::write(self.home.join("cgroup.procs"), "0").and_then(|()| fs::remove_dir(&self.root));
+        left.extend(moved.err().map(|error| format!("{}: {error}", self.root.display())));
+        drop(shared);
+        judge(&left);
     }
 }
 
@@ -174,7 +193,7 @@ impl Agent {
         let root = cgroup.root.clone();
         let config = CaptureConfig {
             cgroup_root: Some(root),
-            bpf_dir: bpffs()?.join(unique("bpf")),
+            bpf_dir: bpffs()?.join(unique("bpf")?),
             ebpf_log: EbpfLog::Off,
         };
         Self::with(config, cgroup)
@@ -211,9 +230,10 @@ impl Agent {
     /// Ends as a crash does: nothing is taken away, and every socket of its pods is closed. To be called with all that
     /// is held of its pods.
     pub fn crash(&mut self, pods: impl IntoIterator<Item = Arc<PodNet>>) {
-        let _no_child = CHILDREN.write().unwrap_or_else(PoisonError::into_inner);
-        self.capture = None;
-        pods.into_iter().for_each(drop);
+        alone(|| {
+            self.capture = None;
+            pods.into_iter().for_each(drop);
+        });
     }
 
     /// Starts again, with what the last one left.
@@ -223,10 +243,15 @@ impl Agent {
         Ok(())
     }
 
+    /// Lets a pod go; its listeners are closed when this returns.
+    pub fn un_enrol(&self, pod: &PodNet) -> Result<()> {
+        alone(|| self.capture()?.un_enrol(pod))
+    }
+
     /// Takes everything away and sees that nothing is left.
     pub fn remove(&mut self) -> Result<()> {
         if let Some(capture) = self.capture.take() {
-            capture.remove()?;
+            alone(|| capture.remove())?;
         }
         ensure!(!self.config.bpf_dir.exists(), "{} is left", self.config.bpf_dir.display());
         Ok(())
@@ -236,9 +261,12 @@ impl Agent {
 impl Drop for Agent {
     fn drop(&mut self) {
         self.capture = None;
-        if let Err(error) = mesh_agent::capture::clean(&self.config.bpf_dir) {
-            eprintln!("{error:#}");
-        }
+        let cleaned = mesh_agent::capture::clean(&self.config.bpf_dir);
+        let mut left: Vec<_> = cleaned.err().map(|error| format!("{error:#}")).into_iter().collect();
+        left.extend(
+            self.config.bpf_dir.exists().then(|| format!("{} is left", self.config.bpf_dir.display())),
+        );
+        judge(&left);
     }
 }
 

@@ -23,9 +23,11 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("route", &[]),
     ("policy", &["identity", "route"]),
     ("balance", &["route"]),
-    ("upstream", &["balance", "capture", "identity", "policy", "tunnel"]),
-    ("tunnel", &["identity"]),
+    ("upstream", &["balance", "capture", "http2", "identity", "policy", "tunnel"]),
+    ("tunnel", &["http2", "identity"]),
     ("copy", &[]),
+    ("http1", &[]),
+    ("http2", &[]),
     // around the path
     ("admin", &["balance", "capture", "identity", "source", "upstream"]),
     ("source", &[]),
@@ -39,7 +41,17 @@ const NOUNS: &[(&str, &[&str])] = &[
     ("drain", &[]),
     ("body", &["error"]),
     // Flags name the options of the rooms they are for.
-    ("config", &["admin::Address", "admin::SOCKET_NAME", "capture::EbpfLog", "error", "report::AccessLog"]),
+    (
+        "config",
+        &[
+            "admin::Address",
+            "admin::SOCKET_NAME",
+            "body::Stall",
+            "capture::EbpfLog",
+            "error",
+            "report::AccessLog",
+        ],
+    ),
     ("state", &["error", "identity::SpiffeId"]),
     ("report", &["error", "identity::SpiffeId", "state"]),
 ];

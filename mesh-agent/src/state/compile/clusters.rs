@@ -1,4 +1,5 @@
-//! Clusters: the endpoints of one (service, port, subset), made once however many routes lead there.
+//! Clusters: the endpoints of one (service, port, subset), made once however many routes lead there, and once more
+//! for clients of each namespace that have rules of their own.
 //!
 //! Promises that an endpoint and a cluster that were there before keep their in-flight counts and positions.
 //! Tested in `tests.rs` beside it.
@@ -10,21 +11,26 @@ use std::{
 };
 
 use super::{
-    destination_rules::{self, DestinationRules, Policy},
+    destination_rules::{self, DestinationRules, Merged, Policy},
     endpoints::{Candidate, selects},
     services::{Definition, Definitions, PortDefinition},
+    views::Views,
 };
 use crate::state::{
     resource::destination_rule::Subset,
-    snapshot::{Backend, Cluster, Endpoint, RouteAction, Snapshot},
+    snapshot::{Backend, Cluster, Endpoint, RouteAction, ServicePort, Snapshot},
 };
 
-/// Makes clusters and remembers them by name.
+/// A cluster's name, and the namespace of its clients where it is theirs alone.
+type Key = (Arc<str>, Option<Arc<str>>);
+
+/// Makes clusters and remembers them by name and view.
 pub(super) struct Clusters<'a, 'p> {
     definitions: &'p Definitions<'a>,
     rules: &'p DestinationRules<'a>,
-    before: HashMap<Arc<str>, Arc<Cluster>>,
-    made: HashMap<Arc<str>, Arc<Cluster>>,
+    views: &'p Views<'p>,
+    before: HashMap<Key, Arc<Cluster>>,
+    made: HashMap<Key, Arc<Cluster>>,
 }
 
 impl<'a, 'p> Clusters<'a, 'p> {
@@ -32,10 +38,11 @@ impl<'a, 'p> Clusters<'a, 'p> {
     pub fn new(
         definitions: &'p Definitions<'a>,
         rules: &'p DestinationRules<'a>,
+        views: &'p Views<'p>,
         previous: Option<&Snapshot>,
     ) -> Self {
-        let before = previous.map(by_name).unwrap_or_default();
-        Self { definitions, rules, before, made: HashMap::new() }
+        let before = previous.map(by_key).unwrap_or_default();
+        Self { definitions, rules, views, before, made: HashMap::new() }
     }
 
     /// The service of this host name.
@@ -43,9 +50,16 @@ impl<'a, 'p> Clusters<'a, 'p> {
         self.definitions.get(host)
     }
 
-    /// All endpoints of a port.
-    pub fn whole(&mut self, service: &Definition<'a>, port: &PortDefinition<'a>) -> Arc<Cluster> {
-        self.make(service, port, None)
+    /// All endpoints of a port, for clients of one namespace or for everybody else.
+    pub fn whole(
+        &mut self,
+        service: &Definition<'a>,
+        port: &PortDefinition<'a>,
+        client: Option<&str>,
+    ) -> Arc<Cluster> {
+        let client = client.filter(|client| self.views.is_special(&service.host, client));
+        let merged = self.rules.find(client, &service.host, &service.key.namespace);
+        self.make(service, port, client, merged.as_ref(), None)
     }
 
     /// The endpoints of a port that are in a subset; `None` when no rule defines the subset.
@@ -54,41 +68,48 @@ impl<'a, 'p> Clusters<'a, 'p> {
         service: &Definition<'a>,
         port: &PortDefinition<'a>,
         subset: &str,
+        client: Option<&str>,
     ) -> Option<Arc<Cluster>> {
-        let merged = self.rules.find(None, &service.host, &service.key.namespace)?;
+        let client = client.filter(|client| self.views.is_special(&service.host, client));
+        let merged = self.rules.find(client, &service.host, &service.key.namespace)?;
         let subset = merged.subset(subset)?;
-        Some(self.make(service, port, Some(subset)))
+        Some(self.make(service, port, client, Some(&merged), Some(subset)))
     }
 
     fn make(
         &mut self,
         service: &Definition<'a>,
         port: &PortDefinition<'a>,
+        client: Option<&str>,
+        merged: Option<&Merged<'a>>,
         subset: Option<&Subset>,
     ) -> Arc<Cluster> {
         let subset_name = subset.map_or("", |subset| &subset.name);
         let name: Arc<str> = format!("outbound|{}|{subset_name}|{}", port.port, service.host).into();
-        if let Some(made) = self.made.get(&name) {
+        let view: Option<Arc<str>> = client.map(Arc::from);
+        let key = (Arc::clone(&name), view.clone());
+        if let Some(made) = self.made.get(&key) {
             return Arc::clone(made);
         }
-        let merged = self.rules.find(None, &service.host, &service.key.namespace);
-        let Policy { balancing, connect_timeout } = destination_rules::policy(merged, subset);
-        let before = self.before.get(&name);
+        let Policy { balancing, connect_timeout, retry_budget } = destination_rules::policy(merged, subset);
+        let before = self.before.get(&key);
         let labels = subset.map(|subset| &subset.labels);
         let cluster = Arc::new(Cluster {
-            name: Arc::clone(&name),
+            name,
             host: Arc::clone(&service.host),
             service: Arc::clone(&service.key.name),
             namespace: Arc::clone(&service.key.namespace),
             port: port.port,
             protocol: port.protocol,
             subset: subset.map(|subset| subset.name.as_str().into()),
+            view,
             endpoints: endpoints(&port.candidates, labels, before),
             balancing,
             connect_timeout,
+            retry_budget,
             state: before.map(|before| Arc::clone(&before.state)).unwrap_or_default(),
         });
-        self.made.insert(name, Arc::clone(&cluster));
+        self.made.insert(key, Arc::clone(&cluster));
         cluster
     }
 }
@@ -118,21 +139,27 @@ fn endpoints(
 }
 
 /// Every cluster that a snapshot leads to.
-fn by_name(snapshot: &Snapshot) -> HashMap<Arc<str>, Arc<Cluster>> {
-    let mut clusters = HashMap::new();
-    let mut add = |cluster: &Arc<Cluster>| {
-        clusters.entry(Arc::clone(&cluster.name)).or_insert_with(|| Arc::clone(cluster));
-    };
-    for port in snapshot.services.values().flat_map(|service| &service.ports) {
-        add(&port.cluster);
-        for route in port.routes.iter() {
-            let RouteAction::Forward(backends) = &route.action else { continue };
-            for backend in backends {
-                if let Backend::Cluster(cluster) = &backend.backend {
-                    add(cluster);
-                }
-            }
-        }
-    }
-    clusters
+fn by_key(snapshot: &Snapshot) -> HashMap<Key, Arc<Cluster>> {
+    let services = snapshot.services.values();
+    let ports = services.flat_map(|service| service.ports.iter().chain(service.views.values().flatten()));
+    let clusters = ports.flat_map(clusters_of);
+    clusters.map(|cluster| ((Arc::clone(&cluster.name), cluster.view.clone()), Arc::clone(cluster))).collect()
+}
+
+/// Every cluster that a port leads to.
+fn clusters_of(port: &ServicePort) -> impl Iterator<Item = &Arc<Cluster>> {
+    let http = port.routes.iter().flat_map(|route| {
+        let backends = match &route.action {
+            RouteAction::Forward(backends) => backends.as_slice(),
+            RouteAction::Redirect(_) | RouteAction::Direct { .. } => &[],
+        };
+        let mirrors = route.mirrors.iter().map(|mirror| &mirror.backend);
+        backends.iter().map(|backend| &backend.backend).chain(mirrors)
+    });
+    let streams = port.streams.iter().flat_map(|route| &route.backends).map(|backend| &backend.backend);
+    let named = http.chain(streams).filter_map(|backend| match backend {
+        Backend::Cluster(cluster) => Some(cluster),
+        Backend::Missing(_) => None,
+    });
+    std::iter::once(&port.cluster).chain(named)
 }

@@ -1,22 +1,25 @@
 //! Which `DestinationRule` holds for a service.
 //!
-//! Istio looks in the client's namespace, then in the service's, then in the root namespace. A snapshot is the same
-//! for all clients of a node, so the first step is left out: a rule that only it would find is a problem, not
-//! silence. Tested in `tests.rs` beside it.
+//! Istio looks in the client's namespace, then in the service's, then in the root namespace, and takes the most
+//! specific host of the first that has any; of the other namespaces only what is exported to the client. Tested in
+//! `tests.rs` beside it and by `tests/routing_cases.rs`.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
-use super::{Problems, covers, resolve, services::Definitions};
+use super::{Problems, hosts::Hosts, resolve, services::Definitions};
 use crate::state::{
     defaults,
     resource::{
         ObjectKey, Objects, Resource,
         destination_rule::{DestinationRule, Subset, TrafficPolicy},
     },
-    snapshot::Balancing,
+    snapshot::{Balancing, RetryBudget, Visibility},
 };
 
-/// All rules of one host in one namespace, as one.
+/// All rules of one host in one namespace that a client sees, as one.
 #[derive(Default)]
 pub(super) struct Merged<'a> {
     subsets: Vec<&'a Subset>,
@@ -30,6 +33,8 @@ pub(super) struct Policy {
     pub balancing: Balancing,
     /// How long dialling may take.
     pub connect_timeout: Duration,
+    /// How many tries may be retries.
+    pub retry_budget: RetryBudget,
 }
 
 impl<'a> Merged<'a> {
@@ -51,16 +56,33 @@ impl<'a> Merged<'a> {
 /// The policy of a service or subset: a subset's blocks replace the service's one by one.
 pub(super) fn policy(merged: Option<&Merged<'_>>, subset: Option<&Subset>) -> Policy {
     let layers = [subset.and_then(|subset| subset.policy.as_ref()), merged.and_then(|merged| merged.policy)];
-    let mut layers = layers.into_iter().flatten();
-    let pool = layers.clone().find_map(|policy| policy.pool);
+    let layers = || layers.into_iter().flatten();
+    let pool = layers().find_map(|policy| policy.pool);
     Policy {
-        balancing: layers.find_map(|policy| policy.balancing).unwrap_or_default(),
+        balancing: layers().find_map(|policy| policy.balancing).unwrap_or_default(),
         connect_timeout: pool.and_then(|pool| pool.connect_timeout).unwrap_or(defaults::CONNECT_TIMEOUT),
+        retry_budget: layers().find_map(|policy| policy.retry_budget).unwrap_or(defaults::RETRY_BUDGET),
     }
 }
 
-/// All rules by namespace and host.
-pub(super) struct DestinationRules<'a>(BTreeMap<&'a str, BTreeMap<String, Merged<'a>>>);
+/// All rules.
+pub(super) struct DestinationRules<'a> {
+    /// By namespace and host, oldest first.
+    by_namespace: BTreeMap<&'a str, Hosts<Vec<&'a DestinationRule>>>,
+    /// For whom the rules of a host may come to something else than for everybody.
+    special: Hosts<BTreeSet<Special<'a>>>,
+}
+
+/// A client's namespace for which a rule is special.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Special<'a> {
+    /// The rule's namespace.
+    owner: &'a str,
+    /// The client's.
+    client: &'a str,
+    /// Whether it is special because the client is in the rule's own namespace, else because `exportTo` names it.
+    own: bool,
+}
 
 impl<'a> DestinationRules<'a> {
     /// Looks through all rules, oldest first.
@@ -73,50 +95,79 @@ impl<'a> DestinationRules<'a> {
             })
             .collect();
         rules.sort_by_key(|rule| (rule.created.is_none(), &rule.created, &rule.name, &rule.namespace));
-        let mut index: BTreeMap<&str, BTreeMap<String, Merged<'_>>> = BTreeMap::new();
+        let mut index = Self { by_namespace: BTreeMap::new(), special: Hosts::default() };
         for rule in rules {
             let host = resolve(&rule.host, &rule.namespace);
             report(rule, &host, services, problems);
-            index.entry(&rule.namespace).or_default().entry(host).or_default().add(rule);
+            let named = rule.visible.named().iter().map(|client| (&**client, false));
+            let own = (&*rule.namespace, true);
+            index.special.entry(host.clone()).extend(named.chain([own]).map(|(client, own)| Special {
+                owner: &rule.namespace,
+                client,
+                own,
+            }));
+            index.by_namespace.entry(&rule.namespace).or_default().entry(host).push(rule);
         }
-        Self(index)
+        index
     }
 
-    /// The rule for a service: Istio's three steps, the client's namespace where one is known.
-    pub fn find(&self, client: Option<&str>, host: &str, namespace: &str) -> Option<&Merged<'a>> {
-        let client = client.filter(|client| *client != defaults::ROOT_NAMESPACE);
-        let steps = [client, Some(namespace), Some(defaults::ROOT_NAMESPACE)];
-        steps.into_iter().flatten().find_map(|step| most_specific(self.0.get(step)?, host))
+    /// The namespaces of clients that may see other rules of this host than everybody does. Those who see the same
+    /// may be among them, never the other way round.
+    pub fn special(&self, host: &str, namespace: &str) -> BTreeSet<&'a str> {
+        let root = defaults::ROOT_NAMESPACE;
+        // Everybody looks into two namespaces, where `exportTo` decides; a client into its own besides, where it does
+        // not.
+        let counts = |special: &Special<'_>| {
+            let by_everybody = special.owner == namespace || special.owner == root;
+            by_everybody != special.own
+        };
+        let all = self.special.covering(host).flatten();
+        all.filter(|special| counts(special)).map(|special| special.client).collect()
+    }
+
+    /// The rule for a service: Istio's three steps. Without a client's namespace, what everybody sees.
+    pub fn find(&self, client: Option<&str>, host: &str, namespace: &str) -> Option<Merged<'a>> {
+        let root = defaults::ROOT_NAMESPACE;
+        let own = client.and_then(|client| {
+            // In the root namespace are rules for everybody, which must not come before those of the services.
+            self.first(client, host, |rule| client != root || is_private(rule), |_| true)
+        });
+        let sees = |rule: &DestinationRule| match client {
+            Some(client) => rule.visible.to(client),
+            None => rule.visible == Visibility::Everywhere,
+        };
+        own.or_else(|| self.first(namespace, host, |rule| !is_private(rule), sees))
+            .or_else(|| self.first(root, host, |rule| !is_private(rule), sees))
+    }
+
+    /// Of the rules of one namespace that count, those of the most specific host, as far as they are seen.
+    fn first(
+        &self,
+        namespace: &str,
+        host: &str,
+        counts: impl Fn(&DestinationRule) -> bool,
+        sees: impl Fn(&DestinationRule) -> bool,
+    ) -> Option<Merged<'a>> {
+        let mut covering = self.by_namespace.get(namespace)?.covering(host);
+        let rules = covering.find(|rules| rules.iter().any(|rule| counts(rule)))?;
+        let mut merged: Option<Merged<'a>> = None;
+        for rule in rules.iter().filter(|rule| counts(rule) && sees(rule)) {
+            merged.get_or_insert_default().add(rule);
+        }
+        merged
     }
 }
 
-/// The host itself, else the longest wildcard that covers it.
-fn most_specific<'m, 'a>(rules: &'m BTreeMap<String, Merged<'a>>, host: &str) -> Option<&'m Merged<'a>> {
-    rules.get(host).or_else(|| {
-        let wildcards = rules.iter().filter(|(pattern, _)| covers(pattern, host));
-        wildcards.max_by_key(|(pattern, _)| pattern.len()).map(|(_, merged)| merged)
-    })
+/// Whether a rule is there for its own namespace alone.
+fn is_private(rule: &DestinationRule) -> bool {
+    matches!(&rule.visible, Visibility::Namespaces(named) if **named == [rule.namespace.clone()])
 }
 
 /// Says of a rule that holds for nothing why that is so.
 fn report(rule: &DestinationRule, host: &str, services: &Definitions<'_>, problems: &mut Problems<'_>) {
-    let key = ObjectKey::new("DestinationRule", &rule.namespace, &rule.name);
-    let mut covered = services.covered_by(host).peekable();
-    if covered.peek().is_none() {
-        problems.add(
-            &key,
-            "spec.host",
-            format!("no Service has the host {host}, so the rule holds for nothing"),
-        );
-        return;
-    }
-    let root = &*rule.namespace == defaults::ROOT_NAMESPACE;
-    if !root && covered.all(|service| service.key.namespace != rule.namespace) {
-        let message = format!(
-            "{host} is a Service of another namespace; a rule in the clients' namespace is not supported yet, so it \
-             holds for nothing: put it in the Service's namespace or in {}",
-            defaults::ROOT_NAMESPACE
-        );
+    if services.covered_by(host).next().is_none() {
+        let key = ObjectKey::new("DestinationRule", &rule.namespace, &rule.name);
+        let message = format!("no Service has the host {host}, so the rule holds for nothing");
         problems.add(&key, "spec.host", message);
     }
 }

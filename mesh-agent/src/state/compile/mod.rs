@@ -7,8 +7,13 @@
 use std::{collections::HashMap, sync::Arc};
 
 use self::{
-    clusters::Clusters, destination_rules::DestinationRules, routes::Routes, services::Definitions,
-    virtual_services::VirtualServices, workloads::Pods,
+    clusters::Clusters,
+    destination_rules::DestinationRules,
+    destinations::Destinations,
+    services::{Definition, Definitions},
+    views::Views,
+    virtual_services::{Routed, VirtualServices},
+    workloads::Pods,
 };
 use super::{
     Problem,
@@ -17,13 +22,18 @@ use super::{
 };
 
 mod clusters;
+mod delegates;
 mod destination_rules;
+mod destinations;
 mod endpoints;
+mod hosts;
 mod protocol;
 mod routes;
 mod services;
+mod streams;
 #[cfg(test)]
 mod tests;
+mod views;
 mod virtual_services;
 mod workloads;
 
@@ -56,7 +66,8 @@ pub fn compile(
     let definitions = Definitions::index(objects, &pods, &mut problems);
     let rules = DestinationRules::index(objects, &definitions, &mut problems);
     let virtual_services = VirtualServices::index(objects, &definitions, &mut problems);
-    let mut clusters = Clusters::new(&definitions, &rules, previous);
+    let views = Views::index(&definitions, &rules, &pods);
+    let mut clusters = Clusters::new(&definitions, &rules, &views, previous);
     let mut snapshot = Snapshot {
         revision: previous.map_or(0, |previous| previous.revision) + 1,
         workloads: HashMap::new(),
@@ -65,32 +76,55 @@ pub fn compile(
         inbound: HashMap::new(),
     };
     for definition in definitions.iter() {
-        let mut routes = Routes { clusters: &mut clusters, problems: &mut problems };
-        let ports = definition.ports.iter().map(|port| ServicePort {
-            port: port.port,
-            protocol: port.protocol,
-            routes: routes.compile(definition, port, virtual_services.find(&definition.host)),
-            cluster: routes.clusters.whole(definition, port),
-        });
+        let mut seen = |client| {
+            let mut destinations = Destinations { clusters: &mut clusters, problems: &mut problems, client };
+            ports(&mut destinations, definition, virtual_services.find(&definition.host, client))
+        };
+        let ports = seen(None);
+        let clients = views.of(definition, &virtual_services, &pods);
+        let views = clients.into_iter().map(|client| (client.into(), seen(Some(client)))).collect();
         let service = Arc::new(Service {
             host: Arc::clone(&definition.host),
             name: Arc::clone(&definition.key.name),
             namespace: Arc::clone(&definition.key.namespace),
             vips: definition.vips.clone(),
-            ports: ports.collect(),
+            visible: definition.visible.clone(),
+            ports,
+            views,
         });
-        for port in &service.ports {
-            for endpoint in &port.cluster.endpoints {
-                snapshot.inbound.entry(endpoint.address).or_insert_with(|| Arc::clone(&port.cluster));
-            }
-        }
-        for vip in &service.vips {
-            snapshot.vips.insert(*vip, Arc::clone(&service));
-        }
-        snapshot.services.insert(Arc::clone(&service.host), service);
+        enter(&mut snapshot, service);
     }
     snapshot.workloads = pods.workloads;
     (snapshot, problems.into_sorted())
+}
+
+/// The ports of a service as the clients see them that `destinations` is for.
+fn ports<'a>(
+    destinations: &mut Destinations<'_, 'a, '_, '_>,
+    definition: &Definition<'a>,
+    routed: Option<&Routed<'_>>,
+) -> Vec<ServicePort> {
+    let ports = definition.ports.iter().map(|port| ServicePort {
+        port: port.port,
+        protocol: port.protocol,
+        routes: routes::compile(destinations, definition, port, routed),
+        streams: streams::compile(destinations, routed.map(|routed| routed.service), port.port),
+        cluster: destinations.clusters.whole(definition, port, destinations.client),
+    });
+    ports.collect()
+}
+
+/// Makes a service known by its name and addresses.
+fn enter(snapshot: &mut Snapshot, service: Arc<Service>) {
+    for port in &service.ports {
+        for endpoint in &port.cluster.endpoints {
+            snapshot.inbound.entry(endpoint.address).or_insert_with(|| Arc::clone(&port.cluster));
+        }
+    }
+    for vip in &service.vips {
+        snapshot.vips.insert(*vip, Arc::clone(&service));
+    }
+    snapshot.services.insert(Arc::clone(&service.host), service);
 }
 
 /// Collects problems, each once.

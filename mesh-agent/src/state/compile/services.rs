@@ -18,9 +18,12 @@ use super::{
 };
 use crate::state::{
     defaults,
-    resource::{ObjectKey, Objects, Resource},
-    snapshot::Protocol,
+    resource::{ObjectKey, Objects, Resource, export_to},
+    snapshot::{Protocol, Visibility},
 };
+
+/// Annotation of a Service that says who may know of it.
+const EXPORT_TO: &str = "networking.istio.io/exportTo";
 
 /// A service before its routes.
 pub(super) struct Definition<'a> {
@@ -28,6 +31,8 @@ pub(super) struct Definition<'a> {
     pub key: &'a ObjectKey,
     /// Fully qualified host name.
     pub host: Arc<str>,
+    /// Who may know of it (annotation `networking.istio.io/exportTo`).
+    pub visible: Visibility,
     /// Its cluster addresses.
     pub vips: Vec<IpAddr>,
     /// Its TCP ports.
@@ -129,7 +134,10 @@ fn define<'a>(
             candidates: backing.candidates(key, service, port, &vips, problems),
         });
     }
-    Some(Definition { key, host: host_name(&key.name, &key.namespace).into(), vips, ports })
+    let annotations = service.metadata.annotations.as_ref();
+    let visible = annotations.and_then(|annotations| annotations.get(EXPORT_TO));
+    let visible = visible.map(|text| export_to::annotation(&key.namespace, text)).unwrap_or_default();
+    Some(Definition { key, host: host_name(&key.name, &key.namespace).into(), visible, vips, ports })
 }
 
 /// The cluster addresses; each belongs to the first service (by namespace and name) that claims it.

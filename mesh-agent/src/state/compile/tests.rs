@@ -2,7 +2,10 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod bookinfo;
+mod delegates;
 mod endpoints;
+mod streams;
+mod views;
 mod workloads;
 
 use std::{sync::Arc, sync::atomic::Ordering, time::Duration};
@@ -73,7 +76,7 @@ fn istio(head: &str, spec: &str) -> String {
 }
 
 fn routes(snapshot: &Snapshot, host: &str, port: u16) -> Vec<Arc<HttpRoute>> {
-    snapshot.services[host].port(port).unwrap().routes.to_vec()
+    snapshot.services[host].port_for("default", port).unwrap().routes.to_vec()
 }
 
 /// Names of the clusters a route leads to, or the sentence of what is missing.
@@ -103,7 +106,7 @@ fn a_service_without_rules_has_the_default_route() {
     assert_eq!(route.retries.attempts, 2);
     assert_eq!(route.retries.on, defaults::retry_on());
     assert_eq!(targets(route), [format!("outbound|80||{A}")]);
-    let cluster = &snapshot.services[A].port(80).unwrap().cluster;
+    let cluster = &snapshot.services[A].port_for("default", 80).unwrap().cluster;
     assert_eq!(addresses(cluster), ["10.0.0.1:80"]);
     assert_eq!(
         (cluster.balancing, cluster.connect_timeout),
@@ -226,7 +229,6 @@ fn rules_that_hold_for_nothing_say_so() {
         + &istio("DestinationRule istio-system/f", &format!("{{host: {A}}}"));
     let expected = [
         "DestinationRule default/d: spec.host: no Service has the host b.default.svc.cluster.local",
-        "DestinationRule other/e: spec.host: a.default.svc.cluster.local is a Service of another namespace",
         "VirtualService default/v: spec.hosts: no Service has any of these hosts",
     ];
     assert_problems(&build(&text).1, &expected);
@@ -274,7 +276,7 @@ fn destination_rules_are_found_and_merged() {
             ("10.0.0.2:80".to_owned(), Balancing::Random, 3),
         ]
     );
-    assert_eq!(snapshot.services[A].port(80).unwrap().cluster.balancing, Balancing::Random);
+    assert_eq!(snapshot.services[A].port_for("default", 80).unwrap().cluster.balancing, Balancing::Random);
 }
 
 #[test]
@@ -286,7 +288,7 @@ fn the_root_namespace_rules_where_the_service_has_none() {
         istio(&format!("DestinationRule {namespace}/r"), &spec)
     };
     let base = service("default", "a", "{port: 80}");
-    let balancing = |text: &str| build(text).0.services[A].port(80).unwrap().cluster.balancing;
+    let balancing = |text: &str| build(text).0.services[A].port_for("default", 80).unwrap().cluster.balancing;
     assert_eq!(balancing(&(base.clone() + &rule("istio-system", "RANDOM"))), Balancing::Random);
     let both = base + &rule("istio-system", "RANDOM") + &rule("default", "ROUND_ROBIN");
     assert_eq!(balancing(&both), Balancing::RoundRobin);
@@ -305,7 +307,8 @@ fn what_endpoints_and_clusters_remember_survives() {
         let Backend::Cluster(cluster) = &backends[0].backend else { panic!("a cluster") };
         Arc::clone(cluster)
     };
-    let whole = |snapshot: &Snapshot| Arc::clone(&snapshot.services[A].port(80).unwrap().cluster);
+    let whole =
+        |snapshot: &Snapshot| Arc::clone(&snapshot.services[A].port_for("default", 80).unwrap().cluster);
     subset(&first).endpoints[0].state.in_flight.store(7, Ordering::Relaxed);
     subset(&first).state.next.store(5, Ordering::Relaxed);
     let (second, _) = build_on(&(base + &pod("default", "a", "v2", "10.0.0.2")), Some(&first));

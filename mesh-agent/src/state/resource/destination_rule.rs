@@ -12,10 +12,14 @@ use serde::Deserialize;
 use super::{
     ObjectKey,
     duration::IstioDuration,
+    export_to,
     field::{Checked, FieldError, NotYet, item, under},
     virtual_service::check_host,
 };
-use crate::state::snapshot::Balancing;
+use crate::state::{
+    defaults,
+    snapshot::{Balancing, Percentage, RetryBudget, Visibility},
+};
 
 /// A `DestinationRule`.
 #[derive(Debug)]
@@ -26,6 +30,8 @@ pub struct DestinationRule {
     pub name: Arc<str>,
     /// `metadata.creationTimestamp`; decides whose policy holds when two name the same host.
     pub created: Option<Time>,
+    /// `spec.exportTo`.
+    pub visible: Visibility,
     /// `spec.host`, as written.
     pub host: String,
     /// `spec.trafficPolicy`.
@@ -52,6 +58,8 @@ pub struct TrafficPolicy {
     pub balancing: Option<Balancing>,
     /// `connectionPool`.
     pub pool: Option<ConnectionPool>,
+    /// `retryBudget`.
+    pub retry_budget: Option<RetryBudget>,
 }
 
 /// `connectionPool`.
@@ -95,8 +103,14 @@ struct WirePolicy {
     _tunnel: Option<NotYet>,
     #[serde(rename = "proxyProtocol")]
     _proxy_protocol: Option<NotYet>,
-    #[serde(rename = "retryBudget")]
-    _retry_budget: Option<NotYet>,
+    retry_budget: Option<WireBudget>,
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct WireBudget {
+    percent: Option<f64>,
+    min_retry_concurrency: Option<u32>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -157,7 +171,7 @@ pub(super) fn check(
     spec: &serde_json::Value,
 ) -> Checked<DestinationRule> {
     let wire: Wire = super::field::deserialize(spec)?;
-    check_export_to(wire.export_to.as_deref())?;
+    let visible = export_to::check(&key.namespace, wire.export_to.as_deref())?;
     check_host(&wire.host).map_err(under("host"))?;
     let policy = wire.traffic_policy.map(WirePolicy::check).transpose().map_err(under("trafficPolicy"))?;
     let mut subsets: Vec<Subset> = Vec::new();
@@ -165,7 +179,7 @@ pub(super) fn check(
         subsets.push(subset.check(&subsets).map_err(item("subsets", i))?);
     }
     let (namespace, name) = (Arc::clone(&key.namespace), Arc::clone(&key.name));
-    Ok(DestinationRule { namespace, name, created, host: wire.host, policy, subsets })
+    Ok(DestinationRule { namespace, name, created, visible, host: wire.host, policy, subsets })
 }
 
 impl WireSubset {
@@ -192,7 +206,24 @@ impl WirePolicy {
             None => None,
             Some(pool) => Some(pool.check().map_err(under("connectionPool"))?),
         };
-        Ok(TrafficPolicy { balancing, pool })
+        let retry_budget =
+            self.retry_budget.map(WireBudget::check).transpose().map_err(under("retryBudget"))?;
+        Ok(TrafficPolicy { balancing, pool, retry_budget })
+    }
+}
+
+impl WireBudget {
+    fn check(self) -> Checked<RetryBudget> {
+        let percent = match self.percent {
+            None => defaults::RETRY_BUDGET.percent,
+            Some(percent) if (0.0..=100.0).contains(&percent) => Percentage((percent * 100.0).round() as u32),
+            Some(percent) => {
+                let message = format!("percent {percent} is not in range 0..100");
+                return Err(FieldError::new("percent", message));
+            }
+        };
+        let min_concurrency = self.min_retry_concurrency.unwrap_or(defaults::MIN_RETRY_CONCURRENCY);
+        Ok(RetryBudget { percent, min_concurrency })
     }
 }
 
@@ -219,17 +250,6 @@ impl WirePool {
     }
 }
 
-/// Only `*`, Istio's default, is honoured: anything narrower would be shown to more clients than it says.
-pub(super) fn check_export_to(export_to: Option<&[String]>) -> Checked<()> {
-    for (i, to) in export_to.unwrap_or_default().iter().enumerate() {
-        if to != "*" {
-            let message = format!("{to:?} is not supported yet; only \"*\" is");
-            return Err(item("exportTo", i)(FieldError::new("", message)));
-        }
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 #[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
@@ -249,7 +269,7 @@ mod tests {
             (json!({}), "", "missing field `host`"),
             (json!({"host": "a b"}), "host", "not a domain name"),
             (json!({"host": "a", "subset": []}), "subset", "unknown field"),
-            (json!({"host": "a", "exportTo": ["*", "."]}), "exportTo[1]", "not supported yet"),
+            (json!({"host": "a", "exportTo": ["*", "."]}), "exportTo", "both public"),
             (json!({"host": "a", "workloadSelector": {}}), "workloadSelector", "not supported yet"),
             (json!({"host": "a", "subsets": [{"labels": {}}]}), "subsets[0]", "missing field `name`"),
             (
@@ -271,6 +291,16 @@ mod tests {
                 balancer(json!({"simple": "PASSTHROUGH"})),
                 "trafficPolicy.loadBalancer.simple",
                 "not supported yet",
+            ),
+            (
+                json!({"host": "a", "trafficPolicy": {"retryBudget": {"percent": 101}}}),
+                "trafficPolicy.retryBudget.percent",
+                "0..100",
+            ),
+            (
+                json!({"host": "a", "trafficPolicy": {"retryBudget": {"minRetryConcurrency": -1}}}),
+                "trafficPolicy.retryBudget.minRetryConcurrency",
+                "invalid value",
             ),
             (balancer(json!({"simple": "BEST"})), "trafficPolicy.loadBalancer.simple", "unknown variant"),
             (
@@ -314,6 +344,21 @@ mod tests {
             let rule =
                 read(&json!({"host": "a", "trafficPolicy": {"loadBalancer": {"simple": simple}}})).unwrap();
             assert_eq!(rule.policy.unwrap().balancing, Some(balancing), "{simple}");
+        }
+    }
+
+    #[test]
+    fn retry_budgets_are_read() {
+        let budget = |percent, min_concurrency| RetryBudget { percent: Percentage(percent), min_concurrency };
+        let table = [
+            (json!({}), budget(2_000, 3)),
+            (json!({"percent": 12.5}), budget(1_250, 3)),
+            (json!({"percent": 0, "minRetryConcurrency": 0}), budget(0, 0)),
+            (json!({"minRetryConcurrency": 10}), budget(2_000, 10)),
+        ];
+        for (written, expected) in table {
+            let rule = read(&json!({"host": "a", "trafficPolicy": {"retryBudget": written}})).unwrap();
+            assert_eq!(rule.policy.unwrap().retry_budget, Some(expected), "{written}");
         }
     }
 }

@@ -22,6 +22,7 @@ use super::{Problem, defaults};
 
 pub mod destination_rule;
 mod duration;
+pub mod export_to;
 pub mod field;
 mod headers;
 mod string_match;
@@ -243,9 +244,10 @@ fn istio(header: &Header<'_>, value: &Value) -> Checked<Resource> {
     let envelope: virtual_service::Envelope = field::deserialize(value)?;
     refuse_unknown(&value["metadata"], &envelope.metadata).map_err(under("metadata"))?;
     let created = envelope.metadata.creation_timestamp;
+    let annotations = envelope.metadata.annotations.unwrap_or_default();
     let (key, spec) = (&header.key, &envelope.spec);
     if &*key.kind == "VirtualService" {
-        let checked = virtual_service::check(key, created, spec).map_err(under("spec"))?;
+        let checked = virtual_service::check(key, created, &annotations, spec).map_err(under("spec"))?;
         return Ok(Resource::VirtualService(Box::new(checked)));
     }
     let checked = destination_rule::check(key, created, spec).map_err(under("spec"))?;

@@ -13,9 +13,8 @@ use std::{
     sync::Arc,
 };
 
-use hyper::service::service_fn;
-use hyper_util::rt::TokioIo;
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
     task::JoinSet,
 };
@@ -23,15 +22,22 @@ use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::{
-    body::Body,
+    body::{Body, Stall},
     error::{Error, Kind, Result},
+    http2::{Reply, ServerStream},
     identity::{Authority, SpiffeId, WorkloadIdentity},
 };
+
+/// Any byte stream.
+trait Bytes: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Bytes for T {}
+
+const STALL: Stall = Stall { idle: None, flush: std::time::Duration::from_mins(5) };
 
 type TestResult = std::result::Result<(), Box<dyn std::error::Error + Send + Sync>>;
 type AppFuture = Pin<Box<dyn Future<Output = ()> + Send>>;
 /// What an app does with one tunnelled connection.
-type App = fn(Box<dyn ByteStream>) -> AppFuture;
+type App = fn(Box<dyn Bytes>) -> AppFuture;
 
 const POD: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 const ECHO: SocketAddr = SocketAddr::new(POD, 7);
@@ -112,29 +118,35 @@ async fn serve(
     app: App,
 ) -> Result<()> {
     let (tls, peer, wire) = accept(stream, identity).await?;
-    if wire == Wire::Hbone {
-        return serve_tunnels(tls, &[POD], drain, move |tunnel| async move {
-            match tunnel.destination.port() {
-                401 => tunnel.refuse(http::StatusCode::UNAUTHORIZED),
-                503 => drop(tunnel),
-                _ => {
-                    if let Ok(stream) = tunnel.accept() {
-                        app(Box::new(stream)).await;
-                    }
-                }
-            }
-        })
-        .await;
-    }
     let peer = Arc::new(peer);
-    let service = service_fn(move |request| native::answer(request, wire, Arc::clone(&peer), app));
-    server_builder()
-        .serve_connection(TokioIo::new(tls), service)
-        .await
-        .map_err(|error| Error::new(Kind::BadRequest, error.to_string()))
+    super::serve(tls, wire, &[POD], drain, move |stream| answer(stream, Arc::clone(&peer), app)).await
 }
 
-fn echo(mut stream: Box<dyn ByteStream>) -> AppFuture {
+async fn answer(stream: MeshStream, peer: Arc<SpiffeId>, app: App) {
+    match stream {
+        MeshStream::Tunnel(tunnel) => match tunnel.destination.port() {
+            401 => tunnel.refuse(http::StatusCode::UNAUTHORIZED),
+            503 => drop(tunnel),
+            _ => {
+                if let Ok(stream) = tunnel.accept() {
+                    app(Box::new(stream)).await;
+                }
+            }
+        },
+        MeshStream::Http { request, port, protocol, stream } => {
+            let response = native::answer(request, port, protocol, &peer);
+            run(stream, response).await;
+        }
+        MeshStream::Neither { stream, .. } => stream.refuse(http::StatusCode::BAD_REQUEST),
+    }
+}
+
+async fn run(stream: ServerStream, response: http::Response<Body>) {
+    let reply: Reply<Body> = Reply::Response(response);
+    stream.run(std::future::ready(reply), STALL).await;
+}
+
+fn echo(mut stream: Box<dyn Bytes>) -> AppFuture {
     Box::pin(async move {
         let (mut reader, mut writer) = tokio::io::split(&mut stream);
         let _ = tokio::io::copy(&mut reader, &mut writer).await;

@@ -1,12 +1,9 @@
 //! HTTP requests as streams of their own.
 
-use std::convert::Infallible;
-
 use bytes::Bytes;
 use h2::Reason;
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode};
 use http_body_util::BodyExt;
-use hyper::body::Incoming;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     sync::oneshot,
@@ -15,52 +12,23 @@ use tokio::{
 use super::*;
 use crate::state::snapshot::Protocol;
 
-/// The node's answer on `mesh-h2`: tunnels to `app`; a native request gets its own body and trailers back, with
-/// what was seen of it in headers.
-#[expect(clippy::unused_async, reason = "a hyper service wants a future")]
-pub(super) async fn answer(
-    request: Request<Incoming>,
-    wire: Wire,
-    peer: Arc<SpiffeId>,
-    app: App,
-) -> std::result::Result<Response<Body>, Infallible> {
-    let mut response = Response::new(Body::Empty);
-    match classify(request, wire, &[POD]) {
-        Err(_) => *response.status_mut() = StatusCode::BAD_REQUEST,
-        Ok(MeshStream::Tunnel { destination, .. }) if destination.port() == 401 => {
-            *response.status_mut() = StatusCode::UNAUTHORIZED;
-        }
-        Ok(MeshStream::Tunnel { destination, .. }) if destination.port() == 503 => {
-            *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
-        }
-        Ok(MeshStream::Tunnel { request, .. }) => {
-            tokio::spawn(async move {
-                if let Ok(io) = hyper::upgrade::on(request).await {
-                    app(Box::new(TokioIo::new(io))).await;
-                }
-            });
-        }
-        Ok(MeshStream::Http { request, port, protocol }) => {
-            let seen = format!(
-                "{} {} {port} {protocol:?} {}",
-                request.method(),
-                request.uri(),
-                peer.service_account
-            );
-            let ours = request.headers().contains_key(MESH_PORT)
-                || request.headers().contains_key(MESH_APP_PROTOCOL);
-            response = Response::new(Body::from(request.into_body()));
-            if let Ok(seen) = HeaderValue::try_from(seen) {
-                response.headers_mut().insert("x-seen", seen);
-            }
-            response
-                .headers_mut()
-                .insert("x-ours-left", HeaderValue::from_static(if ours { "yes" } else { "no" }));
-            // An app may answer with anything; the caller must not see it.
-            response.headers_mut().insert(MESH_PORT, HeaderValue::from_static("1"));
-        }
+/// The node's answer to a native request: its own body and trailers back, with what was seen of it in headers.
+pub(super) fn answer(
+    request: Request<Body>,
+    port: u16,
+    protocol: Protocol,
+    peer: &SpiffeId,
+) -> Response<Body> {
+    let seen = format!("{} {} {port} {protocol:?} {}", request.method(), request.uri(), peer.service_account);
+    let ours = request.headers().contains_key(MESH_PORT) || request.headers().contains_key(MESH_APP_PROTOCOL);
+    let mut response = Response::new(request.into_body());
+    if let Ok(seen) = HeaderValue::try_from(seen) {
+        response.headers_mut().insert("x-seen", seen);
     }
-    Ok(response)
+    response.headers_mut().insert("x-ours-left", HeaderValue::from_static(if ours { "yes" } else { "no" }));
+    // An app may answer with anything; the caller must not see it.
+    response.headers_mut().insert(MESH_PORT, HeaderValue::from_static("1"));
+    response
 }
 
 #[tokio::test]
@@ -70,9 +38,8 @@ async fn a_request_its_body_and_its_trailers_come_through() -> TestResult {
     let (body, _hop) = streamed(b"a body", Ending::Trailer("x-checksum", "42")).await?;
     let node = Node::start(&pair.server, 1, echo).await?;
     let connection = node.connect(&pair).await?;
-    let request =
-        Request::post("http://reviews:9080/a?b=c").header(MESH_PORT, "22").body(Body::from(body))?;
-    let response = connection.send(request, SocketAddr::new(POD, 9080), Protocol::Http1).await?;
+    let request = Request::post("http://reviews:9080/a?b=c").header(MESH_PORT, "22").body(body)?;
+    let response = connection.send(request, SocketAddr::new(POD, 9080), Protocol::Http1, None).await?;
     assert_eq!(response.headers()["x-seen"], "POST http://reviews:9080/a?b=c 9080 Http1 client");
     assert_eq!(response.headers()["x-ours-left"], "no");
     assert!(!response.headers().contains_key(MESH_PORT));
@@ -106,11 +73,11 @@ impl Ending {
     }
 }
 
-/// A body as hyper receives it from a peer.
+/// A body as it is received from a peer.
 async fn streamed(
     data: &'static [u8],
     ending: Ending,
-) -> std::result::Result<(Incoming, JoinSet<()>), Box<dyn std::error::Error + Send + Sync>> {
+) -> std::result::Result<(Body, JoinSet<()>), Box<dyn std::error::Error + Send + Sync>> {
     let (near, far) = tokio::io::duplex(1 << 16);
     let mut tasks = JoinSet::new();
     let (head, arrived) = oneshot::channel::<()>();
@@ -131,11 +98,12 @@ async fn streamed(
             }
         }
     });
-    let (mut sender, driver) = settings::client_builder().handshake(TokioIo::new(near)).await?;
+    let (sender, driver) = settings::client_builder(Wire::MeshH2).handshake(near).await?;
     tasks.spawn(async move {
         let _ = driver.await;
     });
-    let response = sender.send_request(Request::get("http://a/").body(Body::Empty)?).await?;
+    let request = Request::get("http://a/").body(Body::Empty)?;
+    let response = crate::http2::send(sender, request, None).await.map_err(|failed| failed.error)?;
     drop(head);
     Ok((response.into_body(), tasks))
 }
@@ -147,9 +115,9 @@ async fn a_body_that_breaks_off_is_no_whole_one() -> TestResult {
         let (body, _hop) = streamed(b"half of it", Ending::Reset(reason)).await?;
         let node = Node::start(&pair.server, 1, echo).await?;
         let connection = node.connect(&pair).await?;
-        let request = Request::post("http://reviews/").body(Body::from(body))?;
+        let request = Request::post("http://reviews/").body(body)?;
         // The echo breaks off with what it echoes, before its head is sent or after.
-        let outcome = match connection.send(request, ECHO, Protocol::Http1).await {
+        let outcome = match connection.send(request, ECHO, Protocol::Http1, None).await {
             Ok(response) => {
                 response.into_body().collect().await.map(|_| ()).map_err(|error| error.to_string())
             }
@@ -166,7 +134,7 @@ async fn ports_of_the_mesh_are_refused() -> TestResult {
     let node = Node::start(&pair.server, 1, echo).await?;
     let connection = node.connect(&pair).await?;
     let request = Request::get("http://reviews/").body(Body::Empty)?;
-    let response = connection.send(request, SocketAddr::new(POD, 15006), Protocol::Http2).await?;
+    let response = connection.send(request, SocketAddr::new(POD, 15006), Protocol::Http2, None).await?;
     assert_eq!(response.status(), StatusCode::BAD_REQUEST);
     Ok(())
 }
@@ -177,7 +145,7 @@ async fn hbone_carries_no_requests() -> TestResult {
     let node = Node::start(&pair.server, 2, echo).await?;
     let connection = node.connect_tunnels(&pair).await?;
     let request = Request::get("http://reviews/").body(Body::Empty)?;
-    let outcome = connection.send(request, ECHO, Protocol::Http1).await.map(|_| ());
+    let outcome = connection.send(request, ECHO, Protocol::Http1, None).await.map(|_| ());
     assert_eq!(outcome.map_err(|error| error.kind), Err(Kind::BadRequest));
 
     // A peer that sends one all the same, with our headers on it.
@@ -202,11 +170,11 @@ async fn hbone_carries_no_requests() -> TestResult {
 #[tokio::test]
 async fn on_hbone_our_headers_mean_nothing() -> TestResult {
     let (near, far) = tokio::io::duplex(1 << 16);
-    let peer = Arc::new(spiffe("client"));
-    let service = service_fn(move |request| answer(request, Wire::Hbone, Arc::clone(&peer), echo));
     let mut tasks = JoinSet::new();
     tasks.spawn(async move {
-        let _ = server_builder().serve_connection(TokioIo::new(far), service).await;
+        let peer = Arc::new(spiffe("client"));
+        let handle = |stream| super::answer(stream, Arc::clone(&peer), echo);
+        let _ = super::super::serve(far, Wire::Hbone, &[POD], &CancellationToken::new(), handle).await;
     });
     let (mut sender, driver) = h2::client::handshake(near).await?;
     tasks.spawn(async move {
@@ -244,7 +212,7 @@ async fn failing(
     });
     let connection = connect(dialled, &pair.client, std::slice::from_ref(&pair.server.id)).await?;
     let request = Request::get("http://reviews/").body(Body::Empty)?;
-    let outcome = connection.send(request, ECHO, Protocol::Http1).await;
+    let outcome = connection.send(request, ECHO, Protocol::Http1, None).await;
     serving.abort();
     Ok(outcome.err().ok_or("it was answered")?.kind)
 }
@@ -272,7 +240,7 @@ async fn a_stream_beyond_the_goaway_may_be_tried_again() -> TestResult {
     });
     let connection = connect(dialled, &pair.client, std::slice::from_ref(&pair.server.id)).await?;
     let request = Request::get("http://reviews/").body(Body::Empty)?;
-    let outcome = connection.send(request, ECHO, Protocol::Http1).await.map(|_| ());
+    let outcome = connection.send(request, ECHO, Protocol::Http1, None).await.map(|_| ());
     assert_eq!(outcome.map_err(|error| error.kind), Err(Kind::RefusedStream));
     drop(connection);
     serving.await??;
@@ -287,12 +255,12 @@ async fn a_body_holds_its_place_until_its_end() -> TestResult {
     let get = || Request::get("http://reviews/").body(Body::Empty);
     let mut held = Vec::new();
     for _ in 0..100 {
-        held.push(connection.send(get()?, ECHO, Protocol::Http1).await?);
+        held.push(connection.send(get()?, ECHO, Protocol::Http1, None).await?);
     }
     assert!(!connection.is_open());
-    let refused = connection.send(get()?, ECHO, Protocol::Http1).await.map(|_| ());
+    let refused = connection.send(get()?, ECHO, Protocol::Http1, None).await.map(|_| ());
     assert_eq!(refused.map_err(|error| error.kind), Err(Kind::RefusedStream));
     held.clear();
-    connection.send(get()?, ECHO, Protocol::Http1).await?;
+    connection.send(get()?, ECHO, Protocol::Http1, None).await?;
     Ok(())
 }

@@ -17,7 +17,7 @@ async fn either(node: &Node, pair: &Pair, wire: Wire) -> Result<MeshConnection> 
 }
 
 /// Reads everything, then answers with how much it was, then ends.
-fn count(mut stream: Box<dyn ByteStream>) -> AppFuture {
+fn count(mut stream: Box<dyn Bytes>) -> AppFuture {
     Box::pin(async move {
         let mut all = Vec::new();
         if stream.read_to_end(&mut all).await.is_ok() {
@@ -28,7 +28,7 @@ fn count(mut stream: Box<dyn ByteStream>) -> AppFuture {
 }
 
 /// Ends its own direction first, then expects the other to go on.
-fn greet_and_listen(mut stream: Box<dyn ByteStream>) -> AppFuture {
+fn greet_and_listen(mut stream: Box<dyn Bytes>) -> AppFuture {
     Box::pin(async move {
         let _ = stream.write_all(b"hello").await;
         let _ = stream.shutdown().await;
@@ -112,9 +112,10 @@ async fn a_client_that_breaks_off_is_no_end_of_file() -> TestResult {
     let server = Arc::clone(&pair.server);
     let serving = tokio::spawn(async move {
         let (tls, _, _) = accept(accepted, &server).await?;
-        serve_tunnels(tls, &[POD], &CancellationToken::new(), move |tunnel| {
+        super::super::serve(tls, Wire::Hbone, &[POD], &CancellationToken::new(), move |stream| {
             let report = report.clone();
             async move {
+                let MeshStream::Tunnel(tunnel) = stream else { return };
                 let Ok(mut stream) = tunnel.accept() else { return };
                 let outcome = stream.read_to_end(&mut Vec::new()).await;
                 let _ = report.send(outcome).await;
@@ -137,7 +138,7 @@ async fn a_client_that_breaks_off_is_no_end_of_file() -> TestResult {
 }
 
 /// Sends a part and breaks off.
-fn break_off(mut stream: Box<dyn ByteStream>) -> AppFuture {
+fn break_off(mut stream: Box<dyn Bytes>) -> AppFuture {
     Box::pin(async move {
         let _ = stream.write_all(b"half of it").await;
         // The client's word: the part has arrived.

@@ -1,11 +1,15 @@
 //! Servers and clients to run inside the pods of the lab. Servers print one line of JSON once they listen and run
 //! until they are ended; clients print one object of JSON, or a sentence on standard error and exit 1.
 
+mod frames;
 mod grpc;
+mod h2_attack;
 mod http_client;
 mod http_server;
 mod listen;
+mod raw;
 mod tcp;
+mod tunnel;
 mod udp;
 
 use std::net::SocketAddr;
@@ -24,6 +28,8 @@ struct Cli {
 enum Command {
     /// HTTP/1.1 and HTTP/2 server that answers with what it was asked
     Http(http_server::Options),
+    /// TCP server that answers HTTP/1.1 requests with exactly these bytes
+    Http1Raw(raw::Server),
     /// TCP server that echoes until end of file
     TcpEcho(TcpOptions),
     /// TCP server that greets first, then echoes
@@ -32,18 +38,36 @@ enum Command {
     Sink(TcpOptions),
     /// UDP server that echoes datagrams
     UdpEcho(ServerOptions),
-    /// gRPC server with the health service
+    /// gRPC server with the health service, and calls of all kinds
     Grpc(ServerOptions),
     /// HTTP client: one request
     Get(http_client::Get),
     /// HTTP client: many requests, counted
     Many(http_client::Many),
+    /// HTTP/2 client: many requests on one connection
+    Streams(http_client::Streams),
+    /// HTTP client: sends a large body and asks what arrived
+    Upload(http_client::Upload),
+    /// HTTP client: reads a large body and checks it
+    Download(http_client::Download),
+    /// Client that sends exactly the bytes it is told
+    Raw(raw::Client),
+    /// WebSocket client
+    Ws(tunnel::WebSocket),
+    /// Client of CONNECT
+    Connect(tunnel::Connect),
+    /// Client of an HTTP/1.1 upgrade to an echo of bytes
+    Upgrade(tunnel::Upgrade),
+    /// Abuse of HTTP/2
+    H2Attack(h2_attack::Options),
     /// TCP client
     Tcp(tcp::Client),
     /// UDP client
     Udp(udp::Client),
     /// gRPC client: Check and Watch
     GrpcClient(grpc::Client),
+    /// gRPC client: a call of one of the four kinds
+    GrpcCall(grpc::Call),
 }
 
 /// What all servers take.
@@ -70,6 +94,7 @@ struct TcpOptions {
 async fn main() -> Result<()> {
     match Cli::parse().command {
         Command::Http(options) => http_server::serve(options).await,
+        Command::Http1Raw(server) => raw::serve(server).await,
         Command::TcpEcho(options) => tcp::serve(options.server, tcp::Manner::echo(options.report)).await,
         Command::ServerFirst(options) => {
             tcp::serve(options.server, tcp::Manner { greet: true, ..tcp::Manner::echo(options.report) }).await
@@ -81,9 +106,18 @@ async fn main() -> Result<()> {
         Command::Grpc(options) => grpc::serve(options).await,
         Command::Get(client) => client.run().await,
         Command::Many(client) => client.run().await,
+        Command::Streams(client) => client.run().await,
+        Command::Upload(client) => client.run().await,
+        Command::Download(client) => client.run().await,
+        Command::Raw(client) => client.run().await,
+        Command::Ws(client) => client.run().await,
+        Command::Connect(client) => client.run().await,
+        Command::Upgrade(client) => client.run().await,
+        Command::H2Attack(attack) => attack.run().await,
         Command::Tcp(client) => client.run().await,
         Command::Udp(client) => client.run().await,
         Command::GrpcClient(client) => client.run().await,
+        Command::GrpcCall(call) => call.run().await,
     }
 }
 

@@ -120,7 +120,7 @@ fn jason_sees_v2_and_everybody_else_v3() {
     for version in ["v1alpha3", "v1beta1", "v1"] {
         let (snapshot, problems) = build(&bookinfo(version));
         assert_eq!(problems, [], "{version}");
-        let service = snapshot.service_at("10.96.0.2".parse().unwrap()).unwrap();
+        let service = snapshot.service_at("10.96.0.2".parse().unwrap(), "default").unwrap();
         let source = snapshot.workload_at("10.0.0.1".parse().unwrap()).unwrap();
         let endpoints = |user: Option<&str>| {
             let mut request = Request::builder().uri("/reviews/0").header("host", "reviews:9080");
@@ -128,7 +128,7 @@ fn jason_sees_v2_and_everybody_else_v3() {
                 request = request.header("end-user", user);
             }
             let request = request.body(()).unwrap().into_parts().0;
-            let routes = &service.port(9080).unwrap().routes;
+            let routes = &service.port_for("default", 9080).unwrap().routes;
             let (found, _) = route::find(routes, &request, 9080, source).unwrap();
             let RouteAction::Forward(backends) = &found.action else { panic!("a route") };
             let Backend::Cluster(cluster) = &route::draw(backends).backend else { panic!("a cluster") };

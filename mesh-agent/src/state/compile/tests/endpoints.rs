@@ -30,7 +30,7 @@ fn slice(name: &str, family: &str, ports: &str, endpoints: &str) -> String {
 fn behind(text: &str, port: u16) -> Vec<String> {
     let (snapshot, problems) = build(text);
     assert_eq!(problems, [], "{text}");
-    addresses(&snapshot.services[A].port(port).unwrap().cluster)
+    addresses(&snapshot.services[A].port_for("default", port).unwrap().cluster)
 }
 
 #[test]
@@ -120,7 +120,7 @@ fn slices_come_before_selectors() {
     for (slice, expected) in bad {
         let (snapshot, problems) = build(&(base.clone() + &slice));
         assert_problems(&problems, &[&format!("EndpointSlice default/one: {expected}")]);
-        assert!(snapshot.services[A].port(80).unwrap().cluster.endpoints.is_empty());
+        assert!(snapshot.services[A].port_for("default", 80).unwrap().cluster.endpoints.is_empty());
     }
 }
 
@@ -167,7 +167,7 @@ fn cluster_addresses_and_ports() {
     let (snapshot, problems) = build(&text);
     assert_eq!(problems, []);
     assert_eq!(snapshot.vips.len(), 2);
-    let service = snapshot.service_at("fd01::1".parse().unwrap()).unwrap();
+    let service = snapshot.service_at("fd01::1".parse().unwrap(), "default").unwrap();
     let seen: Vec<_> = service.ports.iter().map(|port| (port.port, port.protocol)).collect();
     assert_eq!(seen, [(80, Some(Protocol::Http1)), (5432, Some(Protocol::Opaque)), (9000, None)]);
     assert!(snapshot.services["headless.default.svc.cluster.local"].vips.is_empty());
@@ -195,6 +195,6 @@ fn services_that_cannot_be_as_written() {
     for (text, expected) in table {
         let (snapshot, problems) = build(&(base.clone() + &text));
         assert_problems(&problems, &[&format!("Service default/b: {expected}")]);
-        assert_eq!(&*snapshot.service_at("10.96.0.1".parse().unwrap()).unwrap().name, "a");
+        assert_eq!(&*snapshot.service_at("10.96.0.1".parse().unwrap(), "default").unwrap().name, "a");
     }
 }

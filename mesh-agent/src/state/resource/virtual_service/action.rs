@@ -9,7 +9,7 @@ use k8s_openapi::ByteString;
 use regex::Regex;
 use serde::Deserialize;
 
-use super::{Destination, RuleAction, check_host};
+use super::{Destination, RuleAction, Target, check_host};
 use crate::state::{
     defaults,
     resource::{
@@ -20,6 +20,9 @@ use crate::state::{
     snapshot::{PathRewrite, Redirect, RedirectPort, Rewrite},
 };
 
+/// In front of a redirect's `uri`, it makes that replace the matched prefix alone.
+const PREFIX: &str = "%PREFIX()%";
+
 /// Statuses that clients follow.
 const REDIRECTS: [u16; 5] = [301, 302, 303, 307, 308];
 
@@ -27,14 +30,29 @@ const REDIRECTS: [u16; 5] = [301, 302, 303, 307, 308];
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct WireDestination {
-    destination: Target,
+    destination: WireTarget,
     weight: Option<i32>,
     headers: Option<headers::Wire>,
 }
 
+/// `route[]` of `tls` and `tcp`, which has no headers to change.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct Target {
+pub struct WireStreamDestination {
+    destination: WireTarget,
+    weight: Option<i32>,
+}
+
+impl From<WireStreamDestination> for WireDestination {
+    fn from(stream: WireStreamDestination) -> Self {
+        Self { destination: stream.destination, weight: stream.weight, headers: None }
+    }
+}
+
+/// `destination`.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct WireTarget {
     host: String,
     subset: Option<String>,
     port: Option<PortSelector>,
@@ -68,12 +86,7 @@ pub fn check_route(route: Vec<WireDestination>) -> Checked<Vec<Destination>> {
 
 impl WireDestination {
     fn check(self, index: usize, single: bool) -> Checked<(Destination, i32)> {
-        let Target { host, subset, port } = self.destination;
-        check_host(&host).map_err(under("destination.host"))?;
-        if host.starts_with('*') {
-            let message = "destination host cannot be a wildcard";
-            return Err(FieldError::new("destination.host", message));
-        }
+        let target = self.destination.check().map_err(under("destination"))?;
         let weight = self.weight.unwrap_or(0);
         if weight < 0 {
             return Err(FieldError::new("weight", format!("weight {weight} < 0")));
@@ -81,13 +94,26 @@ impl WireDestination {
         let weight = if single { 1 } else { weight };
         let destination = Destination {
             index,
-            host,
-            port: port.map(|port| port.number.get()),
-            subset: subset.filter(|subset| !subset.is_empty()),
+            target,
             weight: weight.unsigned_abs(),
             headers: self.headers.unwrap_or_default().check().map_err(under("headers"))?,
         };
         Ok((destination, weight))
+    }
+}
+
+impl WireTarget {
+    /// The destination: one host, not many.
+    pub fn check(self) -> Checked<Target> {
+        check_host(&self.host).map_err(under("host"))?;
+        if self.host.starts_with('*') {
+            return Err(FieldError::new("host", "destination host cannot be a wildcard"));
+        }
+        Ok(Target {
+            host: self.host,
+            port: self.port.map(|port| port.number.get()),
+            subset: self.subset.filter(|subset| !subset.is_empty()),
+        })
     }
 }
 
@@ -128,6 +154,8 @@ impl WireRedirect {
             (None, None) => None,
         };
         let uri = self.uri.filter(|uri| !uri.is_empty());
+        let prefix = uri.as_ref().is_some_and(|uri| uri.starts_with(PREFIX));
+        let uri = uri.map(|uri| uri.strip_prefix(PREFIX).map(str::to_owned).unwrap_or(uri));
         if let Some(uri) = &uri {
             check_path(uri).map_err(under("uri"))?;
         }
@@ -144,6 +172,7 @@ impl WireRedirect {
         }
         Ok(Redirect {
             uri,
+            prefix,
             authority: authority_text,
             port,
             scheme,

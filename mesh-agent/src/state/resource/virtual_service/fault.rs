@@ -63,7 +63,7 @@ struct WireAbort {
 
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct WirePercentage {
+pub(super) struct WirePercentage {
     #[serde(default)]
     value: f64,
 }
@@ -77,6 +77,7 @@ impl Wire {
         Ok(Fault {
             delay: self.delay.map(WireDelay::check).transpose().map_err(under("delay"))?,
             abort: self.abort.map(WireAbort::check).transpose().map_err(under("abort"))?,
+            by_header: false,
         })
     }
 }
@@ -94,7 +95,7 @@ impl WireDelay {
         };
         let delay = delay.at_least_a_millisecond("fixedDelay")?;
         let share = match (self.percentage, self.percent) {
-            (Some(percentage), _) => percentage.check()?,
+            (Some(percentage), _) => percentage.check("percentage")?,
             (None, Some(percent)) => share(f64::from(percent)).map_err(under("percent"))?,
             (None, None) => defaults::FAULT_PERCENTAGE,
         };
@@ -115,19 +116,20 @@ impl WireAbort {
             (None, Some(status)) => Abort::Grpc(grpc_status(&status).map_err(under("grpcStatus"))?),
             _ => return Err(FieldError::new("", "an abort needs either httpStatus or grpcStatus")),
         };
-        let share = self.percentage.map(WirePercentage::check).transpose()?;
+        let share = self.percentage.map(|percentage| percentage.check("percentage")).transpose()?;
         Ok((share.unwrap_or(defaults::FAULT_PERCENTAGE), abort))
     }
 }
 
 impl WirePercentage {
-    fn check(self) -> Checked<Percentage> {
-        share(self.value).map_err(under("percentage.value"))
+    /// The share, of the field of this name.
+    pub(super) fn check(self, field: &str) -> Checked<Percentage> {
+        share(self.value).map_err(under("value")).map_err(under(field))
     }
 }
 
 /// Hundredths to the resolution of the path; what is above nothing stays above nothing.
-fn share(percent: f64) -> Checked<Percentage> {
+pub(super) fn share(percent: f64) -> Checked<Percentage> {
     if !(0.0..=100.0).contains(&percent) {
         return Err(FieldError::new("", format!("percentage {percent} is not in range 0..100")));
     }

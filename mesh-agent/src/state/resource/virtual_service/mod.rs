@@ -1,28 +1,37 @@
 //! Istio's `VirtualService`, checked: what compiles from here on cannot be malformed, only name things that do not
 //! exist.
 //!
-//! Fields that Istio has and this version does not honour are refused by name. Tested by the tables in
-//! `virtual_service/tests.rs`.
+//! Fields that Istio does not have are refused by name. Tested by the tables in `virtual_service/tests.rs` and by
+//! `tests/routing_cases.rs`.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use serde::{Deserialize, de::IgnoredAny};
 
 use super::{
-    ObjectKey,
-    destination_rule::check_export_to,
-    field::{Checked, FieldError, NotYet, item},
+    ObjectKey, export_to,
+    field::{Checked, FieldError, item},
 };
-use crate::state::snapshot::{Fault, HeaderOps, Redirect, RequestMatch, RetryOn, Rewrite};
+use crate::state::snapshot::{
+    CorsPolicy, Fault, HeaderOps, Percentage, Redirect, RequestMatch, RetryOn, Rewrite, StreamMatch,
+    Visibility,
+};
 
 mod action;
+mod cors;
+mod delegate;
 mod fault;
+mod mirror;
 mod request_match;
 mod retries;
 mod rule;
+mod stream;
 #[cfg(test)]
 mod tests;
+
+/// Annotation that lets requests ask for faults by header.
+const FAULT_BY_HEADER: &str = "mesh.io/fault-by-header";
 
 /// A `VirtualService`.
 #[derive(Debug)]
@@ -33,46 +42,60 @@ pub struct VirtualService {
     pub name: Arc<str>,
     /// `metadata.creationTimestamp`; decides which one holds when two name the same host.
     pub created: Option<Time>,
-    /// `spec.hosts`, as written; never empty.
+    /// `spec.hosts`, as written; empty where it is there for others to delegate to.
     pub hosts: Vec<String>,
     /// Whether it holds for traffic inside the mesh: `spec.gateways` is absent or names `mesh`.
     pub mesh: bool,
-    /// `spec.http`, never empty.
+    /// `spec.exportTo`.
+    pub visible: Visibility,
+    /// Whether requests may ask for faults by header (annotation `mesh.io/fault-by-header`).
+    pub fault_by_header: bool,
+    /// `spec.http`.
     pub http: Vec<HttpRule>,
+    /// `spec.tls`.
+    pub tls: Vec<StreamRule>,
+    /// `spec.tcp`.
+    pub tcp: Vec<StreamRule>,
 }
 
-/// One entry of `spec.http`.
-#[derive(Debug)]
+/// One entry of `spec.http`. What is `None` is taken from the rule that delegates, if one does.
+#[derive(Debug, Clone)]
 pub struct HttpRule {
     /// `name`.
     pub name: Option<String>,
     /// `match`.
     pub matches: Vec<RuleMatch>,
-    /// `route`, `redirect` or `directResponse`.
+    /// `route`, `redirect`, `directResponse` or `delegate`.
     pub action: RuleAction,
     /// `fault`.
-    pub fault: Fault,
+    pub fault: Option<Fault>,
     /// `headers`.
-    pub headers: HeaderOps,
+    pub headers: Option<HeaderOps>,
     /// `rewrite`.
-    pub rewrite: Rewrite,
-    /// `timeout`; `None` when absent or `0s`, which both mean no limit.
+    pub rewrite: Option<Rewrite>,
+    /// `timeout`; zero is no limit.
     pub timeout: Option<Duration>,
     /// `retries`.
     pub retries: Option<Retries>,
+    /// `mirror` or `mirrors`.
+    pub mirrors: Option<Vec<RuleMirror>>,
+    /// `corsPolicy`.
+    pub cors: Option<CorsPolicy>,
 }
 
 /// One entry of `match`.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct RuleMatch {
     /// Whether it holds inside the mesh: `gateways` is absent or names `mesh`.
     pub mesh: bool,
+    /// `gateways`, as written.
+    pub gateways: Vec<String>,
     /// Everything else.
     pub request: RequestMatch,
 }
 
 /// What a rule does.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub enum RuleAction {
     /// `route`: never empty; the weights are above 0.
     Forward(Vec<Destination>),
@@ -85,27 +108,52 @@ pub enum RuleAction {
         /// `body`.
         body: bytes::Bytes,
     },
+    /// `delegate`: the rules of another `VirtualService` say what happens.
+    Delegate {
+        /// Its namespace.
+        namespace: Arc<str>,
+        /// Its name.
+        name: Arc<str>,
+    },
+}
+
+/// `destination`.
+#[derive(Debug, Clone)]
+pub struct Target {
+    /// `host`, as written.
+    pub host: String,
+    /// `port.number`.
+    pub port: Option<u16>,
+    /// `subset`.
+    pub subset: Option<String>,
 }
 
 /// One entry of `route` that may be drawn.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Destination {
     /// Its place in the list as written.
     pub index: usize,
-    /// `destination.host`, as written.
-    pub host: String,
-    /// `destination.port.number`.
-    pub port: Option<u16>,
-    /// `destination.subset`.
-    pub subset: Option<String>,
+    /// `destination`.
+    pub target: Target,
     /// `weight`; 1 when it is the only one.
     pub weight: u32,
     /// `headers`.
     pub headers: HeaderOps,
 }
 
+/// `mirror`, or one entry of `mirrors`.
+#[derive(Debug, Clone)]
+pub struct RuleMirror {
+    /// Where in the rule its destination stands, for problems.
+    pub field: String,
+    /// Who gets the copies.
+    pub target: Target,
+    /// The share of requests that is copied; above 0.
+    pub percentage: Percentage,
+}
+
 /// `retries`; what is `None` takes the default.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Retries {
     /// `attempts`; 0 switches retries off.
     pub attempts: u32,
@@ -115,6 +163,28 @@ pub struct Retries {
     pub on: Option<RetryOn>,
     /// `backoff`.
     pub backoff: Option<Duration>,
+    /// `retryRemoteLocalities`.
+    pub remote_localities: Option<bool>,
+    /// `retryIgnorePreviousHosts`.
+    pub ignore_previous_hosts: Option<bool>,
+}
+
+/// One entry of `spec.tls` or `spec.tcp`.
+#[derive(Debug)]
+pub struct StreamRule {
+    /// `match`; never empty in `tls`.
+    pub matches: Vec<StreamRuleMatch>,
+    /// `route`: never empty; the weights are above 0.
+    pub route: Vec<Destination>,
+}
+
+/// One entry of `match` in `tls` or `tcp`.
+#[derive(Debug)]
+pub struct StreamRuleMatch {
+    /// Whether it holds inside the mesh: `gateways` is absent or names `mesh`.
+    pub mesh: bool,
+    /// Everything else.
+    pub stream: StreamMatch,
 }
 
 #[derive(Debug, Deserialize)]
@@ -124,32 +194,63 @@ struct Wire {
     gateways: Option<Vec<String>>,
     export_to: Option<Vec<String>>,
     http: Option<Vec<rule::Wire>>,
-    #[serde(rename = "tls")]
-    _tls: Option<NotYet>,
-    #[serde(rename = "tcp")]
-    _tcp: Option<NotYet>,
+    tls: Option<Vec<stream::WireTls>>,
+    tcp: Option<Vec<stream::WireTcp>>,
 }
 
 /// Checks the `spec` of a `VirtualService`.
 pub(super) fn check(
     key: &ObjectKey,
     created: Option<Time>,
+    annotations: &BTreeMap<String, String>,
     spec: &serde_json::Value,
 ) -> Checked<VirtualService> {
     let wire: Wire = super::field::deserialize(spec)?;
-    check_export_to(wire.export_to.as_deref())?;
+    let visible = export_to::check(&key.namespace, wire.export_to.as_deref())?;
     let mesh = for_mesh(wire.gateways.as_deref());
     let hosts = check_hosts(wire.hosts.unwrap_or_default(), mesh)?;
-    let rules = wire.http.unwrap_or_default();
-    if rules.is_empty() {
-        return Err(FieldError::new("http", "http must be provided in virtual service"));
+    let (rules, tls, tcp) =
+        (wire.http.unwrap_or_default(), wire.tls.unwrap_or_default(), wire.tcp.unwrap_or_default());
+    if hosts.is_empty() {
+        check_delegate(wire.gateways.as_deref(), &tls, &tcp)?;
     }
-    let mut http = Vec::with_capacity(rules.len());
-    for (i, rule) in rules.into_iter().enumerate() {
-        http.push(rule.check().map_err(item("http", i))?);
+    if rules.is_empty() && tls.is_empty() && tcp.is_empty() {
+        return Err(FieldError::new("http", "http, tcp or tls must be provided in virtual service"));
     }
+    let within = rule::Within { namespace: &key.namespace, delegate: hosts.is_empty() };
+    let http = each("http", rules, |rule| rule.check(within))?;
+    let tls = each("tls", tls, |rule| rule.check(&hosts))?;
+    let tcp = each("tcp", tcp, stream::WireTcp::check)?;
     let (namespace, name) = (Arc::clone(&key.namespace), Arc::clone(&key.name));
-    Ok(VirtualService { namespace, name, created, hosts, mesh, http })
+    let fault_by_header = annotations.get(FAULT_BY_HEADER).is_some_and(|value| value == "true");
+    Ok(VirtualService { namespace, name, created, hosts, mesh, visible, fault_by_header, http, tls, tcp })
+}
+
+/// Checks the entries of a list one by one.
+fn each<W, T>(list: &str, entries: Vec<W>, check: impl Fn(W) -> Checked<T>) -> Checked<Vec<T>> {
+    entries.into_iter().enumerate().map(|(i, entry)| check(entry).map_err(item(list, i))).collect()
+}
+
+/// What has no hosts is there for others to delegate to, and says of HTTP requests alone what happens to them.
+fn check_delegate(
+    gateways: Option<&[String]>,
+    tls: &[stream::WireTls],
+    tcp: &[stream::WireTcp],
+) -> Checked<()> {
+    let given = [
+        ("gateways", gateways.is_some_and(|gateways| !gateways.is_empty()), "gateways"),
+        ("tls", !tls.is_empty(), "tls route"),
+        ("tcp", !tcp.is_empty(), "tcp route"),
+    ];
+    match given.iter().find(|(_, given, _)| *given) {
+        None => Ok(()),
+        Some((field, _, what)) => {
+            let message = format!(
+                "delegate virtual service must have no {what} specified (it is a delegate as it has no hosts)"
+            );
+            Err(FieldError::new(*field, message))
+        }
+    }
 }
 
 /// Whether a list of gateways holds for traffic inside the mesh.
@@ -158,10 +259,6 @@ fn for_mesh(gateways: Option<&[String]>) -> bool {
 }
 
 fn check_hosts(hosts: Vec<String>, mesh: bool) -> Checked<Vec<String>> {
-    if hosts.is_empty() {
-        let message = "virtual service must have at least one host; delegates are not supported yet";
-        return Err(FieldError::new("hosts", message));
-    }
     for (i, host) in hosts.iter().enumerate() {
         if host == "*" && mesh {
             let message = "wildcard host * is not allowed for virtual services bound to the mesh gateway";

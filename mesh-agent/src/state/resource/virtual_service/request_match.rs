@@ -2,7 +2,7 @@
 //!
 //! Tested in `tests.rs` beside it; how requests are matched, in `route/`.
 
-use std::{collections::BTreeMap, num::NonZeroU16};
+use std::{collections::BTreeMap, num::NonZeroU16, sync::Arc};
 
 use http::HeaderName;
 use serde::Deserialize;
@@ -10,7 +10,7 @@ use serde::Deserialize;
 use super::{RuleMatch, for_mesh};
 use crate::state::{
     resource::{
-        field::{Checked, FieldError, NotYet, entry, under},
+        field::{Checked, FieldError, entry, under},
         string_match::{self, header_name},
     },
     snapshot::{HeaderMatch, RequestMatch, StringMatch},
@@ -23,8 +23,7 @@ const NOT_HEADERS: [&str; 4] = ["uri", "scheme", "method", "authority"];
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Wire {
-    #[serde(rename = "name")]
-    _name: Option<String>,
+    name: Option<String>,
     uri: Option<string_match::Wire>,
     #[serde(default)]
     ignore_uri_case: bool,
@@ -38,14 +37,15 @@ pub struct Wire {
     source_labels: Option<BTreeMap<String, String>>,
     source_namespace: Option<String>,
     gateways: Option<Vec<String>>,
-    #[serde(rename = "statPrefix")]
-    _stat_prefix: Option<NotYet>,
+    stat_prefix: Option<String>,
 }
 
 impl Wire {
     /// The match, with every expression compiled.
     pub fn check(self) -> Checked<RuleMatch> {
         let request = RequestMatch {
+            name: text(self.name),
+            stat_prefix: text(self.stat_prefix),
             uri: optional("uri", self.uri)?,
             ignore_uri_case: self.ignore_uri_case,
             scheme: optional("scheme", self.scheme)?,
@@ -58,8 +58,13 @@ impl Wire {
             source_labels: self.source_labels.unwrap_or_default().into_iter().collect(),
             source_namespace: self.source_namespace.filter(|namespace| !namespace.is_empty()),
         };
-        Ok(RuleMatch { mesh: for_mesh(self.gateways.as_deref()), request })
+        let mesh = for_mesh(self.gateways.as_deref());
+        Ok(RuleMatch { mesh, gateways: self.gateways.unwrap_or_default(), request })
     }
+}
+
+fn text(written: Option<String>) -> Option<Arc<str>> {
+    written.filter(|text| !text.is_empty()).map(Arc::from)
 }
 
 fn optional(field: &str, wire: Option<string_match::Wire>) -> Checked<Option<StringMatch>> {

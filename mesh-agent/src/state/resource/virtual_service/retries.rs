@@ -8,17 +8,13 @@ use super::{Retries, fault::GRPC_STATUS};
 use crate::state::{
     resource::{
         duration::IstioDuration,
-        field::{Checked, FieldError, NotYet},
+        field::{Checked, FieldError},
     },
     snapshot::RetryOn,
 };
 
 /// gRPC statuses that `retryOn` may name, in its own spelling.
 const GRPC: [&str; 5] = ["cancelled", "deadline-exceeded", "internal", "resource-exhausted", "unavailable"];
-
-/// Conditions that Istio has and this version does not.
-const NOT_YET: [&str; 4] =
-    ["retriable-headers", "envoy-ratelimited", "http3-post-connect-failure", "reset-before-request"];
 
 /// As written.
 #[derive(Debug, Deserialize)]
@@ -29,10 +25,8 @@ pub struct Wire {
     per_try_timeout: Option<IstioDuration>,
     retry_on: Option<String>,
     backoff: Option<IstioDuration>,
-    #[serde(rename = "retryRemoteLocalities")]
-    _retry_remote_localities: Option<NotYet>,
-    #[serde(rename = "retryIgnorePreviousHosts")]
-    _retry_ignore_previous_hosts: Option<NotYet>,
+    retry_remote_localities: Option<bool>,
+    retry_ignore_previous_hosts: Option<bool>,
 }
 
 impl Wire {
@@ -41,7 +35,11 @@ impl Wire {
         let attempts = u32::try_from(self.attempts)
             .map_err(|_| FieldError::new("attempts", "attempts cannot be negative"))?;
         let on = self.retry_on.filter(|on| !on.is_empty());
-        let more = self.per_try_timeout.is_some() || on.is_some() || self.backoff.is_some();
+        let more = self.per_try_timeout.is_some()
+            || on.is_some()
+            || self.backoff.is_some()
+            || self.retry_remote_localities.is_some()
+            || self.retry_ignore_previous_hosts.is_some();
         if attempts == 0 && more {
             let message = "http retry policy configured when attempts are set to 0 (disabled)";
             return Err(FieldError::new("attempts", message));
@@ -54,6 +52,8 @@ impl Wire {
             per_try_timeout: at_least(self.per_try_timeout, "perTryTimeout")?,
             on: on.map(|on| conditions(&on)).transpose()?,
             backoff: at_least(self.backoff, "backoff")?,
+            remote_localities: self.retry_remote_localities,
+            ignore_previous_hosts: self.retry_ignore_previous_hosts,
         })
     }
 }
@@ -69,12 +69,13 @@ fn conditions(text: &str) -> Checked<RetryOn> {
             "connect-failure" => on.connect_failure = true,
             "refused-stream" => on.refused_stream = true,
             "retriable-4xx" => on.retriable_4xx = true,
-            // Means the numbers beside it, which count without it too.
-            "retriable-status-codes" => {}
+            "retriable-headers" => on.retriable_headers = true,
+            "envoy-ratelimited" => on.envoy_ratelimited = true,
+            "reset-before-request" => on.reset_before_request = true,
+            // One means the numbers beside it, which count without it too; the other never happens, as nothing here
+            // speaks HTTP/3.
+            "retriable-status-codes" | "http3-post-connect-failure" => {}
             word if GRPC.contains(&word) => on.grpc.extend(grpc_number(word)),
-            word if NOT_YET.contains(&word) => {
-                return Err(FieldError::new("retryOn", format!("{word} is not supported yet")));
-            }
             word => match word.parse::<u16>() {
                 Ok(status @ 100..=599) => on.status_codes.push(status),
                 _ => {

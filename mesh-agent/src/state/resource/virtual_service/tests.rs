@@ -1,6 +1,9 @@
 //! Fields of a `VirtualService`: what is accepted, what is refused, and where the error points.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+mod additions;
+mod streams;
+
 use serde_json::{Value, json};
 
 use super::*;
@@ -10,7 +13,7 @@ use crate::state::{
 };
 
 fn read(spec: &Value) -> Checked<VirtualService> {
-    check(&ObjectKey::new("VirtualService", "default", "reviews"), None, spec)
+    check(&ObjectKey::new("VirtualService", "default", "reviews"), None, &BTreeMap::new(), spec)
 }
 
 /// A service with one rule: a plain route with these fields on top.
@@ -40,16 +43,12 @@ fn bad_specs() {
     let http = json!([{"route": [{"destination": {"host": "a"}}]}]);
     let with_hosts = |hosts: Value| json!({"hosts": hosts, "http": http});
     refused(vec![
-        (json!({"http": http}), "hosts", "at least one host"),
-        (with_hosts(json!([])), "hosts", "at least one host"),
         (with_hosts(json!(["*"])), "hosts[0]", "wildcard host *"),
         (with_hosts(json!(["a", "a.*.b"])), "hosts[1]", "not a domain name"),
         (with_hosts(json!(["a", "b", "a"])), "hosts[2]", "duplicate hosts"),
-        (json!({"hosts": ["a"]}), "http", "http must be provided"),
-        (json!({"hosts": ["a"], "http": []}), "http", "http must be provided"),
-        (json!({"hosts": ["a"], "tls": []}), "tls", "not supported yet"),
-        (json!({"hosts": ["a"], "tcp": [{}]}), "tcp", "not supported yet"),
-        (json!({"hosts": ["a"], "http": http, "exportTo": ["."]}), "exportTo[0]", "not supported yet"),
+        (json!({"hosts": ["a"]}), "http", "http, tcp or tls must be provided"),
+        (json!({"hosts": ["a"], "http": [], "tls": []}), "http", "http, tcp or tls must be provided"),
+        (json!({"hosts": ["a"], "http": http, "exportTo": ["*", "."]}), "exportTo", "both public"),
         (json!({"hosts": "a", "http": http}), "hosts", "invalid type"),
     ]);
     assert!(
@@ -63,10 +62,6 @@ fn bad_rules() {
         (rule(json!({"tmeout": "2s"})), "http[0].tmeout", "unknown field"),
         (rule(json!({"timeout": "2"})), "http[0].timeout", "not a duration"),
         (rule(json!({"timeout": "1us"})), "http[0].timeout", "1ms"),
-        (rule(json!({"mirror": {"host": "a"}})), "http[0].mirror", "not supported yet"),
-        (rule(json!({"mirrors": []})), "http[0].mirrors", "not supported yet"),
-        (rule(json!({"corsPolicy": {}})), "http[0].corsPolicy", "not supported yet"),
-        (rule(json!({"delegate": {"name": "x"}})), "http[0].delegate", "not supported yet"),
         (rule(json!({"redirect": {"uri": "/"}})), "http[0].redirect", "both route and redirect"),
         (
             rule(json!({"directResponse": {"status": 200}})),
@@ -119,7 +114,7 @@ fn bad_matches() {
         ),
         (m(json!({"port": 0})), "http[0].match[1].port", "nonzero"),
         (m(json!({"port": 70000})), "http[0].match[1].port", "70000"),
-        (m(json!({"statPrefix": "x"})), "http[0].match[1].statPrefix", "not supported yet"),
+        (m(json!({"statPrefix": 1})), "http[0].match[1].statPrefix", "invalid type"),
     ]);
 }
 
@@ -235,21 +230,11 @@ fn good_answers() {
     assert_eq!((status.as_u16(), &body[..]), (503, &b"hi"[..]));
     let regex = json!({"match": "^/(\\d+)/x", "rewrite": "/$1/\\1\\\\"});
     let Some(PathRewrite::Regex(_, replacement)) =
-        good(json!({"rewrite": {"uriRegexRewrite": regex}})).rewrite.path
+        good(json!({"rewrite": {"uriRegexRewrite": regex}})).rewrite.unwrap().path
     else {
         panic!("a regex")
     };
     assert_eq!(replacement, "/$$1/${1}\\");
-}
-
-#[test]
-fn rewriting_the_authority_wins_over_headers() {
-    let headers = json!({"request": {"set": {"host": "b.example"}}});
-    let route = json!([{"destination": {"host": "reviews"}, "headers": headers}]);
-    let rule = good(json!({"rewrite": {"authority": "a.example"}, "headers": headers, "route": route}));
-    assert_eq!(rule.rewrite.authority.unwrap(), "a.example");
-    let RuleAction::Forward(route) = rule.action else { panic!("a route") };
-    assert!(rule.headers.request.authority.is_none() && route[0].headers.request.authority.is_none());
 }
 
 #[test]
@@ -288,14 +273,14 @@ fn bad_faults() {
 
 #[test]
 fn good_faults() {
-    let delay = |delay: Value| good(json!({"fault": {"delay": delay}})).fault.delay.unwrap();
+    let delay = |delay: Value| good(json!({"fault": {"delay": delay}})).fault.unwrap().delay.unwrap();
     let (share, time) = delay(json!({"fixedDelay": "2s", "percentage": {"value": 0.1}}));
     assert_eq!((share, time), (Percentage(10), Duration::from_secs(2)));
     assert_eq!(delay(json!({"fixedDelay": "2s", "percent": 50})).0, Percentage(5_000));
     assert_eq!(delay(json!({"fixedDelay": "2s", "percentage": {"value": 100}})).0, Percentage(10_000));
     assert_eq!(delay(json!({"fixedDelay": "2s", "percentage": {"value": 0.0001}})).0, Percentage(1));
     assert_eq!(delay(json!({"fixedDelay": "2s"})).0, Percentage(0), "unset hits nothing");
-    let abort = |abort: Value| good(json!({"fault": {"abort": abort}})).fault.abort.unwrap().1;
+    let abort = |abort: Value| good(json!({"fault": {"abort": abort}})).fault.unwrap().abort.unwrap().1;
     assert!(matches!(abort(json!({"httpStatus": 555})), Abort::Http(status) if status == 555));
     assert!(matches!(abort(json!({"grpcStatus": "UNAVAILABLE"})), Abort::Grpc(14)));
     assert!(matches!(abort(json!({"grpcStatus": "8"})), Abort::Grpc(8)));
@@ -315,22 +300,15 @@ fn retries() {
             "\"often\" is not a valid",
         ),
         (bad(json!({"attempts": 1, "retryOn": "700"})), "http[0].retries.retryOn", "700"),
-        (
-            bad(json!({"attempts": 1, "retryOn": "retriable-headers"})),
-            "http[0].retries.retryOn",
-            "not supported yet",
-        ),
-        (
-            bad(json!({"attempts": 1, "retryRemoteLocalities": true})),
-            "http[0].retries.retryRemoteLocalities",
-            "not supported yet",
-        ),
+        (bad(json!({"retryRemoteLocalities": true})), "http[0].retries.attempts", "set to 0"),
+        (bad(json!({"retryIgnorePreviousHosts": false})), "http[0].retries.attempts", "set to 0"),
     ]);
     let read = |retries: Value| good(json!({"retries": retries})).retries.unwrap();
     assert_eq!(read(json!({"attempts": 0})).attempts, 0);
     let all = read(json!({
         "attempts": 3, "perTryTimeout": "250ms", "backoff": "10ms",
-        "retryOn": "5xx, gateway-error,reset,connect-failure,refused-stream,retriable-4xx,503,unavailable,internal"
+        "retryOn": "5xx, gateway-error,reset,connect-failure,refused-stream,retriable-4xx,503,unavailable,internal,\
+                    retriable-headers,envoy-ratelimited,reset-before-request,http3-post-connect-failure"
     }));
     assert_eq!(all.per_try_timeout, Some(Duration::from_millis(250)));
     let expected = RetryOn {
@@ -342,6 +320,9 @@ fn retries() {
         retriable_4xx: true,
         status_codes: vec![503],
         grpc: vec![14, 13],
+        retriable_headers: true,
+        envoy_ratelimited: true,
+        reset_before_request: true,
     };
     assert_eq!(all.on, Some(expected));
     assert!(read(json!({"attempts": 1})).on.is_none());
@@ -350,6 +331,6 @@ fn retries() {
 #[test]
 fn no_timeout_has_two_spellings() {
     assert_eq!(good(json!({})).timeout, None);
-    assert_eq!(good(json!({"timeout": "0s"})).timeout, None);
+    assert_eq!(good(json!({"timeout": "0s"})).timeout, Some(Duration::ZERO));
     assert_eq!(good(json!({"timeout": "1m30s"})).timeout, Some(Duration::from_secs(90)));
 }

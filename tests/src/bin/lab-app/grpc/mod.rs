@@ -1,15 +1,25 @@
-//! gRPC: the health service, unary and server streaming.
+//! gRPC: the health service, unary and server streaming, and `lab.Notes` for all kinds.
+//!
+//! It is served by hyper alone: tonic's own server would act on `grpc-timeout`, and whether others do is the question.
 
-use std::time::Duration;
+mod notes;
+
+use std::{convert::Infallible, time::Duration};
 
 use anyhow::{Context as _, Result};
 use clap::Args;
+use hyper::{Request as HttpRequest, Response as HttpResponse, body::Incoming, service::service_fn};
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo},
+    server::conn::auto,
+};
 use lab::apps::{GrpcAnswer, POD_HEADER};
 use tonic::{
     Request, Response, Status,
-    codegen::{BoxStream, tokio_stream},
+    body::Body,
+    codegen::{BoxStream, Service as _, tokio_stream},
     metadata::MetadataValue,
-    transport::{Endpoint, Server, server::TcpIncoming},
+    transport::Endpoint,
 };
 use tonic_health::pb::{
     HealthCheckRequest, HealthCheckResponse,
@@ -18,9 +28,12 @@ use tonic_health::pb::{
     health_server::{Health, HealthServer},
 };
 
+pub use self::notes::Call;
+use self::notes::Notes;
 use crate::{ServerOptions, listen, print};
 
-/// Answers by the name of the service asked for: none or `count/N`; any other is not found.
+/// Answers by the name of the service asked for: none, `count/N`, or `slow/MS`, which takes its time; any other is
+/// not found.
 struct Named {
     pod: String,
 }
@@ -35,13 +48,17 @@ impl Named {
     }
 }
 
-fn count(service: &str) -> Result<u32, Status> {
-    let number = if service.is_empty() {
-        Some(1)
-    } else {
-        service.strip_prefix("count/").and_then(|n| n.parse().ok())
-    };
-    number.ok_or_else(|| Status::not_found(format!("no service {service:?}; try \"count/5\"")))
+/// How many messages a service streams, once the time it takes is over.
+async fn count(service: &str) -> Result<u32, Status> {
+    let (verb, number) = service.split_once('/').unwrap_or((service, "1"));
+    match (verb, number.parse()) {
+        ("" | "count", Ok(count)) => Ok(count),
+        ("slow", Ok(millis)) => {
+            tokio::time::sleep(Duration::from_millis(u64::from(millis))).await;
+            Ok(1)
+        }
+        _ => Err(Status::not_found(format!("no service {service:?}; try \"count/5\""))),
+    }
 }
 
 fn message(status: ServingStatus) -> HealthCheckResponse {
@@ -56,7 +73,7 @@ impl Health for Named {
         &self,
         request: Request<HealthCheckRequest>,
     ) -> Result<Response<HealthCheckResponse>, Status> {
-        count(&request.get_ref().service)?;
+        count(&request.get_ref().service).await?;
         self.response(message(ServingStatus::Serving))
     }
 
@@ -64,7 +81,7 @@ impl Health for Named {
         &self,
         request: Request<HealthCheckRequest>,
     ) -> Result<Response<Self::WatchStream>, Status> {
-        let count = count(&request.get_ref().service)?;
+        let count = count(&request.get_ref().service).await?;
         let messages = (0..count).map(|n| {
             Ok(message(if n % 2 == 0 { ServingStatus::Serving } else { ServingStatus::NotServing }))
         });
@@ -74,9 +91,25 @@ impl Health for Named {
 
 pub async fn serve(options: ServerOptions) -> Result<()> {
     let listener = listen::tcp(options.listen)?;
-    let health = HealthServer::new(Named { pod: options.name });
-    Server::builder().add_service(health).serve_with_incoming(TcpIncoming::from(listener)).await?;
-    Ok(())
+    loop {
+        let (stream, peer) = listener.accept().await?;
+        stream.set_nodelay(true)?;
+        let name = options.name.clone();
+        let service = service_fn(move |request| answer(request, name.clone()));
+        tokio::spawn(async move {
+            let builder = auto::Builder::new(TokioExecutor::new()).http2_only();
+            if let Err(error) = builder.serve_connection(TokioIo::new(stream), service).await {
+                eprintln!("connection of {peer}: {error}");
+            }
+        });
+    }
+}
+
+async fn answer(request: HttpRequest<Incoming>, pod: String) -> Result<HttpResponse<Body>, Infallible> {
+    match Notes::kind(request.uri().path()) {
+        Some(kind) => Ok(Notes { pod, kind }.serve(request).await),
+        None => HealthServer::new(Named { pod }).call(request).await,
+    }
 }
 
 #[derive(Debug, Args)]

@@ -1,9 +1,8 @@
-//! A tunnelled byte stream that ends as TCP ends.
+//! The byte stream of a CONNECT, which ends as TCP ends.
 //!
-//! Made of an h2 stream directly: hyper's upgraded streams turn an end that is dropped in mid-stream into a clean
-//! end of file at the other side, so that half a transfer would pass for a whole one. Here, `END_STREAM` is FIN and
-//! is sent by `shutdown` alone; a stream dropped before that is reset with `CONNECT_ERROR` (RFC 9113, section 8.5:
-//! what a proxy's TCP error is), and a reset is an error to whoever reads. Tested in `tunnel/tests`.
+//! `END_STREAM` is FIN and is sent by `shutdown` alone; a stream dropped before that is reset with `CONNECT_ERROR`
+//! (RFC 9113, section 8.5: what a proxy's TCP error is), and a reset is an error to whoever reads: half a transfer
+//! never passes for a whole one. Tested in `tunnel/tests`.
 
 use std::{
     io,
@@ -19,7 +18,7 @@ use tokio::{
 };
 
 /// The bytes of one CONNECT stream, at either end.
-pub struct TunnelStream {
+pub struct ByteStream {
     send: SendStream<Bytes>,
     receive: RecvStream,
     /// Received, not yet read; its flow-control window is given back as it is read.
@@ -29,19 +28,16 @@ pub struct TunnelStream {
     _place: Option<OwnedSemaphorePermit>,
 }
 
-impl TunnelStream {
-    pub(super) fn new(
-        send: SendStream<Bytes>,
-        receive: RecvStream,
-        place: Option<OwnedSemaphorePermit>,
-    ) -> Self {
+impl ByteStream {
+    /// Both directions of an open stream; `place` is held until the end of it.
+    pub fn new(send: SendStream<Bytes>, receive: RecvStream, place: Option<OwnedSemaphorePermit>) -> Self {
         Self { send, receive, unread: Bytes::new(), finished: false, _place: place }
     }
 }
 
-impl std::fmt::Debug for TunnelStream {
+impl std::fmt::Debug for ByteStream {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("TunnelStream").field("id", &self.send.stream_id()).finish_non_exhaustive()
+        f.debug_struct("ByteStream").field("id", &self.send.stream_id()).finish_non_exhaustive()
     }
 }
 
@@ -52,7 +48,7 @@ fn reset(error: h2::Error) -> io::Error {
     io::Error::new(io::ErrorKind::ConnectionReset, error)
 }
 
-impl AsyncRead for TunnelStream {
+impl AsyncRead for ByteStream {
     fn poll_read(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -74,7 +70,7 @@ impl AsyncRead for TunnelStream {
     }
 }
 
-impl AsyncWrite for TunnelStream {
+impl AsyncWrite for ByteStream {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         if data.is_empty() {
@@ -109,7 +105,7 @@ impl AsyncWrite for TunnelStream {
     }
 }
 
-impl TunnelStream {
+impl ByteStream {
     fn why_closed(&mut self, cx: &mut Context<'_>) -> io::Error {
         match self.send.poll_reset(cx) {
             Poll::Ready(Ok(reason)) => reset(reason.into()),
@@ -119,7 +115,7 @@ impl TunnelStream {
     }
 }
 
-impl Drop for TunnelStream {
+impl Drop for ByteStream {
     fn drop(&mut self) {
         if !self.finished {
             self.send.send_reset(Reason::CONNECT_ERROR);

@@ -1,24 +1,45 @@
-//! The HTTP clients: one request told in full, or many counted.
+//! The HTTP clients: one request told in full, many counted, many on one connection, and large bodies.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+mod streams;
+mod transfer;
+
+use std::{
+    net::SocketAddr,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
 use clap::Args;
-use http_body_util::{BodyExt as _, Full};
+use futures_util::stream;
+use http_body_util::{BodyExt as _, Full, StreamBody, combinators::BoxBody};
 use hyper::{
     HeaderMap, Method, Request, Response, Uri,
-    body::Incoming,
+    body::{Body, Frame, Incoming},
     client::conn::{http1, http2},
-    header::{HOST, HeaderName, HeaderValue},
+    ext,
+    header::{HOST, HeaderName, HeaderValue, TRAILER},
     http::uri::Authority,
 };
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use lab::apps::{Answer, Tally};
 use tokio::{net::TcpStream, task::JoinSet};
 
+pub use self::{
+    streams::Many as Streams,
+    transfer::{Download, Upload},
+};
 use crate::{http_server::plain, print};
 
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+type Outgoing = BoxBody<Bytes, Failure>;
+
+/// Limits that are the proxy's to have, not the client's.
+const HEADERS: usize = 4096;
+const HEADER_BYTES: usize = 4 * 1024 * 1024;
+/// When a client gives up that was not told otherwise.
+const PATIENCE: Duration = Duration::from_secs(20);
 /// How much of a body is kept to be shown.
 const SHOWN: usize = 1024 * 1024;
 
@@ -36,12 +57,15 @@ pub struct Asked {
     /// Send a body of this many bytes
     #[arg(long, default_value_t = 0)]
     body_bytes: usize,
+    /// A trailer after the body, as `name: value`; may be given several times
+    #[arg(long, value_parser = header)]
+    trailer: Vec<(HeaderName, HeaderValue)>,
     /// Speak HTTP/2 with prior knowledge
     #[arg(long)]
     h2c: bool,
-    /// Give up after this many milliseconds
-    #[arg(long, default_value_t = 20_000)]
-    timeout_ms: u64,
+    /// Give up after this many milliseconds: 20,000 for an answer, never for a large body
+    #[arg(long)]
+    timeout_ms: Option<u64>,
 }
 
 #[derive(Debug, Args)]
@@ -65,7 +89,8 @@ pub struct Many {
     by: HeaderName,
 }
 
-fn header(text: &str) -> Result<(HeaderName, HeaderValue)> {
+/// Reads `name: value`.
+pub fn header(text: &str) -> Result<(HeaderName, HeaderValue)> {
     let (name, value) = text.split_once(':').context("a header is `name: value`")?;
     Ok((name.trim().parse()?, value.trim().parse()?))
 }
@@ -125,21 +150,32 @@ fn add(total: &mut Tally, tally: Tally) {
 impl Asked {
     /// One request on a connection of its own.
     async fn answer(&self) -> Result<Answer> {
-        let limit = Duration::from_millis(self.timeout_ms);
+        let limit = self.patience();
         let answered = tokio::time::timeout(limit, self.exchange()).await;
         answered.with_context(|| format!("no whole answer from {} within {limit:?}", self.url))?
     }
 
+    /// How long an answer may take.
+    fn patience(&self) -> Duration {
+        self.timeout_ms.map_or(PATIENCE, Duration::from_millis)
+    }
+
     async fn exchange(&self) -> Result<Answer> {
-        let to = self.address()?;
-        let stream = TcpStream::connect(to).await.with_context(|| format!("connecting to {to}"))?;
-        stream.set_nodelay(true)?;
+        let stream = connect(&self.url).await?;
         let (peer, local) = (stream.peer_addr()?, stream.local_addr()?);
-        let response = self.send(TokioIo::new(stream)).await.context("waiting for the answer")?;
-        let (head, body) = response.into_parts();
+        let mut request = self.request(self.body()?)?;
+        let informational = Arc::new(Mutex::new(Vec::new()));
+        let heard = Arc::clone(&informational);
+        ext::on_informational(&mut request, move |response| {
+            heard.lock().unwrap_or_else(PoisonError::into_inner).push(response.status().as_u16());
+        });
+        let sent = send(TokioIo::new(stream), request, self.h2c).await;
+        let (head, body) = sent.context("waiting for the answer")?.into_parts();
         let (body, body_bytes, trailers) = read(body).await.context("reading the body")?;
+        let informational = informational.lock().unwrap_or_else(PoisonError::into_inner).clone();
         Ok(Answer {
             status: head.status.as_u16(),
+            informational,
             version: format!("{:?}", head.version),
             headers: plain(&head.headers),
             trailers: plain(&trailers),
@@ -150,21 +186,22 @@ impl Asked {
         })
     }
 
-    async fn send(&self, io: TokioIo<TcpStream>) -> Result<Response<Incoming>> {
-        // The connection's task lives as long as this process: one request each.
-        if self.h2c {
-            let (mut sender, connection) = http2::handshake(TokioExecutor::new(), io).await?;
-            tokio::spawn(connection);
-            Ok(sender.send_request(self.request()?).await?)
-        } else {
-            let (mut sender, connection) = http1::handshake(io).await?;
-            tokio::spawn(connection);
-            let response = sender.send_request(self.request()?).await?;
-            Ok(response)
+    /// A body of `x`, and the trailers if there are any.
+    fn body(&self) -> Result<Outgoing> {
+        let body = Bytes::from(vec![b'x'; self.body_bytes]);
+        if self.trailer.is_empty() {
+            return Ok(Full::from(body).map_err(|never| match never {}).boxed());
         }
+        let mut trailers = HeaderMap::new();
+        for (name, value) in &self.trailer {
+            trailers.try_append(name, value.clone())?;
+        }
+        // No size is declared: over HTTP/1.1 only chunked bodies have trailers.
+        let frames = [Ok(Frame::data(body)), Ok(Frame::trailers(trailers))];
+        Ok(StreamBody::new(stream::iter(frames)).boxed())
     }
 
-    fn request(&self) -> Result<Request<Full<Bytes>>> {
+    fn request(&self, body: Outgoing) -> Result<Request<Outgoing>> {
         let mut authority = self.url.authority().context("the URL has no host")?.clone();
         let mut request = Request::builder().method(self.method.clone());
         for (name, value) in &self.header {
@@ -174,20 +211,53 @@ impl Asked {
                 request = request.header(name, value);
             }
         }
+        for (name, _) in &self.trailer {
+            // Over HTTP/1.1 only what was announced is sent.
+            request = request.header(TRAILER, name.as_str());
+        }
         let target = self.url.path_and_query().map_or("/", |target| target.as_str());
         request = if self.h2c {
             request.uri(Uri::builder().scheme("http").authority(authority).path_and_query(target).build()?)
         } else {
             request.uri(target).header(HOST, authority.as_str())
         };
-        Ok(request.body(Full::from(vec![b'x'; self.body_bytes]))?)
+        Ok(request.body(body)?)
     }
+}
 
-    fn address(&self) -> Result<SocketAddr> {
-        let authority = self.url.authority().context("the URL has no host")?;
-        let host = authority.host().trim_start_matches('[').trim_end_matches(']');
-        let Ok(ip) = host.parse() else { bail!("the URL needs an address for a host, not {host}") };
-        Ok(SocketAddr::new(ip, authority.port_u16().unwrap_or(80)))
+/// Connects to the address in a URL.
+pub async fn connect(url: &Uri) -> Result<TcpStream> {
+    let authority = url.authority().context("the URL has no host")?;
+    let host = authority.host().trim_start_matches('[').trim_end_matches(']');
+    let Ok(ip) = host.parse() else { bail!("the URL needs an address for a host, not {host}") };
+    let to = SocketAddr::new(ip, authority.port_u16().unwrap_or(80));
+    let stream = TcpStream::connect(to).await.with_context(|| format!("connecting to {to}"))?;
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
+/// HTTP/2 as the clients speak it.
+pub fn http2() -> http2::Builder<TokioExecutor> {
+    let mut builder = http2::Builder::new(TokioExecutor::new());
+    builder.max_header_list_size(HEADER_BYTES as u32);
+    builder
+}
+
+/// Sends a request on a connection of its own. The connection's task lives as long as this process, or until what
+/// the request was upgraded to has ended.
+pub async fn send<B>(io: TokioIo<TcpStream>, request: Request<B>, h2c: bool) -> Result<Response<Incoming>>
+where
+    B: Body<Data: Send, Error: Into<Failure>> + Send + Unpin + 'static,
+{
+    if h2c {
+        let (mut sender, connection) = http2().handshake(io).await?;
+        tokio::spawn(connection);
+        Ok(sender.send_request(request).await?)
+    } else {
+        let (mut sender, connection) =
+            http1::Builder::new().max_headers(HEADERS).max_buf_size(HEADER_BYTES).handshake(io).await?;
+        tokio::spawn(connection.with_upgrades());
+        Ok(sender.send_request(request).await?)
     }
 }
 

@@ -1,0 +1,174 @@
+//! What is shown of a route, a connection's route and a pod.
+
+use std::{collections::HashMap, sync::Arc};
+
+use http::{HeaderName, HeaderValue, StatusCode};
+
+use super::*;
+use crate::state::snapshot::{Balancing, HeaderOps, Subnet, UnmatchedPreflights};
+
+fn anybody() -> CorsPolicy {
+    CorsPolicy {
+        allow_origins: vec![StringMatch::Exact("*".into())],
+        allow_methods: Some(HeaderValue::from_static("GET")),
+        allow_headers: None,
+        expose_headers: None,
+        max_age: None,
+        allow_credentials: true,
+        unmatched_preflights: UnmatchedPreflights::Forward,
+    }
+}
+
+fn reviews() -> Cluster {
+    Cluster {
+        name: "outbound|9080|v2|reviews.default.svc.cluster.local".into(),
+        host: "reviews.default.svc.cluster.local".into(),
+        service: "reviews".into(),
+        namespace: "default".into(),
+        port: 9080,
+        protocol: Some(Protocol::Http1),
+        subset: Some("v2".into()),
+        view: None,
+        endpoints: Vec::new(),
+        balancing: Balancing::RoundRobin,
+        connect_timeout: Duration::from_secs(10),
+        retry_budget: crate::state::defaults::RETRY_BUDGET,
+        state: Arc::default(),
+    }
+}
+
+fn route_of_everything() -> HttpRoute {
+    let user = (HeaderName::from_static("end-user"), HeaderMatch::Value(StringMatch::Exact("jason".into())));
+    let backend = |backend| WeightedBackend { weight: 50, headers: HeaderOps::default(), backend };
+    HttpRoute {
+        name: "jason".into(),
+        origin: "VirtualService default/reviews".into(),
+        matches: vec![RequestMatch { headers: vec![user], ..RequestMatch::default() }],
+        action: RouteAction::Forward(vec![
+            backend(Backend::Cluster(Arc::new(reviews()))),
+            backend(Backend::Missing("subset v9 does not exist".into())),
+        ]),
+        fault: Fault {
+            delay: Some((Percentage(10_000), Duration::from_secs(2))),
+            abort: Some((Percentage(50), Abort::Http(StatusCode::IM_A_TEAPOT))),
+            by_header: false,
+        },
+        headers: HeaderOps {
+            request: HeaderOp {
+                set: vec![(HeaderName::from_static("x-a"), HeaderValue::from_static("1"))],
+                ..HeaderOp::default()
+            },
+            response: HeaderOp::default(),
+        },
+        rewrite: Rewrite { path: Some(PathRewrite::Uri("/v1".into())), authority: None },
+        timeout: None,
+        retries: RetryPolicy {
+            attempts: 2,
+            per_try_timeout: Some(Duration::from_millis(250)),
+            on: RetryOn { server_error: true, status_codes: vec![404], grpc: vec![14], ..RetryOn::default() },
+            backoff: Duration::from_millis(25),
+            remote_localities: false,
+            ignore_previous_hosts: true,
+        },
+        mirrors: vec![Mirror { percentage: Percentage(1_250), backend: Backend::Missing("no b".into()) }],
+        cors: Some(anybody()),
+        stat_name: Some("jason".into()),
+    }
+}
+
+#[test]
+fn a_route_is_shown_with_all_that_decides() {
+    let expected = json!({
+        "name": "jason",
+        "origin": "VirtualService default/reviews",
+        "match": [{"headers": [{"name": "end-user", "value": {"exact": "jason"}}]}],
+        "action": {"forward": [
+            {"weight": 50, "request_headers": null, "response_headers": null, "cluster": {
+                "name": "outbound|9080|v2|reviews.default.svc.cluster.local",
+                "balancing": "RoundRobin", "connect_timeout_ms": 10_000, "endpoints": [],
+                "view": null, "retry_budget": {"percent": 20.0, "min": 10},
+            }},
+            {"weight": 50, "request_headers": null, "response_headers": null,
+                "missing": "subset v9 does not exist"},
+        ]},
+        "fault": {
+            "delay": {"percent": 100.0, "ms": 2000},
+            "abort": {"percent": 0.5, "with": {"http_status": 418}},
+            "by_header": false,
+        },
+        "request_headers": {"set": [["x-a", "1"]], "add": [], "remove": [], "authority": null},
+        "response_headers": null,
+        "rewrite": {"path": {"uri": "/v1"}, "authority": null},
+        "timeout_ms": null,
+        "retries": {
+            "attempts": 2, "per_try_timeout_ms": 250, "backoff_ms": 25, "on": ["5xx", "404", "grpc-14"],
+            "remote_localities": false, "ignore_previous_hosts": true,
+        },
+        "mirrors": [{"percent": 12.5, "missing": "no b"}],
+        "cors": {
+            "allow_origins": [{"exact": "*"}], "allow_methods": "GET", "allow_headers": null,
+            "expose_headers": null, "max_age": null, "allow_credentials": true,
+            "unmatched_preflights": "Forward",
+        },
+        "stat_name": "jason",
+    });
+    assert_eq!(route(&route_of_everything()), expected);
+}
+
+#[test]
+fn a_stream_route_is_shown_with_all_that_decides() {
+    let m = StreamMatch {
+        sni_hosts: vec![SniHost::Exact("a.example".into()), SniHost::Below(".b.example".into())],
+        destination_subnets: Subnet::parse("10.0.0.0/8").into_iter().collect(),
+        source_subnet: Subnet::parse("::1"),
+        ..StreamMatch::default()
+    };
+    let backend = Backend::Missing("no b".into());
+    let shown = stream(&StreamRoute {
+        name: "tls[0]".into(),
+        origin: "VirtualService default/a".into(),
+        matches: vec![m],
+        backends: vec![WeightedBackend { weight: 1, headers: HeaderOps::default(), backend }],
+    });
+    let expected = json!({
+        "name": "tls[0]",
+        "origin": "VirtualService default/a",
+        "match": [{
+            "sni_hosts": ["a.example", "*.b.example"],
+            "destination_subnets": ["10.0.0.0/8"],
+            "source_subnet": "::1/128",
+        }],
+        "forward": [{"weight": 1, "request_headers": null, "response_headers": null, "missing": "no b"}],
+    });
+    assert_eq!(shown, expected);
+}
+
+#[test]
+fn a_pod_of_two_addresses_is_shown_once_and_order_is_fixed() {
+    let mut workloads = HashMap::new();
+    for (name, last) in [("b", 1), ("a", 3)] {
+        let ips = vec![[10, 0, 0, last].into(), [10, 0, 0, last + 1].into()];
+        let pod = Arc::new(Workload {
+            namespace: "default".into(),
+            name: name.into(),
+            ips: ips.clone(),
+            node: None,
+            identity: crate::identity::SpiffeId {
+                trust_domain: "t".into(),
+                namespace: "default".into(),
+                service_account: name.into(),
+            },
+            labels: BTreeMap::new(),
+            enrolled: false,
+            netns: None,
+            workload_name: name.into(),
+            canonical_service: name.into(),
+            canonical_revision: "latest".into(),
+        });
+        workloads.extend(ips.into_iter().map(|ip: std::net::IpAddr| (ip, pod.clone())));
+    }
+    let dump = config(&Snapshot { workloads, ..Snapshot::default() }, &[]);
+    let names: Vec<_> = dump["workloads"].as_array().into_iter().flatten().map(|w| &w["name"]).collect();
+    assert_eq!(names, ["a", "b"]);
+    assert_eq!(dump["workloads"][0]["identity"], "spiffe://t/ns/default/sa/a");
+}

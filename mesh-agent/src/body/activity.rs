@@ -1,0 +1,163 @@
+//! Whether anything moves on an exchange, and since when not.
+//!
+//! One of these belongs to an HTTP/1 connection (its exchanges follow one another) or to an HTTP/2 stream. Costs one
+//! reading of the clock for each frame. Tested below with a paused clock.
+
+use std::{
+    sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+    time::Duration,
+};
+
+use tokio::time::Instant;
+
+/// How long nothing may move.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stall {
+    /// On an exchange under way, in either direction; `None` is unlimited.
+    pub idle: Option<Duration>,
+    /// While the client does not take what is ready for it.
+    pub flush: Duration,
+}
+
+/// When something last moved.
+#[derive(Debug)]
+pub struct Activity {
+    begun: Instant,
+    /// Milliseconds after `begun`.
+    last: AtomicU64,
+    /// A frame was handed over and the next one not asked for: the client's side is busy with it.
+    handed_over: AtomicBool,
+    /// Exchanges under way.
+    open: AtomicU32,
+    stalled: AtomicBool,
+}
+
+impl Default for Activity {
+    fn default() -> Self {
+        Self {
+            begun: Instant::now(),
+            last: AtomicU64::new(0),
+            handed_over: AtomicBool::new(false),
+            open: AtomicU32::new(0),
+            stalled: AtomicBool::new(false),
+        }
+    }
+}
+
+impl Activity {
+    /// Something moved.
+    pub fn touch(&self) {
+        self.last.store(self.begun.elapsed().as_millis() as u64, Ordering::Relaxed);
+    }
+
+    /// A frame for the client was asked for: it has taken the one before.
+    pub fn asked(&self) {
+        self.handed_over.store(false, Ordering::Relaxed);
+    }
+
+    /// A frame for the client was handed over.
+    pub fn handed_over(&self) {
+        self.handed_over.store(true, Ordering::Relaxed);
+        self.touch();
+    }
+
+    /// An exchange begins.
+    pub fn begin(&self) {
+        self.open.fetch_add(1, Ordering::Relaxed);
+        self.handed_over.store(false, Ordering::Relaxed);
+        self.touch();
+    }
+
+    /// An exchange has ended.
+    pub fn end(&self) {
+        self.open.fetch_sub(1, Ordering::Relaxed);
+        self.handed_over.store(false, Ordering::Relaxed);
+        self.touch();
+    }
+
+    /// Whether an exchange is under way.
+    pub fn is_open(&self) -> bool {
+        self.open.load(Ordering::Relaxed) > 0
+    }
+
+    /// When something last moved.
+    pub fn last(&self) -> Instant {
+        self.begun + Duration::from_millis(self.last.load(Ordering::Relaxed))
+    }
+
+    /// Whether it was given up because nothing moved.
+    pub fn has_stalled(&self) -> bool {
+        self.stalled.load(Ordering::Relaxed)
+    }
+
+    /// Gives it up: whoever reports its end will say why.
+    pub fn give_up(&self) {
+        self.stalled.store(true, Ordering::Relaxed);
+    }
+
+    /// Until when the exchange under way may go on without anything moving; `None` is unlimited.
+    pub fn deadline(&self, stall: Stall) -> Option<Instant> {
+        let flush = self.handed_over.load(Ordering::Relaxed).then_some(stall.flush);
+        let limit = match (flush, stall.idle) {
+            (Some(flush), Some(idle)) => Some(flush.min(idle)),
+            (flush, idle) => flush.or(idle),
+        };
+        limit.map(|limit| self.last() + limit)
+    }
+
+    /// Completes when nothing has moved for too long, and marks it as given up.
+    pub async fn stalled(&self, stall: Stall) {
+        loop {
+            let now = Instant::now();
+            // Without a limit now there may be one later: the client may stop taking.
+            let deadline = self.deadline(stall).unwrap_or(now + stall.flush);
+            tokio::time::sleep_until(deadline).await;
+            if self.deadline(stall).is_some_and(|deadline| deadline <= Instant::now()) {
+                self.give_up();
+                return;
+            }
+            tokio::task::yield_now().await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const STALL: Stall = Stall { idle: None, flush: Duration::from_secs(10) };
+
+    #[tokio::test(start_paused = true)]
+    async fn silence_is_limited_only_where_a_limit_is_set() {
+        let activity = Activity::default();
+        let silent = tokio::time::timeout(Duration::from_hours(1), activity.stalled(STALL));
+        assert!(silent.await.is_err());
+        assert!(!activity.has_stalled());
+        let idle = Stall { idle: Some(Duration::from_mins(1)), ..STALL };
+        activity.touch();
+        let begun = Instant::now();
+        activity.stalled(idle).await;
+        assert_eq!(begun.elapsed().as_secs(), 60);
+        assert!(activity.has_stalled());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_takes_nothing_is_given_up() {
+        let activity = Activity::default();
+        activity.handed_over();
+        let moving = async {
+            for _ in 0..5 {
+                tokio::time::sleep(Duration::from_secs(9)).await;
+                activity.asked();
+                activity.handed_over();
+            }
+            std::future::pending::<()>().await;
+        };
+        let begun = Instant::now();
+        tokio::select! {
+            () = activity.stalled(STALL) => {}
+            () = moving => {}
+        }
+        assert_eq!(begun.elapsed().as_secs(), 55);
+    }
+}

@@ -1,0 +1,162 @@
+//! The accepting end of a connection: every stream is handed to a handler of its own.
+//!
+//! Promises that a peer which breaks the protocol, opens streams only to reset them, or answers no PING loses this
+//! connection and nothing else. Tested in `tests.rs` beside it and in `tunnel/tests`.
+
+use std::{sync::Arc, time::Duration};
+
+use ::bytes::Bytes;
+use h2::{Ping, PingPong, Reason};
+use http::{Method, Request};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    time,
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use super::stream::{ServerStream, Tally};
+use crate::{
+    body::{Body, Received},
+    error::{Error, Kind, Result},
+};
+
+/// How a connection is looked after.
+#[derive(Debug, Clone, Copy)]
+pub struct Options {
+    /// Time for the peer's preface.
+    pub handshake: Duration,
+    /// How often a PING is sent, and how long its answer may take; `None`: no PING is sent.
+    pub ping: Option<(Duration, Duration)>,
+    /// How long it may be without a stream before it is closed; `None`: for ever.
+    pub idle: Option<Duration>,
+}
+
+/// Serves a connection until it ends and every handler is done; `drain` makes it send GOAWAY and end with its last
+/// stream. The request of a CONNECT has no body: its bytes come once it is granted.
+///
+/// # Errors
+/// [`Kind::BadRequest`] when the peer breaks HTTP/2, [`Kind::DownstreamReset`] when the connection breaks with streams
+/// open.
+pub async fn serve<S, H, F>(
+    io: S,
+    builder: &h2::server::Builder,
+    options: Options,
+    drain: &CancellationToken,
+    handle: H,
+) -> Result<()>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+    H: Fn(Request<Body>, ServerStream) -> F,
+    F: Future<Output = ()> + Send + 'static,
+{
+    let mut connection = handshake(io, builder, options.handshake).await?;
+    let pings = connection.ping_pong();
+    let keep_alive = async {
+        match options.ping {
+            Some((interval, limit)) => keep_alive(pings, interval, limit).await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::pin!(keep_alive);
+    let (handlers, tally) = (TaskTracker::new(), Arc::new(Tally::default()));
+    let unused = unused(&handlers, &tally, options.idle);
+    tokio::pin!(unused);
+    let mut draining = false;
+    let outcome = loop {
+        tokio::select! {
+            accepted = connection.accept() => match accepted {
+                Some(Ok((request, reply))) => {
+                    let (request, receive) = into_body(request);
+                    let stream = ServerStream::new(reply, receive, Arc::clone(&tally));
+                    handlers.spawn(handle(request, stream));
+                    if tally.is_abusive() {
+                        connection.abrupt_shutdown(Reason::ENHANCE_YOUR_CALM);
+                        break Err(broken(&"most of its streams are opened only to be reset"));
+                    }
+                }
+                // A peer that leaves without ceremony takes nothing with it when no stream is open.
+                Some(Err(error)) if error.is_io() && handlers.is_empty() => break Ok(()),
+                Some(Err(error)) => break Err(ended(&error)),
+                None => break Ok(()),
+            },
+            () = drain.cancelled(), if !draining => {
+                draining = true;
+                connection.graceful_shutdown();
+            }
+            () = &mut keep_alive => {
+                break Err(Error::new(Kind::DownstreamReset, "it answers no PING any more"));
+            }
+            () = &mut unused, if !draining => {
+                draining = true;
+                connection.graceful_shutdown();
+            }
+        }
+    };
+    // A GOAWAY that is still to be written gets its chance; then the streams still open break, so that their handlers
+    // see the end and report it.
+    let _ = time::timeout(Duration::ZERO, std::future::poll_fn(|cx| connection.poll_closed(cx))).await;
+    drop(connection);
+    handlers.close();
+    handlers.wait().await;
+    outcome
+}
+
+async fn handshake<S>(
+    io: S,
+    builder: &h2::server::Builder,
+    limit: Duration,
+) -> Result<h2::server::Connection<S, Bytes>>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    time::timeout(limit, builder.handshake(io))
+        .await
+        .map_err(|_| broken(&format_args!("no HTTP/2 preface within {limit:?}")))?
+        .map_err(|error| ended(&error))
+}
+
+/// Completes after a whole idle time without a stream.
+async fn unused(handlers: &TaskTracker, tally: &Tally, idle: Option<Duration>) {
+    let Some(idle) = idle else { return std::future::pending().await };
+    loop {
+        let before = tally.accepted();
+        time::sleep(idle).await;
+        if handlers.is_empty() && tally.accepted() == before {
+            return;
+        }
+    }
+}
+
+fn into_body(request: Request<h2::RecvStream>) -> (Request<Body>, Option<h2::RecvStream>) {
+    let (parts, receive) = request.into_parts();
+    if parts.method == Method::CONNECT {
+        return (Request::from_parts(parts, Body::Empty), Some(receive));
+    }
+    let body = Body::from(Received::new(&parts.headers, receive));
+    (Request::from_parts(parts, body), None)
+}
+
+fn broken(why: &dyn std::fmt::Display) -> Error {
+    Error::new(Kind::BadRequest, format!("the peer breaks HTTP/2: {why}"))
+}
+
+fn ended(error: &h2::Error) -> Error {
+    if error.is_io() {
+        return Error::new(Kind::DownstreamReset, format!("the connection broke: {error}"));
+    }
+    broken(error)
+}
+
+/// Returns when the peer no longer answers.
+pub async fn keep_alive(pings: Option<PingPong>, interval: Duration, limit: Duration) {
+    let Some(mut pings) = pings else { return std::future::pending().await };
+    loop {
+        time::sleep(interval).await;
+        match time::timeout(limit, pings.ping(Ping::opaque())).await {
+            Ok(Ok(_)) => {}
+            // The connection is closing: its own future tells why.
+            Ok(Err(_)) => return std::future::pending().await,
+            Err(_) => return,
+        }
+    }
+}

@@ -1,0 +1,296 @@
+//! An HTTP connection of a pod's app, in either version: its requests one by one, until it ends.
+//!
+//! Promises: a connection on which nothing moves is closed, each thing it waits for having its own limit; a refusal of
+//! bytes is answered and counted as any request is; when the pod drains, what is under way is finished and nothing new is
+//! taken. Tested in the lab (`limits.rs`, `strict.rs`, `abuse.rs` and others in `tests/tests/http/`).
+
+use std::{
+    convert::Infallible,
+    future::poll_fn,
+    pin::{Pin, pin},
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use ::http::{Method, Request, Response, header::UPGRADE};
+use hyper::{body::Incoming, server::conn::http1, service::service_fn};
+use hyper_util::rt::TokioIo;
+use tokio::{
+    net::TcpStream,
+    time::{Instant, Sleep},
+};
+
+use super::{
+    exchange::{Client, Reported},
+    http::{self, Answered},
+    outbound::Outbound,
+};
+use crate::{
+    body::{Activity, Body, Inform},
+    config::HttpLimits,
+    detect::Prefixed,
+    error::{Error, Kind, Result},
+    http1::{Edge, Gate, Limits, Refusal},
+    http2::{self, Reply, ServerStream},
+    state::snapshot::{Cluster, Protocol},
+    upstream::Io,
+};
+
+/// HTTP/2 towards apps: windows in bytes.
+const STREAM_WINDOW: u32 = 1 << 20;
+const CONNECTION_WINDOW: u32 = 4 << 20;
+
+/// Header lists this many times larger than allowed end in h2 itself; those between are answered and counted.
+const HEADER_LIST_SLACK: u32 = 4;
+
+/// Header lines that hyper takes at least: trailers count too, and what is too much the edge has refused before.
+const MAX_HEADERS: usize = 100;
+
+/// What hyper buffers of an HTTP/1 connection beside a head, bytes.
+const BUFFER_SLACK: usize = 8 << 10;
+
+/// Serves requests until the client is done or the pod drains.
+pub(super) async fn serve(
+    outbound: Arc<Outbound>,
+    client: Prefixed<TcpStream>,
+    version: Protocol,
+    cluster: Arc<Cluster>,
+) -> Result<()> {
+    match version {
+        Protocol::Http2 => serve_http2(outbound, client, cluster).await,
+        Protocol::Http1 | Protocol::Opaque => serve_http1(outbound, client, cluster).await,
+    }
+}
+
+// === HTTP/2 ===
+
+async fn serve_http2(
+    outbound: Arc<Outbound>,
+    client: Prefixed<TcpStream>,
+    cluster: Arc<Cluster>,
+) -> Result<()> {
+    let limits = outbound.mesh.limits;
+    let mut builder = h2::server::Builder::new();
+    builder
+        .initial_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_concurrent_streams(limits.max_streams_per_connection)
+        .max_header_list_size(limits.max_request_head_bytes.saturating_mul(HEADER_LIST_SLACK))
+        .enable_connect_protocol();
+    let options = http2::Options {
+        handshake: limits.request_head_timeout,
+        ping: None,
+        idle: Some(limits.idle_timeout).filter(|idle| !idle.is_zero()),
+    };
+    let drain = outbound.pod.drain.token();
+    let handle = |request, stream: ServerStream| {
+        let (outbound, cluster) = (Arc::clone(&outbound), Arc::clone(&cluster));
+        let asking = Client {
+            version: Protocol::Http2,
+            activity: stream.activity(),
+            inform: stream.informer(),
+            turn: None,
+        };
+        async move {
+            let stall = outbound.mesh.limits.stall();
+            stream.run(reply(outbound, cluster, request, asking), stall).await;
+        }
+    };
+    http2::serve(client, &builder, options, &drain, handle).await.or_else(only_if_abusive)
+}
+
+async fn reply(
+    outbound: Arc<Outbound>,
+    cluster: Arc<Cluster>,
+    request: Request<Body>,
+    client: Client,
+) -> Reply<Reported> {
+    match http::answer(&outbound, cluster, request, client, None).await {
+        Answered::Response(response) => Reply::Response(response),
+        Answered::Switch(head, taker) => {
+            let take = move |stream| {
+                let stream: Box<dyn Io> = Box::new(stream);
+                // Nobody there any more: dropped here, the stream is reset.
+                drop(taker.send(stream));
+            };
+            Reply::Switch(head, Box::new(take))
+        }
+    }
+}
+
+/// A client that goes away is no refusal.
+fn only_if_abusive(error: Error) -> Result<()> {
+    if error.kind == Kind::BadRequest { Err(error) } else { Ok(()) }
+}
+
+// === HTTP/1 ===
+
+async fn serve_http1(
+    outbound: Arc<Outbound>,
+    client: Prefixed<TcpStream>,
+    cluster: Arc<Cluster>,
+) -> Result<()> {
+    let limits = outbound.mesh.limits;
+    let bounds = Limits {
+        head_bytes: limits.max_request_head_bytes as usize,
+        headers: limits.max_request_headers as usize,
+        target_bytes: limits.max_request_target_bytes as usize,
+    };
+    let (edge, gate) = Edge::new(client, bounds);
+    let activity = Arc::new(Activity::default());
+    let (shared, told, moving) = (Arc::clone(&outbound), Arc::clone(&gate), Arc::clone(&activity));
+    let answer = service_fn(move |request| {
+        // Both now, before hyper reads on.
+        let (refused, turn) = (told.next_request().map(Error::from), told.turn());
+        let client = Client {
+            version: Protocol::Http1,
+            activity: Arc::clone(&moving),
+            inform: Arc::clone(&told) as Arc<dyn Inform>,
+            turn: Some(turn),
+        };
+        answer(Arc::clone(&shared), Arc::clone(&cluster), Arc::clone(&told), request, client, refused)
+    });
+    let served = builder(bounds).serve_connection(TokioIo::new(edge), answer);
+    let mut connection = pin!(served.with_upgrades());
+    let mut watch = Watch::new(&gate, &activity, &limits);
+    let mut draining = pin!(outbound.pod.drain.started());
+    let mut drained = false;
+    let ended = poll_fn(|cx| {
+        if !drained && draining.as_mut().poll(cx).is_ready() {
+            drained = true;
+            connection.as_mut().graceful_shutdown();
+        }
+        if let Poll::Ready(ended) = connection.as_mut().poll(cx) {
+            return Poll::Ready(ended);
+        }
+        // Last, so that it judges by what the connection has just done.
+        watch.poll(cx).map(Ok)
+    })
+    .await;
+    if let Err(error) = ended {
+        tracing::debug!(client = %outbound.ends.client, %error, "connection of a client ended early");
+    }
+    Ok(())
+}
+
+fn builder(bounds: Limits) -> http1::Builder {
+    let mut builder = http1::Builder::new();
+    builder
+        .half_close(false)
+        .max_headers(bounds.headers.max(MAX_HEADERS))
+        .max_buf_size(bounds.head_bytes + BUFFER_SLACK)
+        .header_read_timeout(None);
+    builder
+}
+
+async fn answer(
+    outbound: Arc<Outbound>,
+    cluster: Arc<Cluster>,
+    gate: Arc<Gate>,
+    mut request: Request<Incoming>,
+    client: Client,
+    refused: Option<Error>,
+) -> std::result::Result<Response<Reported>, Infallible> {
+    let may_switch = request.method() == Method::CONNECT || request.headers().contains_key(UPGRADE);
+    let upgrade = may_switch.then(|| hyper::upgrade::on(&mut request));
+    let answered = http::answer(&outbound, cluster, request.map(Body::from), client, refused).await;
+    Ok(match (answered, upgrade) {
+        (Answered::Switch(head, taker), Some(upgrade)) => {
+            gate.switched(true);
+            tokio::spawn(async move {
+                if let Ok(stream) = upgrade.await {
+                    let stream: Box<dyn Io> = Box::new(TokioIo::new(stream));
+                    drop(taker.send(stream));
+                }
+            });
+            head.map(|()| Reported::silent(Body::Empty))
+        }
+        (Answered::Switch(head, _), None) => head.map(|()| Reported::silent(Body::Empty)),
+        (Answered::Response(response), _) => {
+            gate.switched(false);
+            response
+        }
+    })
+}
+
+impl From<Refusal> for Error {
+    fn from(refusal: Refusal) -> Self {
+        let kind = match refusal {
+            Refusal::Malformed(_) => Kind::BadRequest,
+            Refusal::HeadTooLarge(_) | Refusal::TooManyHeaders(_) => Kind::HeadTooLarge,
+            Refusal::TargetTooLong(_) => Kind::TargetTooLong,
+            Refusal::HeadTimeout => Kind::HeadTimeout,
+        };
+        Self::new(kind, refusal.to_string())
+    }
+}
+
+impl Inform for Gate {
+    fn inform(&self, status: ::http::StatusCode, headers: &::http::HeaderMap) {
+        Self::inform(self, status, headers);
+    }
+}
+
+/// Looks after an HTTP/1 connection: what it waits for now, and until when.
+struct Watch<'a> {
+    gate: &'a Gate,
+    activity: &'a Activity,
+    limits: &'a HttpLimits,
+    /// Set no later than the earliest limit; moved when that is reached and has moved on, so that a busy connection
+    /// seldom touches the timer.
+    timer: Pin<Box<Sleep>>,
+}
+
+/// What happens when a limit is reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Limit {
+    /// The head is refused, and that is answered.
+    Head,
+    /// The connection ends.
+    Close,
+}
+
+impl<'a> Watch<'a> {
+    fn new(gate: &'a Gate, activity: &'a Activity, limits: &'a HttpLimits) -> Self {
+        let timer = Box::pin(tokio::time::sleep(limits.request_head_timeout));
+        Self { gate, activity, limits, timer }
+    }
+
+    fn next(&self) -> Option<(Instant, Limit)> {
+        if self.activity.is_open() {
+            return self.activity.deadline(self.limits.stall()).map(|at| (at, Limit::Close));
+        }
+        if let Some(began) = self.gate.head_began() {
+            return Some((began + self.limits.request_head_timeout, Limit::Head));
+        }
+        let idle = Some(self.limits.idle_timeout).filter(|idle| !idle.is_zero());
+        idle.map(|idle| (self.activity.last() + idle, Limit::Close))
+    }
+
+    /// Ready when the connection is to be closed.
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        loop {
+            let next = self.next();
+            if let Some((at, limit)) = next
+                && at <= Instant::now()
+            {
+                if limit == Limit::Head {
+                    self.gate.expire_head();
+                    // It wakes the connection, which ends with the answer.
+                    return Poll::Pending;
+                }
+                self.activity.give_up();
+                return Poll::Ready(());
+            }
+            let now = Instant::now();
+            match next {
+                Some((at, _)) if at < self.timer.deadline() => self.timer.as_mut().reset(at),
+                _ => {}
+            }
+            std::task::ready!(self.timer.as_mut().poll(cx));
+            // Nothing was due: look again when something may be.
+            let again = next.map_or(now + self.limits.request_head_timeout, |(at, _)| at);
+            self.timer.as_mut().reset(again.max(now + std::time::Duration::from_millis(1)));
+        }
+    }
+}

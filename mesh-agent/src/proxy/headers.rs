@@ -1,0 +1,102 @@
+//! The headers that apps and dashboards know from Istio, added on the way.
+//!
+//! `x-request-id` and `x-forwarded-proto` where the request has none, `x-envoy-attempt-count` with each try,
+//! `x-envoy-upstream-service-time` on the response. `x-forwarded-for` is
+//! left as it is: the app sees the real client, and only gateways add to it. Tested below.
+
+use std::time::Duration;
+
+use http::{HeaderMap, HeaderName, HeaderValue};
+
+/// Number of the try, from 1 on.
+pub(super) const ATTEMPT_COUNT: HeaderName = HeaderName::from_static("x-envoy-attempt-count");
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+const SERVICE_TIME: HeaderName = HeaderName::from_static("x-envoy-upstream-service-time");
+const GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
+
+/// Makes sure that a request has an id, which is returned, and says how it came.
+pub(super) fn identify(headers: &mut HeaderMap) -> HeaderValue {
+    headers.entry(FORWARDED_PROTO).or_insert(HeaderValue::from_static("http"));
+    headers.entry(REQUEST_ID).or_insert_with(new_id).clone()
+}
+
+/// The id that a request has.
+pub(super) fn request_id(headers: &HeaderMap) -> Option<HeaderValue> {
+    headers.get(REQUEST_ID).cloned()
+}
+
+/// A random UUID (RFC 9562, version 4).
+fn new_id() -> HeaderValue {
+    let random = fastrand::u128(..);
+    let version = (random & !(0xf << 76) & !(0x3 << 62)) | (0x4 << 76) | (0x2 << 62);
+    let hex = format!("{version:032x}");
+    let text = [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]].join("-");
+    // Hexadecimal digits and dashes are what a header value may have.
+    HeaderValue::try_from(text).unwrap_or(HeaderValue::from_static(""))
+}
+
+/// How long the endpoint took, in milliseconds.
+pub(super) fn served_in(headers: &mut HeaderMap, took: Duration) {
+    headers.insert(SERVICE_TIME, HeaderValue::from(took.as_millis() as u64));
+}
+
+/// `grpc-timeout`: up to eight digits and a unit.
+pub(super) fn grpc_timeout(headers: &HeaderMap) -> Option<Duration> {
+    let text = headers.get(GRPC_TIMEOUT)?.to_str().ok()?;
+    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    if digits.is_empty() || digits.len() > 8 || !digits.bytes().all(|b| b.is_ascii_digit()) {
+        return None;
+    }
+    let number: u64 = digits.parse().ok()?;
+    match unit {
+        "H" => Some(Duration::from_secs(number * 3600)),
+        "M" => Some(Duration::from_secs(number * 60)),
+        "S" => Some(Duration::from_secs(number)),
+        "m" => Some(Duration::from_millis(number)),
+        "u" => Some(Duration::from_micros(number)),
+        "n" => Some(Duration::from_nanos(number)),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_are_made_once_and_kept() {
+        let mut headers = HeaderMap::new();
+        let id = identify(&mut headers);
+        let text = id.to_str().unwrap();
+        let lengths: Vec<_> = text.split('-').map(str::len).collect();
+        assert_eq!(lengths, [8, 4, 4, 4, 12], "{text}");
+        assert!(text[14..].starts_with('4') && "89ab".contains(&text[19..20]), "{text}");
+        assert_eq!(identify(&mut headers), id);
+        assert_ne!(new_id(), id);
+        assert_eq!(headers[FORWARDED_PROTO], "http");
+    }
+
+    #[test]
+    fn deadlines_of_grpc() {
+        let table = [
+            ("1H", Some(3_600_000)),
+            ("2M", Some(120_000)),
+            ("3S", Some(3_000)),
+            ("99999999m", Some(99_999_999)),
+            ("4000u", Some(4)),
+            ("5000000n", Some(5)),
+            ("123456789m", None),
+            ("S", None),
+            ("", None),
+            ("-1S", None),
+            ("1s", None),
+            ("1 S", None),
+        ];
+        for (text, millis) in table {
+            let headers = HeaderMap::from_iter([(GRPC_TIMEOUT, HeaderValue::from_static(text))]);
+            assert_eq!(grpc_timeout(&headers), millis.map(Duration::from_millis), "{text}");
+        }
+    }
+}

@@ -1,0 +1,90 @@
+//! Copies of requests for mirrors: sent and forgotten.
+//!
+//! Promises that the request itself never feels it: nothing waits for a mirror, its answer goes nowhere, and what it
+//! cannot take is dropped. Bodies are copied up to the limit of [`crate::body::LIMIT`]; a longer one breaks the copy off.
+//! So many copies are under way to a cluster at a time, and no more. Tested in the lab (`tests/tests/http/mirror.rs`).
+
+use std::sync::Arc;
+
+use http::{HeaderValue, Request};
+use http_body::Body as _;
+use tokio::time::timeout;
+
+use super::{
+    headers,
+    outbound::Outbound,
+    tries::{Sendable, UnderWay},
+};
+use crate::{
+    balance,
+    body::{Body, Inform},
+    error::{Error, Kind, Result},
+    policy, route,
+    state::snapshot::{Backend, Cluster, HttpRoute, Mirror},
+    upstream::{self, Destination},
+};
+
+/// How long a mirror may take where the route has no timeout of its own.
+const LIMIT: std::time::Duration = std::time::Duration::from_mins(1);
+
+/// Sends copies to those mirrors of the route whose turn it is.
+pub(super) fn send(outbound: &Arc<Outbound>, route: &HttpRoute, request: &Sendable, grpc: bool) {
+    for mirror in route.mirrors.iter().filter(|mirror| route::hits(mirror.percentage)) {
+        let Mirror { backend: Backend::Cluster(cluster), .. } = mirror else { continue };
+        let mut parts = request.parts().clone();
+        parts.headers.insert(headers::ATTEMPT_COUNT, HeaderValue::from(1u32));
+        let Some(place) = UnderWay::mirror(cluster) else {
+            outbound.mesh.reporter.mirrored(cluster, Kind::Overflow.row().word);
+            continue;
+        };
+        let copy = Request::from_parts(parts, request.follow().map_or(Body::Empty, Body::Follow));
+        let (outbound, cluster) = (Arc::clone(outbound), Arc::clone(cluster));
+        let limit = route.timeout.unwrap_or(LIMIT);
+        tokio::spawn(async move {
+            let _place = place;
+            let sent = timeout(limit, one(&outbound, &cluster, copy, grpc)).await;
+            let outcome = match &sent {
+                Ok(Ok(())) => "answered",
+                Ok(Err(error)) => error.kind.row().word,
+                Err(_) => Kind::Timeout.row().word,
+            };
+            if let Ok(Err(error)) = &sent {
+                tracing::debug!(cluster = %cluster.name, %error, "a mirror has not answered");
+            }
+            outbound.mesh.reporter.mirrored(&cluster, outcome);
+        });
+    }
+}
+
+/// Nobody waits for the interim responses of a mirror.
+struct Nobody;
+
+impl Inform for Nobody {
+    fn inform(&self, _status: http::StatusCode, _headers: &http::HeaderMap) {}
+}
+
+async fn one(outbound: &Outbound, cluster: &Arc<Cluster>, request: Request<Body>, grpc: bool) -> Result<()> {
+    let Some(chosen) = balance::choose(cluster, &[]) else {
+        return Err(Error::new(Kind::NoHealthyUpstream, format!("{} has no ready endpoint", cluster.name)));
+    };
+    let endpoint = &chosen.endpoint;
+    let via = upstream::via(&outbound.mesh.pods, &outbound.mesh.node, endpoint)?;
+    let permit = policy::outbound(endpoint.workload.as_deref(), endpoint.address)?;
+    let destination = Destination {
+        address: endpoint.address,
+        via: &via,
+        protocol: super::http::upstream_protocol(cluster, super::http::version_of(&request), grpc),
+        connect_timeout: cluster.connect_timeout,
+        flow: None,
+    };
+    let nobody: Arc<dyn Inform> = Arc::new(Nobody);
+    let (response, lease) =
+        outbound.pod.send(&permit, &destination, request, outbound.ends.client, &nobody).await?;
+    // Read to its end, so that the connection can be used again.
+    let mut body = response.into_body();
+    while let Some(frame) = std::future::poll_fn(|cx| std::pin::Pin::new(&mut body).poll_frame(cx)).await {
+        frame.map_err(|error| Error::new(Kind::UpstreamReset, error.to_string()))?;
+    }
+    lease.finished();
+    Ok(())
+}

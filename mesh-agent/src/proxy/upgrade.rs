@@ -1,0 +1,101 @@
+//! A request that wants another protocol: the endpoint is asked, and from its yes on there are only bytes.
+
+use std::sync::Arc;
+
+use ::http::{HeaderValue, Request, Response, header::SEC_WEBSOCKET_KEY};
+use tokio::sync::oneshot;
+
+use super::{
+    exchange::Exchange,
+    headers,
+    http::{self, Answered, Made},
+    outbound::Outbound,
+    tries::{self, Picked},
+};
+use crate::{
+    body::Body,
+    copy::{self, Moved},
+    error::{Error, Kind, Result},
+    state::snapshot::Cluster,
+    upstream::{Destination, Io, Switch, Switched},
+};
+
+/// Who takes the client's side of the connection once it is bytes.
+pub(super) type Taker = oneshot::Sender<Box<dyn Io>>;
+
+/// An endpoint that has agreed.
+pub(super) struct Agreed {
+    head: Response<()>,
+    endpoint: Box<dyn Io>,
+}
+
+/// Asks one endpoint of the cluster; there is no second try, for nobody knows what the first has begun.
+pub(super) async fn ask(
+    outbound: &Outbound,
+    exchange: &mut Exchange,
+    cluster: &Arc<Cluster>,
+    mut request: Request<Body>,
+    wanted: &Switch,
+) -> Result<Made> {
+    exchange.tries = 1;
+    request.headers_mut().insert(headers::ATTEMPT_COUNT, HeaderValue::from(1u32));
+    let key = request.headers().get(SEC_WEBSOCKET_KEY).cloned();
+    let request = request.map(|body| body.metered(Arc::clone(&exchange.request)));
+    let Picked { endpoint, via, permit } = tries::pick(outbound, exchange, cluster, &[])?;
+    let destination = Destination {
+        address: endpoint.address,
+        via: &via,
+        protocol: http::upgrade_protocol(cluster),
+        connect_timeout: cluster.connect_timeout,
+        flow: None,
+    };
+    let asking = outbound.pod.switch(&permit, &destination, request, wanted, outbound.ends.client);
+    let switched = match exchange.deadline {
+        None => asking.await?,
+        Some(deadline) => tokio::time::timeout_at(deadline, asking).await.map_err(|_| {
+            Error::new(Kind::Timeout, format!("no response from {} in time", endpoint.address))
+        })??,
+    };
+    match switched {
+        Switched::Answered(response) => Ok(Made::Response(response)),
+        Switched::Agreed(head, bytes) => {
+            // What limits a request does not limit what it has become.
+            exchange.deadline = None;
+            Ok(Made::Switch(agree(exchange, head, bytes, wanted, key.as_ref())))
+        }
+    }
+}
+
+fn agree(
+    exchange: &Exchange,
+    head: Response<()>,
+    endpoint: Box<dyn Io>,
+    wanted: &Switch,
+    key: Option<&HeaderValue>,
+) -> Agreed {
+    Agreed { head: wanted.agreed(head, exchange.client.version, key), endpoint }
+}
+
+/// Tells the client, and moves bytes until both sides are done; reports then.
+pub(super) fn carry(outbound: &Arc<Outbound>, exchange: Exchange, agreed: Agreed) -> Answered {
+    let Agreed { head, endpoint } = agreed;
+    let (taker, taken) = oneshot::channel::<Box<dyn Io>>();
+    let status = head.status();
+    // Keeps the connection's place and its facts: the HTTP connection it was has ended.
+    let connection = Arc::clone(outbound);
+    outbound.pod.drain.spawn(async move {
+        let _connection = connection;
+        let Ok(client) = taken.await else {
+            let gone = Error::new(Kind::DownstreamReset, "the client left before the protocol was switched");
+            return exchange.switched(status, 0, Some(gone));
+        };
+        let moved = Moved::default();
+        let ended = copy::both_ways(client, endpoint, &moved).await;
+        let error =
+            ended.err().map(|error| Error::new(Kind::UpstreamReset, format!("connection broke: {error}")));
+        let (sent, received) = moved.get();
+        exchange.request.add(sent);
+        exchange.switched(status, received, error);
+    });
+    Answered::Switch(head, taker)
+}

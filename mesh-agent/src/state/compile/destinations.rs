@@ -1,0 +1,111 @@
+//! Destinations of routes and mirrors, resolved to clusters.
+//!
+//! One that does not exist becomes a backend that answers 503, and a problem that names it; the other routes stand.
+//! Tested in `tests.rs` beside it.
+
+use super::{Problems, clusters::Clusters, resolve, services::Definition, virtual_services::key_of};
+use crate::state::{
+    resource::virtual_service::{Target, VirtualService},
+    snapshot::{Backend, Visibility},
+};
+
+/// Resolves destinations for clients of one namespace, or for everybody else.
+pub(super) struct Destinations<'c, 'a, 'p, 'o> {
+    /// Where routes lead.
+    pub clusters: &'c mut Clusters<'a, 'p>,
+    /// What is wrong.
+    pub problems: &'c mut Problems<'o>,
+    /// Namespace of the clients, where it is one with a view of its own.
+    pub client: Option<&'c str>,
+}
+
+/// Where a destination is written.
+pub(super) struct Place<'a> {
+    /// Who wrote it: a host without dots is in its namespace.
+    pub owner: &'a VirtualService,
+    /// The field, for example `spec.http[0].route[1].destination`.
+    pub field: String,
+}
+
+/// Why a destination leads nowhere.
+struct Missing {
+    /// Which part of it.
+    part: &'static str,
+    message: String,
+    /// Whether somebody must do something about it.
+    is_problem: bool,
+}
+
+impl Missing {
+    fn new(part: &'static str, message: String) -> Self {
+        Self { part, message, is_problem: true }
+    }
+}
+
+impl Destinations<'_, '_, '_, '_> {
+    /// What a destination leads to; `port` is the one that the client dialled.
+    pub fn backend(&mut self, place: &Place<'_>, target: &Target, port: u16) -> Backend {
+        let missing = match self.cluster(&place.owner.namespace, target, port) {
+            Ok(backend) => return backend,
+            Err(missing) => missing,
+        };
+        let key = key_of(place.owner);
+        let field = format!("{}.{}", place.field, missing.part);
+        let message = missing.message;
+        if missing.is_problem {
+            let text = format!("{message}; requests that take this route are answered with 503");
+            self.problems.add(&key, &field, text);
+        }
+        Backend::Missing(format!("{key}: {field}: {message}").into())
+    }
+
+    fn cluster(&mut self, namespace: &str, target: &Target, port: u16) -> Result<Backend, Missing> {
+        let host = resolve(&target.host, namespace);
+        let Some(service) = self.clusters.definition(&host) else {
+            let hint = match host.split('.').count() {
+                2..=3 => {
+                    ", and a host with dots is taken as it stands: write NAME.NAMESPACE.svc.cluster.local"
+                }
+                _ => "",
+            };
+            return Err(Missing::new("host", format!("no Service has the host {host}{hint}")));
+        };
+        if !self.sees(service) {
+            // As its owner wants it.
+            let message = format!("{} is not exported to {}", service.key, self.clients());
+            return Err(Missing { part: "host", message, is_problem: false });
+        }
+        let number = match (target.port, service.ports.as_slice()) {
+            (Some(number), _) => number,
+            (None, [only]) => only.port,
+            (None, _) => port,
+        };
+        let Some(port) = service.port(number) else {
+            let message = format!("{} ({host}) has no TCP port {number}", service.key);
+            return Err(Missing::new("port", message));
+        };
+        let Some(subset) = &target.subset else {
+            return Ok(Backend::Cluster(self.clusters.whole(service, port, self.client)));
+        };
+        let cluster = self.clusters.subset(service, port, subset, self.client);
+        cluster.map(Backend::Cluster).ok_or_else(|| {
+            let whom = self.client.map(|_| format!(" for {}", self.clients())).unwrap_or_default();
+            let message = format!("no DestinationRule defines the subset {subset:?} of {host}{whom}");
+            Missing::new("subset", message)
+        })
+    }
+
+    fn sees(&self, service: &Definition<'_>) -> bool {
+        match self.client {
+            Some(client) => service.visible.to(client),
+            None => service.visible == Visibility::Everywhere,
+        }
+    }
+
+    fn clients(&self) -> String {
+        match self.client {
+            Some(client) => format!("clients of the namespace {client}"),
+            None => "clients of all namespaces".to_owned(),
+        }
+    }
+}

@@ -1,0 +1,112 @@
+//! Abuse of HTTP/2 by a client costs bounded memory and time, and nobody else notices.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use lab::apps::{AttackKind, End};
+
+use crate::world::{HTTP2, World, counted};
+
+/// Memory that one connection may come to cost, whatever it sends: windows, and what the allocator keeps.
+const MEMORY: u64 = 64 << 20;
+
+/// What the log says of the rule that ends a connection, for the attacks that are ended in any case.
+fn broken_rule(kind: AttackKind) -> Option<&'static str> {
+    matches!(kind, AttackKind::RapidReset | AttackKind::ContinuationFlood).then_some("the peer breaks HTTP/2")
+}
+
+/// Attacks the far app, and shows that others are served meanwhile and after, for bounded memory and CPU time.
+async fn attack(kind: AttackKind, count: u64, args: &[&str]) -> Result<Option<lab::apps::Attack>> {
+    let name = format!("abuse-{kind:?}").to_lowercase();
+    let flags = ["--flush-timeout=2", "--request-head-timeout=2"];
+    let Some(world) = World::with(&name, &flags).await? else { return Ok(None) };
+    let agent = &world.pair.agent_a;
+    ensure!(world.client().http_get(&world.far.url("/"), &[]).await?.status == 200);
+    let (memory, cpu) = (agent.rss_bytes()?, agent.cpu_time()?);
+    let limit = Duration::from_secs(8);
+    let bystander = world.near.pod.get(world.far.url("/")).many(40, 2, None);
+    let (attacked, seen) =
+        tokio::join!(world.client().h2_attack(world.far.at(HTTP2), kind, count, limit, args), bystander);
+    let (attacked, seen) = (attacked?, seen?);
+    eprintln!("{attacked:?}");
+    ensure!(seen.statuses.get(&200) == Some(&40), "another pod suffered: {seen:?}");
+    let grown = agent.peak_rss_bytes()?.saturating_sub(memory);
+    ensure!(grown < MEMORY, "{kind:?} took {} MiB: {attacked:?}", grown >> 20);
+    let near = [("reporter", "source"), ("source_workload", "near"), ("response_code", "200")];
+    counted(agent, "istio_requests_total", &near, 40).await?;
+    if let Some(rule) = broken_rule(kind) {
+        // Ended by a rule, once, and told so: who it was and what is wrong.
+        let refused = [("kind", "bad_request"), ("side", "source"), ("pod", "client")];
+        counted(agent, "mesh_refused_total", &refused, 1).await?;
+        let line = [("event", "refused"), ("pod", "client"), ("kind", "bad_request"), ("flags", "DPE")];
+        let line = agent.logged(&line).await?;
+        ensure!(line["error"].contains(rule), "{line:?}");
+    }
+    // No more processor time than the attack lasted, on one core.
+    let spent = agent.cpu_time()?.saturating_sub(cpu);
+    ensure!(spent < limit, "{kind:?} took {spent:?} of processor time: {attacked:?}");
+    ensure!(world.client().http_get(&world.far.url("/"), &[]).await?.status == 200);
+    world.finish().await?;
+    Ok(Some(attacked))
+}
+
+/// `ENHANCE_YOUR_CALM`
+const CALM: u32 = 11;
+
+fn told_to_calm_down(attacked: &lab::apps::Attack) -> bool {
+    attacked.goaway.as_ref().is_some_and(|goaway| goaway.code == CALM)
+}
+
+#[tokio::test]
+async fn rapid_resets_end_the_connection() -> Result<()> {
+    let Some(attacked) = attack(AttackKind::RapidReset, 20_000, &[]).await? else { return Ok(()) };
+    ensure!(attacked.end != End::Survived, "{attacked:?}");
+    ensure!(told_to_calm_down(&attacked) || attacked.end == End::Reset, "{attacked:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn header_blocks_without_end_are_ended() -> Result<()> {
+    let Some(attacked) = attack(AttackKind::ContinuationFlood, 20_000, &[]).await? else { return Ok(()) };
+    ensure!(matches!(attacked.end, End::Closed | End::Reset) && attacked.answers == 0, "{attacked:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn header_bombs_are_not_unfolded() -> Result<()> {
+    let Some(attacked) = attack(AttackKind::HeaderBomb, 2_000, &[]).await? else { return Ok(()) };
+    ensure!(attacked.frames_sent > 0, "{attacked:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn settings_pings_and_empty_data_cost_what_they_cost() -> Result<()> {
+    for (kind, deaf) in [
+        (AttackKind::SettingsFlood, true),
+        (AttackKind::PingFlood, true),
+        (AttackKind::PingFlood, false),
+        (AttackKind::EmptyDataFlood, false),
+    ] {
+        let args: &[&str] = if deaf { &["--deaf"] } else { &[] };
+        let Some(attacked) = attack(kind, 100_000, args).await? else { return Ok(()) };
+        ensure!(attacked.frames_sent > 0, "{attacked:?}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn windows_that_stay_closed_are_given_up() -> Result<()> {
+    let args = ["--path=/pattern/10000000", "--linger-ms=5000"];
+    let Some(attacked) = attack(AttackKind::ZeroWindow, 500, &args).await? else { return Ok(()) };
+    ensure!(attacked.data_bytes == 0, "{attacked:?}");
+    ensure!(attacked.resets.values().sum::<u64>() > 0 || attacked.end != End::Survived, "{attacked:?}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn requests_that_are_never_finished_stay_within_the_limit() -> Result<()> {
+    let Some(attacked) = attack(AttackKind::OpenStreams, 5_000, &[]).await? else { return Ok(()) };
+    // 1024 at a time: the rest is refused, or never gets its turn.
+    ensure!(attacked.answers <= 1024, "{attacked:?}");
+    Ok(())
+}
