@@ -11,6 +11,8 @@ use std::{
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
+use crate::error::{Error, Kind, Result};
+
 /// Buffer sizes in bytes and the traffic after which the next is used: 1 KiB for what mostly waits, 16 KiB once
 /// 128 KiB have passed, 256 KiB once 10 MiB have passed (ztunnel's steps).
 const STEPS: [(usize, u64); 3] = [(1 << 10, 0), (16 << 10, 128 << 10), (256 << 10, 10 << 20)];
@@ -31,8 +33,11 @@ impl Moved {
     }
 }
 
-/// Copies both ways until both ends have closed; `Err` when either stream failed.
-pub async fn both_ways<A, B>(client: A, server: B, moved: &Moved) -> io::Result<()>
+/// Copies both ways until both ends have closed.
+///
+/// # Errors
+/// [`Kind::DownstreamReset`] when the client's stream broke, [`Kind::UpstreamReset`] when the server's did.
+pub async fn both_ways<A, B>(client: A, server: B, moved: &Moved) -> Result<()>
 where
     A: AsyncRead + AsyncWrite + Unpin,
     B: AsyncRead + AsyncWrite + Unpin,
@@ -40,31 +45,43 @@ where
     let (client_read, client_write) = tokio::io::split(client);
     let (server_read, server_write) = tokio::io::split(server);
     tokio::try_join!(
-        one_way(client_read, server_write, &moved.sent),
-        one_way(server_read, client_write, &moved.received),
+        one_way(client_read, server_write, &moved.sent, [client_broke, server_broke]),
+        one_way(server_read, client_write, &moved.received, [server_broke, client_broke]),
     )?;
     Ok(())
 }
 
-async fn one_way<R, W>(mut from: R, mut to: W, moved: &AtomicU64) -> io::Result<()>
+fn client_broke(error: &io::Error) -> Error {
+    Error::new(Kind::DownstreamReset, format!("the client broke the connection: {error}"))
+}
+
+fn server_broke(error: &io::Error) -> Error {
+    Error::new(Kind::UpstreamReset, format!("the server broke the connection: {error}"))
+}
+
+/// What a failure means: that of the stream read from, that of the stream written to.
+type Blame = [fn(&io::Error) -> Error; 2];
+
+async fn one_way<R, W>(mut from: R, mut to: W, moved: &AtomicU64, blame: Blame) -> Result<()>
 where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
 {
+    let [reading, writing] = blame;
     let mut step = 0;
     let mut buffer = vec![0; STEPS[step].0];
     let mut total = 0;
     loop {
-        let read = from.read(&mut buffer).await?;
+        let read = from.read(&mut buffer).await.map_err(|error| reading(&error))?;
         if read == 0 {
             // A peer that has already gone cannot be told that we are done; its own direction reports the failure.
             return match to.shutdown().await {
-                Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
-                other => other,
+                Err(error) if is_gone(&error) => Ok(()),
+                other => other.map_err(|error| writing(&error)),
             };
         }
-        to.write_all(&buffer[..read]).await?;
-        to.flush().await?;
+        to.write_all(&buffer[..read]).await.map_err(|error| writing(&error))?;
+        to.flush().await.map_err(|error| writing(&error))?;
         total += read as u64;
         moved.store(total, Ordering::Relaxed);
         if let Some((size, after)) = STEPS.get(step + 1)
@@ -76,9 +93,36 @@ where
     }
 }
 
+/// Whether the peer has closed its stream, as an app does that has said and heard all.
+fn is_gone(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotConnected | io::ErrorKind::BrokenPipe)
+}
+
 #[cfg(test)]
 mod tests {
+    use tokio::net::{TcpListener, TcpStream};
+
     use super::*;
+
+    #[tokio::test]
+    async fn who_breaks_it_is_blamed() -> io::Result<()> {
+        for (server_breaks, kind) in [(false, Kind::DownstreamReset), (true, Kind::UpstreamReset)] {
+            let listener = TcpListener::bind("127.0.0.1:0").await?;
+            let (breaking, (broken, _)) =
+                tokio::try_join!(TcpStream::connect(listener.local_addr()?), listener.accept())?;
+            breaking.set_zero_linger()?;
+            drop(breaking);
+            let (_app, waiting) = tokio::io::duplex(64);
+            let moved = Moved::default();
+            let ended = if server_breaks {
+                both_ways(waiting, broken, &moved).await
+            } else {
+                both_ways(broken, waiting, &moved).await
+            };
+            assert_eq!(ended.map_err(|error| error.kind), Err(kind));
+        }
+        Ok(())
+    }
 
     #[tokio::test]
     async fn half_close_leaves_the_other_direction_open() -> io::Result<()> {
@@ -98,7 +142,7 @@ mod tests {
         let mut answer = String::new();
         client.read_to_string(&mut answer).await?;
         assert_eq!(answer, "a longer answer");
-        assert_eq!(copying.await??, (8, 15));
+        assert_eq!(copying.await?.map_err(io::Error::other)?, (8, 15));
         Ok(())
     }
 
@@ -121,7 +165,7 @@ mod tests {
         client.shutdown().await?;
         assert!(reading.await?? == sent);
         server_write.shutdown().await?;
-        assert_eq!(copying.await??, (SIZE as u64, 0));
+        assert_eq!(copying.await?.map_err(io::Error::other)?, (SIZE as u64, 0));
         Ok(())
     }
 }

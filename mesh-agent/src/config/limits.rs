@@ -11,6 +11,10 @@ use crate::body::Stall;
 #[derive(Debug, Clone, Copy, Args)]
 #[command(next_help_heading = "HTTP limits")]
 pub struct HttpLimits {
+    /// How long a client may be silent before its protocol is taken for unknown: bytes go on as they are, or the
+    /// connection is refused where the port's requests are routed (Linkerd: 10 s)
+    #[arg(long, env = "MESH_DETECTION_TIMEOUT", value_name = "SECONDS", default_value = "10", value_parser = some_seconds)]
+    pub detection_timeout: Duration,
     /// Time for the head of an HTTP/1 request, first byte to last (408 after it)
     #[arg(long, env = "MESH_REQUEST_HEAD_TIMEOUT", value_name = "SECONDS", default_value = "60", value_parser = some_seconds)]
     pub request_head_timeout: Duration,
@@ -57,6 +61,7 @@ impl Default for HttpLimits {
     /// What the flags default to.
     fn default() -> Self {
         Self {
+            detection_timeout: Duration::from_secs(10),
             request_head_timeout: Duration::from_mins(1),
             idle_timeout: Duration::from_hours(1),
             stream_idle_timeout: Duration::ZERO,
@@ -90,7 +95,12 @@ mod tests {
         assert_eq!(parsed.stall().idle, None);
         let set = Flags::try_parse_from(["mesh-agent", "--stream-idle-timeout=0.5"]).unwrap().http;
         assert_eq!(set.stall().idle, Some(Duration::from_millis(500)));
-        for bad in ["--max-request-headers=0", "--flush-timeout=0", "--request-head-timeout=0"] {
+        for bad in [
+            "--max-request-headers=0",
+            "--flush-timeout=0",
+            "--request-head-timeout=0",
+            "--detection-timeout=0",
+        ] {
             assert!(Flags::try_parse_from(["mesh-agent", bad]).is_err(), "{bad}");
         }
     }

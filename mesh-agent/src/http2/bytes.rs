@@ -99,7 +99,9 @@ impl AsyncWrite for ByteStream {
         let this = self.get_mut();
         if !this.finished {
             this.finished = true;
-            this.send.send_data(Bytes::new(), true).map_err(reset)?;
+            // A stream that the peer has closed needs no end; how it was closed is told to whoever reads.
+            let closed = |error| io::Error::new(io::ErrorKind::NotConnected, error);
+            this.send.send_data(Bytes::new(), true).map_err(closed)?;
         }
         Poll::Ready(Ok(()))
     }

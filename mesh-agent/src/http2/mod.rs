@@ -15,6 +15,6 @@ mod tests;
 pub use self::{
     bytes::ByteStream,
     client::{Failed, is_closed, send},
-    serve::{Options, keep_alive, serve},
+    serve::{Ended, Options, keep_alive, serve},
     stream::{Reply, ServerStream},
 };

@@ -10,7 +10,7 @@ use h2::{Ping, PingPong, Reason};
 use http::{Method, Request};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    time,
+    time::{self, Instant},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -23,12 +23,21 @@ use crate::{
 /// How a connection is looked after.
 #[derive(Debug, Clone, Copy)]
 pub struct Options {
-    /// Time for the peer's preface.
+    /// Time for the peer's preface, and for its answer to a goodbye.
     pub handshake: Duration,
     /// How often a PING is sent, and how long its answer may take; `None`: no PING is sent.
     pub ping: Option<(Duration, Duration)>,
     /// How long it may be without a stream before it is closed; `None`: for ever.
     pub idle: Option<Duration>,
+}
+
+/// How a connection came to its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// Its peer was done, or it was drained.
+    Done,
+    /// It was closed because no stream had been open for [`Options::idle`].
+    Idle,
 }
 
 /// Serves a connection until it ends and every handler is done; `drain` makes it send GOAWAY and end with its last
@@ -43,7 +52,7 @@ pub async fn serve<S, H, F>(
     options: Options,
     drain: &CancellationToken,
     handle: H,
-) -> Result<()>
+) -> Result<Ended>
 where
     S: AsyncRead + AsyncWrite + Unpin,
     H: Fn(Request<Body>, ServerStream) -> F,
@@ -61,7 +70,9 @@ where
     let (handlers, tally) = (TaskTracker::new(), Arc::new(Tally::default()));
     let unused = unused(&handlers, &tally, options.idle);
     tokio::pin!(unused);
-    let mut draining = false;
+    let (mut draining, mut ending) = (false, Ended::Done);
+    // A peer that is told to leave answers the PING that comes with it; one that is gone does not.
+    let mut goodbye = None;
     let outcome = loop {
         tokio::select! {
             accepted = connection.accept() => match accepted {
@@ -75,9 +86,9 @@ where
                     }
                 }
                 // A peer that leaves without ceremony takes nothing with it when no stream is open.
-                Some(Err(error)) if error.is_io() && handlers.is_empty() => break Ok(()),
+                Some(Err(error)) if error.is_io() && handlers.is_empty() => break Ok(ending),
                 Some(Err(error)) => break Err(ended(&error)),
-                None => break Ok(()),
+                None => break Ok(ending),
             },
             () = drain.cancelled(), if !draining => {
                 draining = true;
@@ -86,8 +97,10 @@ where
             () = &mut keep_alive => {
                 break Err(Error::new(Kind::DownstreamReset, "it answers no PING any more"));
             }
+            () = until(goodbye), if handlers.is_empty() => break Ok(ending),
             () = &mut unused, if !draining => {
-                draining = true;
+                (draining, ending) = (true, Ended::Idle);
+                goodbye = Some(Instant::now() + options.handshake);
                 connection.graceful_shutdown();
             }
         }
@@ -113,6 +126,13 @@ where
         .await
         .map_err(|_| broken(&format_args!("no HTTP/2 preface within {limit:?}")))?
         .map_err(|error| ended(&error))
+}
+
+async fn until(at: Option<Instant>) {
+    match at {
+        Some(at) => time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
 }
 
 /// Completes after a whole idle time without a stream.

@@ -56,7 +56,7 @@ where
 struct Served {
     sender: SendRequest<Bytes>,
     drain: CancellationToken,
-    serving: JoinHandle<Result<()>>,
+    serving: JoinHandle<Result<Ended>>,
     client: JoinHandle<std::result::Result<(), h2::Error>>,
 }
 
@@ -349,7 +349,7 @@ async fn a_connect_that_is_granted_is_bytes_and_nothing_else_can_be() -> TestRes
 }
 
 /// A peer that speaks in raw frames.
-async fn raw(bytes: &[u8]) -> std::result::Result<(DuplexStream, JoinHandle<Result<()>>), std::io::Error> {
+async fn raw(bytes: &[u8]) -> std::result::Result<(DuplexStream, JoinHandle<Result<Ended>>), std::io::Error> {
     const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00";
     let (mut near, far) = tokio::io::duplex(1 << 20);
     let serving = tokio::spawn(async move {

@@ -96,7 +96,12 @@ async fn serve_http2(
             stream.run(reply(outbound, cluster, request, asking), stall).await;
         }
     };
-    http2::serve(client, &builder, options, &drain, handle).await.or_else(only_if_abusive)
+    match http2::serve(client, &builder, options, &drain, handle).await {
+        Ok(http2::Ended::Idle) => outbound.mesh.reporter.idle_closed(&outbound.pod.workload()),
+        Ok(http2::Ended::Done) => {}
+        Err(error) => only_if_abusive(error)?,
+    }
+    Ok(())
 }
 
 async fn reply(
@@ -167,6 +172,9 @@ async fn serve_http1(
         watch.poll(cx).map(Ok)
     })
     .await;
+    if watch.idle {
+        outbound.mesh.reporter.idle_closed(&outbound.pod.workload());
+    }
     if let Err(error) = ended {
         tracing::debug!(client = %outbound.ends.client, %error, "connection of a client ended early");
     }
@@ -239,6 +247,8 @@ struct Watch<'a> {
     /// Set no later than the earliest limit; moved when that is reached and has moved on, so that a busy connection
     /// seldom touches the timer.
     timer: Pin<Box<Sleep>>,
+    /// Whether the connection was closed for want of a request.
+    idle: bool,
 }
 
 /// What happens when a limit is reached.
@@ -246,25 +256,27 @@ struct Watch<'a> {
 enum Limit {
     /// The head is refused, and that is answered.
     Head,
-    /// The connection ends.
-    Close,
+    /// Nothing moves on the request under way, and the connection ends.
+    Stalled,
+    /// There was no request for too long, and the connection ends.
+    Idle,
 }
 
 impl<'a> Watch<'a> {
     fn new(gate: &'a Gate, activity: &'a Activity, limits: &'a HttpLimits) -> Self {
         let timer = Box::pin(tokio::time::sleep(limits.request_head_timeout));
-        Self { gate, activity, limits, timer }
+        Self { gate, activity, limits, timer, idle: false }
     }
 
     fn next(&self) -> Option<(Instant, Limit)> {
         if self.activity.is_open() {
-            return self.activity.deadline(self.limits.stall()).map(|at| (at, Limit::Close));
+            return self.activity.deadline(self.limits.stall()).map(|at| (at, Limit::Stalled));
         }
         if let Some(began) = self.gate.head_began() {
             return Some((began + self.limits.request_head_timeout, Limit::Head));
         }
         let idle = Some(self.limits.idle_timeout).filter(|idle| !idle.is_zero());
-        idle.map(|idle| (self.activity.last() + idle, Limit::Close))
+        idle.map(|idle| (self.activity.last() + idle, Limit::Idle))
     }
 
     /// Ready when the connection is to be closed.
@@ -280,6 +292,7 @@ impl<'a> Watch<'a> {
                     return Poll::Pending;
                 }
                 self.activity.give_up();
+                self.idle = limit == Limit::Idle;
                 return Poll::Ready(());
             }
             let now = Instant::now();

@@ -302,9 +302,7 @@ where
         endpoint: Some(destination),
     });
     let moved = Moved::default();
-    let ended = copy::both_ways(client, app, &moved).await;
-    let error =
-        ended.err().map(|error| Error::new(Kind::DownstreamReset, format!("connection broke: {error}")));
+    let error = copy::both_ways(client, app, &moved).await.err();
     let (sent, received) = moved.get();
     guard.moved(sent, received);
     guard.closed(error.as_ref());

@@ -29,9 +29,6 @@ use crate::{
 /// How long an undeclared port's client may be silent before the endpoint is dialled, in case the server speaks first.
 const SERVER_FIRST_AFTER: Duration = Duration::from_millis(50);
 
-/// How long both sides of an undeclared port may be silent before the connection is taken for opaque (Linkerd: 10 s).
-const DETECTION_LIMIT: Duration = Duration::from_secs(10);
-
 /// Time to connect where no DestinationRule says another (Istio's default).
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -178,7 +175,7 @@ impl Outbound {
 
     /// The name in the client's `ClientHello`; none where it says something else, or nothing within the limit.
     async fn server_name(&self, client: &mut Prefixed<TcpStream>) -> Result<Option<String>> {
-        match timeout(DETECTION_LIMIT, detect::server_name(client)).await {
+        match timeout(self.mesh.limits.detection_timeout, detect::server_name(client)).await {
             Ok(Ok(name)) => Ok(name),
             Ok(Err(error)) => Err(Error::new(Kind::DownstreamReset, format!("client went away: {error}"))),
             Err(_) => Ok(None),
@@ -187,15 +184,19 @@ impl Outbound {
 
     /// A declared HTTP port whose client says nothing within the limit is closed; there is nothing to answer.
     async fn http_version(&self, client: &mut Prefixed<TcpStream>) -> Result<Protocol> {
-        match timeout(DETECTION_LIMIT, detect::http_version(client)).await {
+        match timeout(self.mesh.limits.detection_timeout, detect::http_version(client)).await {
             Ok(Ok(version)) => Ok(version),
             Ok(Err(error)) => Err(Error::new(Kind::DownstreamReset, format!("client went away: {error}"))),
-            Err(_) => Err(Error::new(Kind::BadRequest, format!("no request within {DETECTION_LIMIT:?}"))),
+            Err(_) => {
+                let limit = self.mesh.limits.detection_timeout;
+                Err(Error::new(Kind::BadRequest, format!("no request within {limit:?}")))
+            }
         }
     }
 
     /// An undeclared port: the client's first bytes tell, unless the server speaks first.
     async fn detect(self: &Arc<Self>, mut client: Prefixed<TcpStream>, port: ServicePort) -> Result<()> {
+        let limit = self.mesh.limits.detection_timeout;
         let gone = |error| Error::new(Kind::DownstreamReset, format!("client went away: {error}"));
         if let Ok(protocol) = timeout(SERVER_FIRST_AFTER, detect::by_first_bytes(&mut client)).await {
             let protocol = protocol.map_err(gone)?;
@@ -209,7 +210,7 @@ impl Outbound {
         let first = tokio::select! {
             protocol = detect::by_first_bytes(&mut client) => First::Client(protocol.map_err(gone)?),
             read = server.stream.read(&mut greeting) => First::Server(read),
-            () = tokio::time::sleep(DETECTION_LIMIT) => First::Nobody,
+            () = tokio::time::sleep(limit) => First::Nobody,
         };
         match first {
             First::Client(protocol @ (Protocol::Http1 | Protocol::Http2)) => {
@@ -222,7 +223,7 @@ impl Outbound {
             }
             First::Nobody if port.routed => Err(Error::new(
                 Kind::BadRequest,
-                format!("nothing known within {DETECTION_LIMIT:?}, on a port whose requests are routed"),
+                format!("nothing known within {limit:?}, on a port whose requests are routed"),
             )),
             First::Client(Protocol::Opaque) | First::Nobody => self.copy(client, server, Some(cluster)).await,
             First::Server(read) => {
@@ -314,9 +315,7 @@ impl Outbound {
             .map(|labels| self.mesh.reporter.connection(labels))
             .collect();
         let moved = Moved::default();
-        let ended = copy::both_ways(client, server.stream, &moved).await;
-        let error =
-            ended.err().map(|error| Error::new(Kind::UpstreamReset, format!("connection broke: {error}")));
+        let error = copy::both_ways(client, server.stream, &moved).await.err();
         let (sent, received) = moved.get();
         for guard in guards {
             guard.moved(sent, received + server.received);

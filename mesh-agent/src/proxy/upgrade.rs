@@ -90,9 +90,7 @@ pub(super) fn carry(outbound: &Arc<Outbound>, exchange: Exchange, agreed: Agreed
             return exchange.switched(status, 0, Some(gone));
         };
         let moved = Moved::default();
-        let ended = copy::both_ways(client, endpoint, &moved).await;
-        let error =
-            ended.err().map(|error| Error::new(Kind::UpstreamReset, format!("connection broke: {error}")));
+        let error = copy::both_ways(client, endpoint, &moved).await.err();
         let (sent, received) = moved.get();
         exchange.request.add(sent);
         exchange.switched(status, received, error);

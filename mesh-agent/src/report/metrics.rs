@@ -79,6 +79,7 @@ pub(super) struct Metrics {
     pub tcp_sent: TcpCounter,
     pub tcp_received: TcpCounter,
     refused: Family<RefusedLabels, Counter>,
+    idle_closed: Family<[(&'static str, String); 2], Counter>,
     routes: Family<RouteLabels, Counter>,
     over_budget: Family<ClusterLabels, Counter>,
     mirrored: Family<MirrorLabels, Counter>,
@@ -125,6 +126,7 @@ impl Metrics {
             tcp_sent: Family::default(),
             tcp_received: Family::default(),
             refused: Family::default(),
+            idle_closed: Family::default(),
             routes: Family::default(),
             over_budget: Family::default(),
             mirrored: Family::default(),
@@ -179,6 +181,11 @@ impl Metrics {
             self.refused.clone(),
         );
         r.register(
+            "mesh_idle_closed",
+            "Connections of clients closed because they made no request for too long",
+            self.idle_closed.clone(),
+        );
+        r.register(
             "mesh_route_requests",
             "Requests by the name of their route (statPrefix, or the name it was given)",
             self.routes.clone(),
@@ -193,6 +200,11 @@ impl Metrics {
             "Copies of requests sent to mirrors, by what became of them",
             self.mirrored.clone(),
         );
+        self.register_state();
+    }
+
+    fn register_state(&mut self) {
+        let r = &mut self.registry;
         r.register("mesh_config_problems", "Problems in the configuration now", self.config_problems.clone());
         r.register(
             "mesh_config_revision",
@@ -298,6 +310,12 @@ impl Metrics {
     pub fn refused(&self, side: Side, pod: &Workload, kind: &'static str) {
         let labels = RefusedLabels { side, kind, pod: pod.name.clone(), namespace: pod.namespace.clone() };
         self.refused.get_or_create(&labels).inc();
+    }
+
+    /// Counts one connection closed for want of requests.
+    pub fn idle_closed(&self, pod: &Workload) {
+        let labels = [("pod", pod.name.to_string()), ("namespace", pod.namespace.to_string())];
+        self.idle_closed.get_or_create(&labels).inc();
     }
 
     /// Replaces what is known of the expiry of certificates.

@@ -269,6 +269,11 @@ impl Reporter {
         ConnectionGuard::begin(self, labels)
     }
 
+    /// A client's connection was closed because it made no request for too long: `mesh_idle_closed_total`.
+    pub fn idle_closed(&self, pod: &Workload) {
+        self.metrics.idle_closed(pod);
+    }
+
     /// A connection was refused before it became a request or an opaque connection (`mesh_refused_total` by kind
     /// and side, one log line with the peer).
     pub fn refused(&self, side: Side, pod: &Workload, client: SocketAddr, error: &Error) {

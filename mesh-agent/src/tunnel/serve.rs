@@ -105,7 +105,7 @@ where
         idle: None,
     };
     let classified = |request, stream| handle(classify(request, stream, wire, pod_ips));
-    http2::serve(stream, &server_builder(wire), options, drain, classified).await
+    http2::serve(stream, &server_builder(wire), options, drain, classified).await.map(drop)
 }
 
 /// Tells native requests from tunnels and checks either against the pod's addresses.

@@ -6,7 +6,19 @@ use anyhow::{Result, ensure};
 use lab::{apps::RawEnd, metric};
 use tokio::task::JoinSet;
 
-use crate::world::{HTTP, HTTP2, World, logged_times};
+use crate::world::{HTTP, HTTP2, UNDECLARED, World, counted, logged_times};
+
+const ROUTES: &str = "
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: { name: near, namespace: default }
+spec: { hosts: [near], http: [{ route: [{ destination: { host: near } }] }] }
+---
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: { name: far, namespace: default }
+spec: { hosts: [far], http: [{ route: [{ destination: { host: far } }] }] }
+";
 
 async fn refused(world: &World, status: &str, flags: &str) -> Result<f64> {
     let labels = [("reporter", "source"), ("response_code", status), ("response_flags", flags)];
@@ -62,12 +74,19 @@ async fn heads_that_are_too_large_or_too_slow() -> Result<()> {
 
 #[tokio::test]
 async fn connections_and_streams_on_which_nothing_moves() -> Result<()> {
-    let flags = ["--idle-timeout=0.5", "--stream-idle-timeout=0.7"];
+    let flags = ["--idle-timeout=0.5", "--stream-idle-timeout=0.7", "--request-head-timeout=0.5"];
     let Some(world) = World::with("idle", &flags).await? else { return Ok(()) };
     for side in world.both() {
         let idle =
             world.client().raw(side.at(HTTP)).send("GET / HTTP/1.1\r\nHost: lab\r\n\r\n").run().await?;
         ensure!(idle.statuses() == [200] && idle.end == RawEnd::Closed && idle.millis >= 400, "{idle:?}");
+        let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00";
+        let idle = world.client().raw(side.at(HTTP)).send(preface).run().await?;
+        ensure!(idle.end == RawEnd::Closed && idle.millis >= 400, "{idle:?}");
+    }
+    let client = [("pod", "client"), ("namespace", "default")];
+    counted(&world.pair.agent_a, "mesh_idle_closed_total", &client, 4).await?;
+    for side in world.both() {
         for h2c in [false, true] {
             let request = world.client().get(side.url("/slow/30000"));
             let stalled = if h2c { request.h2c() } else { request }.send().await?;
@@ -91,6 +110,28 @@ async fn connections_and_streams_on_which_nothing_moves() -> Result<()> {
         line.contains("status=504") && line.contains("nothing moved for too long while waiting for")
     };
     ensure!(world.pair.agent_a.access_log().iter().any(named), "no line says what was waited for");
+    world.finish().await
+}
+
+#[tokio::test]
+async fn clients_that_say_nothing() -> Result<()> {
+    let Some(world) = World::with("silent", &["--detection-timeout=0.6"]).await? else { return Ok(()) };
+    world.pair.apply("routes.yaml", ROUTES).await?;
+    for side in world.both() {
+        // A port declared HTTP, and one that is not but whose requests are routed: nothing else may pass.
+        for port in [HTTP, UNDECLARED] {
+            let silent = world.client().raw(side.at(port)).run().await?;
+            ensure!(silent.end != RawEnd::Open && silent.received.0.is_empty(), "{port}: {silent:?}");
+            ensure!(silent.millis >= 500, "{port}: {silent:?}");
+        }
+    }
+    let client = [("pod", "client"), ("namespace", "default"), ("side", "source")];
+    counted(&world.pair.agent_a, "mesh_refused_total", &client, 4).await?;
+    for (sentence, count) in [("no request within 600ms", 2), ("nothing known within 600ms", 2)] {
+        let line = |line: &&String| line.contains("event=refused") && line.contains(sentence);
+        let seen = world.pair.agent_a.access_log().iter().filter(line).count();
+        ensure!(seen == count, "{seen} times {sentence}");
+    }
     world.finish().await
 }
 
