@@ -52,9 +52,17 @@ pub struct HttpLimits {
 impl HttpLimits {
     /// How long nothing may move on a request under way.
     pub fn stall(&self) -> Stall {
-        let idle = Some(self.stream_idle_timeout).filter(|idle| !idle.is_zero());
-        Stall { idle, flush: self.flush_timeout }
+        Stall { idle: unless_off(self.stream_idle_timeout), flush: self.flush_timeout }
     }
+
+    /// How long a connection may be without a request; `None` is unlimited.
+    pub fn idle(&self) -> Option<Duration> {
+        unless_off(self.idle_timeout)
+    }
+}
+
+fn unless_off(limit: Duration) -> Option<Duration> {
+    Some(limit).filter(|limit| !limit.is_zero())
 }
 
 impl Default for HttpLimits {

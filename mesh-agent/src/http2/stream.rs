@@ -81,13 +81,13 @@ impl Tally {
 
 impl Inform for Shared {
     fn inform(&self, status: StatusCode, headers: &HeaderMap) {
-        let mut response = Response::new(());
-        *response.status_mut() = status;
-        response.headers_mut().clone_from(headers);
         // Nothing holds these back as windows hold bodies back: an app that goes on for ever is not listened to.
         if self.informed.fetch_add(1, Ordering::Relaxed) >= MOST_INTERIM {
             return;
         }
+        let mut response = Response::new(());
+        *response.status_mut() = status;
+        response.headers_mut().clone_from(headers);
         self.interim.lock().unwrap_or_else(PoisonError::into_inner).push(response);
         self.has_interim.store(true, Ordering::Release);
         self.waker.wake();

@@ -77,11 +77,7 @@ async fn serve_http2(
         .max_concurrent_streams(limits.max_streams_per_connection)
         .max_header_list_size(limits.max_request_head_bytes.saturating_mul(HEADER_LIST_SLACK))
         .enable_connect_protocol();
-    let options = http2::Options {
-        handshake: limits.request_head_timeout,
-        ping: None,
-        idle: Some(limits.idle_timeout).filter(|idle| !idle.is_zero()),
-    };
+    let options = http2::Options { handshake: limits.request_head_timeout, ping: None, idle: limits.idle() };
     let drain = outbound.pod.drain.token();
     let handle = |request, stream: ServerStream| {
         let (outbound, cluster) = (Arc::clone(&outbound), Arc::clone(&cluster));
@@ -275,8 +271,7 @@ impl<'a> Watch<'a> {
         if let Some(began) = self.gate.head_began() {
             return Some((began + self.limits.request_head_timeout, Limit::Head));
         }
-        let idle = Some(self.limits.idle_timeout).filter(|idle| !idle.is_zero());
-        idle.map(|idle| (self.activity.last() + idle, Limit::Idle))
+        self.limits.idle().map(|idle| (self.activity.last() + idle, Limit::Idle))
     }
 
     /// Ready when the connection is to be closed.

@@ -90,6 +90,11 @@ pub(super) enum Sides {
 }
 
 impl Exchange {
+    /// What the request is called in reports.
+    pub fn protocol(&self) -> RequestProtocol {
+        if self.grpc { RequestProtocol::Grpc } else { RequestProtocol::Http }
+    }
+
     pub fn begin(
         reporter: &Arc<Reporter>,
         sides: Sides,
@@ -187,7 +192,7 @@ impl Exchange {
     }
 
     fn report(&self) {
-        let protocol = if self.grpc { RequestProtocol::Grpc } else { RequestProtocol::Http };
+        let protocol = self.protocol();
         let outcome = |side| RequestOutcome {
             side,
             source: &self.source,

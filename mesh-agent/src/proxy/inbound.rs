@@ -199,7 +199,7 @@ fn begin(inbound: &Inbound, parts: &http::request::Parts, app: SocketAddr, clien
     exchange.authority = parts.uri.authority().map(ToString::to_string).unwrap_or_default();
     exchange.request_id = headers::request_id(&parts.headers);
     inbound.flow.learn(|facts| {
-        facts.protocol = Some(if exchange.grpc { RequestProtocol::Grpc } else { RequestProtocol::Http });
+        facts.protocol = Some(exchange.protocol());
         facts.service = exchange.cluster.as_ref().map(|cluster| Arc::clone(&cluster.host));
     });
     exchange
@@ -246,13 +246,15 @@ async fn tries(
 ) -> Result<(Response<Body>, Lease)> {
     const AGAIN: u32 = 2;
     let (parts, body) = request.into_parts();
-    let may_repeat = matches!(body, Body::Empty) && !exchange.grpc;
-    let mut body = Some(body);
+    if !matches!(body, Body::Empty) || exchange.grpc {
+        let request = Request::from_parts(parts, body);
+        return send_to_app(inbound, permit, exchange, request, app, protocol).await;
+    }
     loop {
-        let sending = Request::from_parts(parts.clone(), body.take().unwrap_or_default());
+        let sending = Request::from_parts(parts.clone(), Body::Empty);
         let sent = send_to_app(inbound, permit, exchange, sending, app, protocol).await;
         match sent {
-            Err(error) if error.kind == Kind::RefusedStream && may_repeat && exchange.tries <= AGAIN => {
+            Err(error) if error.kind == Kind::RefusedStream && exchange.tries <= AGAIN => {
                 exchange.tries += 1;
             }
             sent => return sent,

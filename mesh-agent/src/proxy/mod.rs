@@ -22,9 +22,9 @@ use tokio::sync::OwnedSemaphorePermit;
 use crate::{
     config::HttpLimits,
     error::{Error, Kind},
-    report::{Peer, Reporter, Side},
-    state::snapshot::{Snapshot, Workload},
-    upstream::{LocalPods, Pod},
+    report::{FlowFacts, Peer, Reporter, RequestProtocol, Side},
+    state::snapshot::{Endpoint, Snapshot, Workload},
+    upstream::{LocalPods, Pod, Via},
 };
 
 /// What every connection of the agent shares.
@@ -67,6 +67,16 @@ fn vouched(workload: &Arc<Workload>) -> Peer {
 /// `namespace/name`, for people.
 fn pod_name(workload: &Workload) -> Arc<str> {
     format!("{}/{}", workload.namespace, workload.name).into()
+}
+
+/// What a flow is known to lead to.
+fn learn_end(facts: &mut FlowFacts, endpoint: &Endpoint, via: &Via, protocol: RequestProtocol) {
+    let peer = endpoint.workload.as_deref();
+    facts.endpoint = Some(endpoint.address);
+    facts.peer_pod = peer.map(pod_name);
+    facts.peer = peer.filter(|peer| peer.enrolled).map(|peer| peer.identity.clone());
+    facts.mutual_tls = matches!(via, Via::Mesh(_));
+    facts.protocol = Some(protocol);
 }
 
 /// Whether what a future promises fits: the accept loops hold one of these per connection.

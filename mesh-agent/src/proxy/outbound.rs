@@ -12,7 +12,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::{Ends, Mesh, admit, assert_small, downstream, pod_name, vouched};
+use super::{Ends, Mesh, admit, assert_small, downstream, learn_end, pod_name, vouched};
 use crate::{
     balance::{self, Chosen},
     capture::{Captured, Listener},
@@ -269,21 +269,29 @@ impl Outbound {
         };
         // Boxed: dialling is over soon, copying lasts.
         let stream = Box::pin(self.pod.open(&permit, &destination, self.ends.client)).await?;
-        let flow = matches!(via, Via::Local(_)).then(|| self.passed_flow(&endpoint)).flatten();
+        let passed = || {
+            let service = self.mesh.snapshot().inbound.get(&endpoint.address).map(|c| Arc::clone(&c.host));
+            self.passed_flow(&endpoint, service, RequestProtocol::Tcp)
+        };
+        let flow = matches!(via, Via::Local(_)).then(passed).flatten();
         Ok(Opened { stream, endpoint, via, received: 0, _in_flight: chosen, _flow: flow })
     }
 
     /// In a pass within the node nobody else knows what the app's end of the connection is for.
-    fn passed_flow(&self, endpoint: &Endpoint) -> Option<FlowGuard> {
+    pub(super) fn passed_flow(
+        &self,
+        endpoint: &Endpoint,
+        service: Option<Arc<str>>,
+        protocol: RequestProtocol,
+    ) -> Option<FlowGuard> {
         let app = endpoint.workload.as_ref()?;
         let flow = self.mesh.reporter.flow(app, Side::Destination, self.ends.client);
-        let service = self.mesh.snapshot().inbound.get(&endpoint.address).map(|c| Arc::clone(&c.host));
         let source = self.pod.workload();
         flow.learn(|facts| {
             facts.service = service;
             facts.peer_pod = Some(pod_name(&source));
             facts.peer = Some(source.identity.clone());
-            facts.protocol = Some(RequestProtocol::Tcp);
+            facts.protocol = Some(protocol);
         });
         Some(flow)
     }
@@ -325,14 +333,7 @@ impl Outbound {
     }
 
     fn learn(&self, server: &Opened) {
-        let peer = server.endpoint.workload.as_deref();
-        self.flow.learn(|facts| {
-            facts.endpoint = Some(server.endpoint.address);
-            facts.peer_pod = peer.map(pod_name);
-            facts.peer = peer.filter(|peer| peer.enrolled).map(|peer| peer.identity.clone());
-            facts.protocol = Some(RequestProtocol::Tcp);
-            facts.mutual_tls = matches!(server.via, Via::Mesh(_));
-        });
+        self.flow.learn(|facts| learn_end(facts, &server.endpoint, &server.via, RequestProtocol::Tcp));
     }
 }
 

@@ -15,16 +15,15 @@ use tokio::time::{Instant, sleep_until};
 
 use super::{
     exchange::{Exchange, Sides},
-    headers,
+    headers, learn_end,
     outbound::Outbound,
-    pod_name, vouched,
+    vouched,
 };
 use crate::{
     balance,
     body::{Body, Follow, Replay},
     error::{Error, Kind, Result},
     policy,
-    report::{FlowGuard, RequestProtocol, Side},
     state::snapshot::{Cluster, Endpoint, HttpRoute, Protocol},
     upstream::{self, Destination, Via, retry},
 };
@@ -221,7 +220,8 @@ async fn one(
     limit: Option<Instant>,
 ) -> Result<Response<Body>> {
     let Picked { endpoint, via, permit } = pick(outbound, exchange, cluster, tried)?;
-    let passed = || passed_flow(outbound, exchange, &endpoint);
+    let service = exchange.cluster.as_ref().map(|cluster| &cluster.host);
+    let passed = || outbound.passed_flow(&endpoint, service.cloned(), exchange.protocol());
     let destination = Destination {
         address: endpoint.address,
         via: &via,
@@ -254,37 +254,14 @@ async fn one(
     Ok(response)
 }
 
-/// The facts of the app's end of a connection that passes within the node.
-fn passed_flow(outbound: &Outbound, exchange: &Exchange, endpoint: &Endpoint) -> Option<FlowGuard> {
-    let app = endpoint.workload.as_ref()?;
-    let flow = outbound.mesh.reporter.flow(app, Side::Destination, outbound.ends.client);
-    let source = outbound.pod.workload();
-    flow.learn(|facts| {
-        facts.service = exchange.cluster.as_ref().map(|cluster| Arc::clone(&cluster.host));
-        facts.peer_pod = Some(pod_name(&source));
-        facts.peer = Some(source.identity.clone());
-        facts.protocol = Some(protocol_of(exchange));
-    });
-    Some(flow)
-}
-
-fn protocol_of(exchange: &Exchange) -> RequestProtocol {
-    if exchange.grpc { RequestProtocol::Grpc } else { RequestProtocol::Http }
-}
-
 fn note(outbound: &Outbound, exchange: &mut Exchange, endpoint: &Endpoint, via: &Via) {
     exchange.endpoint = Some(endpoint.address);
     exchange.destination = endpoint.workload.as_ref().map(vouched).unwrap_or_default();
     exchange.security = via.security();
     exchange.sides = if matches!(via, Via::Local(_)) { Sides::Both } else { Sides::Source };
-    let peer = endpoint.workload.as_deref();
     outbound.flow.learn(|facts| {
         if facts.endpoint != exchange.endpoint {
-            facts.endpoint = exchange.endpoint;
-            facts.peer_pod = peer.map(pod_name);
-            facts.peer = peer.filter(|peer| peer.enrolled).map(|peer| peer.identity.clone());
-            facts.mutual_tls = matches!(via, Via::Mesh(_));
-            facts.protocol = Some(protocol_of(exchange));
+            learn_end(facts, endpoint, via, exchange.protocol());
         }
         if facts.route != exchange.route_name {
             facts.route.clone_from(&exchange.route_name);

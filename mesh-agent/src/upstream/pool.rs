@@ -160,7 +160,7 @@ impl Pool {
         dial: &Dial<'_>,
     ) -> Result<(Response<Body>, Lease)> {
         let slot = Arc::clone(lock(&self.shared).entry(key).or_default());
-        self.look_after();
+        self.look_after(&lock(&self.idle));
         let (sender, place) = loop {
             let (sender, place) = slot.get(|| dial_http2(dial, key.to)).await?;
             // Waits where the peer's limit of streams is reached; a connection that ends meanwhile has sent nothing.
@@ -177,9 +177,9 @@ impl Pool {
         let mut idle = lock(&self.idle);
         let kept = idle.get_mut(key)?;
         // Last in, first out: the warmest connection, and the others may grow old and go.
-        while let Some(Idle { sender, since }) = kept.pop() {
-            if sender.is_ready() && since.elapsed() < IDLE {
-                return Some(sender);
+        while let Some(warmest) = kept.pop() {
+            if warmest.sender.is_ready() && !warmest.is_stale() {
+                return Some(warmest.sender);
             }
         }
         None
@@ -191,13 +191,11 @@ impl Pool {
         if kept.len() < IDLE_PER_KEY {
             kept.push(Idle { sender, since: Instant::now() });
         }
-        drop(idle);
-        self.look_after();
+        self.look_after(&idle);
     }
 
     /// Sees to it that old connections are closed, as long as there are any.
-    fn look_after(self: &Arc<Self>) {
-        let _idle = lock(&self.idle);
+    fn look_after(self: &Arc<Self>, _idle: &MutexGuard<'_, HashMap<Key, Vec<Idle>>>) {
         if !self.swept.swap(true, Ordering::Relaxed) {
             tokio::spawn(sweep(Arc::downgrade(self)));
         }
@@ -231,8 +229,8 @@ async fn sweep(pool: Weak<Pool>) {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Each critical section leaves the map whole at every step, so a panic elsewhere does not spoil it.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Each critical section leaves what it guards whole at every step, so a panic elsewhere does not spoil it.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

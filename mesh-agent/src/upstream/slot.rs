@@ -4,13 +4,14 @@
 //! other. Tested below.
 
 use std::sync::{
-    Arc, Mutex, MutexGuard, PoisonError,
+    Arc, Mutex,
     atomic::{AtomicU64, Ordering},
 };
 
 use bytes::Bytes;
 use h2::client::SendRequest;
 
+use super::pool::lock;
 use crate::{
     error::{Error, Result},
     http2,
@@ -38,11 +39,6 @@ pub(super) struct Slot {
     dialled: AtomicU64,
     /// The last that failed: which it was, and why.
     failed: Mutex<Option<(u64, Error)>>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // What is kept is whole at every step, so a panic elsewhere does not spoil it.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Slot {
