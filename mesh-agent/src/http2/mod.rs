@@ -7,6 +7,7 @@
 mod bytes;
 mod client;
 mod pipe;
+mod refused;
 mod serve;
 mod stream;
 #[cfg(test)]
@@ -15,6 +16,7 @@ mod tests;
 pub use self::{
     bytes::ByteStream,
     client::{Failed, is_closed, send},
+    refused::{Accepted, ReadAlong, StreamRefusal},
     serve::{Ended, Options, keep_alive, serve},
     stream::{Reply, ServerStream},
 };

@@ -106,6 +106,11 @@ impl ServerStream {
         Self { reply, receive, shared: Arc::default(), tally }
     }
 
+    /// Its number on the connection.
+    pub fn id(&self) -> h2::StreamId {
+        self.reply.stream_id()
+    }
+
     /// Tells whether anything moves on it.
     pub fn activity(&self) -> Arc<Activity> {
         Arc::clone(&self.shared.activity)

@@ -374,3 +374,70 @@ async fn headers_without_end_are_ended() -> TestResult {
     assert_eq!(serving.await?.map_err(|error| error.kind), Err(Kind::BadRequest));
     Ok(())
 }
+
+// === requests that are refused before they are any ===
+
+/// A connection to a server that reads along: what it is told, in order.
+async fn read_along(
+    server: h2::server::Builder,
+) -> std::result::Result<(SendRequest<Bytes>, Arc<Mutex<Vec<StreamRefusal>>>), h2::Error> {
+    // Small pipes, so that frames come in pieces; both prefaces have room.
+    let (near, far) = tokio::io::duplex(64);
+    let told = Arc::new(Mutex::new(Vec::new()));
+    let telling = Arc::clone(&told);
+    let (far, accepted) = ReadAlong::new(far, move |refusal| {
+        if let Ok(mut told) = telling.lock() {
+            told.push(refusal);
+        }
+    });
+    let handle = move |request, stream: ServerStream| {
+        accepted.note(stream.id());
+        echo(request, stream)
+    };
+    tokio::spawn(async move { serve(far, &server, OPTIONS, &CancellationToken::new(), handle).await });
+    let (sender, connection) = h2::client::handshake(near).await?;
+    tokio::spawn(connection);
+    Ok((sender, told))
+}
+
+fn large(bytes: usize) -> std::result::Result<Request<()>, http::Error> {
+    Request::get("http://a/").header("x-large", "x".repeat(bytes)).body(())
+}
+
+#[tokio::test]
+async fn a_header_list_that_is_not_decoded_is_told_once() -> TestResult {
+    let mut server = h2::server::Builder::new();
+    server.max_header_list_size(1000);
+    let (sender, told) = read_along(server).await?;
+    let mut sender = sender.ready().await?;
+    // Whole ones before, between and after.
+    let mut answers = Vec::new();
+    for bytes in [10, 1500, 20, 1500, 30] {
+        let (answer, _) = sender.send_request(large(bytes)?, true)?;
+        answers.push(answer);
+        sender = sender.ready().await?;
+    }
+    let mut statuses = Vec::new();
+    for answer in answers {
+        statuses.push(answer.await?.status().as_u16());
+    }
+    assert_eq!(statuses, [200, 431, 200, 431, 200]);
+    assert_eq!(*told.lock().map_err(|_| "poisoned")?, [StreamRefusal::HeaderList; 2]);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_request_that_is_no_message_is_told() -> TestResult {
+    let (sender, told) = read_along(h2::server::Builder::new()).await?;
+    let mut sender = sender.ready().await?;
+    // Two lengths that differ (RFC 9113 section 8.1.1).
+    let odd =
+        Request::post("http://a/").header("content-length", "1").header("content-length", "2").body(())?;
+    let (answer, _body) = sender.send_request(odd, false)?;
+    let reset = answer.await.err().and_then(|error| error.reason());
+    assert_eq!(reset, Some(Reason::PROTOCOL_ERROR));
+    let (answer, _) = sender.ready().await?.send_request(large(10)?, true)?;
+    assert_eq!(answer.await?.status(), StatusCode::OK);
+    assert_eq!(*told.lock().map_err(|_| "poisoned")?, [StreamRefusal::Malformed(Reason::PROTOCOL_ERROR)]);
+    Ok(())
+}

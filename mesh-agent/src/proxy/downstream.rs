@@ -31,7 +31,8 @@ use crate::{
     detect::Prefixed,
     error::{Error, Kind, Result},
     http1::{Edge, Gate, Limits, Refusal},
-    http2::{self, Reply, ServerStream},
+    http2::{self, ReadAlong, Reply, ServerStream, StreamRefusal},
+    report::Side,
     state::snapshot::{Cluster, Protocol},
     upstream::Io,
 };
@@ -40,7 +41,8 @@ use crate::{
 const STREAM_WINDOW: u32 = 1 << 20;
 const CONNECTION_WINDOW: u32 = 4 << 20;
 
-/// Header lists this many times larger than allowed end in h2 itself; those between are answered and counted.
+/// Header lists this many times larger than allowed are not decoded, and have no request to be reported; those between
+/// are reported as requests.
 const HEADER_LIST_SLACK: u32 = 4;
 
 /// Header lines that hyper takes at least: trailers count too, and what is too much the edge has refused before.
@@ -79,7 +81,10 @@ async fn serve_http2(
         .enable_connect_protocol();
     let options = http2::Options { handshake: limits.request_head_timeout, ping: None, idle: limits.idle() };
     let drain = outbound.pod.drain.token();
+    let telling = Arc::clone(&outbound);
+    let (io, accepted) = ReadAlong::new(client, move |refusal| telling.stream_refused(refusal));
     let handle = |request, stream: ServerStream| {
+        accepted.note(stream.id());
         let (outbound, cluster) = (Arc::clone(&outbound), Arc::clone(&cluster));
         let asking = Client {
             version: Protocol::Http2,
@@ -92,12 +97,36 @@ async fn serve_http2(
             stream.run(reply(outbound, cluster, request, asking), stall).await;
         }
     };
-    match http2::serve(client, &builder, options, &drain, handle).await {
+    match http2::serve(io, &builder, options, &drain, handle).await {
         Ok(http2::Ended::Idle) => outbound.mesh.reporter.idle_closed(&outbound.pod.workload()),
         Ok(http2::Ended::Done) => {}
         Err(error) => only_if_abusive(error)?,
     }
     Ok(())
+}
+
+impl Outbound {
+    /// Nothing is known of the request: it is counted as what is refused before it is one.
+    fn stream_refused(&self, refusal: StreamRefusal) {
+        let limits = self.mesh.limits;
+        let error = match refusal {
+            StreamRefusal::HeaderList => Error::new(
+                Kind::HeadTooLarge,
+                format!(
+                    "the headers are far larger than the {} bytes allowed",
+                    limits.max_request_head_bytes
+                ),
+            ),
+            StreamRefusal::TooMany => Error::new(
+                Kind::Overflow,
+                format!("the connection has {} streams open already", limits.max_streams_per_connection),
+            ),
+            StreamRefusal::Malformed(reason) => {
+                Error::new(Kind::BadRequest, format!("the stream is no HTTP/2 request: {reason}"))
+            }
+        };
+        self.mesh.reporter.refused(Side::Source, &self.pod.workload(), self.ends.client, &error);
+    }
 }
 
 async fn reply(

@@ -57,6 +57,15 @@ async fn heads_that_are_too_large_or_too_slow() -> Result<()> {
         let seen = refused(&world, status, "DPE").await?;
         ensure!((seen - count).abs() < f64::EPSILON, "{seen} with {status}");
     }
+    // So large that it is not even decoded: known is only whose it was.
+    let request =
+        world.client().get(world.far.service.url(HTTP2, "/")).h2c().header("x-a", &"b".repeat(20_000));
+    ensure!(request.send().await?.status == 431);
+    let undecoded = [("kind", "head_too_large"), ("side", "source"), ("pod", "client")];
+    counted(&world.pair.agent_a, "mesh_refused_total", &undecoded, 1).await?;
+    let line = [("event", "refused"), ("kind", "head_too_large"), ("pod", "client"), ("flags", "DPE")];
+    let line = world.pair.agent_a.logged(&line).await?;
+    ensure!(line["error"] == "the headers are far larger than the 4096 bytes allowed", "{line:?}");
     ensure!((refused(&world, "408", "SI").await? - 1.0).abs() < f64::EPSILON);
     for (status, flags, sentence, count) in [
         ("414", "DPE", "the target of the request is longer than 200 bytes", 1),
