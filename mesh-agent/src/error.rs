@@ -87,6 +87,18 @@ pub struct Row {
     pub word: &'static str,
 }
 
+/// The gRPC status that stands for an HTTP status (gRPC's "HTTP to gRPC Status Code Mapping").
+pub const fn grpc_of(status: StatusCode) -> u32 {
+    match status.as_u16() {
+        400 => 13,
+        401 => 16,
+        403 => 7,
+        404 => 12,
+        429 | 502..=504 => 14,
+        _ => 2,
+    }
+}
+
 impl Kind {
     /// Everything the outside sees of this kind.
     pub const fn row(self) -> Row {
@@ -107,7 +119,9 @@ impl Kind {
             }
             Self::Unauthenticated => (Downstream, StatusCode::UNAUTHORIZED, 16, "UAEX", "unauthenticated"),
             Self::Denied => (Downstream, StatusCode::FORBIDDEN, 7, "DENY", "denied"),
-            Self::FaultAbort(FaultStatus::Http(status)) => (Mesh, status, 14, "FI", "fault_abort"),
+            Self::FaultAbort(FaultStatus::Http(status)) => {
+                (Mesh, status, grpc_of(status), "FI", "fault_abort")
+            }
             Self::FaultAbort(FaultStatus::Grpc(code)) => (Mesh, StatusCode::OK, code, "FI", "fault_abort"),
             Self::IllegalDestination => (Downstream, StatusCode::FORBIDDEN, 7, "DENY", "illegal_destination"),
             Self::DownstreamReset => (Downstream, StatusCode::BAD_REQUEST, 1, "DC", "downstream_reset"),

@@ -4,7 +4,10 @@
 //! reading of the clock for each frame. Tested below with a paused clock.
 
 use std::{
-    sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -30,6 +33,20 @@ pub struct Activity {
     /// Exchanges under way.
     open: AtomicU32,
     stalled: AtomicBool,
+    /// Waits of our own that are under way.
+    own: AtomicU32,
+}
+
+/// While it lives we wait for ourselves, and that nothing moves is nobody's fault.
+#[derive(Debug)]
+#[must_use]
+pub struct OwnWait(Arc<Activity>);
+
+impl Drop for OwnWait {
+    fn drop(&mut self) {
+        self.0.touch();
+        self.0.own.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Default for Activity {
@@ -40,6 +57,7 @@ impl Default for Activity {
             handed_over: AtomicBool::new(false),
             open: AtomicU32::new(0),
             stalled: AtomicBool::new(false),
+            own: AtomicU32::new(0),
         }
     }
 }
@@ -75,6 +93,12 @@ impl Activity {
         self.touch();
     }
 
+    /// The mesh makes the exchange wait: a delay that is injected, the pause before another try.
+    pub fn own_wait(self: &Arc<Self>) -> OwnWait {
+        self.own.fetch_add(1, Ordering::Relaxed);
+        OwnWait(Arc::clone(self))
+    }
+
     /// Whether an exchange is under way.
     pub fn is_open(&self) -> bool {
         self.open.load(Ordering::Relaxed) > 0
@@ -97,6 +121,9 @@ impl Activity {
 
     /// Until when the exchange under way may go on without anything moving; `None` is unlimited.
     pub fn deadline(&self, stall: Stall) -> Option<Instant> {
+        if self.own.load(Ordering::Relaxed) > 0 {
+            return None;
+        }
         let flush = self.handed_over.load(Ordering::Relaxed).then_some(stall.flush);
         let limit = match (flush, stall.idle) {
             (Some(flush), Some(idle)) => Some(flush.min(idle)),
@@ -139,6 +166,18 @@ mod tests {
         activity.stalled(idle).await;
         assert_eq!(begun.elapsed().as_secs(), 60);
         assert!(activity.has_stalled());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn our_own_waits_do_not_count() {
+        let activity = Arc::new(Activity::default());
+        let idle = Stall { idle: Some(Duration::from_mins(1)), ..STALL };
+        let own = activity.own_wait();
+        assert_eq!(activity.deadline(idle), None);
+        tokio::time::advance(Duration::from_mins(5)).await;
+        drop(own);
+        assert_eq!(activity.deadline(idle), Some(activity.last() + Duration::from_mins(1)));
+        assert!(activity.last() >= Instant::now() - Duration::from_millis(1));
     }
 
     #[tokio::test(start_paused = true)]

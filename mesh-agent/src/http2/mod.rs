@@ -16,7 +16,7 @@ mod tests;
 pub use self::{
     bytes::ByteStream,
     client::{Failed, is_closed, send},
-    refused::{Accepted, ReadAlong, StreamRefusal},
+    refused::{Along, ReadAlong, StreamRefusal},
     serve::{Ended, Options, keep_alive, serve},
     stream::{Reply, ServerStream},
 };

@@ -1,5 +1,6 @@
-//! Requests that the `h2` crate refuses by itself, and tells nobody of: a header list beyond what it decodes, a stream
-//! beyond those allowed at a time, a request that is no message. Found by reading along on the connection.
+//! What the `h2` crate keeps to itself of a connection, found by reading along on it: requests that it refuses (a header
+//! list beyond what it decodes, a stream beyond those allowed at a time, a request that is no message), and heads that
+//! do not get done.
 //!
 //! Promises to tell each refusal once, when its answer goes out, and never to change a byte. Never judges a frame:
 //! that is `h2`'s. Tested in `tests.rs` beside it and in the lab (`http/limits.rs`, `http/abuse.rs`).
@@ -8,12 +9,16 @@ use std::{
     collections::VecDeque,
     io::{self, IoSlice},
     pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use h2::Reason;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    time::{Instant, sleep_until},
+};
 
 /// Why a stream got an answer without ever becoming a request of ours.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,6 +40,10 @@ const CODE: usize = 4;
 
 const HEADERS: u8 = 1;
 const RST_STREAM: u8 = 3;
+const CONTINUATION: u8 = 9;
+
+/// The flag of the last frame of a header block.
+const END_HEADERS: u8 = 4;
 
 /// Streams without an answer that are remembered; what a client opens beyond, after a GOAWAY, has none to come.
 const MOST_OPEN: usize = 4096;
@@ -44,6 +53,8 @@ const MOST_OPEN: usize = 4096;
 struct Open {
     streams: VecDeque<u32>,
     newest: u32,
+    /// Since when a header block is arriving that is not complete.
+    head_began: Option<Instant>,
 }
 
 impl Open {
@@ -69,21 +80,34 @@ impl Open {
     }
 }
 
-/// Told of every stream that becomes a request, so that those remain which do not.
+/// What is known of a connection that is read along; told of every stream that becomes a request, so that those remain
+/// which do not.
 #[derive(Debug, Clone)]
-pub struct Accepted {
+pub struct Along {
     /// Only the connection's own task takes it: never waited for.
     open: Arc<Mutex<Open>>,
 }
 
-impl Accepted {
+impl Along {
     /// This stream is a request now.
-    pub fn note(&self, stream: h2::StreamId) {
-        self.take(stream.as_u32());
+    pub fn accepted(&self, stream: h2::StreamId) {
+        self.lock().take(stream.as_u32());
     }
 
-    fn take(&self, stream: u32) -> bool {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner).take(stream)
+    /// Completes once a head has not got done within this time.
+    pub async fn head_late(&self, limit: Duration) {
+        loop {
+            let now = Instant::now();
+            let began = self.lock().head_began;
+            match began {
+                Some(began) if began + limit <= now => return,
+                began => sleep_until(began.unwrap_or(now) + limit).await,
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Open> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -93,30 +117,36 @@ pub struct ReadAlong<S, F> {
     io: S,
     received: Frames,
     sent: Frames,
-    accepted: Accepted,
+    along: Along,
     refused: F,
 }
 
 impl<S, F: FnMut(StreamRefusal)> ReadAlong<S, F> {
     /// `refused` is called from within the connection's writes; it must not block.
-    pub fn new(io: S, refused: F) -> (Self, Accepted) {
-        let accepted = Accepted { open: Arc::default() };
+    pub fn new(io: S, refused: F) -> (Self, Along) {
+        let along = Along { open: Arc::default() };
         let received = Frames { skip: PREFACE, ..Frames::default() };
-        let along = Self { io, received, sent: Frames::default(), accepted: accepted.clone(), refused };
-        (along, accepted)
+        let io = Self { io, received, sent: Frames::default(), along: along.clone(), refused };
+        (io, along)
     }
 
     fn note_received(&mut self, bytes: &[u8]) {
-        let open = &self.accepted.open;
+        let along = &self.along;
+        let before = self.received.mid_block();
         self.received.feed(bytes, |frame| {
             if frame.kind == HEADERS {
-                open.lock().unwrap_or_else(PoisonError::into_inner).opened(frame.stream);
+                along.lock().opened(frame.stream);
             }
         });
+        // Few heads come in pieces: nothing to note of the others.
+        let now = self.received.mid_block();
+        if before != now {
+            along.lock().head_began = now.then(Instant::now);
+        }
     }
 
     fn note_sent(&mut self, bytes: &[u8]) {
-        let (accepted, refused) = (&self.accepted, &mut self.refused);
+        let (along, refused) = (&self.along, &mut self.refused);
         self.sent.feed(bytes, |frame| {
             let refusal = match frame.kind {
                 HEADERS => StreamRefusal::HeaderList,
@@ -124,7 +154,7 @@ impl<S, F: FnMut(StreamRefusal)> ReadAlong<S, F> {
                 RST_STREAM => StreamRefusal::Malformed(frame.code),
                 _ => return,
             };
-            if accepted.take(frame.stream) {
+            if along.lock().take(frame.stream) {
                 refused(refusal);
             }
         });
@@ -138,6 +168,10 @@ struct Frames {
     skip: u32,
     head: [u8; HEADER + CODE],
     have: usize,
+    /// The last frame was of a header block, which is what `skip` stands for.
+    in_block: bool,
+    /// More frames of that block are to come.
+    unfinished: bool,
 }
 
 /// What is looked at of a frame.
@@ -162,9 +196,18 @@ impl Frames {
             if self.have == self.wanted() {
                 self.skip = self.length() - (self.have - HEADER) as u32;
                 self.have = 0;
+                self.in_block = matches!(self.head[3], HEADERS | CONTINUATION);
+                if self.in_block {
+                    self.unfinished = self.head[4] & END_HEADERS == 0;
+                }
                 seen(self.frame());
             }
         }
+    }
+
+    /// Whether a header block has begun and not ended.
+    fn mid_block(&self) -> bool {
+        self.unfinished || self.in_block && self.skip > 0
     }
 
     /// Bytes to be read of the frame that begins here.

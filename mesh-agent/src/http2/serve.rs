@@ -71,7 +71,7 @@ where
     let unused = unused(&handlers, &tally, options.idle);
     tokio::pin!(unused);
     let (mut draining, mut ending) = (false, Ended::Done);
-    // A peer that is told to leave answers the PING that comes with it; one that is gone does not.
+    // A peer that is told to leave answers the PING that comes with it; one that is gone does not, and is not waited for.
     let mut goodbye = None;
     let outcome = loop {
         tokio::select! {
@@ -92,12 +92,13 @@ where
             },
             () = drain.cancelled(), if !draining => {
                 draining = true;
+                goodbye = Some(Instant::now() + options.handshake);
                 connection.graceful_shutdown();
             }
             () = &mut keep_alive => {
                 break Err(Error::new(Kind::DownstreamReset, "it answers no PING any more"));
             }
-            () = until(goodbye), if handlers.is_empty() => break Ok(ending),
+            () = left_alone(goodbye, &handlers, options.handshake) => break Ok(ending),
             () = &mut unused, if !draining => {
                 (draining, ending) = (true, Ended::Idle);
                 goodbye = Some(Instant::now() + options.handshake);
@@ -128,10 +129,12 @@ where
         .map_err(|error| ended(&error))
 }
 
-async fn until(at: Option<Instant>) {
-    match at {
-        Some(at) => time::sleep_until(at).await,
-        None => std::future::pending().await,
+/// Completes after `at`, once no stream is open any more.
+async fn left_alone(at: Option<Instant>, handlers: &TaskTracker, look_again: Duration) {
+    let Some(at) = at else { return std::future::pending().await };
+    time::sleep_until(at).await;
+    while !handlers.is_empty() {
+        time::sleep(look_again).await;
     }
 }
 

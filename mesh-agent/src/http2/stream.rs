@@ -12,6 +12,7 @@ use std::{
         atomic::{AtomicBool, AtomicU32, Ordering},
     },
     task::Poll,
+    time::Duration,
 };
 
 use atomic_waker::AtomicWaker;
@@ -19,6 +20,7 @@ use bytes::Bytes;
 use h2::{Reason, RecvStream, server::SendResponse};
 use http::{HeaderMap, Response, StatusCode};
 use http_body::Body;
+use tokio::time::Instant;
 
 use super::{bytes::ByteStream, pipe::Pipe};
 use crate::body::{Activity, BodyError, Inform, Stall};
@@ -38,6 +40,7 @@ pub struct ServerStream {
     receive: Option<RecvStream>,
     shared: Arc<Shared>,
     tally: Arc<Tally>,
+    opened: Instant,
 }
 
 /// What the maker of the answer and the stream both know.
@@ -62,6 +65,9 @@ pub(super) struct Tally {
 /// From how many streams on a connection is judged by how it ends them, and which share may be reset before an answer
 /// (those of Envoy: 500, one half).
 const JUDGED_FROM: u32 = 500;
+
+/// A stream reset sooner than this without an answer counts as reset early (Envoy's premature reset: 1 s).
+const PREMATURE: Duration = Duration::from_secs(1);
 
 /// Interim responses that one request may have.
 const MOST_INTERIM: u32 = 32;
@@ -103,7 +109,7 @@ impl fmt::Debug for ServerStream {
 impl ServerStream {
     pub(super) fn new(reply: SendResponse<Bytes>, receive: Option<RecvStream>, tally: Arc<Tally>) -> Self {
         tally.accepted.fetch_add(1, Ordering::Relaxed);
-        Self { reply, receive, shared: Arc::default(), tally }
+        Self { reply, receive, shared: Arc::default(), tally, opened: Instant::now() }
     }
 
     /// Its number on the connection.
@@ -127,7 +133,10 @@ impl ServerStream {
         B: Body<Data = Bytes, Error = BodyError> + Unpin,
     {
         let Some(reply) = self.make(making).await else {
-            self.tally.reset_early.fetch_add(1, Ordering::Relaxed);
+            // Who has waited for an answer and gives up is no flood.
+            if self.opened.elapsed() < PREMATURE {
+                self.tally.reset_early.fetch_add(1, Ordering::Relaxed);
+            }
             return;
         };
         match reply {

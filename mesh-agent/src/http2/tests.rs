@@ -385,13 +385,13 @@ async fn read_along(
     let (near, far) = tokio::io::duplex(64);
     let told = Arc::new(Mutex::new(Vec::new()));
     let telling = Arc::clone(&told);
-    let (far, accepted) = ReadAlong::new(far, move |refusal| {
+    let (far, along) = ReadAlong::new(far, move |refusal| {
         if let Ok(mut told) = telling.lock() {
             told.push(refusal);
         }
     });
     let handle = move |request, stream: ServerStream| {
-        accepted.note(stream.id());
+        along.accepted(stream.id());
         echo(request, stream)
     };
     tokio::spawn(async move { serve(far, &server, OPTIONS, &CancellationToken::new(), handle).await });
@@ -424,6 +424,37 @@ async fn a_header_list_that_is_not_decoded_is_told_once() -> TestResult {
     assert_eq!(statuses, [200, 431, 200, 431, 200]);
     assert_eq!(*told.lock().map_err(|_| "poisoned")?, [StreamRefusal::HeaderList; 2]);
     Ok(())
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_head_that_does_not_get_done_is_known() -> TestResult {
+    const LIMIT: Duration = Duration::from_secs(10);
+    let (mut near, far) = tokio::io::duplex(1 << 10);
+    let (mut far, along) = ReadAlong::new(far, |_| {});
+    let reading = tokio::spawn(async move {
+        let mut buffer = [0; 64];
+        while far.read(&mut buffer).await.is_ok_and(|read| read > 0) {}
+    });
+    let late = || tokio::time::timeout(LIMIT * 2, along.head_late(LIMIT));
+    let headers = |length: u8, flags: u8| [0, 0, length, 1, flags, 0, 0, 0, 1];
+    near.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await?;
+    // A whole one; one whose frame is cut; its rest, which leaves the block open; the last frame of that.
+    for (bytes, is_late) in [
+        ([&headers(2, 4)[..], b"ab"].concat(), false),
+        ([&headers(3, 0)[..], b"ab"].concat(), true),
+        (b"c".to_vec(), true),
+        (vec![0, 0, 0, 9, 4, 0, 0, 0, 1], false),
+        ([&headers(1, 4)[..], b"a"].concat(), false),
+        // Data that stays away is another's to judge.
+        (vec![0, 0, 9, 0, 0, 0, 0, 0, 1], false),
+    ] {
+        near.write_all(&bytes).await?;
+        // The clock stands still until what was written is read.
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        assert_eq!(late().await.is_ok(), is_late, "{bytes:?}");
+    }
+    drop(near);
+    Ok(reading.await?)
 }
 
 #[tokio::test]

@@ -24,6 +24,7 @@ use super::{
     exchange::{Client, Reported},
     http::{self, Answered},
     outbound::Outbound,
+    unsent::{Unsent, Watched},
 };
 use crate::{
     body::{Activity, Body, Inform},
@@ -40,6 +41,10 @@ use crate::{
 /// HTTP/2 towards apps: windows in bytes.
 const STREAM_WINDOW: u32 = 1 << 20;
 const CONNECTION_WINDOW: u32 = 4 << 20;
+
+/// What a stream may have waiting for the connection to take it, bytes: a client that reads nothing costs so much for each
+/// of its streams.
+const UNSENT: usize = 32 << 10;
 
 /// Header lists this many times larger than allowed are not decoded, and have no request to be reported; those between
 /// are reported as requests.
@@ -77,14 +82,16 @@ async fn serve_http2(
         .initial_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_concurrent_streams(limits.max_streams_per_connection)
+        .max_send_buffer_size(UNSENT)
         .max_header_list_size(limits.max_request_head_bytes.saturating_mul(HEADER_LIST_SLACK))
         .enable_connect_protocol();
     let options = http2::Options { handshake: limits.request_head_timeout, ping: None, idle: limits.idle() };
     let drain = outbound.pod.drain.token();
     let telling = Arc::clone(&outbound);
-    let (io, accepted) = ReadAlong::new(client, move |refusal| telling.stream_refused(refusal));
+    let (client, unsent) = Watched::new(client);
+    let (io, along) = ReadAlong::new(client, move |refusal| telling.stream_refused(refusal));
     let handle = |request, stream: ServerStream| {
-        accepted.note(stream.id());
+        along.accepted(stream.id());
         let (outbound, cluster) = (Arc::clone(&outbound), Arc::clone(&cluster));
         let asking = Client {
             version: Protocol::Http2,
@@ -97,7 +104,13 @@ async fn serve_http2(
             stream.run(reply(outbound, cluster, request, asking), stall).await;
         }
     };
-    match http2::serve(io, &builder, options, &drain, handle).await {
+    // What it breaks off sees its streams broken, and is reported.
+    let served = tokio::select! {
+        served = http2::serve(io, &builder, options, &drain, handle) => served,
+        () = unsent.stuck(limits.flush_timeout) => return Err(takes_nothing(&limits)),
+        () = along.head_late(limits.request_head_timeout) => return Err(Refusal::HeadTimeout.into()),
+    };
+    match served {
         Ok(http2::Ended::Idle) => outbound.mesh.reporter.idle_closed(&outbound.pod.workload()),
         Ok(http2::Ended::Done) => {}
         Err(error) => only_if_abusive(error)?,
@@ -148,6 +161,12 @@ async fn reply(
     }
 }
 
+/// What waits for the client is more than its socket holds, whatever became of the requests.
+fn takes_nothing(limits: &HttpLimits) -> Error {
+    let text = format!("the client has taken nothing of what is ready for it for {:?}", limits.flush_timeout);
+    Error::new(Kind::StreamIdle, text)
+}
+
 /// A client that goes away is no refusal.
 fn only_if_abusive(error: Error) -> Result<()> {
     if error.kind == Kind::BadRequest { Err(error) } else { Ok(()) }
@@ -166,6 +185,7 @@ async fn serve_http1(
         headers: limits.max_request_headers as usize,
         target_bytes: limits.max_request_target_bytes as usize,
     };
+    let (client, unsent) = Watched::new(client);
     let (edge, gate) = Edge::new(client, bounds);
     let activity = Arc::new(Activity::default());
     let (shared, told, moving) = (Arc::clone(&outbound), Arc::clone(&gate), Arc::clone(&activity));
@@ -182,7 +202,7 @@ async fn serve_http1(
     });
     let served = builder(bounds).serve_connection(TokioIo::new(edge), answer);
     let mut connection = pin!(served.with_upgrades());
-    let mut watch = Watch::new(&gate, &activity, &limits);
+    let mut watch = Watch::new(&gate, &activity, &unsent, &limits);
     let mut draining = pin!(outbound.pod.drain.started());
     let mut drained = false;
     let ended = poll_fn(|cx| {
@@ -197,8 +217,10 @@ async fn serve_http1(
         watch.poll(cx).map(Ok)
     })
     .await;
-    if watch.idle {
-        outbound.mesh.reporter.idle_closed(&outbound.pod.workload());
+    match watch.reached {
+        Some(Limit::Idle) => outbound.mesh.reporter.idle_closed(&outbound.pod.workload()),
+        Some(Limit::Unsent) => return Err(takes_nothing(&limits)),
+        _ => {}
     }
     if let Err(error) = ended {
         tracing::debug!(client = %outbound.ends.client, %error, "connection of a client ended early");
@@ -268,12 +290,13 @@ impl Inform for Gate {
 struct Watch<'a> {
     gate: &'a Gate,
     activity: &'a Activity,
+    unsent: &'a Unsent,
     limits: &'a HttpLimits,
     /// Set no later than the earliest limit; moved when that is reached and has moved on, so that a busy connection
     /// seldom touches the timer.
     timer: Pin<Box<Sleep>>,
-    /// Whether the connection was closed for want of a request.
-    idle: bool,
+    /// Why the connection was closed.
+    reached: Option<Limit>,
 }
 
 /// What happens when a limit is reached.
@@ -283,14 +306,16 @@ enum Limit {
     Head,
     /// Nothing moves on the request under way, and the connection ends.
     Stalled,
+    /// The last response is made, its client does not take it, and the connection ends.
+    Unsent,
     /// There was no request for too long, and the connection ends.
     Idle,
 }
 
 impl<'a> Watch<'a> {
-    fn new(gate: &'a Gate, activity: &'a Activity, limits: &'a HttpLimits) -> Self {
+    fn new(gate: &'a Gate, activity: &'a Activity, unsent: &'a Unsent, limits: &'a HttpLimits) -> Self {
         let timer = Box::pin(tokio::time::sleep(limits.request_head_timeout));
-        Self { gate, activity, limits, timer, idle: false }
+        Self { gate, activity, unsent, limits, timer, reached: None }
     }
 
     fn next(&self) -> Option<(Instant, Limit)> {
@@ -299,6 +324,9 @@ impl<'a> Watch<'a> {
         }
         if let Some(began) = self.gate.head_began() {
             return Some((began + self.limits.request_head_timeout, Limit::Head));
+        }
+        if let Some(since) = self.unsent.since() {
+            return Some((since + self.limits.flush_timeout, Limit::Unsent));
         }
         self.limits.idle().map(|idle| (self.activity.last() + idle, Limit::Idle))
     }
@@ -316,7 +344,7 @@ impl<'a> Watch<'a> {
                     return Poll::Pending;
                 }
                 self.activity.give_up();
-                self.idle = limit == Limit::Idle;
+                self.reached = Some(limit);
                 return Poll::Ready(());
             }
             let now = Instant::now();

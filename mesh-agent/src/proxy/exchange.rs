@@ -12,19 +12,24 @@ use std::{
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header::ORIGIN, request};
 use http_body::{Body as _, Frame, SizeHint};
+use percent_encoding::{AsciiSet, CONTROLS, percent_encode};
 use tokio::time::{Instant, Sleep};
 
 use super::{Ends, tries::UnderWay};
 use crate::{
     balance::Chosen,
     body::{Activity, Body, BodyError, Inform, Meter},
-    error::{Error, Kind},
+    error::{Error, Kind, grpc_of},
     http1::Turn,
     report::{Peer, Reporter, RequestOutcome, RequestProtocol, Security, Side},
     route,
     state::snapshot::{Cluster, HttpRoute, Protocol},
+    tunnel,
     upstream::{Lease, message, retry},
 };
+
+/// What `grpc-message` has encoded, beside what is not ASCII (gRPC over HTTP/2, "Responses").
+const GRPC_MESSAGE: &AsciiSet = &CONTROLS.add(b'%');
 
 /// The client's side of one request, as its connection gives it.
 pub(super) struct Client {
@@ -186,6 +191,28 @@ impl Exchange {
         self.respond(parts, body)
     }
 
+    /// As [`Exchange::refuse`], towards the agent of the source: it is told what failed and makes its own answer.
+    pub fn refuse_to_agent(self, error: Error) -> http::Response<Reported> {
+        let kind = error.kind;
+        let mut response = self.refuse(error);
+        tunnel::tell_failure(response.headers_mut(), kind);
+        response
+    }
+
+    /// An answer that the route itself gives; a gRPC client gets it as a status (as Envoy's local replies).
+    pub fn local(&self, mut head: http::response::Parts, body: Bytes) -> http::Response<Body> {
+        if !self.grpc {
+            return http::Response::from_parts(head, Body::from(body));
+        }
+        set(&mut head.headers, "content-type", "application/grpc");
+        set(&mut head.headers, "grpc-status", &grpc_of(head.status).to_string());
+        if !body.is_empty() {
+            set(&mut head.headers, "grpc-message", &percent_encode(&body, GRPC_MESSAGE).to_string());
+        }
+        head.status = StatusCode::OK;
+        http::Response::from_parts(head, Body::Empty)
+    }
+
     /// The client and the endpoint went over to another protocol: this was said, and so much passed.
     pub fn switched(mut self, status: StatusCode, received: u64, error: Option<Error>) {
         (self.status, self.response_bytes, self.error) = (Some(status), received, error);
@@ -238,8 +265,11 @@ fn set(headers: &mut HeaderMap, name: &'static str, value: &str) {
 impl Drop for Exchange {
     fn drop(&mut self) {
         if self.status.is_none() && self.error.is_none() {
-            let gone = "the client went away before it had an answer";
-            self.error = Some(Error::new(Kind::DownstreamReset, gone));
+            self.error = Some(if self.client.activity.has_stalled() {
+                Error::new(Kind::StreamIdle, "nothing moved for too long before there was an answer")
+            } else {
+                Error::new(Kind::DownstreamReset, "the client went away before it had an answer")
+            });
         }
         self.report();
         self.client.activity.end();

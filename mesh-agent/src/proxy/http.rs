@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use http::{HeaderValue, Request, Response, header::LOCATION, request, response};
 
 use super::{
@@ -109,12 +110,12 @@ async fn forward(
     }
     inject(route, exchange, &parts).await?;
     match &route.action {
-        RouteAction::Redirect(redirect) => redirected(route, redirect, &parts, matched, port),
+        RouteAction::Redirect(redirect) => redirected(exchange, route, redirect, &parts, matched, port),
         RouteAction::Direct { status, body } => {
             let (mut head, ()) = Response::new(()).into_parts();
             head.status = *status;
             route::apply_response(&mut head.headers, &route.headers.response);
-            Ok(Made::Response(Response::from_parts(head, Body::from(body.clone()))))
+            Ok(Made::Response(exchange.local(head, body.clone())))
         }
         RouteAction::Forward(backends) => {
             let backend = route::draw(backends);
@@ -162,6 +163,7 @@ fn within(limits: &HttpLimits, parts: &request::Parts) -> Result<()> {
 }
 
 fn redirected(
+    exchange: &Exchange,
     route: &HttpRoute,
     redirect: &Redirect,
     parts: &request::Parts,
@@ -175,7 +177,7 @@ fn redirected(
         .map_err(|_| Error::new(Kind::BadRequest, "the redirect's Location would not be a valid header"))?;
     head.headers.insert(LOCATION, location);
     route::apply_response(&mut head.headers, &route.headers.response);
-    Ok(Made::Response(Response::from_parts(head, Body::Empty)))
+    Ok(Made::Response(exchange.local(head, Bytes::new())))
 }
 
 async fn send(
@@ -253,6 +255,7 @@ async fn inject(route: &HttpRoute, exchange: &mut Exchange, parts: &request::Par
         && route::hits(share)
     {
         exchange.delay_injected = true;
+        let _own = exchange.client.activity.own_wait();
         tokio::time::sleep(delay).await;
     }
     if let Some((share, abort)) = injection.abort

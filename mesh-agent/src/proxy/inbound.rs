@@ -230,7 +230,7 @@ async fn answer(
             head.version = http::Version::HTTP_2;
             exchange.respond(head, body)
         }
-        Err(error) => exchange.refuse(error),
+        Err(error) => exchange.refuse_to_agent(error),
     }
 }
 

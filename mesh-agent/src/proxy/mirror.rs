@@ -4,14 +4,14 @@
 //! cannot take is dropped. Bodies are copied up to the limit of [`crate::body::LIMIT`]; a longer one breaks the copy off.
 //! So many copies are under way to a cluster at a time, and no more. Tested in the lab (`tests/tests/http/mirror.rs`).
 
-use std::sync::Arc;
+use std::{net::SocketAddr, sync::Arc};
 
 use http::{HeaderValue, Request};
 use http_body::Body as _;
 use tokio::time::timeout;
 
 use super::{
-    headers,
+    Mesh, headers,
     outbound::Outbound,
     tries::{Sendable, UnderWay},
 };
@@ -21,7 +21,7 @@ use crate::{
     error::{Error, Kind, Result},
     policy, route,
     state::snapshot::{Backend, Cluster, HttpRoute, Mirror},
-    upstream::{self, Destination},
+    upstream::{self, Destination, Pod},
 };
 
 /// How long a mirror may take where the route has no timeout of its own.
@@ -38,11 +38,13 @@ pub(super) fn send(outbound: &Arc<Outbound>, route: &HttpRoute, request: &Sendab
             continue;
         };
         let copy = Request::from_parts(parts, request.follow().map_or(Body::Empty, Body::Follow));
-        let (outbound, cluster) = (Arc::clone(outbound), Arc::clone(cluster));
+        // Not the connection: its place among the pod's is free again when its client has gone.
+        let (mesh, pod) = (Arc::clone(&outbound.mesh), Arc::clone(&outbound.pod));
+        let (client, cluster) = (outbound.ends.client, Arc::clone(cluster));
         let limit = route.timeout.unwrap_or(LIMIT);
         tokio::spawn(async move {
             let _place = place;
-            let sent = timeout(limit, one(&outbound, &cluster, copy, grpc)).await;
+            let sent = timeout(limit, one(&mesh, &pod, client, &cluster, copy, grpc)).await;
             let outcome = match &sent {
                 Ok(Ok(())) => "answered",
                 Ok(Err(error)) => error.kind.row().word,
@@ -51,7 +53,7 @@ pub(super) fn send(outbound: &Arc<Outbound>, route: &HttpRoute, request: &Sendab
             if let Ok(Err(error)) = &sent {
                 tracing::debug!(cluster = %cluster.name, %error, "a mirror has not answered");
             }
-            outbound.mesh.reporter.mirrored(&cluster, outcome);
+            mesh.reporter.mirrored(&cluster, outcome);
         });
     }
 }
@@ -63,12 +65,19 @@ impl Inform for Nobody {
     fn inform(&self, _status: http::StatusCode, _headers: &http::HeaderMap) {}
 }
 
-async fn one(outbound: &Outbound, cluster: &Arc<Cluster>, request: Request<Body>, grpc: bool) -> Result<()> {
+async fn one(
+    mesh: &Mesh,
+    pod: &Pod,
+    client: SocketAddr,
+    cluster: &Arc<Cluster>,
+    request: Request<Body>,
+    grpc: bool,
+) -> Result<()> {
     let Some(chosen) = balance::choose(cluster, &[]) else {
         return Err(Error::new(Kind::NoHealthyUpstream, format!("{} has no ready endpoint", cluster.name)));
     };
     let endpoint = &chosen.endpoint;
-    let via = upstream::via(&outbound.mesh.pods, &outbound.mesh.node, endpoint)?;
+    let via = upstream::via(&mesh.pods, &mesh.node, endpoint)?;
     let permit = policy::outbound(endpoint.workload.as_deref(), endpoint.address)?;
     let destination = Destination {
         address: endpoint.address,
@@ -78,8 +87,7 @@ async fn one(outbound: &Outbound, cluster: &Arc<Cluster>, request: Request<Body>
         flow: None,
     };
     let nobody: Arc<dyn Inform> = Arc::new(Nobody);
-    let (response, lease) =
-        outbound.pod.send(&permit, &destination, request, outbound.ends.client, &nobody).await?;
+    let (response, lease) = pod.send(&permit, &destination, request, client, &nobody).await?;
     // Read to its end, so that the connection can be used again.
     let mut body = response.into_body();
     while let Some(frame) = std::future::poll_fn(|cx| std::pin::Pin::new(&mut body).poll_frame(cx)).await {

@@ -12,6 +12,7 @@ pub mod inbound;
 mod mirror;
 pub mod outbound;
 mod tries;
+mod unsent;
 mod upgrade;
 
 use std::{net::SocketAddr, sync::Arc};

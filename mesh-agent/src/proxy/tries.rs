@@ -172,6 +172,7 @@ pub(super) async fn run(
         // What the failed try held goes back before the next one chooses.
         (exchange.lease, exchange.chosen) = (None, None);
         drop(result);
+        let _own = exchange.client.activity.own_wait();
         tokio::time::sleep(wait).await;
     }
 }
@@ -204,6 +205,8 @@ pub(super) fn pick(
     };
     let endpoint = Arc::clone(&chosen.endpoint);
     exchange.chosen = Some(chosen);
+    // Now, so that the next try avoids it however this one fails.
+    exchange.endpoint = Some(endpoint.address);
     let via = upstream::via(&outbound.mesh.pods, &outbound.mesh.node, &endpoint)?;
     note(outbound, exchange, &endpoint, &via);
     let permit = policy::outbound(endpoint.workload.as_deref(), endpoint.address)?;
@@ -232,26 +235,34 @@ async fn one(
     };
     let (client, inform) = (outbound.ends.client, &exchange.client.inform);
     let sending = outbound.pod.send(&permit, &destination, request, client, inform);
+    let (response, lease) = in_time(outbound, exchange, endpoint.address, limit, sending).await?;
+    exchange.lease = Some(lease);
+    Ok(response)
+}
+
+/// Waits for what an endpoint answers: until `limit`, and for as long as anything moves.
+pub(super) async fn in_time<T>(
+    outbound: &Outbound,
+    exchange: &Exchange,
+    endpoint: SocketAddr,
+    limit: Option<Instant>,
+    answer: impl Future<Output = Result<T>>,
+) -> Result<T> {
     let late = async {
         match limit {
             Some(limit) => sleep_until(limit).await,
             None => std::future::pending().await,
         }
     };
-    let (response, lease) = tokio::select! {
+    tokio::select! {
         biased;
-        sent = sending => sent?,
-        () = late => {
-            let text = format!("no response from {} in time", endpoint.address);
-            return Err(Error::new(Kind::Timeout, text));
-        }
+        answer = answer => answer,
+        () = late => Err(Error::new(Kind::Timeout, format!("no response from {endpoint} in time"))),
         () = exchange.client.activity.stalled(outbound.mesh.limits.stall()) => {
-            let text = format!("nothing moved for too long while waiting for {}", endpoint.address);
-            return Err(Error::new(Kind::StreamIdle, text));
+            let text = format!("nothing moved for too long while waiting for {endpoint}");
+            Err(Error::new(Kind::StreamIdle, text))
         }
-    };
-    exchange.lease = Some(lease);
-    Ok(response)
+    }
 }
 
 fn note(outbound: &Outbound, exchange: &mut Exchange, endpoint: &Endpoint, via: &Via) {

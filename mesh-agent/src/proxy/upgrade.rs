@@ -50,13 +50,7 @@ pub(super) async fn ask(
         flow: None,
     };
     let asking = outbound.pod.switch(&permit, &destination, request, wanted, outbound.ends.client);
-    let switched = match exchange.deadline {
-        None => asking.await?,
-        Some(deadline) => tokio::time::timeout_at(deadline, asking).await.map_err(|_| {
-            Error::new(Kind::Timeout, format!("no response from {} in time", endpoint.address))
-        })??,
-    };
-    match switched {
+    match tries::in_time(outbound, exchange, endpoint.address, exchange.deadline, asking).await? {
         Switched::Answered(response) => Ok(Made::Response(response)),
         Switched::Agreed(head, bytes) => {
             // What limits a request does not limit what it has become.

@@ -28,7 +28,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{
     Wire, failure,
-    native::{strip_mesh_headers, to_wire},
+    native::{strip_mesh_headers, to_wire, told_failure},
     settings::{CLIENT_MAX_STREAMS, HANDSHAKE_TIMEOUT, PING_INTERVAL, PING_TIMEOUT, client_builder},
 };
 use crate::{
@@ -219,6 +219,10 @@ impl MeshConnection {
         let place = self.take_place()?;
         let sent = http2::send(self.shared.sender.clone(), request, inform).await;
         let mut response = sent.map_err(|failed| self.shared.failed(failed))?;
+        if let Some(kind) = told_failure(response.headers()) {
+            let agent = self.shared.address.ip();
+            return Err(Error::new(kind, format!("the agent of {agent} has no response of {destination}")));
+        }
         strip_mesh_headers(response.headers_mut());
         Ok(response.map(|body| body.held(Arc::new(place))))
     }

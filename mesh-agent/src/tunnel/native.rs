@@ -1,4 +1,5 @@
-//! Native requests of `mesh-h2`: an app's HTTP request as a stream of its own, told by two headers of ours.
+//! Native requests of `mesh-h2`: an app's HTTP request as a stream of its own, told by two headers of ours; a third
+//! tells in the response that it is not the app's.
 //!
 //! Those headers are believed only from an authenticated mesh peer, so they are taken out of whatever apps send,
 //! in both directions. Tested by the unit tests below and, over the wire, by `tunnel/tests`.
@@ -23,6 +24,9 @@ pub const MESH_PORT: HeaderName = HeaderName::from_static("mesh-port");
 /// What the app speaks: `http/1.1` or `h2`.
 pub const MESH_APP_PROTOCOL: HeaderName = HeaderName::from_static("mesh-app-protocol");
 
+/// In a response that the peer's agent makes in the place of the app's: why there is none (a word of [`Kind`]).
+pub const MESH_FAILURE: HeaderName = HeaderName::from_static("mesh-failure");
+
 const HTTP1: &str = "http/1.1";
 const HTTP2: &str = "h2";
 
@@ -40,6 +44,23 @@ const HOP_BY_HOP: [HeaderName; 5] = [
 pub fn strip_mesh_headers(headers: &mut HeaderMap) {
     headers.remove(MESH_PORT);
     headers.remove(MESH_APP_PROTOCOL);
+    headers.remove(MESH_FAILURE);
+}
+
+/// Failures to get a response of the app that the source is told of: what its retries ask for.
+const TOLD: [Kind; 3] = [Kind::ConnectFailure, Kind::UpstreamReset, Kind::RefusedStream];
+
+/// Says in a response that it stands for this failure, where that is of interest to the source.
+pub fn tell_failure(headers: &mut HeaderMap, kind: Kind) {
+    if TOLD.contains(&kind) {
+        headers.insert(MESH_FAILURE, HeaderValue::from_static(kind.row().word));
+    }
+}
+
+/// The failure that a response of the peer's agent stands for.
+pub(super) fn told_failure(headers: &HeaderMap) -> Option<Kind> {
+    let word = headers.get(MESH_FAILURE)?.as_bytes();
+    TOLD.into_iter().find(|kind| kind.row().word.as_bytes() == word)
 }
 
 fn strip_hop_by_hop(headers: &mut HeaderMap) {
@@ -204,6 +225,20 @@ mod tests {
             Some(Kind::BadRequest)
         );
         Ok(())
+    }
+
+    #[test]
+    fn failures_to_reach_the_app_are_told_and_no_others() {
+        for kind in TOLD {
+            let mut headers = HeaderMap::new();
+            tell_failure(&mut headers, kind);
+            assert_eq!(told_failure(&headers), Some(kind));
+            strip_mesh_headers(&mut headers);
+            assert!(headers.is_empty());
+        }
+        let mut headers = HeaderMap::new();
+        tell_failure(&mut headers, Kind::Denied);
+        assert!(headers.is_empty());
     }
 
     #[test]

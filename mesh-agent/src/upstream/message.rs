@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 
 use http::{
     HeaderMap, HeaderName, HeaderValue, Uri, Version,
-    header::{CONNECTION, CONTENT_LENGTH, EXPECT, HOST, TE, TRANSFER_ENCODING, UPGRADE},
+    header::{CONNECTION, CONTENT_LENGTH, COOKIE, EXPECT, HOST, TE, TRANSFER_ENCODING, UPGRADE},
     request,
     uri::{Authority, PathAndQuery, Scheme},
 };
@@ -54,7 +54,8 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
 
 /// Brings a request into the one form the path works with: authority in the URI (from `:authority`, the absolute form
 /// or `Host`), no `Host` header. A CONNECT without a path gets `/`, so that it can be routed.
-/// What names no authority at all (HTTP/1.0) gets the address that was dialled.
+/// What names no authority at all (HTTP/1.0) gets the address that was dialled. Cookies that came apart are one line
+/// again (RFC 9113 §8.2.3): rules match the whole of it, and HTTP/1.1 knows it no other way.
 pub fn normalise(parts: &mut request::Parts, dialled: SocketAddr) -> Result<()> {
     let lengths = parts.headers.get_all(CONTENT_LENGTH).iter().count();
     if lengths > 1 {
@@ -95,7 +96,19 @@ pub fn normalise(parts: &mut request::Parts, dialled: SocketAddr) -> Result<()> 
         ));
     }
     set_authority(parts, authority);
+    join_cookies(&mut parts.headers);
     Ok(())
+}
+
+fn join_cookies(headers: &mut HeaderMap) {
+    if headers.get_all(COOKIE).iter().nth(1).is_none() {
+        return;
+    }
+    let crumbs: Vec<&[u8]> = headers.get_all(COOKIE).iter().map(HeaderValue::as_bytes).collect();
+    // Values that were valid each are valid with this between them.
+    if let Ok(whole) = HeaderValue::from_bytes(&crumbs.join(&b"; "[..])) {
+        headers.insert(COOKIE, whole);
+    }
 }
 
 fn set_authority(parts: &mut request::Parts, authority: Authority) {
@@ -209,6 +222,16 @@ mod tests {
             parts(Request::get("http://a/b").header("host", "other")).unwrap_or_else(|| panic!());
         assert!(normalise(&mut absolute, DIALLED).is_ok());
         assert_eq!(absolute.uri, "http://a/b");
+    }
+
+    #[test]
+    fn cookies_become_one_line() {
+        let request =
+            Request::get("/").header("host", "a").header("cookie", "a=1").header("cookie", "b=2; c=3");
+        let mut request = parts(request).unwrap_or_else(|| panic!());
+        assert!(normalise(&mut request, DIALLED).is_ok());
+        let lines: Vec<_> = request.headers.get_all(COOKIE).iter().collect();
+        assert_eq!(lines, ["a=1; b=2; c=3"]);
     }
 
     #[test]

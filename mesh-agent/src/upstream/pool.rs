@@ -1,7 +1,7 @@
 //! Plain HTTP connections to apps and to unmeshed endpoints, kept for the next request.
 //!
 //! Promises: one HTTP/1.1 connection carries one request at a time and is handed back only when its response has
-//! ended; HTTP/2 requests to one address share a connection; a request that was never written to a stale connection
+//! ended; HTTP/2 requests to one address share connections; what nobody uses is closed; a request that was never written to a stale connection
 //! goes to a fresh one. Never shares between pods: each pod owns its pools. Tested in the lab
 //! (`tests/tests/routing.rs`).
 
@@ -17,7 +17,10 @@ use std::{
 
 use bytes::Bytes;
 use h2::client::SendRequest;
-use http::{Request, Response};
+use http::{
+    Request, Response,
+    header::{CONTENT_LENGTH, TRANSFER_ENCODING},
+};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use tokio::{
@@ -35,7 +38,7 @@ use crate::{
     tunnel::strip_mesh_headers,
 };
 
-/// How long an HTTP/1.1 connection may wait for its next request (shorter than the 60 s after which many servers close;
+/// How long a connection may wait for its next request (shorter than the 60 s after which many servers close;
 /// Envoy waits an hour and meets their resets).
 const IDLE: Duration = Duration::from_secs(50);
 
@@ -140,6 +143,7 @@ impl Pool {
             };
             match sender.try_send_request(request).await {
                 Ok(response) => {
+                    one_length(&response, key.to)?;
                     let lease = Lease { h1: Some((Arc::clone(self), key, sender)) };
                     return Ok((response.map(Body::from), lease));
                 }
@@ -163,14 +167,17 @@ impl Pool {
         self.look_after(&lock(&self.idle));
         let (sender, place) = loop {
             let (sender, place) = slot.get(|| dial_http2(dial, key.to)).await?;
-            // Waits where the peer's limit of streams is reached; a connection that ends meanwhile has sent nothing.
-            if let Ok(sender) = sender.ready().await {
-                break (sender, place);
+            // Waits where the peer's limit of streams is reached everywhere; what is free first is taken, and a
+            // connection that ends meanwhile has sent nothing.
+            tokio::select! {
+                biased;
+                ready = sender.ready() => if let Ok(sender) = ready { break (sender, place) },
+                () = slot.freed() => {}
             }
         };
         let sent = http2::send(sender, request, Some(inform)).await;
         let response = sent.map_err(|failed| h2_failure(&failed, key.to))?;
-        Ok((response.map(|body| body.held(place)), Lease::shared()))
+        Ok((response.map(|body| body.held(Arc::new(place))), Lease::shared()))
     }
 
     fn take(&self, key: &Key) -> Option<http1::SendRequest<Body>> {
@@ -210,7 +217,7 @@ impl Pool {
         idle.retain(|_, kept| !kept.is_empty());
         let mut shared = lock(&self.shared);
         // Nobody waits for it, and nothing of it is open.
-        shared.retain(|_, slot| Arc::strong_count(slot) > 1 || slot.is_open());
+        shared.retain(|_, slot| slot.sweep(IDLE) || Arc::strong_count(slot) > 1);
         let empty = idle.is_empty() && shared.is_empty();
         if empty {
             self.swept.store(false, Ordering::Relaxed);
@@ -254,10 +261,23 @@ where
         Protocol::Http1 | Protocol::Opaque => {
             let mut sender = connect_http1(TokioIo::new(stream), to, None).await?;
             informed(&mut request, inform);
-            sender.send_request(request).await.map_err(|error| failure(&error, to))?.map(Body::from)
+            let response = sender.send_request(request).await.map_err(|error| failure(&error, to))?;
+            one_length(&response, to)?;
+            response.map(Body::from)
         }
     };
     Ok((response, Lease::shared()))
+}
+
+/// A body in chunks that states its length as well: the two may differ, and whoever reads it next may believe the other
+/// (RFC 9112 §6.3).
+fn one_length<B>(response: &Response<B>, from: SocketAddr) -> Result<()> {
+    let headers = response.headers();
+    if headers.contains_key(TRANSFER_ENCODING) && headers.contains_key(CONTENT_LENGTH) {
+        let text = format!("{from} answers with both Transfer-Encoding and Content-Length");
+        return Err(Error::new(Kind::UpstreamReset, text));
+    }
+    Ok(())
 }
 
 /// Has hyper hand the interim responses to this request to `inform`, without what is of the connection they came on:

@@ -14,14 +14,16 @@ use crate::{
 /// Backoff never grows beyond this many times its base (Envoy: ten times).
 const LARGEST_BACKOFF: u32 = 10;
 
-/// Whether the conditions cover a failed try.
+/// Whether the conditions cover a failed try. `5xx`, `gateway-error` and `reset` cover every way not to get a response;
+/// the others one of them.
 pub fn covers_error(on: &RetryOn, error: &Error) -> bool {
+    let any = on.server_error || on.gateway_error || on.reset;
     match error.kind {
-        Kind::ConnectFailure | Kind::TlsFailure => on.connect_failure || on.server_error || on.gateway_error,
-        Kind::RefusedStream => on.refused_stream || on.reset_before_request || on.reset || on.server_error,
-        Kind::UpstreamReset => on.reset || on.server_error,
+        Kind::ConnectFailure | Kind::TlsFailure => any || on.connect_failure || on.reset_before_request,
+        Kind::RefusedStream => any || on.refused_stream || on.reset_before_request,
+        Kind::UpstreamReset => any,
         // A try that ran into perTryTimeout is a 504 made by the mesh.
-        Kind::Timeout => on.server_error || on.gateway_error || on.reset || on.status_codes.contains(&504),
+        Kind::Timeout => any || on.status_codes.contains(&504),
         _ => false,
     }
 }
@@ -30,11 +32,14 @@ pub fn covers_error(on: &RetryOn, error: &Error) -> bool {
 pub fn covers_response<B>(on: &RetryOn, response: &Response<B>, request: &HeaderMap) -> bool {
     let (status, headers) = (response.status(), response.headers());
     let code = status.as_u16();
+    // Who says that it is asked too much is asked again only where the route says so, whatever else holds.
+    if headers.contains_key("x-envoy-ratelimited") {
+        return on.envoy_ratelimited;
+    }
     (on.server_error && status.is_server_error())
         || (on.gateway_error && matches!(code, 502..=504))
         || (on.retriable_4xx && code == 409)
         || on.status_codes.contains(&code)
-        || (on.envoy_ratelimited && headers.contains_key("x-envoy-ratelimited"))
         || (on.retriable_headers && has_one_of(headers, request))
         || grpc_status(headers).is_some_and(|grpc| on.grpc.contains(&grpc))
 }
@@ -81,9 +86,43 @@ mod tests {
         assert!(status(&numbers, 418) && !status(&numbers, 503));
         assert!(covers_error(&five, &Error::new(Kind::UpstreamReset, "")));
         assert!(!covers_error(&five, &Error::new(Kind::IdentityMismatch, "")));
-        let connect = RetryOn { connect_failure: true, ..RetryOn::default() };
-        assert!(covers_error(&connect, &Error::new(Kind::ConnectFailure, "")));
-        assert!(!covers_error(&connect, &Error::new(Kind::UpstreamReset, "")));
+    }
+
+    #[test]
+    fn each_condition_covers_its_failures_and_no_others() {
+        use Kind::{ConnectFailure, Denied, RefusedStream, Timeout, TlsFailure, UpstreamReset};
+        let none = RetryOn::default;
+        let all = [ConnectFailure, TlsFailure, RefusedStream, UpstreamReset, Timeout, Denied];
+        let any: &[Kind] = &[ConnectFailure, TlsFailure, RefusedStream, UpstreamReset, Timeout];
+        let unsent: &[Kind] = &[ConnectFailure, TlsFailure, RefusedStream];
+        let table = [
+            ("5xx", RetryOn { server_error: true, ..none() }, any),
+            ("gateway-error", RetryOn { gateway_error: true, ..none() }, any),
+            ("reset", RetryOn { reset: true, ..none() }, any),
+            ("reset-before-request", RetryOn { reset_before_request: true, ..none() }, unsent),
+            ("connect-failure", RetryOn { connect_failure: true, ..none() }, &[ConnectFailure, TlsFailure]),
+            ("refused-stream", RetryOn { refused_stream: true, ..none() }, &[RefusedStream]),
+            ("504", RetryOn { status_codes: vec![504], ..none() }, &[Timeout]),
+            ("retriable-4xx", RetryOn { retriable_4xx: true, ..none() }, &[]),
+        ];
+        for (name, on, covered) in table {
+            for kind in all {
+                let covers = covers_error(&on, &Error::new(kind, ""));
+                assert_eq!(covers, covered.contains(&kind), "{name} and {kind:?}");
+            }
+        }
+        let retriable = RetryOn { retriable_4xx: true, ..none() };
+        assert!(status(&retriable, 409) && !status(&retriable, 404));
+    }
+
+    #[test]
+    fn who_is_asked_too_much_is_left_alone() {
+        let limited = |on: &RetryOn| {
+            let response = Response::builder().status(503).header("x-envoy-ratelimited", "true").body(());
+            response.is_ok_and(|response| covers_response(on, &response, &HeaderMap::new()))
+        };
+        assert!(!limited(&RetryOn { server_error: true, status_codes: vec![503], ..RetryOn::default() }));
+        assert!(limited(&RetryOn { envoy_ratelimited: true, ..RetryOn::default() }));
     }
 
     #[test]

@@ -1,15 +1,19 @@
 //! The HTTP/2 connections to one address: as many as the peer's limit of streams asks for, one dialled at a time.
 //!
-//! Promises: whoever waited while somebody dialled in vain is told what came of it, and does not dial again one after the
+//! Promises: the least used connection gets the next stream; what nobody has used for a while is closed; whoever waited while somebody dialled in vain is told what came of it, and does not dial again one after the
 //! other. Tested below.
 
-use std::sync::{
-    Arc, Mutex,
-    atomic::{AtomicU64, Ordering},
+use std::{
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
 };
 
 use bytes::Bytes;
 use h2::client::SendRequest;
+use tokio::{sync::Notify, time::Instant};
 
 use super::pool::lock;
 use crate::{
@@ -25,10 +29,30 @@ const MOST: usize = 16;
 struct Open {
     sender: SendRequest<Bytes>,
     streams: Arc<()>,
+    /// When it last got a stream.
+    used: Instant,
+}
+
+impl Open {
+    fn streams(&self) -> usize {
+        Arc::strong_count(&self.streams) - 1
+    }
 }
 
 /// A stream's place on a connection: to be held until the stream has ended.
-pub(super) type Place = Arc<()>;
+#[derive(Debug)]
+pub(super) struct Place {
+    /// Let go of before the others are told.
+    stream: Option<Arc<()>>,
+    freed: Arc<Notify>,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.stream = None;
+        self.freed.notify_one();
+    }
+}
 
 /// The connections to one address.
 #[derive(Debug, Default)]
@@ -39,6 +63,7 @@ pub(super) struct Slot {
     dialled: AtomicU64,
     /// The last that failed: which it was, and why.
     failed: Mutex<Option<(u64, Error)>>,
+    freed: Arc<Notify>,
 }
 
 impl Slot {
@@ -66,8 +91,9 @@ impl Slot {
         match made {
             Ok(sender) => {
                 let streams = Arc::new(());
-                lock(&self.open).push(Open { sender: sender.clone(), streams: Arc::clone(&streams) });
-                Ok((sender, streams))
+                let place = self.place(&streams);
+                lock(&self.open).push(Open { sender: sender.clone(), streams, used: Instant::now() });
+                Ok((sender, place))
             }
             Err(error) => {
                 *lock(&self.failed) = Some((which, error.clone()));
@@ -76,22 +102,39 @@ impl Slot {
         }
     }
 
-    /// Whether any connection is open.
-    pub fn is_open(&self) -> bool {
+    /// Completes when a stream has ended.
+    pub async fn freed(&self) {
+        self.freed.notified().await;
+    }
+
+    /// Closes what has had no stream for so long; whether any connection is left.
+    pub fn sweep(&self, idle: Duration) -> bool {
         let mut open = lock(&self.open);
-        open.retain(|open| !http2::is_closed(&open.sender));
+        // With its last handle gone a connection says goodbye and ends.
+        open.retain(|open| {
+            !http2::is_closed(&open.sender) && (open.streams() > 0 || open.used.elapsed() < idle)
+        });
         !open.is_empty()
     }
 
-    /// One with room; where there are as many as may be, the first, whose streams one waits for.
+    fn place(&self, streams: &Arc<()>) -> Place {
+        Place { stream: Some(Arc::clone(streams)), freed: Arc::clone(&self.freed) }
+    }
+
+    /// The first with room; where there are as many as may be, the least used, whose streams one waits for.
     fn free(&self) -> Option<(SendRequest<Bytes>, Place)> {
         let mut open = lock(&self.open);
         open.retain(|open| !http2::is_closed(&open.sender));
-        let has_room =
-            |open: &&Open| Arc::strong_count(&open.streams) <= open.sender.current_max_send_streams();
-        let found = open.iter().find(has_room);
-        let found = found.or_else(|| open.first().filter(|_| open.len() >= MOST))?;
-        Some((found.sender.clone(), Arc::clone(&found.streams)))
+        let full = open.len() >= MOST;
+        let has_room = |open: &Open| open.streams() < open.sender.current_max_send_streams();
+        let found = match open.iter().position(has_room) {
+            Some(found) => found,
+            None if full => open.iter().enumerate().min_by_key(|(_, open)| open.streams())?.0,
+            None => return None,
+        };
+        let found = &mut open[found];
+        found.used = Instant::now();
+        Some((found.sender.clone(), self.place(&found.streams)))
     }
 }
 

@@ -193,12 +193,17 @@ async fn resets_and_goodbyes_are_mapped() -> Result<()> {
             // INTERNAL_ERROR instead of an answer, and within one.
             let early = get("/reset/2").send().await?;
             ensure!(early.status == 502, "{early:?}");
+            // A reset overtakes what is still queued before it: the head of the response may never have left.
+            let broken = |answer: &Result<lab::apps::Answer>| match answer {
+                Ok(answer) => answer.status == 502,
+                Err(_) => true,
+            };
             let late = get("/reset-late/8").send().await;
-            ensure!(late.is_err(), "half a body passed for a whole one: {late:?}");
+            ensure!(broken(&late), "half a body passed for a whole one: {late:?}");
             ensure!(get("/goaway").send().await?.status == 200);
             ensure!(get("/").send().await?.status == 200, "after a goodbye a new connection is made");
             let cut = get("/cut").send().await;
-            ensure!(cut.is_err(), "{cut:?}");
+            ensure!(broken(&cut), "{cut:?}");
         }
         // Whoever is beside the app tells what it did: nothing came, or something came and broke off.
         let beside = if side.name() == "far" { &world.pair.agent_b } else { &world.pair.agent_a };
@@ -210,7 +215,7 @@ async fn resets_and_goodbyes_are_mapped() -> Result<()> {
         for (path, status) in [("/reset/2", "502"), ("/reset-late/8", "200"), ("/cut", "200")] {
             let line = [("path", path), ("status", status), ("flags", "UC"), ("reporter", "destination")];
             logged_times(beside, &line, 2).await?;
-            let line = [("path", path), ("status", status), ("dst.workload", side.name())];
+            let line = [("path", path), ("flags", "UC"), ("dst.workload", side.name())];
             logged_times(&world.pair.agent_a, &[&line[..], &[("reporter", "source")]].concat(), 2).await?;
         }
         // A client that leaves is noticed by the app, and reported as what it is.

@@ -74,8 +74,22 @@ fn is_authority(name: &str) -> bool {
     name.eq_ignore_ascii_case("host") || name.eq_ignore_ascii_case(":authority")
 }
 
+/// What says where a message ends and what becomes of its connection: the proxy's own to write.
+const FRAMING: [HeaderName; 7] = [
+    http::header::CONTENT_LENGTH,
+    http::header::TRANSFER_ENCODING,
+    http::header::CONNECTION,
+    http::header::UPGRADE,
+    http::header::TRAILER,
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("proxy-connection"),
+];
+
 fn pair(name: &str, value: &str) -> Checked<(HeaderName, HeaderValue)> {
     let name = header_name(name)?;
+    if FRAMING.contains(&name) {
+        return Err(FieldError::new("", format!("{name} frames the message and cannot be set")));
+    }
     let value = literal(value)?;
     let value = HeaderValue::from_str(&value)
         .map_err(|_| FieldError::new("", format!("{value:?} is not a valid header value")))?;
@@ -117,6 +131,8 @@ mod tests {
             (json!({"response": {"set": {"x": "%REQ(y)%"}}}), "response.set.x", "not supported yet"),
             (json!({"request": {"remove": ["ok", ":path"]}}), "request.remove[1]", "header name"),
             (json!({"request": {"remove": ["Host"]}}), "request.remove[0]", "cannot be removed"),
+            (json!({"response": {"set": {"Content-Length": "1"}}}), "response.set.Content-Length", "frames"),
+            (json!({"request": {"add": {"upgrade": "x"}}}), "request.add.upgrade", "frames"),
             (json!({"request": {"set": {"host": "a b"}}}), "request.set.host", "host name"),
             (json!({"request": {"set": {"host": "u@b"}}}), "request.set.host", "host name"),
         ];
