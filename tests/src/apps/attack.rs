@@ -23,6 +23,8 @@ pub enum AttackKind {
     PingFlood,
     /// Requests whose answers may not be sent: every window stays 0.
     ZeroWindow,
+    /// Requests whose answers may be of any size: every window is as large as can be.
+    OpenWindows,
     /// Requests whose few bytes of HPACK stand for very many bytes of headers.
     HeaderBomb,
     /// A request's body of empty `DATA` frames without end.

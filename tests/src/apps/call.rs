@@ -37,7 +37,7 @@ impl CallKind {
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize, prost::Message)]
 pub struct Note {
     /// Free text, which comes back. A request can ask for trouble: `sleep/MS` waits before each answer, `status/N`
-    /// ends the call with this gRPC code once everything was answered.
+    /// ends the call with this gRPC code once everything was answered, `refuse/N` before anything is.
     #[prost(string, tag = "1")]
     pub text: String,
     /// How many notes are wanted, or were received.

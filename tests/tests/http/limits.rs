@@ -47,6 +47,14 @@ async fn heads_that_are_too_large_or_too_slow() -> Result<()> {
     let head = format!("GET / HTTP/1.1\r\nHost: lab\r\nx-slow: {}", "z".repeat(2000));
     let slow = world.client().raw(at).drip(Duration::from_millis(20), head).run().await?;
     ensure!(slow.statuses() == [408] && slow.end != RawEnd::Open && slow.sent < 1000, "{slow:?}");
+    // So is that for a header block of HTTP/2 which stops in the middle.
+    let block = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00\x00\x00\x64\x01\x04\x00\x00\x00\x01\x82";
+    let slow = world.client().raw(at).send(block).run().await?;
+    ensure!(slow.end != RawEnd::Open, "{slow:?}");
+    let late = [("kind", "head_timeout"), ("side", "source"), ("pod", "client")];
+    counted(&world.pair.agent_a, "mesh_refused_total", &late, 1).await?;
+    let line = [("event", "refused"), ("kind", "head_timeout"), ("pod", "client"), ("flags", "SI")];
+    world.pair.agent_a.logged(&line).await?;
     for (path, header, status) in
         [(format!("/{target}"), "b".to_owned(), 414), ("/".to_owned(), "b".repeat(5000), 431)]
     {

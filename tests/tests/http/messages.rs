@@ -182,6 +182,32 @@ async fn each_end_speaks_its_own_version() -> Result<()> {
 }
 
 #[tokio::test]
+async fn cookies_that_came_apart_are_one_line_again() -> Result<()> {
+    let Some(world) = World::new("cookies").await? else { return Ok(()) };
+    let routes = "
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: { name: far, namespace: default }
+spec:
+  hosts: [far]
+  http:
+    - match: [{ headers: { cookie: { exact: \"a=1; b=2\" } } }]
+      name: both
+      route: [{ destination: { host: far } }]
+    - name: other
+      route: [{ destination: { host: far } }]
+";
+    world.pair.apply("far.yaml", routes).await?;
+    for (port, version) in [(HTTP, "HTTP/1.1"), (HTTP2, "HTTP/2.0")] {
+        let request = world.client().get(world.far.service.url(port, "/")).h2c();
+        let echo = request.header("cookie", "a=1").header("cookie", "b=2").send().await?.echo()?;
+        ensure!(echo.version == version && echo.headers["cookie"] == "a=1; b=2", "{echo:?}");
+    }
+    logged_times(&world.pair.agent_a, &[("route", "both"), ("reporter", "source")], 2).await?;
+    world.finish().await
+}
+
+#[tokio::test]
 async fn resets_and_goodbyes_are_mapped() -> Result<()> {
     let Some(world) = World::new("resets").await? else { return Ok(()) };
     for side in world.both() {

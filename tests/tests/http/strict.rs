@@ -71,11 +71,12 @@ async fn a_bad_chunk_breaks_the_request_off() -> Result<()> {
 #[tokio::test]
 async fn answers_of_broken_apps_break_nobody_else() -> Result<()> {
     let Some(world) = World::new("broken-apps").await? else { return Ok(()) };
-    let answers: [&[u8]; 4] = [
+    let answers: [&[u8]; 5] = [
         b"nonsense\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\nContent-Length: 5\r\n\r\nabcde",
         b"HTTP/1.1 200 OK\r\nx: a\r\n b\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nshort",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\na\r\n0123456789\r\n0\r\n\r\n",
     ];
     for (n, bytes) in answers.into_iter().enumerate() {
         let port = 8100 + u16::try_from(n)?;
@@ -86,6 +87,10 @@ async fn answers_of_broken_apps_break_nobody_else() -> Result<()> {
         let answer = world.client().http_get(&service.url(80, "/"), &[]).await;
         let refused = answer.as_ref().map_or(true, |answer| answer.status >= 500);
         ensure!(refused, "{}: {answer:?}", String::from_utf8_lossy(bytes));
+        let host = format!("broken-{n}.default.svc.cluster.local");
+        world.requests(&[("response_flags", "UC"), ("destination_service", &host)], 1).await?;
+        let line = [("dst.service", host.as_str()), ("reporter", "source"), ("flags", "UC")];
+        world.pair.agent_a.logged(&line).await?;
     }
     ensure!(world.client().http_get(&world.far.url("/"), &[]).await?.status == 200);
     world.finish().await

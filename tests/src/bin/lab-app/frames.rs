@@ -21,6 +21,7 @@ pub const END_STREAM: u8 = 1;
 pub const END_HEADERS: u8 = 4;
 
 /// The setting for a stream's first window.
+pub const WINDOW_UPDATE: u8 = 8;
 pub const INITIAL_WINDOW_SIZE: u16 = 4;
 
 /// Length, type, flags and stream.

