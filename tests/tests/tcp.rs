@@ -42,6 +42,10 @@ async fn bytes_and_addresses_are_true_across_and_within_nodes() -> Result<()> {
             ensure!(report.peer == report.peername, "accept and getpeername agree: {seen:?}");
             let client = [pair.client.ip(), pair.client.ip6()];
             ensure!(client.contains(&report.peer.ip()), "the server sees the client's own address: {seen:?}");
+            // And its port, where both speak of the same address: connections of one client stay apart.
+            let same = seen.local.ip() == report.peer.ip();
+            ensure!(same == (vip.is_ipv4() || name == "near"), "{seen:?}");
+            ensure!(!same || seen.local == report.peer, "the server sees the client's own port: {seen:?}");
         }
     }
     // A pod dialled by its own address takes the same way.

@@ -29,7 +29,7 @@ pub use self::{
     activity::{Activity, Stall},
     inform::Inform,
     received::Received,
-    replay::{Follow, LIMIT, Replay},
+    replay::{Fate, Follow, LIMIT, Replay},
 };
 use crate::error::Error;
 

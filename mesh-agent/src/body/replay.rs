@@ -96,6 +96,29 @@ impl Replay {
     pub fn follow(&self) -> Follow {
         Follow { shared: Arc::clone(&self.shared), position: 0 }
     }
+
+    /// Whether the body is declared to be longer than what is kept.
+    pub fn is_too_long(&self) -> bool {
+        lock(&self.shared).peer.size_hint().lower() > LIMIT as u64
+    }
+}
+
+impl Follow {
+    /// To be asked in the end whether it was too long to be copied whole.
+    pub fn fate(&self) -> Fate {
+        Fate(Arc::clone(&self.shared))
+    }
+}
+
+/// What has become of a body that was followed.
+#[derive(Debug)]
+pub struct Fate(Arc<Mutex<Shared>>);
+
+impl Fate {
+    /// More of it came than is kept: whoever followed it was cut off.
+    pub fn was_too_long(&self) -> bool {
+        lock(&self.0).overflowed
+    }
 }
 
 impl Drop for Replay {

@@ -138,7 +138,8 @@ impl Outbound {
                 Error::new(Kind::BadRequest, format!("the stream is no HTTP/2 request: {reason}"))
             }
         };
-        self.mesh.reporter.refused(Side::Source, &self.pod.workload(), self.ends.client, &error);
+        let (client, dialled) = (self.ends.client, Some(self.ends.original_dst));
+        self.mesh.reporter.refused(Side::Source, &self.pod.workload(), client, dialled, &error);
     }
 }
 

@@ -21,7 +21,7 @@ use crate::{
     body::{Activity, Body, BodyError, Inform, Meter},
     error::{Error, Kind, grpc_of},
     http1::Turn,
-    report::{Peer, Reporter, RequestOutcome, RequestProtocol, Security, Side},
+    report::{GaveUp, Peer, Reporter, RequestOutcome, RequestProtocol, Security, Side},
     route,
     state::snapshot::{Cluster, HttpRoute, Protocol},
     tunnel,
@@ -62,6 +62,7 @@ pub(super) struct Exchange {
     pub security: Security,
     pub error: Option<Error>,
     pub delay_injected: bool,
+    pub gave_up: Option<GaveUp>,
     pub tries: u32,
     pub request: Arc<Meter>,
     pub grpc: bool,
@@ -77,6 +78,7 @@ pub(super) struct Exchange {
     pub under_way: Option<UnderWay>,
     method: Method,
     path: String,
+    unread: bool,
     /// Of a browser's request: the site it is made from.
     origin: Option<HeaderValue>,
     started: Instant,
@@ -123,6 +125,7 @@ impl Exchange {
             security: Security::None,
             error: None,
             delay_injected: false,
+            gave_up: None,
             tries: 0,
             request: Arc::new(Meter::new(Arc::clone(&client.activity))),
             client,
@@ -135,12 +138,18 @@ impl Exchange {
             under_way: None,
             method: request.method.clone(),
             path: request.uri.path_and_query().map_or_else(|| "/".to_owned(), ToString::to_string),
+            unread: false,
             origin: request.headers.get(ORIGIN).cloned(),
             started: Instant::now(),
             status: None,
             grpc_status: None,
             response_bytes: 0,
         }
+    }
+
+    /// What came was no request that could be read: nothing is told of it.
+    pub fn unread(&mut self) {
+        (self.unread, self.path) = (true, String::new());
     }
 
     /// The whole exchange, response body included, must be done within this time from now; the shortest counts.
@@ -232,7 +241,8 @@ impl Exchange {
             grpc_status: self.grpc_status,
             error: self.error.as_ref(),
             delay_injected: self.delay_injected,
-            method: self.method.as_str(),
+            gave_up: self.gave_up,
+            method: if self.unread { "" } else { self.method.as_str() },
             authority: &self.authority,
             path: &self.path,
             request_id: self.request_id.as_ref().and_then(|id| id.to_str().ok()),

@@ -56,7 +56,10 @@ pub(super) async fn answer(
     let mut exchange = Exchange::begin(reporter, Sides::Source, source, outbound.ends, client, &parts);
     exchange.cluster = Some(cluster);
     let made = match refused {
-        Some(error) => Err(error),
+        Some(error) => {
+            exchange.unread();
+            Err(error)
+        }
         None => forward(outbound, &mut exchange, parts, body).await,
     };
     match made {

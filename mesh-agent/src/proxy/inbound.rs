@@ -42,7 +42,7 @@ pub async fn serve(mesh: Arc<Mesh>, pod: Arc<Pod>, listener: Listener) {
             () = pod.drain.started() => return,
         };
         let Ok(captured) = captured else { return };
-        let Some(place) = admit(&mesh, &pod, Side::Destination, captured.client) else { continue };
+        let Some(place) = admit(&mesh, &pod, Side::Destination, (&captured).into()) else { continue };
         let connection = connection(Arc::clone(&mesh), Arc::clone(&pod), listener, captured);
         let connection = async move {
             connection.await;
@@ -54,14 +54,14 @@ pub async fn serve(mesh: Arc<Mesh>, pod: Arc<Pod>, listener: Listener) {
 
 async fn connection(mesh: Arc<Mesh>, pod: Arc<Pod>, listener: Listener, captured: Captured) {
     let workload = pod.workload();
-    let client = captured.client;
+    let ends = Ends::from(&captured);
     let reporter = Arc::clone(&mesh.reporter);
     let handled = match listener {
         Listener::Mesh => mesh_connection(mesh, pod, captured).await,
         Listener::Inbound | Listener::Outbound => plaintext_connection(mesh, pod, captured).await,
     };
     if let Err(error) = handled {
-        reporter.refused(Side::Destination, &workload, client, &error);
+        reporter.refused(Side::Destination, &workload, ends.client, Some(ends.original_dst), &error);
     }
 }
 
@@ -93,8 +93,20 @@ impl Inbound {
         Self { mesh, pod, workload, source: Peer { workload: by_address, identity }, ends, flow }
     }
 
-    fn refused(&self, error: &Error) {
-        self.mesh.reporter.refused(Side::Destination, &self.workload, self.ends.client, error);
+    /// `app`: what was asked for within the connection.
+    fn refused(&self, app: Option<SocketAddr>, error: &Error) {
+        let dialled = Some(app.unwrap_or(self.ends.original_dst));
+        self.mesh.reporter.refused(Side::Destination, &self.workload, self.ends.client, dialled, error);
+    }
+
+    /// The same for one tunnel, whose client the peer names: a further port of its own address, and nothing else, for
+    /// an address is what policies go by.
+    fn told(self: &Arc<Self>, client: Option<SocketAddr>) -> Arc<Self> {
+        let Some(client) = client.filter(|told| told.ip() == self.ends.client.ip()) else {
+            return Arc::clone(self);
+        };
+        let (mesh, pod) = (Arc::clone(&self.mesh), Arc::clone(&self.pod));
+        Arc::new(Self::new(mesh, pod, Ends { client, ..self.ends }, self.source.identity.clone()))
     }
 
     fn security(&self) -> Security {
@@ -103,7 +115,7 @@ impl Inbound {
 }
 
 async fn mesh_connection(mesh: Arc<Mesh>, pod: Arc<Pod>, captured: Captured) -> Result<()> {
-    let ends = Ends { client: captured.client, original_dst: captured.original_dst };
+    let ends = Ends::from(&captured);
     // Boxed: the handshake is over soon.
     let (tls, peer, wire) = Box::pin(tunnel::accept(captured.stream, pod.identity())).await?;
     let inbound = Arc::new(Inbound::new(mesh, pod, ends, Some(peer)));
@@ -129,7 +141,7 @@ async fn serve_stream(inbound: Arc<Inbound>, stream: MeshStream) {
             Box::pin(native(inbound, request, app, protocol, stream)).await;
         }
         MeshStream::Neither { error, stream } => {
-            inbound.refused(&error);
+            inbound.refused(None, &error);
             stream.refuse(tunnel_status(error.kind));
         }
     }
@@ -138,6 +150,7 @@ async fn serve_stream(inbound: Arc<Inbound>, stream: MeshStream) {
 /// A CONNECT: answered with 200 only once the app has accepted; then bytes.
 async fn tunnelled(inbound: Arc<Inbound>, tunnel: Tunnel) {
     let destination = tunnel.destination;
+    let inbound = inbound.told(tunnel.client());
     let opened = match policy::inbound(destination) {
         Ok(permit) => hand_over(&inbound, &permit, destination).await,
         Err(error) => Err(error),
@@ -148,7 +161,7 @@ async fn tunnelled(inbound: Arc<Inbound>, tunnel: Tunnel) {
             Err(error) => tracing::debug!(%destination, %error, "the peer left before its tunnel was open"),
         },
         Err(error) => {
-            inbound.refused(&error);
+            inbound.refused(Some(destination), &error);
             tunnel.refuse(tunnel_status(error.kind));
         }
     }
@@ -281,7 +294,7 @@ async fn hand_over(inbound: &Inbound, _permit: &Permit, app: SocketAddr) -> Resu
 }
 
 async fn plaintext_connection(mesh: Arc<Mesh>, pod: Arc<Pod>, captured: Captured) -> Result<()> {
-    let ends = Ends { client: captured.client, original_dst: captured.original_dst };
+    let ends = Ends::from(&captured);
     let permit = policy::inbound(ends.original_dst)?;
     let inbound = Inbound::new(mesh, pod, ends, None);
     let app = hand_over(&inbound, &permit, ends.original_dst).await?;

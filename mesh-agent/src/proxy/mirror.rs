@@ -1,7 +1,8 @@
 //! Copies of requests for mirrors: sent and forgotten.
 //!
 //! Promises that the request itself never feels it: nothing waits for a mirror, its answer goes nowhere, and what it
-//! cannot take is dropped. Bodies are copied up to the limit of [`crate::body::LIMIT`]; a longer one breaks the copy off.
+//! cannot take is dropped. Bodies are copied up to the limit of [`crate::body::LIMIT`]: what is declared longer is not
+//! sent at all, what turns out longer is broken off.
 //! So many copies are under way to a cluster at a time, and no more. Tested in the lab (`tests/tests/http/mirror.rs`).
 
 use std::{net::SocketAddr, sync::Arc};
@@ -17,7 +18,7 @@ use super::{
 };
 use crate::{
     balance,
-    body::{Body, Inform},
+    body::{Body, Follow, Inform},
     error::{Error, Kind, Result},
     policy, route,
     state::snapshot::{Backend, Cluster, HttpRoute, Mirror},
@@ -27,17 +28,26 @@ use crate::{
 /// How long a mirror may take where the route has no timeout of its own.
 const LIMIT: std::time::Duration = std::time::Duration::from_mins(1);
 
+/// What is counted of a copy whose body is beyond the limit.
+const TOO_LONG: &str = "body_too_long";
+
 /// Sends copies to those mirrors of the route whose turn it is.
 pub(super) fn send(outbound: &Arc<Outbound>, route: &HttpRoute, request: &Sendable, grpc: bool) {
     for mirror in route.mirrors.iter().filter(|mirror| route::hits(mirror.percentage)) {
         let Mirror { backend: Backend::Cluster(cluster), .. } = mirror else { continue };
+        if request.is_too_long() {
+            outbound.mesh.reporter.mirrored(cluster, TOO_LONG);
+            continue;
+        }
         let mut parts = request.parts().clone();
         parts.headers.insert(headers::ATTEMPT_COUNT, HeaderValue::from(1u32));
         let Some(place) = UnderWay::mirror(cluster) else {
             outbound.mesh.reporter.mirrored(cluster, Kind::Overflow.row().word);
             continue;
         };
-        let copy = Request::from_parts(parts, request.follow().map_or(Body::Empty, Body::Follow));
+        let follow = request.follow();
+        let fate = follow.as_ref().map(Follow::fate);
+        let copy = Request::from_parts(parts, follow.map_or(Body::Empty, Body::Follow));
         // Not the connection: its place among the pod's is free again when its client has gone.
         let (mesh, pod) = (Arc::clone(&outbound.mesh), Arc::clone(&outbound.pod));
         let (client, cluster) = (outbound.ends.client, Arc::clone(cluster));
@@ -47,6 +57,8 @@ pub(super) fn send(outbound: &Arc<Outbound>, route: &HttpRoute, request: &Sendab
             let sent = timeout(limit, one(&mesh, &pod, client, &cluster, copy, grpc)).await;
             let outcome = match &sent {
                 Ok(Ok(())) => "answered",
+                // Not the mirror's fault.
+                _ if fate.is_some_and(|fate| fate.was_too_long()) => TOO_LONG,
                 Ok(Err(error)) => error.kind.row().word,
                 Err(_) => Kind::Timeout.row().word,
             };

@@ -21,9 +21,10 @@ use arc_swap::ArcSwap;
 use tokio::sync::OwnedSemaphorePermit;
 
 use crate::{
+    capture::Captured,
     config::HttpLimits,
     error::{Error, Kind},
-    report::{FlowFacts, Peer, Reporter, RequestProtocol, Side},
+    report::{FlowFacts, Peer, Reporter, RequestProtocol, Security, Side},
     state::snapshot::{Endpoint, Snapshot, Workload},
     upstream::{LocalPods, Pod, Via},
 };
@@ -51,11 +52,12 @@ impl Mesh {
 }
 
 /// A place for one more connection of the pod; without one it is refused and counted.
-fn admit(mesh: &Mesh, pod: &Pod, side: Side, client: SocketAddr) -> Option<OwnedSemaphorePermit> {
+fn admit(mesh: &Mesh, pod: &Pod, side: Side, ends: Ends) -> Option<OwnedSemaphorePermit> {
     let place = pod.admit();
     if place.is_none() {
         let text = format!("the pod has {} connections open already", mesh.limits.max_connections_per_pod);
-        mesh.reporter.refused(side, &pod.workload(), client, &Error::new(Kind::Overflow, text));
+        let (dialled, error) = (Some(ends.original_dst), Error::new(Kind::Overflow, text));
+        mesh.reporter.refused(side, &pod.workload(), ends.client, dialled, &error);
     }
     place
 }
@@ -76,7 +78,7 @@ fn learn_end(facts: &mut FlowFacts, endpoint: &Endpoint, via: &Via, protocol: Re
     facts.endpoint = Some(endpoint.address);
     facts.peer_pod = peer.map(pod_name);
     facts.peer = peer.filter(|peer| peer.enrolled).map(|peer| peer.identity.clone());
-    facts.mutual_tls = matches!(via, Via::Mesh(_));
+    facts.mutual_tls = via.security() == Security::MutualTls;
     facts.protocol = Some(protocol);
 }
 
@@ -88,6 +90,12 @@ fn assert_small<F: Future>(connection: F, limit: usize) -> F {
         size_of::<F>()
     );
     connection
+}
+
+impl From<&Captured> for Ends {
+    fn from(captured: &Captured) -> Self {
+        Self { client: captured.client, original_dst: captured.original_dst }
+    }
 }
 
 /// One captured connection's two ends, as the proxy speaks of them.

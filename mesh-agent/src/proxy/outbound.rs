@@ -43,7 +43,7 @@ pub async fn serve(mesh: Arc<Mesh>, pod: Arc<Pod>) {
             () = pod.drain.started() => return,
         };
         let Ok(captured) = captured else { return };
-        let Some(place) = admit(&mesh, &pod, Side::Source, captured.client) else { continue };
+        let Some(place) = admit(&mesh, &pod, Side::Source, (&captured).into()) else { continue };
         let connection = connection(Arc::clone(&mesh), Arc::clone(&pod), captured, place);
         pod.drain.spawn(assert_small(connection, CONNECTION_FUTURE));
     }
@@ -64,12 +64,13 @@ pub(super) struct Outbound {
 
 async fn connection(mesh: Arc<Mesh>, pod: Arc<Pod>, captured: Captured, place: OwnedSemaphorePermit) {
     let workload = pod.workload();
-    let ends = Ends { client: captured.client, original_dst: captured.original_dst };
+    let ends = Ends::from(&captured);
     let flow = mesh.reporter.flow(&workload, Side::Source, ends.client);
     let outbound = Arc::new(Outbound { mesh, pod, source: vouched(&workload), ends, flow, _place: place });
     if let Err(error) = outbound.carry(captured.stream).await {
         outbound.flow.learn(|facts| facts.flag = Some(error.kind.row().flag));
-        outbound.mesh.reporter.refused(Side::Source, &workload, ends.client, &error);
+        let (client, dialled) = (ends.client, Some(ends.original_dst));
+        outbound.mesh.reporter.refused(Side::Source, &workload, client, dialled, &error);
     }
 }
 
@@ -267,6 +268,8 @@ impl Outbound {
             connect_timeout,
             flow: None,
         };
+        // Known even if nothing comes of it.
+        self.flow.learn(|facts| learn_end(facts, &endpoint, &via, RequestProtocol::Tcp));
         // Boxed: dialling is over soon, copying lasts.
         let stream = Box::pin(self.pod.open(&permit, &destination, self.ends.client)).await?;
         let passed = || {
@@ -291,6 +294,8 @@ impl Outbound {
             facts.service = service;
             facts.peer_pod = Some(pod_name(&source));
             facts.peer = Some(source.identity.clone());
+            // As in metrics: the bytes stay in this process, and both identities are the kernel's word.
+            facts.mutual_tls = true;
             facts.protocol = Some(protocol);
         });
         Some(flow)
@@ -303,7 +308,6 @@ impl Outbound {
         C: AsyncRead + AsyncWrite + Unpin,
     {
         let peer = server.endpoint.workload.clone();
-        self.learn(&server);
         let labels = TcpLabels {
             side: Side::Source,
             source: self.source.clone(),
@@ -330,10 +334,6 @@ impl Outbound {
             guard.closed(error.as_ref());
         }
         Ok(())
-    }
-
-    fn learn(&self, server: &Opened) {
-        self.flow.learn(|facts| learn_end(facts, &server.endpoint, &server.via, RequestProtocol::Tcp));
     }
 }
 

@@ -24,6 +24,7 @@ use crate::{
     body::{Body, Follow, Replay},
     error::{Error, Kind, Result},
     policy,
+    report::GaveUp,
     state::snapshot::{Cluster, Endpoint, HttpRoute, Protocol},
     upstream::{self, Destination, Via, retry},
 };
@@ -56,6 +57,11 @@ impl Sendable {
     /// The head, as it stands after the route's changes.
     pub fn parts(&self) -> &request::Parts {
         &self.parts
+    }
+
+    /// Whether the body is declared to be too long to be copied.
+    pub fn is_too_long(&self) -> bool {
+        matches!(&self.body, Source::Kept(replay) if replay.is_too_long())
     }
 
     /// A copy of the body for a mirror, as it comes; `None` for an empty one.
@@ -139,22 +145,25 @@ pub(super) async fn run(
         let Some(sending) = request.take() else {
             return Err(Error::new(Kind::UpstreamReset, "the request body is too long to be sent again"));
         };
-        exchange.tries += 1;
         let limit = try_limit(exchange, route);
         let result = one(outbound, exchange, cluster, protocol, sending, &tried, limit).await;
-        let again = exchange.tries <= policy.attempts
-            && match &result {
-                Ok(response) => retry::covers_response(&policy.on, response, &sendable.parts.headers),
-                Err(error) => retry::covers_error(&policy.on, error),
-            };
+        let again = match &result {
+            Ok(response) => retry::covers_response(&policy.on, response, &sendable.parts.headers),
+            Err(error) => retry::covers_error(&policy.on, error),
+        };
         let over = exchange.deadline.is_some_and(|deadline| Instant::now() >= deadline);
         // What the failed try held of the budget goes back before the next one asks.
         drop(retrying.take());
-        if !again || over {
+        if !again || over || policy.attempts == 0 {
+            return result;
+        }
+        if exchange.tries > policy.attempts {
+            exchange.gave_up = Some(GaveUp::Tries);
             return result;
         }
         retrying = UnderWay::retry(cluster);
         if retrying.is_none() {
+            exchange.gave_up = Some(GaveUp::Budget);
             outbound.mesh.reporter.retry_over_budget(cluster);
             return result;
         }
@@ -205,6 +214,7 @@ pub(super) fn pick(
     };
     let endpoint = Arc::clone(&chosen.endpoint);
     exchange.chosen = Some(chosen);
+    exchange.tries += 1;
     // Now, so that the next try avoids it however this one fails.
     exchange.endpoint = Some(endpoint.address);
     let via = upstream::via(&outbound.mesh.pods, &outbound.mesh.node, &endpoint)?;

@@ -37,7 +37,6 @@ pub(super) async fn ask(
     mut request: Request<Body>,
     wanted: &Switch,
 ) -> Result<Made> {
-    exchange.tries = 1;
     request.headers_mut().insert(headers::ATTEMPT_COUNT, HeaderValue::from(1u32));
     let key = request.headers().get(SEC_WEBSOCKET_KEY).cloned();
     let request = request.map(|body| body.metered(Arc::clone(&exchange.request)));

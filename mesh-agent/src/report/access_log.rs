@@ -167,6 +167,11 @@ impl Line {
         }
     }
 
+    /// The same, of something that is unknown where it is empty.
+    pub fn known(&mut self, key: &'static str, value: &str) {
+        self.text(key, Some(value).filter(|value| !value.is_empty()));
+    }
+
     /// A value with a text form.
     pub fn display(&mut self, key: &'static str, value: Option<impl fmt::Display>) {
         self.text(key, value.map(|value| value.to_string()).as_deref());

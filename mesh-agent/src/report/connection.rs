@@ -106,7 +106,7 @@ impl ConnectionGuard {
 
     fn report(&self, labels: &TcpLabels, traffic: TrafficLabels, error: Option<&Error>) {
         let reporter = &self.reporter;
-        let flags = Flags::new(error, false);
+        let flags = Flags::new(error);
         let traffic = traffic.with_flags(flags);
         reporter.metrics.tcp_closed.get_or_create(&traffic).inc();
         if error.is_some_and(|error| never_established(error.kind)) {

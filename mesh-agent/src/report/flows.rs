@@ -92,9 +92,9 @@ pub enum Direction {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Protection {
-    /// As mTLS.
+    /// As mTLS, or within this node's agent, which vouches for both ends.
     MutualTls,
-    /// In the clear, or inside this node.
+    /// In the clear.
     None,
     /// Nobody knows (any more).
     Unknown,

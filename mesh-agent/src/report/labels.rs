@@ -10,7 +10,7 @@ use std::{
 
 use prometheus_client::encoding::{EncodeLabel as _, EncodeLabelSet, LabelSetEncoder};
 
-use super::{Peer, RequestProtocol, Security, Side};
+use super::{GaveUp, Peer, RequestOutcome, RequestProtocol, Security, Side};
 use crate::state::snapshot::{Cluster, Workload};
 
 /// Highest status number gRPC defines (`UNAUTHENTICATED`); others come from peers and would be endless series.
@@ -92,25 +92,33 @@ pub(super) struct Flags {
     pub delay: bool,
     /// Flag of the error, `-` when none.
     pub error: &'static str,
+    /// Why there was no further try.
+    pub gave_up: Option<GaveUp>,
 }
 
 impl Flags {
     /// Nothing to report.
-    pub const NONE: Self = Self { delay: false, error: "-" };
+    pub const NONE: Self = Self { delay: false, error: "-", gave_up: None };
 
-    /// The flags of an error and of an injected delay.
-    pub fn new(error: Option<&crate::error::Error>, delay: bool) -> Self {
-        Self { delay, error: error.map_or("-", |error| error.kind.row().flag) }
+    /// The flags of an error.
+    pub fn new(error: Option<&crate::error::Error>) -> Self {
+        Self { error: error.map_or("-", |error| error.kind.row().flag), ..Self::NONE }
+    }
+
+    /// The flags of a request.
+    pub fn of(outcome: &RequestOutcome<'_>) -> Self {
+        Self { delay: outcome.delay_injected, gave_up: outcome.gave_up, ..Self::new(outcome.error) }
     }
 }
 
 impl fmt::Display for Flags {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match (self.delay, self.error) {
-            (false, error) => f.write_str(error),
-            (true, "-") => f.write_str("DI"),
-            (true, error) => write!(f, "DI,{error}"),
-        }
+        let delay = self.delay.then_some("DI");
+        let error = Some(self.error).filter(|error| *error != "-");
+        let gave_up = self.gave_up.map(GaveUp::flag);
+        let mut rest = [delay, error, gave_up].into_iter().flatten();
+        f.write_str(rest.next().unwrap_or("-"))?;
+        rest.try_for_each(|flag| write!(f, ",{flag}"))
     }
 }
 

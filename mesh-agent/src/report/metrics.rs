@@ -294,7 +294,7 @@ impl Metrics {
                 outcome.protocol,
                 outcome.security,
             )
-            .with_flags(Flags::new(outcome.error, outcome.delay_injected)),
+            .with_flags(Flags::of(outcome)),
             status: outcome.status,
             grpc: outcome.grpc_status,
         };
@@ -410,7 +410,7 @@ impl Key {
             security: outcome.security,
             status: outcome.status,
             grpc: outcome.grpc_status,
-            flags: Flags::new(outcome.error, outcome.delay_injected),
+            flags: Flags::of(outcome),
         }
     }
 }

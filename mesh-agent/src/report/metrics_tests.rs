@@ -53,6 +53,7 @@ impl Request {
             grpc_status: None,
             error: None,
             delay_injected: false,
+            gave_up: None,
             method: "GET",
             authority: "reviews:9080",
             path: "/reviews/0",
@@ -233,7 +234,8 @@ fn what_others_know_is_set_and_forgotten() {
     reporter.set_certificates(&[(samples::identity("a"), at), (samples::identity("b"), at)]);
     reporter.set_certificates(&[(samples::identity("b"), at)]);
     let error = Error::new(Kind::Denied, "no");
-    reporter.refused(Side::Destination, &samples::workload("reviews", 2), ([127, 0, 0, 1], 1).into(), &error);
+    let reviews = samples::workload("reviews", 2);
+    reporter.refused(Side::Destination, &reviews, ([127, 0, 0, 1], 1).into(), None, &error);
     let text = reporter.exposition();
     for line in [
         "mesh_config_revision 7",
@@ -284,7 +286,7 @@ fn one_line_per_event_with_everything_in_it() -> std::io::Result<()> {
     let guard = connection(&reporter);
     guard.moved(3, 4);
     guard.closed(None);
-    reporter.refused(Side::Source, &samples::workload("reviews", 2), at(2, 9), &error);
+    reporter.refused(Side::Source, &samples::workload("reviews", 2), at(2, 9), Some(at(3, 80)), &error);
     assert!(reporter.flush(Duration::from_secs(10)));
     let text = sink.text();
     let lines: Vec<_> = text.lines().collect();
@@ -306,6 +308,7 @@ fn one_line_per_event_with_everything_in_it() -> std::io::Result<()> {
         )
     );
     assert!(lines[1].contains(" event=connection ") && lines[1].contains(" bytes_received=3 bytes_sent=4 "));
+    assert!(lines[2].contains(&format!(" dst.addr={} ", at(3, 80))));
     assert!(lines[2].contains(" event=refused ") && lines[2].contains(" kind=connect_failure "));
     Ok(())
 }

@@ -107,6 +107,25 @@ pub struct Peer {
     pub identity: Option<SpiffeId>,
 }
 
+/// Why a request that failed was not tried again, though the route's conditions cover the failure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum GaveUp {
+    /// It has had all its tries: `URX`.
+    Tries,
+    /// The cluster's budget of retries was used up: `UO`.
+    Budget,
+}
+
+impl GaveUp {
+    /// Envoy's response flag.
+    pub const fn flag(self) -> &'static str {
+        match self {
+            Self::Tries => "URX",
+            Self::Budget => "UO",
+        }
+    }
+}
+
 /// What an answered or refused request looked like.
 #[derive(Debug)]
 pub struct RequestOutcome<'a> {
@@ -130,7 +149,9 @@ pub struct RequestOutcome<'a> {
     pub error: Option<&'a Error>,
     /// `DI` when a delay was injected.
     pub delay_injected: bool,
-    /// Method, for the log.
+    /// Why a request whose failure its route retries was not tried again.
+    pub gave_up: Option<GaveUp>,
+    /// Method, for the log; empty, as the next two, where the request was not read.
     pub method: &'a str,
     /// Host, for the log.
     pub authority: &'a str,
@@ -236,14 +257,14 @@ impl Reporter {
             line.text("cluster", outcome.cluster.map(|cluster| &*cluster.name));
             line.display("endpoint", outcome.endpoint);
             line.text("protocol", Some(outcome.protocol.word()));
-            line.text("method", Some(outcome.method));
-            line.text("authority", Some(outcome.authority));
-            line.text("path", Some(outcome.path));
+            line.known("method", outcome.method);
+            line.known("authority", outcome.authority);
+            line.known("path", outcome.path);
             line.text("request_id", outcome.request_id);
-            line.text("route", Some(outcome.route));
+            line.known("route", outcome.route);
             line.number("status", Some(outcome.status.into()));
             line.number("grpc_status", outcome.grpc_status.map(u64::from));
-            line.display("flags", Some(Flags::new(outcome.error, outcome.delay_injected)));
+            line.display("flags", Some(Flags::of(outcome)));
             line.number("tries", Some(outcome.tries.into()));
             line.number("bytes_received", Some(outcome.request_bytes));
             line.number("bytes_sent", Some(outcome.response_bytes));
@@ -275,13 +296,21 @@ impl Reporter {
     }
 
     /// A connection was refused before it became a request or an opaque connection (`mesh_refused_total` by kind
-    /// and side, one log line with the peer).
-    pub fn refused(&self, side: Side, pod: &Workload, client: SocketAddr, error: &Error) {
+    /// and side, one log line with the peer and what it `dialled`).
+    pub fn refused(
+        &self,
+        side: Side,
+        pod: &Workload,
+        client: SocketAddr,
+        dialled: Option<SocketAddr>,
+        error: &Error,
+    ) {
         self.metrics.refused(side, pod, error.kind.row().word);
         self.log.line(|line| {
             line.text("event", Some("refused"));
             line.text("reporter", Some(side.word()));
             line.display("src.addr", Some(client));
+            line.display("dst.addr", dialled);
             line.text("pod", Some(&pod.name));
             line.text("pod_namespace", Some(&pod.namespace));
             line.text("kind", Some(error.kind.row().word));

@@ -16,7 +16,7 @@ use std::{
 
 use bytes::Bytes;
 use h2::client::SendRequest;
-use http::{Request, Response, StatusCode};
+use http::{Request, Response, StatusCode, header::FORWARDED};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
@@ -177,16 +177,18 @@ impl MeshConnection {
         self.shared.address
     }
 
-    /// Opens a CONNECT stream to `destination` (an address of the peer pod) and waits for its 200. Dropped before
-    /// `shutdown`, the stream is reset.
+    /// Opens a CONNECT stream to `destination` (an address of the peer pod) for the connection of this client, and waits
+    /// for its 200. Dropped before `shutdown`, the stream is reset.
     ///
     /// # Errors
     /// [`Kind::Denied`], [`Kind::ConnectFailure`] or [`Kind::BadRequest`] by the peer's answer;
     /// [`Kind::RefusedStream`] when another connection should be tried; [`Kind::UpstreamReset`] else.
-    pub async fn open_tunnel(&self, destination: SocketAddr) -> Result<ByteStream> {
+    pub async fn open_tunnel(&self, destination: SocketAddr, client: SocketAddr) -> Result<ByteStream> {
         let place = self.take_place()?;
         let failed = |error: h2::Error| self.shared.failed(error);
-        let request = Request::connect(destination.to_string()).body(()).map_err(|error| {
+        let request =
+            Request::connect(destination.to_string()).header(FORWARDED, format!("for=\"{client}\""));
+        let request = request.body(()).map_err(|error| {
             Error::new(Kind::BadRequest, format!("CONNECT to {destination} is not possible: {error}"))
         })?;
         let unsent = |error| self.shared.failed(Failed { error, untouched: true });

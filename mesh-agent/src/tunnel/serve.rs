@@ -5,7 +5,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use http::{HeaderMap, Request, Response, StatusCode};
+use http::{HeaderMap, Request, Response, StatusCode, header::FORWARDED};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_util::sync::CancellationToken;
 
@@ -58,6 +58,14 @@ pub struct Tunnel {
 }
 
 impl Tunnel {
+    /// Whose connection it is, as the peer says (`forwarded: for="ip:port"`, as ztunnel writes it).
+    pub fn client(&self) -> Option<SocketAddr> {
+        let value = self.headers.get(FORWARDED)?.to_str().ok()?;
+        let elements = value.split(';').filter_map(|pair| pair.trim().split_once('='));
+        let (_, client) = elements.into_iter().find(|(name, _)| name.eq_ignore_ascii_case("for"))?;
+        client.trim_matches('"').parse().ok()
+    }
+
     /// Answers 200 and gives the bytes.
     ///
     /// # Errors

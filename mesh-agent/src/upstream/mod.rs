@@ -118,7 +118,7 @@ impl Pod {
                     // Its agent sees bytes only.
                     let (own, app) = (&self.identity().id, &workload.identity);
                     message::client_certificate(request.headers_mut(), Some(own), app);
-                    return Box::pin(self.send_over_tunnel(&connection, to, request, inform)).await;
+                    return Box::pin(self.send_over_tunnel(&connection, to, request, client, inform)).await;
                 }
                 let sent = connection.send(request, to.address, to.protocol, Some(&**inform)).await;
                 Ok((sent?, Lease::shared()))
@@ -159,7 +159,7 @@ impl Pod {
             Via::Local(pod) => Ok(UpstreamStream::Tcp(pod.open_app(to.address, client, timeout).await?)),
             Via::Mesh(workload) => {
                 let connection = self.mesh_connection(workload, to.address, Wire::Hbone, timeout).await?;
-                Ok(UpstreamStream::Tunnel(connection.open_tunnel(to.address).await?))
+                Ok(UpstreamStream::Tunnel(connection.open_tunnel(to.address, client).await?))
             }
             Via::Plain => {
                 let (net, to) = (self.net(), to.address);

@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     fmt,
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     sync::{Arc, Mutex, PoisonError},
 };
 
@@ -94,9 +94,10 @@ impl Pod {
         connection: &MeshConnection,
         to: &Destination<'_>,
         request: Request<Body>,
+        client: SocketAddr,
         inform: &Arc<dyn Inform>,
     ) -> Result<(Response<Body>, Lease)> {
-        let stream = connection.open_tunnel(to.address).await?;
+        let stream = connection.open_tunnel(to.address, client).await?;
         let request = in_form(request, to.protocol);
         super::pool::send_on_new(stream, to.address, to.protocol, request, inform).await
     }

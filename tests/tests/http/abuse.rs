@@ -21,6 +21,7 @@ fn broken_rule(kind: AttackKind) -> Option<&'static str> {
             | AttackKind::ContinuationFlood
             | AttackKind::HeaderBomb
             | AttackKind::OpenStreams
+            | AttackKind::EmptyDataFlood
     )
     .then_some("the peer breaks HTTP/2")
 }
@@ -57,6 +58,12 @@ async fn attack(kind: AttackKind, count: u64, args: &[&str]) -> Result<Option<la
         counted(agent, "mesh_refused_total", &refused, *resets).await?;
         let line = [("event", "refused"), ("kind", "overflow"), ("pod", "client"), ("flags", "UO")];
         logged_times(agent, &line, usize::try_from(*resets)?).await?;
+    }
+    if kind == AttackKind::ZeroWindow {
+        let given_up = [("response_flags", "SI"), ("reporter", "source"), ("source_workload", "client")];
+        counted(agent, "istio_requests_total", &given_up, count).await?;
+        let line = [("src.workload", "client"), ("flags", "SI"), ("status", "200"), ("reporter", "source")];
+        logged_times(agent, &line, usize::try_from(count)?).await?;
     }
     // No more processor time than both cores had for as long as it lasted, the bystander's part included.
     let spent = agent.cpu_time()?.saturating_sub(cpu);

@@ -68,10 +68,13 @@ async fn copies_are_sent_and_forgotten() -> Result<()> {
         ensure!(answer.pod() == Some("far") && answer.echo()?.body_bytes == 20_000, "{answer:?}");
     }
     mirrored("/copied", 2).await?;
-    // A body that is too long to be kept is passed on all the same, and its copy given up.
+    // A body that is too long to be kept is passed on all the same, and nothing of it is copied.
     let answer =
         world.client().get(world.far.url("/all")).method("POST").body_bytes(1_000_000).send().await?;
     ensure!(answer.pod() == Some("far") && answer.echo()?.body_bytes == 1_000_000, "{answer:?}");
+    let too_long = [("cluster", "outbound|80||near.default.svc.cluster.local"), ("outcome", "body_too_long")];
+    counted(&world.pair.agent_a, "mesh_mirrored_requests_total", &too_long, 1).await?;
+    mirrored("/copied", 2).await?;
     let tally = world.client().get(world.far.url("/half")).many(400, 4, None).await?;
     ensure!(tally.statuses.get(&200) == Some(&400), "{tally:?}");
     eventually("about half was mirrored", async || {

@@ -30,6 +30,11 @@ async fn a_brown_out_is_amplified_by_a_fifth_at_most() -> Result<()> {
     ensure!(seen <= REQUESTS * 12 / 10, "{seen} tries of {REQUESTS} requests");
     // What was tried is what the log says was tried.
     world.requests(&[("response_code", "503"), ("destination_workload", "brown")], REQUESTS).await?;
+    let metrics = world.pair.agent_a.metrics().await?;
+    let flagged =
+        |flag| metric(&metrics, "istio_requests_total", &[("response_flags", flag), ("reporter", "source")]);
+    let (over, out_of_tries) = (flagged("UO"), flagged("URX"));
+    ensure!(over > 1000.0 && (over + out_of_tries - REQUESTS as f64).abs() < f64::EPSILON, "{metrics}");
     let cluster = "outbound|80||brown.default.svc.cluster.local";
     lab::eventually("every request is in the log", async || {
         let lines = world.pair.agent_a.access_log();
@@ -44,6 +49,6 @@ async fn a_brown_out_is_amplified_by_a_fifth_at_most() -> Result<()> {
     .await?;
     let labels = [("cluster", "outbound|80||brown.default.svc.cluster.local")];
     let stopped = metric(&world.pair.agent_a.metrics().await?, "mesh_retries_over_budget_total", &labels);
-    ensure!(stopped > 1000.0, "{stopped}");
+    ensure!((stopped - over).abs() < f64::EPSILON, "{stopped}, {over} by their flag");
     world.finish().await
 }

@@ -247,7 +247,7 @@ async fn a_server_that_refuses_us_after_the_handshake_is_named() -> TestResult {
     let mut believed = RootCertStore::empty();
     believed.add(CertificateParams::new(vec![])?.self_signed(&KeyPair::generate()?)?.der().clone())?;
     let (dial, serving) = dial_server(&client, &server, believed, leaf).await?;
-    let outcome = dial?.open_tunnel(ECHO).await.map(|_| ());
+    let outcome = dial?.open_tunnel(ECHO, CLIENT).await.map(|_| ());
     refused(outcome, Kind::TlsFailure, "it refused us");
     serving.ok_or("no server")?.await?;
     Ok(())

@@ -40,6 +40,8 @@ type AppFuture = Pin<Box<dyn Future<Output = ()> + Send>>;
 type App = fn(Box<dyn Bytes>) -> AppFuture;
 
 const POD: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+/// Whose connection a tunnel is.
+const CLIENT: SocketAddr = SocketAddr::new(POD, 40_000);
 const ECHO: SocketAddr = SocketAddr::new(POD, 7);
 
 fn spiffe(name: &str) -> SpiffeId {

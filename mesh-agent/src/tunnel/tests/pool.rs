@@ -98,7 +98,7 @@ async fn the_hundred_and_first_stream_gets_another_connection() -> TestResult {
     let mut tunnels = Vec::new();
     for _ in 0..101 {
         let connection = pool.get(&key, &pair.client, node.dial()).await?;
-        tunnels.push(connection.open_tunnel(ECHO).await?);
+        tunnels.push(connection.open_tunnel(ECHO, CLIENT).await?);
     }
     assert_eq!(pool.connections(), 2);
     Ok(())
@@ -133,14 +133,14 @@ async fn a_closed_connection_is_dropped() -> TestResult {
     let mut node = Node::start(&pair.server, 2, echo).await?;
     let key = key(&node, &pair, Wire::Hbone);
     let first = pool.get(&key, &pair.client, node.dial()).await?;
-    let mut tunnel = first.open_tunnel(ECHO).await?;
+    let mut tunnel = first.open_tunnel(ECHO, CLIENT).await?;
     node.served.abort_all();
     assert!(tunnel.read(&mut [0]).await.is_err());
     first.closed().cancelled().await;
     let node = Node::start(&pair.server, 1, echo).await?;
     let second = pool.get(&key, &pair.client, node.dial()).await?;
     assert!(!second.is_same(&first));
-    second.open_tunnel(ECHO).await?;
+    second.open_tunnel(ECHO, CLIENT).await?;
     Ok(())
 }
 
@@ -166,7 +166,7 @@ async fn the_pool_takes_its_connections_with_it() -> TestResult {
     let mut node = Node::start(&pair.server, 2, echo).await?;
     for wire in [Wire::Hbone, Wire::MeshH2] {
         let connection = pool.get(&key(&node, &pair, wire), &pair.client, node.dial()).await?;
-        let mut tunnel = connection.open_tunnel(ECHO).await?;
+        let mut tunnel = connection.open_tunnel(ECHO, CLIENT).await?;
         tunnel.shutdown().await?;
         assert_eq!(tunnel.read(&mut [0]).await?, 0);
     }

@@ -43,7 +43,7 @@ async fn the_client_may_end_first() -> TestResult {
     let pair = Pair::new().await?;
     for wire in [Wire::MeshH2, Wire::Hbone] {
         let node = Node::start(&pair.server, 1, count).await?;
-        let mut tunnel = either(&node, &pair, wire).await?.open_tunnel(ECHO).await?;
+        let mut tunnel = either(&node, &pair, wire).await?.open_tunnel(ECHO, CLIENT).await?;
         tunnel.write_all(&[1; 1000]).await?;
         tunnel.shutdown().await?;
         let mut answer = String::new();
@@ -58,7 +58,7 @@ async fn the_server_may_end_first() -> TestResult {
     let pair = Pair::new().await?;
     for wire in [Wire::MeshH2, Wire::Hbone] {
         let mut node = Node::start(&pair.server, 1, greet_and_listen).await?;
-        let mut tunnel = either(&node, &pair, wire).await?.open_tunnel(ECHO).await?;
+        let mut tunnel = either(&node, &pair, wire).await?.open_tunnel(ECHO, CLIENT).await?;
         let mut greeting = String::new();
         tunnel.read_to_string(&mut greeting).await?;
         assert_eq!(greeting, "hello");
@@ -77,7 +77,7 @@ async fn sixty_four_mebibytes_come_back_whole() -> TestResult {
     let pair = Pair::new().await?;
     for wire in [Wire::MeshH2, Wire::Hbone] {
         let node = Node::start(&pair.server, 1, echo).await?;
-        let tunnel = either(&node, &pair, wire).await?.open_tunnel(ECHO).await?;
+        let tunnel = either(&node, &pair, wire).await?.open_tunnel(ECHO, CLIENT).await?;
         let (mut reader, mut writer) = tokio::io::split(tunnel);
         let pattern: Vec<u8> = (0..=u8::MAX).cycle().take(1 << 16).collect();
         let sent = pattern.clone();
@@ -124,7 +124,7 @@ async fn a_client_that_breaks_off_is_no_end_of_file() -> TestResult {
         .await
     });
     let connection = connect_tunnels(dialled, &pair.client, std::slice::from_ref(&pair.server.id)).await?;
-    let mut tunnel = connection.open_tunnel(ECHO).await?;
+    let mut tunnel = connection.open_tunnel(ECHO, CLIENT).await?;
     tunnel.write_all(b"half of it").await?;
     drop(tunnel);
     let error = reported.recv().await.ok_or("no report")?.err().ok_or("a quiet end of file")?;
@@ -150,7 +150,7 @@ fn break_off(mut stream: Box<dyn Bytes>) -> AppFuture {
 async fn a_server_that_breaks_off_is_no_end_of_file() -> TestResult {
     let pair = Pair::new().await?;
     let node = Node::start(&pair.server, 1, break_off).await?;
-    let mut tunnel = node.connect_tunnels(&pair).await?.open_tunnel(ECHO).await?;
+    let mut tunnel = node.connect_tunnels(&pair).await?.open_tunnel(ECHO, CLIENT).await?;
     let mut part = [0; 10];
     tunnel.read_exact(&mut part).await?;
     assert_eq!(&part, b"half of it");
@@ -178,10 +178,10 @@ async fn refusals_have_the_kind_of_their_status() -> TestResult {
             (SocketAddr::new(POD, 15001), Kind::BadRequest),
             ("10.9.9.9:80".parse()?, Kind::BadRequest),
         ] {
-            let outcome = connection.open_tunnel(destination).await.map(|_| ());
+            let outcome = connection.open_tunnel(destination, CLIENT).await.map(|_| ());
             assert_eq!(outcome.map_err(|error| error.kind), Err(kind), "{wire:?} {destination}");
         }
-        let mut tunnel = connection.open_tunnel(ECHO).await?;
+        let mut tunnel = connection.open_tunnel(ECHO, CLIENT).await?;
         tunnel.shutdown().await?;
         assert_eq!(tunnel.read(&mut [0]).await?, 0, "the connection did not survive the refusals");
     }
@@ -193,7 +193,7 @@ async fn a_drained_connection_finishes_its_streams_and_takes_no_more() -> TestRe
     let pair = Pair::new().await?;
     let mut node = Node::start(&pair.server, 1, echo).await?;
     let connection = node.connect_tunnels(&pair).await?;
-    let mut tunnel = connection.open_tunnel(ECHO).await?;
+    let mut tunnel = connection.open_tunnel(ECHO, CLIENT).await?;
     node.drain.cancel();
     // The GOAWAY comes before any answer to what is sent after it.
     let mut byte = [0];
@@ -201,7 +201,7 @@ async fn a_drained_connection_finishes_its_streams_and_takes_no_more() -> TestRe
         tunnel.write_all(b"x").await?;
         tunnel.read_exact(&mut byte).await?;
     }
-    let refused = connection.open_tunnel(ECHO).await.map(|_| ());
+    let refused = connection.open_tunnel(ECHO, CLIENT).await.map(|_| ());
     assert_eq!(refused.map_err(|error| error.kind), Err(Kind::RefusedStream));
     tunnel.write_all(b"y").await?;
     tunnel.read_exact(&mut byte).await?;
@@ -219,13 +219,13 @@ async fn a_hundred_streams_and_no_more() -> TestResult {
     let connection = node.connect_tunnels(&pair).await?;
     let mut open = Vec::new();
     for _ in 0..100 {
-        open.push(connection.open_tunnel(ECHO).await?);
+        open.push(connection.open_tunnel(ECHO, CLIENT).await?);
     }
     assert!(!connection.is_open());
-    let refused = connection.open_tunnel(ECHO).await.map(|_| ());
+    let refused = connection.open_tunnel(ECHO, CLIENT).await.map(|_| ());
     assert_eq!(refused.map_err(|error| error.kind), Err(Kind::RefusedStream));
     open.pop();
     assert!(connection.is_open());
-    connection.open_tunnel(ECHO).await?;
+    connection.open_tunnel(ECHO, CLIENT).await?;
     Ok(())
 }
