@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use http::{HeaderValue, Request, Response, header::LOCATION, request, response};
+use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header::LOCATION, request, response};
 
 use super::{
     exchange::{Client, Exchange, Reported, Sides},
@@ -85,6 +85,7 @@ async fn forward(
 ) -> Result<Made> {
     within(&outbound.mesh.limits, &parts)?;
     let wanted = Switch::asked(&parts);
+    let expects = message::expects_continue(exchange.client.version, &parts.headers);
     message::normalise(&mut parts, outbound.ends.original_dst)?;
     message::strip_hop_by_hop(&mut parts.headers);
     tunnel::strip_mesh_headers(&mut parts.headers);
@@ -121,6 +122,9 @@ async fn forward(
             Ok(Made::Response(exchange.local(head, body.clone())))
         }
         RouteAction::Forward(backends) => {
+            if expects {
+                exchange.client.inform.inform(StatusCode::CONTINUE, &HeaderMap::new());
+            }
             let backend = route::draw(backends);
             route::apply_request(&mut parts, &route.headers.request);
             route::apply_request(&mut parts, &backend.headers.request);

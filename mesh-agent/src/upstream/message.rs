@@ -14,6 +14,7 @@ use http::{
 use crate::{
     error::{Error, Kind, Result},
     identity::SpiffeId,
+    state::snapshot::Protocol,
 };
 
 /// Headers that speak of one connection only (RFC 9110 §7.6.1), besides those that `Connection` names.
@@ -50,6 +51,14 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
     if !trailers {
         headers.remove(TE);
     }
+}
+
+/// Whether the client waits for a 100 before it sends its body, and only we can say it: over HTTP/1 hyper does as soon as the
+/// body is wanted (RFC 9110 §10.1.1).
+pub fn expects_continue(version: Protocol, headers: &HeaderMap) -> bool {
+    let expected =
+        || headers.get(EXPECT).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"));
+    version == Protocol::Http2 && expected()
 }
 
 /// Brings a request into the one form the path works with: authority in the URI (from `:authority`, the absolute form

@@ -14,6 +14,7 @@ mod mirror;
 mod retries;
 mod retry_budget;
 mod retry_conditions;
+mod routes;
 mod stream_routes;
 mod streaming;
 mod strict;

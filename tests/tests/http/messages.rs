@@ -101,6 +101,19 @@ async fn interim_answers_and_expectations() -> Result<()> {
             .run()
             .await?;
         ensure!(continued.statuses() == [100, 200], "{}: {continued:?}", side.name());
+        // Over HTTP/2 a head that waits, `:status: 100` as HPACK writes it, and then the body.
+        let head = b"\x83\x86\x44\x08/consume\x41\x03lab\x00\x06expect\x0c100-continue";
+        let waiting = [
+            &b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00\x00\x00"[..],
+            &[u8::try_from(head.len())?, 1, 4, 0, 0, 0, 1],
+            head,
+        ]
+        .concat();
+        let continued = world.client().raw(side.at(HTTP)).send(waiting).expect(b"\x48\x82\x08\x01");
+        let continued =
+            continued.send(b"\x00\x00\x05\x00\x01\x00\x00\x00\x01hello").expect("\"bytes\":5").leave();
+        let continued = continued.run().await?;
+        ensure!(continued.text().contains("\"bytes\":5"), "{continued:?}");
         // An answer without the body having been asked for: no 100, and the connection ends.
         let refused = world
             .client()
@@ -111,13 +124,13 @@ async fn interim_answers_and_expectations() -> Result<()> {
         ensure!(refused.statuses().last() == Some(&417), "{}: {refused:?}", side.name());
         // Interim answers are no answers of their own, in figures and in the log.
         let workload = ("destination_workload", side.name());
-        world.requests(&[("response_code", "200"), workload], 3).await?;
+        world.requests(&[("response_code", "200"), workload], 4).await?;
         world.requests(&[("response_code", "417"), workload], 1).await?;
-        world.requests(&[workload], 4).await?;
-        for (path, status, received) in [("/consume", "200", "5"), ("/refuse/417", "417", "0")] {
+        world.requests(&[workload], 5).await?;
+        for (path, status, received, times) in [("/consume", "200", "5", 2), ("/refuse/417", "417", "0", 1)] {
             let line = [("path", path), ("status", status), ("bytes_received", received)];
             let line = [&line[..], &[("dst.workload", side.name()), ("reporter", "source")]].concat();
-            world.pair.agent_a.logged(&line).await?;
+            logged_times(&world.pair.agent_a, &line, times).await?;
         }
     }
     world.finish().await
