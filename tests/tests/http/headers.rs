@@ -2,7 +2,7 @@
 
 use anyhow::{Result, ensure};
 
-use crate::world::{HTTP, World};
+use crate::world::{HTTP, World, logged_times};
 
 #[tokio::test]
 async fn requests_are_identified_and_tries_counted() -> Result<()> {
@@ -89,5 +89,10 @@ async fn faults_by_header_only_where_they_are_allowed() -> Result<()> {
     let begun = std::time::Instant::now();
     ensure!(world.client().http_get(&world.far.url("/"), &delay).await?.status == 200);
     ensure!(begun.elapsed().as_millis() >= 300);
+    for (status, flags, count) in [("200", "-", 2), ("418", "FI", 1), ("200", "DI", 1)] {
+        world.requests(&[("response_code", status), ("response_flags", flags)], count).await?;
+        let line = [("status", status), ("flags", flags), ("reporter", "source")];
+        logged_times(&world.pair.agent_a, &line, usize::try_from(count)?).await?;
+    }
     world.finish().await
 }
