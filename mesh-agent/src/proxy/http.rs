@@ -86,14 +86,7 @@ async fn forward(
     within(&outbound.mesh.limits, &parts)?;
     let wanted = Switch::asked(&parts);
     let expects = message::expects_continue(exchange.client.version, &parts.headers);
-    message::normalise(&mut parts, outbound.ends.original_dst)?;
-    message::strip_hop_by_hop(&mut parts.headers);
-    tunnel::strip_mesh_headers(&mut parts.headers);
-    exchange.authority = parts.uri.authority().map(ToString::to_string).unwrap_or_default();
-    exchange.request_id = Some(headers::identify(&mut parts.headers));
-    if exchange.grpc {
-        exchange.limit(headers::grpc_timeout(&parts.headers));
-    }
+    accept(outbound, exchange, &mut parts)?;
 
     let workload = outbound.pod.workload();
     let (port, routes) = routes(outbound, exchange, &workload)?;
@@ -132,6 +125,19 @@ async fn forward(
             send(outbound, exchange, route, backend, parts, body, wanted).await
         }
     }
+}
+
+/// Brings the request into the form that the rest works with, and notes what it is.
+fn accept(outbound: &Outbound, exchange: &mut Exchange, parts: &mut request::Parts) -> Result<()> {
+    message::normalise(parts, outbound.ends.original_dst)?;
+    message::strip_hop_by_hop(&mut parts.headers);
+    tunnel::strip_mesh_headers(&mut parts.headers);
+    exchange.authority = parts.uri.authority().map(ToString::to_string).unwrap_or_default();
+    exchange.request_id = Some(headers::identify(&mut parts.headers));
+    if exchange.grpc {
+        exchange.limit(headers::grpc_timeout(&parts.headers));
+    }
+    Ok(())
 }
 
 /// The port that was dialled and its routes, as they are now for this pod.

@@ -7,6 +7,7 @@ use std::{
         Arc,
         atomic::{AtomicU32, Ordering},
     },
+    time::Duration,
 };
 
 use http::{HeaderValue, Request, Response, request};
@@ -25,7 +26,7 @@ use crate::{
     error::{Error, Kind, Result},
     policy,
     report::GaveUp,
-    state::snapshot::{Cluster, Endpoint, HttpRoute, Protocol},
+    state::snapshot::{Cluster, Endpoint, HttpRoute, Protocol, RetryPolicy},
     upstream::{self, Destination, Via, retry},
 };
 
@@ -147,43 +148,62 @@ pub(super) async fn run(
         };
         let limit = try_limit(exchange, route);
         let result = one(outbound, exchange, cluster, protocol, sending, &tried, limit).await;
-        let again = match &result {
-            Ok(response) => retry::covers_response(&policy.on, response, &sendable.parts.headers),
-            Err(error) => retry::covers_error(&policy.on, error),
-        };
-        let over = exchange.deadline.is_some_and(|deadline| Instant::now() >= deadline);
         // What the failed try held of the budget goes back before the next one asks.
         drop(retrying.take());
-        if !again || over || policy.attempts == 0 {
+        let Some(next) = next_try(outbound, exchange, policy, cluster, &mut sendable, &result) else {
             return result;
-        }
-        if exchange.tries > policy.attempts {
-            exchange.gave_up = Some(GaveUp::Tries);
-            return result;
-        }
-        retrying = UnderWay::retry(cluster);
-        if retrying.is_none() {
-            exchange.gave_up = Some(GaveUp::Budget);
-            outbound.mesh.reporter.retry_over_budget(cluster);
-            return result;
-        }
-        request = sendable.next(exchange.tries + 1);
-        if request.is_none() {
-            return result;
-        }
+        };
+        (request, retrying) = (Some(next.request), Some(next.under_way));
         if policy.ignore_previous_hosts {
             tried.extend(exchange.endpoint);
-        }
-        let wait = retry::backoff(policy, exchange.tries + 1);
-        if exchange.deadline.is_some_and(|deadline| Instant::now() + wait >= deadline) {
-            return result;
         }
         // What the failed try held goes back before the next one chooses.
         (exchange.lease, exchange.chosen) = (None, None);
         drop(result);
         let _own = exchange.client.activity.own_wait();
-        tokio::time::sleep(wait).await;
+        tokio::time::sleep(next.wait).await;
     }
+}
+
+/// Another try that may be made.
+struct Next {
+    request: Request<Body>,
+    under_way: UnderWay,
+    wait: Duration,
+}
+
+/// What the last try came to is good enough, or there may be no other: `None`.
+fn next_try(
+    outbound: &Outbound,
+    exchange: &mut Exchange,
+    policy: &RetryPolicy,
+    cluster: &Arc<Cluster>,
+    sendable: &mut Sendable,
+    result: &Result<Response<Body>>,
+) -> Option<Next> {
+    let covered = match result {
+        Ok(response) => retry::covers_response(&policy.on, response, &sendable.parts.headers),
+        Err(error) => retry::covers_error(&policy.on, error),
+    };
+    let next = exchange.tries + 1;
+    let wait = retry::backoff(policy, next);
+    let late = |wait| exchange.deadline.is_some_and(|deadline| Instant::now() + wait >= deadline);
+    if !covered || policy.attempts == 0 || late(Duration::ZERO) {
+        return None;
+    }
+    if exchange.tries > policy.attempts {
+        exchange.gave_up = Some(GaveUp::Tries);
+        return None;
+    }
+    let Some(under_way) = UnderWay::retry(cluster) else {
+        exchange.gave_up = Some(GaveUp::Budget);
+        outbound.mesh.reporter.retry_over_budget(cluster);
+        return None;
+    };
+    if late(wait) {
+        return None;
+    }
+    Some(Next { request: sendable.next(next)?, under_way, wait })
 }
 
 /// When the next try must have its response headers: `perTryTimeout`, within the route's `timeout`.
