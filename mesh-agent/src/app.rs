@@ -257,7 +257,8 @@ fn serve_operators(listeners: Listeners, state: admin::State, stop: &Cancellatio
 
 fn flows_of(bpf_dir: PathBuf, mesh: Arc<Mesh>) -> admin::Read<Result<Vec<FlowView>>> {
     Arc::new(move || {
-        let records = inspect::read_flows(&bpf_dir)?;
+        let mut records = inspect::read_flows(&bpf_dir)?;
+        capture::bring_up_to_date(&mut records, mesh.pods.all().values().map(|pod| &**pod.net()));
         Ok(views(&records, &mesh))
     })
 }

@@ -1,6 +1,8 @@
 //! `meshctl flows` shows every connection of an app once, with the bytes that were really sent, joined with what the
 //! agent knows of it.
 
+use std::time::Duration;
+
 use anyhow::{Context as _, Result, ensure};
 use lab::{Agent, Pair, apps, eventually, require_root};
 use serde_json::Value;
@@ -85,5 +87,47 @@ async fn udp_is_untouched_and_counted() -> Result<()> {
         Ok(())
     })
     .await?;
+    pair.finish().await
+}
+
+const REQUEST: &str = "GET / HTTP/1.1\r\nHost: server\r\n\r\n";
+const TIMES: usize = 5;
+
+#[tokio::test]
+async fn open_connections_are_told_of_to_the_last_byte() -> Result<()> {
+    if !require_root()? {
+        return Ok(());
+    }
+    let pair = Pair::new("live").await?;
+    let server = pair.b.pod("server").label("app", "server").start().await?;
+    server.serve(apps::http(8080)).await?;
+    let service = pair.lab.service("server").selector("app", "server").port("http", 80, 8080).apply()?;
+    pair.settled().await?;
+    server.enrolled().await?;
+    // A few quick requests, the last of them a moment after the others, and then nothing: the connection stays.
+    let quiet =
+        pair.client.raw(service.at(80)).send(REQUEST.repeat(TIMES)).limit(Duration::from_secs(6)).run();
+    let looking = async {
+        eventually("both ends are told of while they are open", async || {
+            let answered =
+                pair.agent_a.access_log().iter().filter(|line| line.contains("status=200")).count();
+            ensure!(answered == TIMES, "{answered} answers");
+            let mut rows = tcp_flows(&pair.agent_a, "client", "outbound").await?;
+            let row = rows.pop().context("no flow yet")?;
+            ensure!(row["tx_bytes"] == REQUEST.len() * TIMES && row["state"] == "established", "{row}");
+            let mut rows = tcp_flows(&pair.agent_b, "server", "inbound").await?;
+            let far = rows.pop().context("no flow yet")?;
+            ensure!(far["tx_bytes"].as_u64() > Some(1000) && far["rx_bytes"].as_u64() > Some(100), "{far}");
+            ensure!(far["state"] == "established", "{far}");
+            Ok(row["rx_bytes"].clone())
+        })
+        .await
+    };
+    let (answer, received) = tokio::join!(quiet, looking);
+    let (answer, received) = (answer?, received?);
+    ensure!(
+        answer.statuses() == [200; TIMES] && received == answer.received.0.len(),
+        "{received}: {answer:?}"
+    );
     pair.finish().await
 }

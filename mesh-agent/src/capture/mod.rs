@@ -16,6 +16,7 @@ mod flows;
 pub mod inspect;
 mod kernel;
 mod links;
+mod live;
 mod loader;
 mod netns;
 mod prove;
@@ -31,6 +32,7 @@ use tokio_util::sync::CancellationToken;
 pub use self::{
     enrol::Capture,
     links::clean,
+    live::bring_up_to_date,
     loader::{CaptureConfig, EbpfLog},
 };
 use self::{fixed::FixedNet, kernel::KernelNet};

@@ -1,0 +1,184 @@
+//! What open sockets count at this moment, asked of the kernel (`sock_diag(7)`). The kernel programs write a flow's record
+//! when something happens to it, at most so often; a connection on which nothing more happens would be told of as it
+//! was a moment before its last byte.
+//!
+//! Promises to ask once for each pod and family, whatever the number of flows. Never writes into the kernel's maps.
+//! Tested in the lab (`tests/tests/flows.rs`).
+
+use std::{collections::HashMap, io, io::Read as _};
+
+use mesh_common::{
+    decide::{self, seen, tcp},
+    flow::{FlowRecord, direction},
+};
+use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
+use netlink_packet_sock_diag::{
+    SockDiagMessage,
+    constants::{AF_INET, AF_INET6, IPPROTO_TCP},
+    inet::{ExtensionFlags, InetRequest, InetResponse, SocketId, StateFlags, nlas::Nla},
+};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use super::{Net, PodNet, netns::Netns};
+
+/// `NETLINK_SOCK_DIAG`
+const SOCK_DIAG: i32 = 4;
+
+/// What the kernel hands over at once, at most (`NLMSG_GOODSIZE` and what `dump` raises it to).
+const BUFFER: usize = 32 << 10;
+
+/// Brings records of open flows up to date from the sockets of these pods. A pod whose sockets cannot be asked keeps the
+/// records as they are.
+pub fn bring_up_to_date<'a>(records: &mut [FlowRecord], pods: impl IntoIterator<Item = &'a PodNet>) {
+    let open = |(_, record): &(usize, &FlowRecord)| record.socket != 0 && record.end_ns == 0;
+    let places: HashMap<u64, usize> =
+        records.iter().enumerate().filter(open).map(|(place, record)| (record.socket, place)).collect();
+    if places.is_empty() {
+        return;
+    }
+    for pod in pods {
+        let Net::Kernel(net) = &pod.net else { continue };
+        let asked = ask(net.netns(), |socket| {
+            // Cookies are unique on the machine, so whose pod it is need not be asked.
+            if let Some(record) = places.get(&cookie(&socket)).and_then(|place| records.get_mut(*place)) {
+                update(record, &socket);
+            }
+        });
+        if let Err(error) = asked {
+            tracing::debug!(netns = %net.netns().path().display(), %error, "open sockets are not told of");
+        }
+    }
+}
+
+fn cookie(socket: &InetResponse) -> u64 {
+    u64::from_ne_bytes(socket.header.socket_id.cookie)
+}
+
+fn update(record: &mut FlowRecord, socket: &InetResponse) {
+    let info =
+        socket.nlas.iter().find_map(|nla| if let Nla::TcpInfo(info) = nla { Some(info) } else { None });
+    let Some(info) = info else { return };
+    let (tx, rx) = payload(record.direction, info.state, info.bytes_acked, info.bytes_received);
+    // Never back: the record may have been written since.
+    (record.tx_bytes, record.rx_bytes) = (record.tx_bytes.max(tx), record.rx_bytes.max(rx));
+    record.tx_packets = record.tx_packets.max(info.segs_out.into());
+    record.rx_packets = record.rx_packets.max(info.segs_in.into());
+    (record.srtt_us, record.retransmits, record.tcp_state) = (info.rtt, info.total_retrans, info.state);
+}
+
+/// Payload by the counters and the state that an open socket is in.
+fn payload(direction: u8, state: u8, acked: u64, received: u64) -> (u64, u64) {
+    let dialled = if direction == direction::OUTBOUND { seen::ACTIVE } else { 0 };
+    let closing = match state {
+        tcp::FIN_WAIT2 => seen::FIN_ACKED,
+        tcp::CLOSE_WAIT | tcp::CLOSING | tcp::LAST_ACK => seen::FIN_RECEIVED,
+        _ => 0,
+    };
+    let established = if state == tcp::SYN_SENT { 0 } else { seen::ESTABLISHED };
+    decide::payload(dialled | closing | established, acked, received, 0, 0)
+}
+
+/// Asks for the TCP sockets of a network namespace.
+fn ask(netns: &Netns, mut each: impl FnMut(InetResponse)) -> io::Result<()> {
+    let socket = netns.enter(|| {
+        Socket::new(Domain::from(nix::libc::AF_NETLINK), Type::DGRAM, Some(Protocol::from(SOCK_DIAG)))
+    })?;
+    for family in [AF_INET, AF_INET6] {
+        socket.send(&request(family))?;
+        read(&socket, &mut each)?;
+    }
+    Ok(())
+}
+
+fn request(family: u8) -> Vec<u8> {
+    let mut header = NetlinkHeader::default();
+    header.flags = NLM_F_REQUEST | NLM_F_DUMP;
+    let socket_id = if family == AF_INET { SocketId::new_v4() } else { SocketId::new_v6() };
+    let request = InetRequest {
+        family,
+        protocol: IPPROTO_TCP,
+        extensions: ExtensionFlags::INFO,
+        // Those that end leave their last word in the record themselves.
+        states: StateFlags::all() - StateFlags::LISTEN - StateFlags::TIME_WAIT - StateFlags::CLOSE,
+        socket_id,
+    };
+    let mut message = NetlinkMessage::new(header, SockDiagMessage::InetRequest(request).into());
+    message.finalize();
+    let mut bytes = vec![0; message.buffer_len()];
+    message.serialize(&mut bytes);
+    bytes
+}
+
+/// Reads until the kernel says that this was all.
+fn read(mut socket: &Socket, each: &mut impl FnMut(InetResponse)) -> io::Result<()> {
+    let mut buffer = vec![0; BUFFER];
+    loop {
+        let length = socket.read(&mut buffer)?;
+        let mut rest = &buffer[..length];
+        while !rest.is_empty() {
+            let message = NetlinkMessage::<SockDiagMessage>::deserialize(rest).map_err(io::Error::other)?;
+            // Messages begin at multiples of four.
+            let taken = (message.header.length as usize).next_multiple_of(4).clamp(1, rest.len());
+            match message.payload {
+                NetlinkPayload::Done(_) => return Ok(()),
+                NetlinkPayload::Error(error) => return Err(error.to_io()),
+                NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(socket)) => each(*socket),
+                _ => {}
+            }
+            rest = &rest[taken..];
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neither_syn_nor_fin_is_payload() {
+        assert_eq!(payload(direction::OUTBOUND, tcp::ESTABLISHED, 101, 50), (100, 50));
+        assert_eq!(payload(direction::INBOUND, tcp::ESTABLISHED, 100, 50), (100, 50));
+        assert_eq!(payload(direction::OUTBOUND, tcp::FIN_WAIT2, 102, 50), (100, 50));
+        assert_eq!(payload(direction::INBOUND, tcp::CLOSE_WAIT, 100, 51), (100, 50));
+        assert_eq!(payload(direction::OUTBOUND, tcp::SYN_SENT, 0, 0), (0, 0));
+    }
+
+    #[test]
+    fn sockets_of_a_namespace_are_told_with_their_counters() -> io::Result<()> {
+        use std::{
+            io::Write as _,
+            net::{TcpListener, TcpStream},
+            path::Path,
+        };
+
+        let listener = TcpListener::bind("127.0.0.1:0")?;
+        let mut client = TcpStream::connect(listener.local_addr()?)?;
+        let (mut server, _) = listener.accept()?;
+        client.write_all(&[7; 1000])?;
+        server.read_exact(&mut [0; 1000])?;
+        let netns = match Netns::open(Path::new("/proc/self/ns/net")) {
+            Ok(netns) => netns,
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                eprintln!("skipped: entering a network namespace takes root");
+                return Ok(());
+            }
+            Err(error) => return Err(error),
+        };
+        let port = client.local_addr()?.port();
+        let mut seen = Vec::new();
+        ask(&netns, |socket| {
+            let id = &socket.header.socket_id;
+            if id.source_port == port || id.destination_port == port {
+                let dialled = id.source_port == port;
+                let direction = if dialled { direction::OUTBOUND } else { direction::INBOUND };
+                let mut record = FlowRecord { direction, ..FlowRecord::default() };
+                update(&mut record, &socket);
+                seen.push((record.tx_bytes, record.rx_bytes));
+                assert_ne!(cookie(&socket), 0);
+            }
+        })?;
+        seen.sort_unstable();
+        assert_eq!(seen, [(0, 1000), (1000, 0)]);
+        Ok(())
+    }
+}
