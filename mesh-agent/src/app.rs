@@ -141,6 +141,7 @@ async fn run_node(config: NodeConfig, dir: &Path, log_level: LogLevel) -> Result
     let reporter = Arc::new(Reporter::new(config.access_log.into()).context("starting the access log")?);
     let capture = Capture::load(&CaptureConfig {
         cgroup_root: config.cgroup_root.clone(),
+        pods_cgroup: config.pods_cgroup.clone(),
         bpf_dir: config.bpf_dir.clone(),
         ebpf_log: config.ebpf_log,
     })?;
@@ -208,6 +209,7 @@ async fn serve_pods(
         pods: LocalPods::default(),
         reporter: Arc::clone(&reporter),
         limits: config.http,
+        carrier_interval: config.carrier_interval,
     });
     tokio::spawn(report_closed_flows(closed, Arc::clone(&mesh)));
     tokio::spawn(keep_gauges(

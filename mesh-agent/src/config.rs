@@ -67,9 +67,13 @@ pub struct NodeConfig {
     /// Where `/healthz/ready` is served
     #[arg(long, env = "MESH_READINESS", value_name = "ADDRESS", default_value = "0.0.0.0:15021")]
     pub readiness: SocketAddr,
-    /// cgroup2 directory that holds the pods [default: the cgroup2 mount found in mountinfo]
+    /// cgroup2 directory that holds the pods and this agent [default: the cgroup2 mount found in mountinfo]
     #[arg(long, env = "MESH_CGROUP_ROOT", value_name = "DIR")]
     pub cgroup_root: Option<PathBuf>,
+    /// Directory below it that holds the pods alone: their connections are captured there, before another tool's programs
+    /// at the cgroup root run [default: `kubepods.slice` or `kubepods` where there is one, else the cgroup root]
+    #[arg(long, env = "MESH_PODS_CGROUP", value_name = "DIR")]
+    pub pods_cgroup: Option<PathBuf>,
     /// Directory in a mounted bpffs for this agent's pins
     #[arg(long, env = "MESH_BPF_DIR", value_name = "DIR", default_value = BPF_DIR)]
     pub bpf_dir: PathBuf,
@@ -82,6 +86,9 @@ pub struct NodeConfig {
     /// How long SIGTERM waits for open connections, seconds
     #[arg(long, env = "MESH_DRAIN_DEADLINE", value_name = "SECONDS", default_value = "5", value_parser = seconds)]
     pub drain_deadline: Duration,
+    /// How often the network between two pods of this node is asked, with a connection, whether they may talk, seconds
+    #[arg(long, env = "MESH_CARRIER_INTERVAL", value_name = "SECONDS", default_value = "30", value_parser = some_seconds)]
+    pub carrier_interval: Duration,
     /// What apps may ask for over HTTP.
     #[command(flatten)]
     pub http: HttpLimits,

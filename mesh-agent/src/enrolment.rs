@@ -12,6 +12,7 @@ use std::{
     time::Duration,
 };
 
+use nix::sys::resource::{Resource, getrlimit};
 use tokio::sync::watch;
 
 use crate::{
@@ -21,7 +22,7 @@ use crate::{
     identity::Authority,
     proxy::{Mesh, inbound, outbound},
     state::snapshot::{Snapshot, Workload},
-    upstream::{Pod, PodName},
+    upstream::{Pod, PodLimits, PodName},
 };
 
 /// How often failed enrolments are tried again and namespaces are looked after.
@@ -127,6 +128,13 @@ fn wanted(snapshot: &Snapshot, node: &str) -> HashMap<PodName, Arc<Workload>> {
         .collect()
 }
 
+/// No pod takes more than half of the agent's file descriptors, at two for each connection: others need some too.
+fn connections_of_a_pod(most: usize) -> usize {
+    let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(now, _)| now);
+    let share = usize::try_from(descriptors / 4).unwrap_or(usize::MAX);
+    if share == 0 { most } else { most.min(share) }
+}
+
 fn namespace_id(path: &Path) -> Option<(u64, u64)> {
     std::fs::metadata(path).ok().map(|meta| (meta.dev(), meta.ino()))
 }
@@ -186,6 +194,7 @@ impl Enrolment {
             }
             self.try_join(workload).await;
         }
+        self.look_for_lost_listeners();
         let failing = self.failing.reasons().len();
         self.mesh.reporter.set_pods(self.mesh.pods.all().len(), failing);
     }
@@ -222,12 +231,11 @@ impl Enrolment {
         let identity =
             self.authority.identity(&workload.identity).await.map_err(|error| error.to_string())?;
         let net = self.capture.enrol(Arc::clone(workload)).map_err(|error| format!("{error:#}"))?;
-        let pod = Arc::new(Pod::new(
-            net,
-            identity,
-            self.drain.child(),
-            self.mesh.limits.max_connections_per_pod as usize,
-        ));
+        let limits = PodLimits {
+            connections: connections_of_a_pod(self.mesh.limits.max_connections_per_pod as usize),
+            carrier_interval: self.mesh.carrier_interval,
+        };
+        let pod = Arc::new(Pod::new(net, identity, self.drain.child(), limits));
         self.mesh.pods.insert(name.clone(), Arc::clone(&pod));
         self.namespaces.insert(name, id);
         tokio::spawn(outbound::serve(Arc::clone(&self.mesh), Arc::clone(&pod)));
@@ -268,6 +276,18 @@ impl Enrolment {
     fn release(&self, name: &PodName, pod: &Pod) {
         if let Err(error) = self.capture.un_enrol(pod.net()) {
             tracing::warn!(pod = %name, error = format!("{error:#}"), "something of the mesh may be left in the pod");
+        }
+    }
+
+    /// A pod that closes a listener of the agent's harms itself: it stays captured, and what was to come to the agent is
+    /// refused. Letting it go would be a way out of the mesh.
+    fn look_for_lost_listeners(&self) {
+        for (name, _) in self.mesh.pods.all().iter().filter(|(_, pod)| pod.net().has_lost_a_listener()) {
+            self.fails(
+                name,
+                "a listener of the agent was closed from inside the pod: its connections are refused until it is \
+                 enrolled anew (take its label off and put it on again)",
+            );
         }
     }
 

@@ -80,7 +80,7 @@ pub const fn is_own(local: &Addr, remote: &Addr) -> bool {
 #[inline(always)]
 pub const fn inbound(local: &Addr, own: bool, captured: bool, full: bool) -> Inbound {
     match (own, captured, full) {
-        (true, true, _) => Inbound::Listener(listener::OUTBOUND),
+        (_, true, _) => Inbound::Listener(listener::OUTBOUND),
         (true, false, true) => Inbound::Refuse,
         (true, false, false) => Inbound::Pass,
         (false, ..) if local.port == port::MESH => Inbound::Listener(listener::MESH),
@@ -237,6 +237,11 @@ mod tests {
         assert_eq!(inbound(&mesh, false, false, false), Inbound::Listener(listener::MESH));
         assert_eq!(inbound(&mesh, true, false, false), Inbound::Pass);
         assert_eq!(inbound(&local, true, true, true), Inbound::Listener(listener::OUTBOUND));
+        assert_eq!(
+            inbound(&local, false, true, false),
+            Inbound::Listener(listener::OUTBOUND),
+            "another address"
+        );
         assert_eq!(inbound(&local, true, false, true), Inbound::Refuse);
         assert!(is_own(&local, &Addr { port: 1, ..local }));
         assert!(is_own(&local, &Addr::v4([127, 3, 2, 1], 9)));

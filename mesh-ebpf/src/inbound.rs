@@ -63,7 +63,8 @@ pub fn inbound(ctx: SkLookupContext) -> u32 {
         (Addr::v6(join(remote6), remote_port), Addr::v6(join(local6), local_port))
     };
     let own = decide::is_own(&dst, &src);
-    let (captured, full) = if own { known(&Tuple { src, dst }) } else { (false, false) };
+    // Whatever address of the pod's an app has bound itself to, its connection is known by where it comes from.
+    let (captured, full) = known(&Tuple { src, dst });
     match decide::inbound(&dst, own, captured, full) {
         Inbound::Pass => SK_PASS,
         Inbound::Refuse => SK_DROP,

@@ -20,7 +20,7 @@ use serde_json::Value;
 use crate::{Output, Pod, apps::Echo, skip};
 
 /// Debian's, whose modules the set-up installs.
-const PYTHON: &str = "/usr/bin/python3";
+pub(crate) const PYTHON: &str = "/usr/bin/python3";
 /// Where the set-up puts the gRPC client, below the target directory.
 const GRPC: &str = "tools/bin/lab-grpc-client";
 

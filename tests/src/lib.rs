@@ -35,6 +35,7 @@ pub mod cgroup;
 pub mod clients;
 mod eventually;
 mod fetch;
+pub mod foreign;
 mod hello;
 mod lab;
 mod manifest;
@@ -47,6 +48,7 @@ mod process;
 pub mod residue;
 mod service;
 mod tap;
+mod untrusted;
 pub mod wire;
 
 pub use agent::{Agent, AgentBuilder, fields};

@@ -59,7 +59,7 @@ impl Node {
         });
         // Known from here on, so that it is removed whatever happens next.
         nodes.push(Arc::clone(&inner));
-        for directory in ["pods", "agent"] {
+        for directory in ["kubepods", "agent"] {
             fs::create_dir_all(inner.cgroup.join(directory)).context("making the cgroups of a node")?;
         }
         net::join_fabric(world.fabric(), &inner.netns, number)?;
@@ -88,7 +88,7 @@ impl Node {
         &self.inner.netns
     }
 
-    /// What a machine would have as the root of its cgroups: `pods/POD` and `agent` are below.
+    /// What a machine would have as the root of its cgroups: `kubepods/POD` and `agent` are below.
     pub fn cgroup(&self) -> &Path {
         &self.inner.cgroup
     }

@@ -133,7 +133,7 @@ impl PodBuilder {
             number,
             addresses: Addresses::of_pod(node.inner.number, number),
             netns: Netns::create(&full).context("a pod's name is unique on its node")?,
-            cgroup: node.inner.cgroup.join("pods").join(format!("{namespace}-{name}")),
+            cgroup: node.inner.cgroup.join("kubepods").join(format!("{namespace}-{name}")),
             name,
             namespace,
         });

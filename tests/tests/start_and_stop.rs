@@ -85,7 +85,7 @@ async fn a_start_that_fails_leaves_nothing_and_binds_nothing() -> Result<()> {
     let lab = Lab::new("fail-starting").await?;
     let node = lab.node("a").await?;
     let nowhere = lab.config_dir().join("nowhere");
-    let elsewhere = node.cgroup().join("pods");
+    let elsewhere = node.cgroup().join("kubepods");
     let not_a_cgroup = lab.config_dir();
     for (agent, says) in [
         (node.agent().config_dir(nowhere), "nowhere"),

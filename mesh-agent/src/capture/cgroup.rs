@@ -1,4 +1,5 @@
-//! Where the kernel programs are attached: the root of the cgroup2 hierarchy that holds the pods.
+//! Where the kernel programs are attached: the root of the cgroup2 hierarchy that holds the pods and the agent, and below
+//! it the directory of the pods alone.
 //!
 //! Attached anywhere else they would see the agent's own sockets and no pod's, and seem to work: a hierarchy found
 //! rather than named has to be the host's. Tested below.
@@ -37,6 +38,28 @@ pub(super) fn root(named: Option<&Path>) -> Result<PathBuf> {
     }
 }
 
+/// Where container managers put the pods, below the root: the kubelet's two drivers, and both in a node that is a
+/// container itself.
+const PODS: [&str; 4] =
+    ["kubepods.slice", "kubepods", "kubelet.slice/kubelet-kubepods.slice", "kubelet/kubepods"];
+
+/// The directory that holds the pods alone: the one named, else the one that a kubelet has made, else the root. Programs
+/// of a child run before those of its parents: what a pod dials is seen there as the pod dialled it, whatever another
+/// tool at the root makes of it.
+pub(super) fn pods(named: Option<&Path>, root: &Path) -> Result<PathBuf> {
+    if let Some(path) = named {
+        ensure!(
+            path.starts_with(root) && path.is_dir(),
+            "{} is not below the cgroup root {}: check --pods-cgroup",
+            path.display(),
+            root.display()
+        );
+        return Ok(path.to_path_buf());
+    }
+    let found = PODS.iter().map(|name| root.join(name)).find(|path| path.is_dir());
+    Ok(found.unwrap_or_else(|| root.to_path_buf()))
+}
+
 /// Mount points of whole cgroup2 hierarchies, in the order of the text (proc(5), mountinfo).
 fn mounted(mountinfo: &str) -> Vec<PathBuf> {
     let whole_cgroup2 = |line: &str| {
@@ -62,6 +85,24 @@ mod tests {
 34 24 0:27 / /sys/fs/cgroup2 rw - cgroup2 none rw";
         let found = mounted(text);
         assert_eq!(found, [Path::new("/sys/fs/cgroup/unified"), Path::new("/sys/fs/cgroup2")]);
+    }
+
+    #[test]
+    fn the_pods_have_a_directory_of_their_own_where_a_kubelet_runs() -> Result<()> {
+        let root = tempfile::tempdir()?;
+        assert_eq!(pods(None, root.path())?, root.path());
+        let kubelet = root.path().join("kubelet/kubepods");
+        fs::create_dir_all(&kubelet)?;
+        assert_eq!(pods(None, root.path())?, kubelet);
+        let plain = root.path().join("kubepods");
+        fs::create_dir(&plain)?;
+        assert_eq!(pods(None, root.path())?, plain);
+        assert_eq!(pods(Some(&kubelet), root.path())?, kubelet);
+        assert!(
+            pods(Some(Path::new("/proc")), root.path())
+                .is_err_and(|e| e.to_string().contains("--pods-cgroup"))
+        );
+        Ok(())
     }
 
     #[test]

@@ -36,6 +36,10 @@ use super::{
 };
 use crate::state::snapshot::Workload;
 
+/// Interfaces of a pod whose packets are counted: more than any pod needs, few enough that one which makes thousands
+/// of them does not keep the node's other pods waiting.
+const MOST_INTERFACES: usize = 32;
+
 /// The kernel side of one agent. Dropped without [`Capture::remove`] it leaves its programs in place, so that enrolled
 /// pods fail closed until the next agent comes.
 #[derive(Debug)]
@@ -43,6 +47,8 @@ pub struct Capture {
     pub(super) dir: BpfDir,
     pub(super) shared: Arc<Shared>,
     log: EbpfLog,
+    /// The pods are below a cgroup of their own, which the agent need not be in.
+    pub(super) pods_apart: bool,
     /// Keeps the programs of the node; its maps are used through handles of their own.
     pub(super) node: Mutex<Ebpf>,
 }
@@ -91,13 +97,20 @@ impl Capture {
     /// that another agent uses the same directory.
     pub fn load(config: &CaptureConfig) -> Result<Self> {
         let root = cgroup::root(config.cgroup_root.as_deref())?;
+        let pods = cgroup::pods(config.pods_cgroup.as_deref(), &root)?;
         let dir = BpfDir::create(&config.bpf_dir)?;
         let loaded = loader::load(&dir, config.ebpf_log)
-            .and_then(|mut node| loader::attach(&mut node, &dir, &root).map(|()| node));
+            .and_then(|mut node| loader::attach(&mut node, &dir, &root, &pods).map(|()| node));
         match loaded {
             Ok(node) => {
                 let shared = Arc::new(Shared { pods: Mutex::default() });
-                Ok(Self { dir, shared, log: config.ebpf_log, node: Mutex::new(node) })
+                Ok(Self {
+                    pods_apart: pods != root,
+                    dir,
+                    shared,
+                    log: config.ebpf_log,
+                    node: Mutex::new(node),
+                })
             }
             Err(error) => {
                 dir.remove()?;
@@ -271,18 +284,19 @@ fn listeners(netns: &Netns, facts: &Facts) -> Result<[Socket; 3]> {
 }
 
 /// Attaches the counting of packets to the pod's interfaces, loopback excepted. A kernel without TCX (before 6.6) goes
-/// without: those flows are then not counted.
+/// without: those flows are then not counted. What the pod calls its interfaces, and how many it makes, is its own
+/// affair: neither keeps it from being enrolled.
 fn count_packets(object: &mut Ebpf, netns: &Netns, pin: impl Fn(&str, FdLink) -> Result<()>) -> Result<()> {
     for (name, direction) in [("egress", TcAttachType::Egress), ("ingress", TcAttachType::Ingress)] {
         let program: &mut SchedClassifier = loader::program(object, name)?;
-        for interface in interfaces(netns)? {
+        for (index, interface) in interfaces(netns)? {
             let attached = netns.enter(|| {
                 let order = TcAttachOptions::TcxOrder(LinkOrder::default());
                 program.attach_with_options(&interface, direction, order).map_err(io::Error::other)
             });
             match attached {
                 Ok(id) => {
-                    pin(&format!("{name}-{}", pin_name(&interface)), program.take_link(id)?.try_into()?)?;
+                    pin(&format!("{name}-{index}"), program.take_link(id)?.try_into()?)?;
                 }
                 Err(error) => {
                     tracing::warn!(%interface, %error, "flows without a socket (UDP) are not counted: no TCX here");
@@ -293,16 +307,19 @@ fn count_packets(object: &mut Ebpf, netns: &Netns, pin: impl Fn(&str, FdLink) ->
     Ok(())
 }
 
-/// Names in bpffs have no dots; interfaces may (`eth0.100`).
-fn pin_name(interface: &str) -> String {
-    interface.replace('.', "_")
-}
-
-fn interfaces(netns: &Netns) -> Result<Vec<String>> {
+/// Index and name of the first [`MOST_INTERFACES`].
+fn interfaces(netns: &Netns) -> Result<Vec<(u32, String)>> {
     let all = netns.enter(|| nix::net::if_::if_nameindex().map_err(io::Error::from));
     let all = all.context("cannot list its network interfaces")?;
-    let names = all.iter().map(|interface| interface.name().to_string_lossy().into_owned());
-    Ok(names.filter(|name| name != "lo").collect())
+    let all = all.iter().map(|one| (one.index(), one.name().to_string_lossy().into_owned()));
+    let mut wanted: Vec<_> = all.filter(|(_, name)| name != "lo").collect();
+    if wanted.len() > MOST_INTERFACES {
+        let path = netns.path().display();
+        tracing::warn!(netns = %path, "flows without a socket are counted on {MOST_INTERFACES} interfaces of {}", wanted.len());
+        wanted.sort_unstable();
+        wanted.truncate(MOST_INTERFACES);
+    }
+    Ok(wanted)
 }
 
 fn steer_inbound(object: &mut Ebpf, netns: &Netns) -> Result<FdLink> {
@@ -347,10 +364,5 @@ mod tests {
         assert_eq!(only_v4.has_v6, 0);
         assert!(pod_addrs(&[]).is_err());
         Ok(())
-    }
-
-    #[test]
-    fn pins_have_no_dots() {
-        assert_eq!(pin_name("eth0.100"), "eth0_100");
     }
 }

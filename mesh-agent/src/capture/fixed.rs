@@ -11,8 +11,11 @@ use std::{
 
 use tokio::net::{TcpListener, TcpStream};
 
-use super::{Listener, Net, PodNet};
-use crate::state::snapshot::Workload;
+use super::{Listener, Net, PodNet, client_gone};
+use crate::{
+    error::{Error, Kind, Result},
+    state::snapshot::Workload,
+};
 
 /// What stands in for the kernel.
 #[derive(Debug, Default)]
@@ -59,11 +62,13 @@ impl FixedNet {
         Ok(stream)
     }
 
-    pub(super) fn original_dst(&self, listener: Listener, stream: &TcpStream) -> io::Result<SocketAddr> {
+    pub(super) fn original_dst(&self, listener: Listener, stream: &TcpStream) -> Result<SocketAddr> {
         match (self.told().original_dst[listener as usize], listener) {
             (Some(dst), _) => Ok(dst),
-            (None, Listener::Outbound) => Err(io::Error::other("no original destination was set")),
-            (None, _) => stream.local_addr(),
+            (None, Listener::Outbound) => {
+                Err(Error::new(Kind::IllegalDestination, "no original destination was set"))
+            }
+            (None, _) => stream.local_addr().map_err(|error| client_gone(&error)),
         }
     }
 

@@ -5,7 +5,7 @@
 
 use std::{
     io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     os::fd::AsRawFd,
     path::Path,
     sync::{
@@ -21,7 +21,8 @@ use mesh_common::{
 };
 use tokio::net::TcpStream;
 
-use super::{Listener, canonical, netns::Netns, sockets};
+use super::{Listener, canonical, client_gone, netns::Netns, sockets};
+use crate::error::{Error, Kind, Result};
 
 /// One pod's network namespace and its way to the socket storage.
 #[derive(Debug)]
@@ -47,6 +48,19 @@ impl KernelNet {
         sockets::into_tokio(socket).connect(to).await
     }
 
+    pub(super) async fn dial_from(
+        &self,
+        from: IpAddr,
+        to: SocketAddr,
+        before: impl FnOnce(SocketAddr),
+    ) -> io::Result<TcpStream> {
+        let socket = self.netns.enter(|| sockets::bound_dialler(from, to))?;
+        self.facts.write(&socket, kind::DIALLER, Addr::default())?;
+        let own = socket.local_addr()?.as_socket();
+        before(own.ok_or_else(|| io::Error::other("a bound socket has no address"))?);
+        sockets::into_tokio(socket).connect(to).await
+    }
+
     pub(super) async fn dial_app(&self, to: SocketAddr, client: SocketAddr) -> io::Result<TcpStream> {
         let n = self.next_source.fetch_add(1, Ordering::Relaxed);
         let socket = self.netns.enter(|| sockets::app_dialler(to, n))?;
@@ -55,26 +69,29 @@ impl KernelNet {
     }
 
     /// What an accepted connection was meant for; an error says why the agent does not serve it.
-    pub(super) fn original_dst(&self, listener: Listener, stream: &TcpStream) -> io::Result<SocketAddr> {
+    pub(super) fn original_dst(&self, listener: Listener, stream: &TcpStream) -> Result<SocketAddr> {
+        let gone = |error: io::Error| client_gone(&error);
         match listener {
-            Listener::Outbound => match self.facts.read(stream)? {
+            Listener::Outbound => match self.facts.read(stream).map_err(gone)? {
                 Some(facts) if facts.kind == kind::ACCEPTED && facts.addr.port != 0 => Ok(facts.addr.into()),
-                _ => {
-                    Err(io::Error::other("the outbound port was dialled itself: nothing says what was meant"))
-                }
+                _ => Err(illegal("the outbound port was dialled itself: nothing says what was meant")),
             },
             Listener::Inbound => {
-                let local = canonical(stream.local_addr()?);
+                let local = canonical(stream.local_addr().map_err(gone)?);
                 match local.port() {
                     port::OUTBOUND | port::INBOUND | port::MESH => {
-                        Err(io::Error::other(format!("{local} is the agent's own, not an app's")))
+                        Err(illegal(format!("{local} is the agent's own, not an app's")))
                     }
                     _ => Ok(local),
                 }
             }
-            Listener::Mesh => stream.local_addr(),
+            Listener::Mesh => stream.local_addr().map_err(gone),
         }
     }
+}
+
+fn illegal(text: impl Into<String>) -> Error {
+    Error::new(Kind::IllegalDestination, text)
 }
 
 /// The socket storage, from outside the kernel.
@@ -87,7 +104,7 @@ pub(super) struct Facts {
 
 impl Facts {
     /// Opens the storage pinned under `maps`.
-    pub(super) fn open(maps: &Path) -> Result<Self, MapError> {
+    pub(super) fn open(maps: &Path) -> std::result::Result<Self, MapError> {
         let open = || Map::from_map_data(MapData::from_pin(maps.join(SOCKETS))?)?.try_into();
         Ok(Self { for_reading: open()?, for_writing: Mutex::new(open()?) })
     }

@@ -31,6 +31,8 @@ const LOG_MAP: &str = "AYA_LOGS";
 pub struct CaptureConfig {
     /// The cgroup that holds the agent and the pods; `None` finds the root of the host's hierarchy.
     pub cgroup_root: Option<PathBuf>,
+    /// The cgroup below it that holds the pods alone; `None` looks for a kubelet's, and takes the root where there is none.
+    pub pods_cgroup: Option<PathBuf>,
     /// Where maps and links are pinned; no other agent may have the same.
     pub bpf_dir: PathBuf,
     /// What the kernel programs log.
@@ -102,8 +104,9 @@ fn load_object(dir: &BpfDir, log: EbpfLog, cookie: u64) -> Result<Ebpf> {
     })
 }
 
-/// Attaches the programs of the node to the cgroup and pins their links.
-pub(super) fn attach(node: &mut Ebpf, dir: &BpfDir, cgroup_root: &Path) -> Result<()> {
+/// Attaches the programs of the node and pins their links: what apps ask for at the cgroup of the pods, what connections
+/// do at the root, for one end of those inside a pod is the agent's.
+pub(super) fn attach(node: &mut Ebpf, dir: &BpfDir, root: &Path, pods: &Path) -> Result<()> {
     const PROGRAMS: [(&str, &str); 5] = [
         ("on_socket_event", "sockops"),
         ("on_getpeername4", "getpeername4"),
@@ -111,11 +114,12 @@ pub(super) fn attach(node: &mut Ebpf, dir: &BpfDir, cgroup_root: &Path) -> Resul
         ("on_connect4", "connect4"),
         ("on_connect6", "connect6"),
     ];
-    let cgroup =
-        std::fs::File::open(cgroup_root).with_context(|| format!("cgroup root {}", cgroup_root.display()))?;
+    let open = |path: &Path| std::fs::File::open(path).with_context(|| format!("cgroup {}", path.display()));
+    let (root, pods) = (open(root)?, open(pods)?);
     for (name, hook) in PROGRAMS {
+        let cgroup = if hook == "sockops" { &root } else { &pods };
         let program = node.program_mut(name).ok_or_else(|| missing(name))?;
-        let link = attach_to_cgroup(program, &cgroup).with_context(|| {
+        let link = attach_to_cgroup(program, cgroup).with_context(|| {
             format!(
                 "the kernel refuses the {hook} program (Linux 5.15 or newer, with CAP_BPF and CAP_NET_ADMIN)"
             )

@@ -22,7 +22,15 @@ mod netns;
 mod prove;
 mod sockets;
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use arc_swap::ArcSwapOption;
 use mesh_common::maps::port;
@@ -36,7 +44,10 @@ pub use self::{
     loader::{CaptureConfig, EbpfLog},
 };
 use self::{fixed::FixedNet, kernel::KernelNet};
-use crate::state::snapshot::Workload;
+use crate::{
+    error::{Error, Kind},
+    state::snapshot::Workload,
+};
 
 /// Pause after a failure to accept that is the whole process's (no file descriptors left), so that the accept loop does
 /// not spin.
@@ -53,6 +64,15 @@ pub struct Captured {
     pub client: SocketAddr,
     /// What the client dialled.
     pub original_dst: SocketAddr,
+}
+
+/// A connection that the agent does not serve.
+#[derive(Debug)]
+pub struct Refused {
+    /// The other end.
+    pub client: SocketAddr,
+    /// Why not.
+    pub error: Error,
 }
 
 /// Which of a pod's three listeners.
@@ -88,6 +108,8 @@ pub struct PodNet {
     /// Empty once the pod is un-enrolled, whoever still holds this.
     listeners: ArcSwapOption<[TcpListener; 3]>,
     gone: CancellationToken,
+    /// A listener was closed from inside the pod.
+    lost: AtomicBool,
     net: Net,
 }
 
@@ -103,12 +125,26 @@ enum Net {
 impl PodNet {
     fn new(workload: Arc<Workload>, listeners: [TcpListener; 3], net: Net) -> Arc<Self> {
         let listeners = ArcSwapOption::from_pointee(listeners);
-        Arc::new(Self { workload, listeners, gone: CancellationToken::new(), net })
+        Arc::new(Self {
+            workload,
+            listeners,
+            gone: CancellationToken::new(),
+            lost: AtomicBool::new(false),
+            net,
+        })
     }
 
-    /// The next captured connection. Errors of one connection are logged and skipped; an `Err` means the listener is
-    /// gone (pod un-enrolled).
+    /// The next captured connection, what is refused left out. An `Err` means the listener is gone (pod un-enrolled).
     pub async fn accept(self: &Arc<Self>, listener: Listener) -> io::Result<Captured> {
+        loop {
+            if let Ok(captured) = self.next(listener).await? {
+                return Ok(captured);
+            }
+        }
+    }
+
+    /// The next connection, captured or refused. An `Err` means the listener is gone (pod un-enrolled).
+    pub async fn next(self: &Arc<Self>, listener: Listener) -> io::Result<Result<Captured, Refused>> {
         loop {
             let Some(listeners) = self.listeners.load_full() else { return Err(un_enrolled()) };
             let accepted = tokio::select! {
@@ -117,12 +153,13 @@ impl PodNet {
                 accepted = listeners[listener as usize].accept() => accepted,
             };
             match accepted {
-                Ok((stream, client)) => {
-                    if let Some(captured) = self.identify(listener, stream, client) {
-                        return Ok(captured);
-                    }
-                }
+                Ok((stream, client)) => return Ok(self.identify(listener, stream, client)),
                 Err(error) if is_of_one_connection(&error) => {}
+                // It does not listen any more: who has CAP_NET_ADMIN in the pod can destroy its sockets.
+                Err(error) if error.raw_os_error() == Some(nix::libc::EINVAL) => {
+                    self.lost.store(true, Ordering::Relaxed);
+                    self.gone.cancelled().await;
+                }
                 Err(error) => {
                     tracing::warn!(pod = %self.name(), ?listener, %error, "cannot accept, trying again");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -136,6 +173,19 @@ impl PodNet {
     pub async fn dial(&self, to: SocketAddr) -> io::Result<TcpStream> {
         match &self.net {
             Net::Kernel(net) => net.dial(to).await,
+            Net::Fixed(net) => net.dial(to).await,
+        }
+    }
+
+    /// As [`PodNet::dial`], from this address of the pod's; `before` learns from which port, before anything is sent.
+    pub async fn dial_from(
+        &self,
+        from: IpAddr,
+        to: SocketAddr,
+        before: impl FnOnce(SocketAddr),
+    ) -> io::Result<TcpStream> {
+        match &self.net {
+            Net::Kernel(net) => net.dial_from(from, to, before).await,
             Net::Fixed(net) => net.dial(to).await,
         }
     }
@@ -168,38 +218,46 @@ impl PodNet {
         self.gone.cancelled().await;
     }
 
+    /// Whether a listener was closed from inside the pod: what was to come to it is refused until the pod is enrolled
+    /// anew. The pod is not let go of for that, else it could leave the mesh in this way.
+    pub fn has_lost_a_listener(&self) -> bool {
+        self.lost.load(Ordering::Relaxed)
+    }
+
     /// Closes the listeners: every `accept` fails from now on. Connections that are open stay.
     fn close(&self) {
         self.listeners.store(None);
         self.gone.cancel();
     }
 
-    /// `None`: not a connection the agent serves.
     fn identify(
         self: &Arc<Self>,
         listener: Listener,
         stream: TcpStream,
         client: SocketAddr,
-    ) -> Option<Captured> {
+    ) -> Result<Captured, Refused> {
+        let client = canonical(client);
         let found = match &self.net {
             Net::Kernel(net) => net.original_dst(listener, &stream),
             Net::Fixed(net) => net.original_dst(listener, &stream),
         };
         match found {
             Ok(original_dst) => {
-                let (client, original_dst) = (canonical(client), canonical(original_dst));
-                Some(Captured { stream, pod: Arc::clone(self), client, original_dst })
+                let original_dst = canonical(original_dst);
+                Ok(Captured { stream, pod: Arc::clone(self), client, original_dst })
             }
-            Err(error) => {
-                tracing::debug!(pod = %self.name(), ?listener, %client, %error, "connection refused");
-                None
-            }
+            Err(error) => Err(Refused { client, error }),
         }
     }
 
     fn name(&self) -> String {
         format!("{}/{}", self.workload.namespace, self.workload.name)
     }
+}
+
+/// A connection whose end is told by an error of its own socket: the client is gone already.
+fn client_gone(error: &io::Error) -> Error {
+    Error::new(Kind::DownstreamReset, format!("the client went away: {error}"))
 }
 
 fn un_enrolled() -> io::Error {

@@ -25,13 +25,16 @@ const REFUSES: PodAddrs = PodAddrs { v4: [127, 0, 0, 1], v6: [0; 16], has_v4: 1,
 const LIMIT: Duration = Duration::from_secs(5);
 
 impl Capture {
-    /// Shows that the hooks fire for sockets below the cgroup root: readiness.
+    /// Shows that the hooks fire for sockets below the cgroup root: readiness. Where the pods have a cgroup of their own and
+    /// the agent is not below it, none of its sockets can be captured: that a kubelet's cgroup is there says that this is
+    /// the host's hierarchy, and it is the hook at the root that has to fire.
     ///
     /// # Errors
     /// They do not: the agent itself is outside the cgroup root, so that no connection would be told what it is for.
     pub fn prove(&self) -> Result<()> {
         let facts = Facts::open(&self.dir.maps())?;
         let mut pods = self.pods_map()?;
+        let apart = self.pods_apart;
         let (made, ready) = std::sync::mpsc::sync_channel(0);
         let (go, gone) = std::sync::mpsc::sync_channel::<()>(0);
         // A thread of its own: it never comes back from the namespace it makes.
@@ -41,6 +44,11 @@ impl Capture {
             if made.send(cookie).is_ok() && gone.recv().is_ok() {
                 // Refused, as it has to be: what counts is what the hooks have written on the socket.
                 let _ = socket.connect_timeout(&SocketAddr::from(PROBE).into(), LIMIT);
+                if apart && facts.read(&socket)?.is_none() {
+                    // Not below the pods' cgroup: as if the hook there had seen it.
+                    facts.write(&socket, kind::CLIENT, SocketAddr::from(PROBE).into())?;
+                    let _ = socket.connect_timeout(&SocketAddr::from((REFUSES.v4, PROBE.1)).into(), LIMIT);
+                }
             }
             Ok(facts.read(&socket)?)
         });

@@ -64,6 +64,13 @@ pub(super) fn dialler(to: SocketAddr) -> io::Result<Socket> {
     Ok(socket)
 }
 
+/// A socket to dial this address with from this one, its port chosen.
+pub(super) fn bound_dialler(from: IpAddr, to: SocketAddr) -> io::Result<Socket> {
+    let socket = dialler(to)?;
+    socket.bind(&SocketAddr::new(from, 0).into())?;
+    Ok(socket)
+}
+
 /// A socket to dial an app in this pod with, from a loopback address: for IPv4 the `n`th of many. (IPv6 has only one,
 /// and so 28,000 connections to one port of the app at once.)
 pub(super) fn app_dialler(to: SocketAddr, n: u32) -> io::Result<Socket> {

@@ -43,7 +43,8 @@ pub struct HttpLimits {
     #[arg(long, env = "MESH_MAX_STREAMS_PER_CONNECTION", value_name = "COUNT", default_value_t = 1024,
           value_parser = value_parser!(u32).range(1..))]
     pub max_streams_per_connection: u32,
-    /// Connections that one pod may have open with the agent, those of its clients and its own
+    /// Connections that one pod may have open with the agent, those of its clients and its own; never more than take half
+    /// of the agent's file descriptors
     #[arg(long, env = "MESH_MAX_CONNECTIONS_PER_POD", value_name = "COUNT", default_value_t = 1 << 16,
           value_parser = value_parser!(u32).range(1..=1 << 24))]
     pub max_connections_per_pod: u32,

@@ -12,7 +12,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use super::{
     Ends, Mesh, admit, assert_small,
     exchange::{Client, Exchange, Reported, Sides},
-    headers, pod_name, vouched,
+    headers, next, pod_name, vouched,
 };
 use crate::{
     body::Body,
@@ -38,10 +38,12 @@ const CONNECTION_FUTURE: usize = 12 << 10;
 pub async fn serve(mesh: Arc<Mesh>, pod: Arc<Pod>, listener: Listener) {
     loop {
         let captured = tokio::select! {
-            captured = pod.net().accept(listener) => captured,
+            captured = next(&mesh, &pod, listener, Side::Destination) => captured,
             () = pod.drain.started() => return,
         };
-        let Ok(captured) = captured else { return };
+        let Some(captured) = captured else { return };
+        let captured = if listener == Listener::Mesh { pod.take_carrier(captured) } else { Some(captured) };
+        let Some(captured) = captured else { continue };
         let Some(place) = admit(&mesh, &pod, Side::Destination, (&captured).into()) else { continue };
         let connection = connection(Arc::clone(&mesh), Arc::clone(&pod), listener, captured);
         let connection = async move {

@@ -50,7 +50,7 @@ pub(super) fn send(outbound: &Arc<Outbound>, route: &HttpRoute, request: &Sendab
         let copy = Request::from_parts(parts, follow.map_or(Body::Empty, Body::Follow));
         // Not the connection: its place among the pod's is free again when its client has gone.
         let (mesh, pod) = (Arc::clone(&outbound.mesh), Arc::clone(&outbound.pod));
-        let (client, cluster) = (outbound.ends.client, Arc::clone(cluster));
+        let (client, cluster) = (outbound.shown, Arc::clone(cluster));
         let limit = route.timeout.unwrap_or(LIMIT);
         tokio::spawn(async move {
             let _place = place;

@@ -15,13 +15,13 @@ mod tries;
 mod unsent;
 mod upgrade;
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
 use tokio::sync::OwnedSemaphorePermit;
 
 use crate::{
-    capture::Captured,
+    capture::{Captured, Listener, Refused},
     config::HttpLimits,
     error::{Error, Kind},
     report::{FlowFacts, Peer, Reporter, RequestProtocol, Security, Side},
@@ -42,6 +42,8 @@ pub struct Mesh {
     pub reporter: Arc<Reporter>,
     /// What apps may ask for over HTTP.
     pub limits: HttpLimits,
+    /// How long a carrier connection stands before it is made anew.
+    pub carrier_interval: Duration,
 }
 
 impl Mesh {
@@ -55,11 +57,22 @@ impl Mesh {
 fn admit(mesh: &Mesh, pod: &Pod, side: Side, ends: Ends) -> Option<OwnedSemaphorePermit> {
     let place = pod.admit();
     if place.is_none() {
-        let text = format!("the pod has {} connections open already", mesh.limits.max_connections_per_pod);
+        let text = format!("the pod has {} connections open already", pod.most_connections());
         let (dialled, error) = (Some(ends.original_dst), Error::new(Kind::Overflow, text));
         mesh.reporter.refused(side, &pod.workload(), ends.client, dialled, &error);
     }
     place
+}
+
+/// The next connection of the pod that the agent serves; what it does not serve is counted. `None`: the listener is
+/// gone.
+async fn next(mesh: &Mesh, pod: &Pod, listener: Listener, side: Side) -> Option<Captured> {
+    loop {
+        match pod.net().next(listener).await.ok()? {
+            Ok(captured) => return Some(captured),
+            Err(Refused { client, error }) => mesh.reporter.refused(side, &pod.workload(), client, None, &error),
+        }
+    }
 }
 
 /// The pod itself as one end of the traffic: its identity is the kernel's word, not the wire's.

@@ -3,7 +3,7 @@
 //! Reads top to bottom: accept → identify → resolve → detect → then HTTP (in `http.rs`, request by request) or opaque
 //! bytes (here, choose → permit → open → copy → report).
 
-use std::{sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
@@ -12,7 +12,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::{Ends, Mesh, admit, assert_small, downstream, learn_end, pod_name, vouched};
+use super::{Ends, Mesh, admit, assert_small, downstream, learn_end, next, pod_name, vouched};
 use crate::{
     balance::{self, Chosen},
     capture::{Captured, Listener},
@@ -39,10 +39,10 @@ const CONNECTION_FUTURE: usize = 6 << 10;
 pub async fn serve(mesh: Arc<Mesh>, pod: Arc<Pod>) {
     loop {
         let captured = tokio::select! {
-            captured = pod.net().accept(Listener::Outbound) => captured,
+            captured = next(&mesh, &pod, Listener::Outbound, Side::Source) => captured,
             () = pod.drain.started() => return,
         };
-        let Ok(captured) = captured else { return };
+        let Some(captured) = captured else { return };
         let Some(place) = admit(&mesh, &pod, Side::Source, (&captured).into()) else { continue };
         let connection = connection(Arc::clone(&mesh), Arc::clone(&pod), captured, place);
         pod.drain.spawn(assert_small(connection, CONNECTION_FUTURE));
@@ -57,6 +57,8 @@ pub(super) struct Outbound {
     /// The pod whose app dials: told by the network namespace the connection was captured in.
     pub source: Peer,
     pub ends: Ends,
+    /// The client as others are shown it: at an address of the pod's own, whatever the app has bound itself to.
+    pub shown: SocketAddr,
     pub flow: FlowGuard,
     /// Its place among the pod's connections.
     _place: OwnedSemaphorePermit,
@@ -66,7 +68,8 @@ async fn connection(mesh: Arc<Mesh>, pod: Arc<Pod>, captured: Captured, place: O
     let workload = pod.workload();
     let ends = Ends::from(&captured);
     let flow = mesh.reporter.flow(&workload, Side::Source, ends.client);
-    let outbound = Arc::new(Outbound { mesh, pod, source: vouched(&workload), ends, flow, _place: place });
+    let (source, shown) = (vouched(&workload), pod.vouched_address(ends.client));
+    let outbound = Arc::new(Outbound { mesh, pod, source, ends, shown, flow, _place: place });
     if let Err(error) = outbound.carry(captured.stream).await {
         outbound.flow.learn(|facts| facts.flag = Some(error.kind.row().flag));
         let (client, dialled) = (ends.client, Some(ends.original_dst));
@@ -162,7 +165,7 @@ impl Outbound {
             destination: self.ends.original_dst.ip(),
             port: port.cluster.port,
             source: &workload,
-            source_ip: self.ends.client.ip(),
+            source_ip: self.shown.ip(),
         };
         let Some(route) = route::find_stream(&port.streams, &facts) else { return Ok(port.cluster) };
         self.flow.learn(|facts| facts.route = Some(Arc::clone(&route.name)));
@@ -271,7 +274,7 @@ impl Outbound {
         // Known even if nothing comes of it.
         self.flow.learn(|facts| learn_end(facts, &endpoint, &via, RequestProtocol::Tcp));
         // Boxed: dialling is over soon, copying lasts.
-        let stream = Box::pin(self.pod.open(&permit, &destination, self.ends.client)).await?;
+        let stream = Box::pin(self.pod.open(&permit, &destination, self.shown)).await?;
         let passed = || {
             let service = self.mesh.snapshot().inbound.get(&endpoint.address).map(|c| Arc::clone(&c.host));
             self.passed_flow(&endpoint, service, RequestProtocol::Tcp)
@@ -288,7 +291,7 @@ impl Outbound {
         protocol: RequestProtocol,
     ) -> Option<FlowGuard> {
         let app = endpoint.workload.as_ref()?;
-        let flow = self.mesh.reporter.flow(app, Side::Destination, self.ends.client);
+        let flow = self.mesh.reporter.flow(app, Side::Destination, self.shown);
         let source = self.pod.workload();
         flow.learn(|facts| {
             facts.service = service;

@@ -263,7 +263,7 @@ async fn one(
         // In a pass within the node nobody else knows what the app's connection is for.
         flow: matches!(via, Via::Local(_)).then_some(&passed),
     };
-    let (client, inform) = (outbound.ends.client, &exchange.client.inform);
+    let (client, inform) = (outbound.shown, &exchange.client.inform);
     let sending = outbound.pod.send(&permit, &destination, request, client, inform);
     let (response, lease) = in_time(outbound, exchange, endpoint.address, limit, sending).await?;
     exchange.lease = Some(lease);

@@ -48,7 +48,7 @@ pub(super) async fn ask(
         connect_timeout: cluster.connect_timeout,
         flow: None,
     };
-    let asking = outbound.pod.switch(&permit, &destination, request, wanted, outbound.ends.client);
+    let asking = outbound.pod.switch(&permit, &destination, request, wanted, outbound.shown);
     match tries::in_time(outbound, exchange, endpoint.address, exchange.deadline, asking).await? {
         Switched::Answered(response) => Ok(Made::Response(response)),
         Switched::Agreed(head, bytes) => {

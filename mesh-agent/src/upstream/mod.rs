@@ -5,6 +5,7 @@
 //! the clear; nothing is dialled from the node's own network namespace. Tested in the lab, with two
 //! nodes.
 
+mod carrier;
 mod dial;
 pub mod message;
 mod pod;
@@ -21,7 +22,7 @@ use tokio::net::TcpStream;
 
 pub use self::{
     dial::Dial,
-    pod::{LocalPods, Pod, PodName},
+    pod::{LocalPods, Pod, PodLimits, PodName},
     pool::{Key, Lease, Pool},
     stream::UpstreamStream,
     switch::{Io, Switch, Switched},
@@ -38,7 +39,8 @@ use crate::{
 /// How an endpoint is reached.
 #[derive(Debug, Clone)]
 pub enum Via {
-    /// Its pod is on this node: one pass, no TLS, nothing encrypted to be decrypted in the same process.
+    /// Its pod is on this node: one pass, no TLS, nothing encrypted to be decrypted in the same process; for as long as
+    /// the network between the pods would carry a connection (`carrier.rs`).
     Local(Arc<Pod>),
     /// Its pod is enrolled on another node: mTLS to its port 15008.
     Mesh(Arc<Workload>),
@@ -106,6 +108,7 @@ impl Pod {
     ) -> Result<(Response<Body>, Lease)> {
         match to.via {
             Via::Local(pod) => {
+                self.carried(pod, to.address.ip(), to.connect_timeout).await?;
                 // This agent is the destination's too.
                 let app = &pod.identity().id;
                 message::client_certificate(request.headers_mut(), Some(&self.identity().id), app);
@@ -156,7 +159,10 @@ impl Pod {
     ) -> Result<UpstreamStream> {
         let timeout = to.connect_timeout;
         match to.via {
-            Via::Local(pod) => Ok(UpstreamStream::Tcp(pod.open_app(to.address, client, timeout).await?)),
+            Via::Local(pod) => {
+                self.carried(pod, to.address.ip(), timeout).await?;
+                Ok(UpstreamStream::Tcp(pod.open_app(to.address, client, timeout).await?))
+            }
             Via::Mesh(workload) => {
                 let connection = self.mesh_connection(workload, to.address, Wire::Hbone, timeout).await?;
                 Ok(UpstreamStream::Tunnel(connection.open_tunnel(to.address, client).await?))

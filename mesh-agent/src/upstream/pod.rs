@@ -5,13 +5,14 @@ use std::{
     fmt,
     net::{IpAddr, SocketAddr},
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use arc_swap::ArcSwap;
 use http::{Request, Response};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::{Destination, Lease, Pool, in_form};
+use super::{Destination, Lease, Pool, carrier::Carriers, in_form};
 use crate::{
     body::{Body, Inform},
     capture::PodNet,
@@ -34,15 +35,27 @@ pub struct Pod {
     pub(super) plain: Arc<Pool>,
     /// Connections to this pod's own apps.
     pub(super) apps: Arc<Pool>,
+    /// Connections that show whether it may talk to other pods of this node.
+    pub(super) carriers: Carriers,
     /// Ends when the pod is un-enrolled, or with the agent.
     pub drain: Drain,
     /// Places for connections with the agent.
     places: Arc<Semaphore>,
+    pub(super) limits: PodLimits,
+}
+
+/// What a pod may take of the agent, and how often the way to its neighbours is looked at.
+#[derive(Debug, Clone, Copy)]
+pub struct PodLimits {
+    /// Most connections open with the agent.
+    pub connections: usize,
+    /// How long a carrier connection stands before it is made anew.
+    pub carrier_interval: Duration,
 }
 
 impl Pod {
-    /// A pod whose listeners are open and whose identity is certified, with so many connections at most.
-    pub fn new(net: Arc<PodNet>, identity: Arc<WorkloadIdentity>, drain: Drain, connections: usize) -> Self {
+    /// A pod whose listeners are open and whose identity is certified.
+    pub fn new(net: Arc<PodNet>, identity: Arc<WorkloadIdentity>, drain: Drain, limits: PodLimits) -> Self {
         Self {
             workload: ArcSwap::new(Arc::clone(&net.workload)),
             net,
@@ -50,9 +63,16 @@ impl Pod {
             tunnels: tunnel::Pool::default(),
             plain: Arc::default(),
             apps: Arc::default(),
+            carriers: Carriers::default(),
             drain,
-            places: Arc::new(Semaphore::new(connections)),
+            places: Arc::new(Semaphore::new(limits.connections)),
+            limits,
         }
+    }
+
+    /// How many connections it may have open with the agent.
+    pub const fn most_connections(&self) -> usize {
+        self.limits.connections
     }
 
     /// A place for one more connection, held until it has ended; `None` when all are taken.
@@ -76,6 +96,15 @@ impl Pod {
         let same = ips.iter().find(|ip| ip.is_ipv4() == destination.is_ipv4());
         // A pod without an address of that family cannot connect; what stands here then is never used.
         same.or(ips.first()).copied().unwrap_or(destination)
+    }
+
+    /// The client of one of its connections as the other end may be shown it. A process in the pod can bind its socket
+    /// to any address it gives to its loopback interface, and to 127.0.0.1: what others trust must not be shown.
+    pub fn vouched_address(&self, client: SocketAddr) -> SocketAddr {
+        if self.net.workload.ips.contains(&client.ip()) {
+            return client;
+        }
+        SocketAddr::new(self.address_towards(client.ip()), client.port())
     }
 
     /// What the configuration says of it now.

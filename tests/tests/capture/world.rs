@@ -193,6 +193,7 @@ impl Agent {
         let root = cgroup.root.clone();
         let config = CaptureConfig {
             cgroup_root: Some(root),
+            pods_cgroup: None,
             bpf_dir: bpffs()?.join(unique("bpf")?),
             ebpf_log: EbpfLog::Off,
         };
