@@ -52,8 +52,8 @@ async fn a_socket_load_balancer_at_the_root_does_not_take_services_away() -> Res
             ("destination_service", &*service.host()),
             ("source_workload", "client"),
         ];
-        let requests = metric(&agent.metrics().await?, "istio_requests_total", &labels);
-        ensure!(requests == 1.0, "{requests}");
+        let requests = metric(&agent.metrics().await?, "istio_requests_total", &labels) as u64;
+        ensure!(requests == 1, "{requests}");
         Ok(())
     })
     .await?;

@@ -30,6 +30,8 @@ impl World {
         for pod in [&client, &other, &server] {
             pod.enrolled().await?;
         }
+        // Whoever is refused by the network is told so each time.
+        node.netns().sysctl("net/ipv4/icmp_ratelimit", "0")?;
         Ok(Self { lab, node, agent, client, other, server, service })
     }
 
@@ -52,8 +54,8 @@ async fn what_the_network_refuses_the_pass_refuses() -> Result<()> {
     let world = World::new("policy").await?;
     world.policy("add", "prohibit")?;
     ensure!(world.status(&world.client).await? == 503);
-    let line = world.agent.logged(&[("status", "503")]).await?;
-    ensure!(line["error"].contains("NetworkPolicy") && line["flags"] == "UF", "{line:?}");
+    let line = world.agent.logged(&[("status", "503"), ("reporter", "source")]).await?;
+    ensure!(line["error"].contains("NetworkPolicy") && line["flags"].contains("UF"), "{line:?}");
     // Bytes too, and by the pod's own address.
     let dialled = world.client.tcp(world.server.at(8080), 10, &[]).await;
     ensure!(dialled.is_err() || dialled.is_ok_and(|answer| !answer.intact), "passed");

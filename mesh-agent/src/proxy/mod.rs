@@ -70,7 +70,9 @@ async fn next(mesh: &Mesh, pod: &Pod, listener: Listener, side: Side) -> Option<
     loop {
         match pod.net().next(listener).await.ok()? {
             Ok(captured) => return Some(captured),
-            Err(Refused { client, error }) => mesh.reporter.refused(side, &pod.workload(), client, None, &error),
+            Err(Refused { client, error }) => {
+                mesh.reporter.refused(side, &pod.workload(), client, None, &error);
+            }
         }
     }
 }
