@@ -208,7 +208,7 @@ fn descriptors(agent: &Agent) -> Result<usize> {
 }
 
 async fn crowd(agent: &Agent, count: usize) -> Result<()> {
-    eventually_within(Duration::from_secs(60), "the crowd is as large as it should be", async || {
+    eventually_within(Duration::from_mins(1), "the crowd is as large as it should be", async || {
         let status = agent.status().await?;
         let enrolled = status["enrolled"].as_array().context("a list")?.len();
         ensure!(enrolled == count, "{enrolled} of {count}; {}", status["failing"]);
@@ -265,9 +265,10 @@ async fn pods_come_and_go_and_nothing_of_them_stays() -> Result<()> {
     let at = |share: usize| times.get(times.len() * share / 100).copied().unwrap_or_default();
     println!("enrolling one pod, up to {PODS} there: p50 {:?}, p99 {:?}", at(50), at(99));
     println!("descriptors and memory after each round: {after:?}; processor {:?}", agent.cpu_time()?);
-    // In two rounds, what 40 kilobytes of each pod would come to; the allocator has what it needs after the second.
-    let (second, last) = (after[1].1, after[ROUNDS - 1].1);
-    ensure!(last < second + (4 << 20), "memory stays: {after:?}");
+    // Each thread of the agent that enrols a pod for the first time has its allocator take some; what stays of each pod
+    // would be seen in every round, 20 kilobytes of it as a megabyte.
+    let grown = after.windows(2).map(|rounds| rounds[1].1.saturating_sub(rounds[0].1)).min();
+    ensure!(grown.is_some_and(|bytes| bytes < 1 << 20), "memory stays: {after:?}");
     ensure!(fs::read_dir(agent.bpf_dir().join("pods"))?.count() == 0, "pins stay");
     ensure!(pods.iter().all(|pod| !pod.listens(15001)), "listeners stay");
     lab.finish().await
