@@ -16,6 +16,16 @@ pub struct Addr {
 
 const _: () = assert!(size_of::<Addr>() == 20);
 
+// Second words of addresses, in memory order: whole words keep the kernel's small stack free of single bytes.
+/// `::ffff:0.0.0.0`.
+const MAPPED: u64 = u64::from_ne_bytes([0, 0, 0xff, 0xff, 0, 0, 0, 0]);
+/// `::ffff:127.0.0.0`, which is all of `127.0.0.0/8` under [`MAPPED_8`].
+const MAPPED_127: u64 = u64::from_ne_bytes([0, 0, 0xff, 0xff, 127, 0, 0, 0]);
+/// The mask of the first eight bits of a mapped address.
+const MAPPED_8: u64 = u64::from_ne_bytes([0xff, 0xff, 0xff, 0xff, 0xff, 0, 0, 0]);
+/// `::1`.
+const ONE: u64 = u64::from_ne_bytes([0, 0, 0, 0, 0, 0, 0, 1]);
+
 impl Addr {
     /// The v4-mapped form of an IPv4 address in network order.
     #[inline(always)]
@@ -42,16 +52,15 @@ impl Addr {
     /// Whether this is `0.0.0.0` or `::`, whatever the port.
     #[inline(always)]
     pub const fn is_unspecified(&self) -> bool {
-        matches!(self.ip, [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, _, _, 0, 0, 0, 0]) && matches!(self.ip[10], 0 | 0xff)
+        let (a, b) = self.words();
+        a == 0 && (b == 0 || b == MAPPED)
     }
 
     /// Whether this is in `127.0.0.0/8` or `::1`.
     #[inline(always)]
     pub const fn is_loopback(&self) -> bool {
-        match self.as_v4() {
-            Some([first, ..]) => first == 127,
-            None => matches!(self.ip, [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]),
-        }
+        let (a, b) = self.words();
+        a == 0 && (b == ONE || b & MAPPED_8 == MAPPED_127)
     }
 
     /// Whether both have the same address, whatever their ports.

@@ -11,17 +11,28 @@ use crate::{
 /// IP protocol number of TCP.
 pub const IPPROTO_TCP: u32 = 6;
 
-/// Lowest port a captured connection is sent to.
-pub const HASH_PORT_MIN: u16 = 1024;
-/// Number of ports a captured connection may be sent to: 1024..=32767, below the default range of source ports
-/// (32768..). Source and destination address are both the pod's, so a destination port that equals the source port
-/// would have TCP connect a socket to itself.
-pub const HASH_PORTS: u32 = 31_744;
+/// Lowest of the source ports the kernel chooses from, unless `net.ipv4.ip_local_port_range` says otherwise.
+pub const SOURCE_PORT_MIN: u16 = 32_768;
+
+/// The ports of the pod that captured connections are sent to. Source and destination address are the same, so a
+/// destination port that equals the source port would have TCP connect a socket to itself.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct HashPorts {
+    /// The lowest.
+    pub first: u16,
+    /// How many there are.
+    pub count: u16,
+}
+
+/// As many as there are below the usual range of source ports: 1024..=32767.
+pub const HASH_PORTS: HashPorts = HashPorts { first: 1024, count: SOURCE_PORT_MIN - 1024 };
+/// For a pod whose source ports may be lower: 1..=1023, which the kernel chooses for nobody by itself.
+pub const LOW_HASH_PORTS: HashPorts = HashPorts { first: 1, count: 1023 };
 
 /// The port that connections to this destination are sent to. One port per destination rather than one for all: a
 /// pod keeps as many source ports for each destination as it has without the mesh.
 #[inline(always)]
-pub const fn hash_port(dst: &Addr) -> u16 {
+pub const fn hash_port(dst: &Addr, ports: HashPorts) -> u16 {
     let (a, b) = dst.words();
     // Multiplications by odd constants (those of the xxHash family) with the high half folded in.
     let mut hash = a.wrapping_mul(0x9e37_79b1_85eb_ca87) ^ b.wrapping_mul(0xc2b2_ae3d_27d4_eb4f);
@@ -29,20 +40,22 @@ pub const fn hash_port(dst: &Addr) -> u16 {
     hash ^= hash >> 32;
     hash = hash.wrapping_mul(0x85eb_ca77_c2b2_ae63);
     hash ^= hash >> 29;
-    HASH_PORT_MIN + ((hash as u32) % HASH_PORTS) as u16
+    ports.first + ((hash as u32) % ports.count as u32) as u16
 }
 
 /// Where a connection that an app of this pod is opening goes: `Some` is the address inside the pod to which it is
-/// sent instead, `None` leaves it alone.
+/// sent instead, `None` leaves it alone. `bound` is what the app has bound its socket to: the connection is sent to
+/// that very address, so that it comes from where it goes to, as every captured one does.
 ///
-/// Left alone: what is not TCP, loopback, the unspecified address (which means loopback), the pod's own address,
-/// multicast and broadcast, IPv6 link-local (its scope would be lost), and a family the pod has no address of.
+/// Left alone: what is not TCP, loopback (bound to it or dialled), the unspecified address (which means loopback), the
+/// pod's own address, multicast and broadcast, IPv6 link-local (its scope would be lost), and a family the pod has no
+/// address of.
 #[inline(always)]
-pub const fn outbound(pod: &PodAddrs, protocol: u32, dst: &Addr) -> Option<Addr> {
-    if protocol != IPPROTO_TCP || dst.is_loopback() || dst.is_unspecified() {
+pub const fn outbound(pod: &PodAddrs, protocol: u32, bound: &Addr, dst: &Addr) -> Option<Addr> {
+    if protocol != IPPROTO_TCP || dst.is_loopback() || dst.is_unspecified() || bound.is_loopback() {
         return None;
     }
-    let own = if let Some([first, ..]) = dst.as_v4() {
+    let pods = if let Some([first, ..]) = dst.as_v4() {
         if pod.has_v4 == 0 || first >= 224 {
             return None;
         }
@@ -54,7 +67,23 @@ pub const fn outbound(pod: &PodAddrs, protocol: u32, dst: &Addr) -> Option<Addr>
         }
         Addr::v6(pod.v6, 0)
     };
-    if dst.same_ip(&own) { None } else { Some(Addr { port: hash_port(dst), ..own }) }
+    let own = if bound.is_unspecified() { pods } else { *bound };
+    if dst.same_ip(&pods) || dst.same_ip(&own) {
+        return None;
+    }
+    let ports = if pod.low_ports == 0 { HASH_PORTS } else { LOW_HASH_PORTS };
+    let mut port = hash_port(dst, ports);
+    if port == bound.port {
+        port = if port == ports.first { port + 1 } else { port - 1 };
+    }
+    Some(Addr { port, ..own })
+}
+
+/// Whether a captured connection from this port says that the kernel chooses the pod's source ports from a wider
+/// range than usual, which [`HASH_PORTS`] may be part of. (It may also be that the app has bound it.)
+#[inline(always)]
+pub const fn is_low_source(src: &Addr) -> bool {
+    src.port < SOURCE_PORT_MIN
 }
 
 /// Who gets a connection that arrives at the pod.
@@ -168,7 +197,9 @@ mod tests {
 
     use super::*;
 
-    const POD: PodAddrs = PodAddrs { v4: [10, 0, 0, 7], v6: [0xfd; 16], has_v4: 1, has_v6: 1, pad: [0; 2] };
+    const POD: PodAddrs =
+        PodAddrs { v4: [10, 0, 0, 7], v6: [0xfd; 16], has_v4: 1, has_v6: 1, low_ports: 0, pad: 0 };
+    const ANY: Addr = Addr::v4([0; 4], 0);
 
     fn v6(first: u8, second: u8) -> Addr {
         let mut ip = [1; 16];
@@ -178,9 +209,9 @@ mod tests {
 
     #[test]
     fn captured_connections_go_to_the_pods_address_of_their_family() {
-        let v4 = outbound(&POD, IPPROTO_TCP, &Addr::v4([10, 96, 0, 1], 443));
+        let v4 = outbound(&POD, IPPROTO_TCP, &ANY, &Addr::v4([10, 96, 0, 1], 443));
         assert_eq!(v4.map(|a| a.ip), Some(Addr::v4(POD.v4, 0).ip));
-        let other = outbound(&POD, IPPROTO_TCP, &v6(0x20, 0x01));
+        let other = outbound(&POD, IPPROTO_TCP, &ANY, &v6(0x20, 0x01));
         assert_eq!(other.map(|a| a.ip), Some(POD.v6));
     }
 
@@ -200,18 +231,18 @@ mod tests {
             (6, v6(0xfe, 0xbf), "link-local"),
         ];
         for (protocol, dst, why) in cases {
-            assert_eq!(outbound(&POD, protocol, &dst), None, "{why}");
+            assert_eq!(outbound(&POD, protocol, &ANY, &dst), None, "{why}");
         }
-        assert!(outbound(&POD, 6, &v6(0xfe, 0xc0)).is_some());
+        assert!(outbound(&POD, 6, &ANY, &v6(0xfe, 0xc0)).is_some());
     }
 
     #[test]
     fn a_family_the_pod_lacks_is_left_alone() {
         let only_v4 = PodAddrs { has_v6: 0, ..POD };
-        assert_eq!(outbound(&only_v4, 6, &v6(0x20, 0x01)), None);
-        assert!(outbound(&only_v4, 6, &Addr::v4([1, 1, 1, 1], 1)).is_some());
+        assert_eq!(outbound(&only_v4, 6, &ANY, &v6(0x20, 0x01)), None);
+        assert!(outbound(&only_v4, 6, &ANY, &Addr::v4([1, 1, 1, 1], 1)).is_some());
         let only_v6 = PodAddrs { has_v4: 0, ..POD };
-        assert_eq!(outbound(&only_v6, 6, &Addr::v4([1, 1, 1, 1], 1)), None);
+        assert_eq!(outbound(&only_v6, 6, &ANY, &Addr::v4([1, 1, 1, 1], 1)), None);
     }
 
     #[test]
@@ -219,13 +250,39 @@ mod tests {
         let mut ports = HashSet::new();
         for host in 0..=255u8 {
             for port in 8000..8016u16 {
-                let hashed = hash_port(&Addr::v4([10, 0, 0, host], port));
+                let hashed = hash_port(&Addr::v4([10, 0, 0, host], port), HASH_PORTS);
                 assert!((1024..=32767).contains(&hashed), "{hashed}");
                 ports.insert(hashed);
             }
         }
         // 4096 balls into 31,744 bins leave about 3843 bins in use.
         assert!(ports.len() > 3700, "{}", ports.len());
+    }
+
+    #[test]
+    fn a_connection_comes_from_where_it_goes_to_and_never_to_itself() {
+        let dst = Addr::v4([192, 0, 2, 10], 8080);
+        let other = Addr::v4([10, 0, 0, 8], 0);
+        let to = |pod: &PodAddrs, bound: &Addr| outbound(pod, IPPROTO_TCP, bound, &dst);
+        assert_eq!(to(&POD, &other).map(|to| to.ip), Some(other.ip));
+        assert_eq!(outbound(&POD, IPPROTO_TCP, &other, &Addr { port: 80, ..other }), None);
+        assert_eq!(to(&POD, &Addr::v4([127, 0, 0, 1], 0)), None);
+        for low_ports in [0, 1] {
+            let pod = PodAddrs { low_ports, ..POD };
+            for ip in [ANY, other] {
+                let usual = to(&pod, &ip).map_or(0, |to| to.port);
+                assert_eq!(usual < 1024, low_ports == 1);
+                let moved = to(&pod, &Addr { port: usual, ..ip }).map_or(0, |to| to.port);
+                assert!(moved != 0 && moved != usual && (moved < 1024) == (low_ports == 1), "{moved}");
+            }
+        }
+        for port in 1..=2000 {
+            let dst = Addr::v4([10, 96, 0, 1], port);
+            let low = hash_port(&dst, LOW_HASH_PORTS);
+            assert!((1..1024).contains(&low), "{low}");
+        }
+        assert!(is_low_source(&Addr { port: 32_767, ..other }));
+        assert!(!is_low_source(&Addr { port: 32_768, ..other }));
     }
 
     #[test]

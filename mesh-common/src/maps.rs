@@ -113,8 +113,10 @@ pub struct PodAddrs {
     pub has_v4: u8,
     /// 1 when the pod has an IPv6 address.
     pub has_v6: u8,
+    /// 1 once the kernel has seen that the pod's source ports may be low ([`crate::decide::is_low_source`]).
+    pub low_ports: u8,
     /// Always zero.
-    pub pad: [u8; 2],
+    pub pad: u8,
 }
 
 const _: () = assert!(size_of::<PodAddrs>() == 24);

@@ -17,7 +17,7 @@ use mesh_common::{
     maps::{SocketFacts, kind},
 };
 
-use crate::maps::{PODS, SOCKETS};
+use crate::maps::{PODS, SOCKETS, join, split};
 
 const ALLOW: i32 = 1;
 /// `connect` fails with `EPERM`.
@@ -41,7 +41,14 @@ pub fn on_connect4(ctx: SockAddrContext) -> i32 {
             read_volatile(&raw const (*sa).__bindgen_anon_1.sk),
         )
     };
-    match steer(&ctx, sk, protocol, Addr::v4(ip.to_ne_bytes(), u16::from_be(port as u16))) {
+    if sk.is_null() {
+        return ALLOW;
+    }
+    // SAFETY: fields of the socket, which lives as long as the hook runs.
+    let (own, own_port) =
+        unsafe { (read_volatile(&raw const (*sk).src_ip4), read_volatile(&raw const (*sk).src_port)) };
+    let bound = Addr::v4(own.to_ne_bytes(), own_port as u16);
+    match steer(&ctx, sk, protocol, bound, Addr::v4(ip.to_ne_bytes(), u16::from_be(port as u16))) {
         Steer::Leave => ALLOW,
         Steer::Refuse => DENY,
         Steer::To(to) => {
@@ -71,11 +78,27 @@ pub fn on_connect6(ctx: SockAddrContext) -> i32 {
             read_volatile(&raw const (*sa).__bindgen_anon_1.sk),
         )
     };
-    match steer(&ctx, sk, protocol, Addr::v6(crate::maps::join([a, b, c, d]), u16::from_be(port as u16))) {
+    if sk.is_null() {
+        return ALLOW;
+    }
+    // SAFETY: as above.
+    let (own, own_port) = unsafe {
+        (
+            [
+                read_volatile(&raw const (*sk).src_ip6[0]),
+                read_volatile(&raw const (*sk).src_ip6[1]),
+                read_volatile(&raw const (*sk).src_ip6[2]),
+                read_volatile(&raw const (*sk).src_ip6[3]),
+            ],
+            read_volatile(&raw const (*sk).src_port),
+        )
+    };
+    let bound = Addr::v6(join(own), own_port as u16);
+    match steer(&ctx, sk, protocol, bound, Addr::v6(join([a, b, c, d]), u16::from_be(port as u16))) {
         Steer::Leave => ALLOW,
         Steer::Refuse => DENY,
         Steer::To(to) => {
-            let [a, b, c, d] = crate::maps::split(to.ip);
+            let [a, b, c, d] = split(to.ip);
             // SAFETY: as above.
             unsafe {
                 (*sa).user_ip6[0] = a;
@@ -90,19 +113,16 @@ pub fn on_connect6(ctx: SockAddrContext) -> i32 {
 }
 
 #[inline(always)]
-fn steer(ctx: &SockAddrContext, sk: *mut bpf_sock, protocol: u32, dst: Addr) -> Steer {
+fn steer(ctx: &SockAddrContext, sk: *mut bpf_sock, protocol: u32, bound: Addr, dst: Addr) -> Steer {
     // SAFETY: the helper takes the context of this hook.
     let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
     // SAFETY: an entry is replaced as a whole and freed after the programs that hold it have ended.
     let Some(pod) = (unsafe { PODS.get(&netns) }) else { return Steer::Leave };
-    if sk.is_null() {
-        return Steer::Leave;
-    }
     let known = SOCKETS.get(sk);
     if known.as_ref().is_some_and(|facts| facts.kind == kind::DIALLER) {
         return Steer::Leave;
     }
-    let Some(to) = decide::outbound(pod, protocol, &dst) else {
+    let Some(to) = decide::outbound(pod, protocol, &bound, &dst) else {
         // The socket may have been captured before, and disconnected.
         if let Some(facts) = known {
             facts.kind = kind::NONE;

@@ -13,7 +13,7 @@ use mesh_common::{
     maps::Tuple,
 };
 
-use crate::maps::{LISTENERS, POD_ORIGINAL_DST, join};
+use crate::maps::{LISTENERS, POD_CLIENTS, POD_ORIGINAL_DST, join};
 
 const SK_DROP: u32 = 0;
 const SK_PASS: u32 = 1;
@@ -92,6 +92,8 @@ fn known(tuple: &Tuple) -> (bool, bool) {
         }
         let none = Tuple::default();
         let full_ns = POD_ORIGINAL_DST.get(&none).map_or(0, |entry| entry.full_ns);
-        (false, full_ns != 0 && decide::recently_full(full_ns, bpf_ktime_get_ns()))
+        let full = full_ns != 0 && decide::recently_full(full_ns, bpf_ktime_get_ns());
+        // Over IPv6 the agent dials from the pod's own address too.
+        (false, full && POD_CLIENTS.get(tuple).is_none())
     }
 }

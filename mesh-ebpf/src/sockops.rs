@@ -14,7 +14,7 @@ use aya_ebpf::{
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_RTT_CB, BPF_SOCK_OPS_RTT_CB_FLAG,
         BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, bpf_sock,
     },
-    helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_get_ns},
+    helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_setsockopt},
     macros::sock_ops,
     programs::SockOpsContext,
 };
@@ -80,6 +80,9 @@ fn connecting(ctx: &SockOpsContext, sk: *mut bpf_sock) {
     let now = now();
     match known {
         Some(facts) if facts.kind == kind::CLIENT => {
+            if decide::is_low_source(&local) {
+                beware_of_low_ports(ctx, &tuple);
+            }
             list_original_dst(ctx, &tuple, facts.addr, now);
             begin(ctx, facts, seen::ACTIVE, now);
             write(ctx, facts, now, 0);
@@ -97,6 +100,24 @@ fn connecting(ctx: &SockOpsContext, sk: *mut bpf_sock) {
             begin(ctx, facts, seen::ACTIVE, now);
             write(ctx, facts, now, 0);
         }
+    }
+}
+
+/// The pod's source ports may be those that its connections are sent to: from here on they are sent to others. This
+/// one, if it is about to connect to itself, has no way to go: `connect` fails with `EHOSTUNREACH`.
+#[inline(always)]
+fn beware_of_low_ports(ctx: &SockOpsContext, tuple: &Tuple) {
+    const SOL_SOCKET: i32 = 1;
+    const SO_BINDTOIFINDEX: i32 = 62;
+    if let Some(pod) = PODS.get_ptr_mut(&netns(ctx)) {
+        // SAFETY: the entry is freed after the programs that hold it have ended; all write the same.
+        unsafe { (*pod).low_ports = 1 };
+    }
+    if tuple.src.port == tuple.dst.port && tuple.src.same_ip(&tuple.dst) {
+        let mut no_interface = i32::MAX;
+        let value = (&raw mut no_interface).cast();
+        // SAFETY: the helper takes the context of this hook, and reads four bytes.
+        unsafe { bpf_setsockopt(ctx.as_ptr(), SOL_SOCKET, SO_BINDTOIFINDEX, value, 4) };
     }
 }
 

@@ -49,6 +49,7 @@ pub mod residue;
 mod service;
 mod tap;
 mod untrusted;
+pub mod uring;
 pub mod wire;
 
 pub use agent::{Agent, AgentBuilder, fields};

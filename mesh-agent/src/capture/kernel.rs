@@ -63,6 +63,21 @@ impl KernelNet {
 
     pub(super) async fn dial_app(&self, to: SocketAddr, client: SocketAddr) -> io::Result<TcpStream> {
         let n = self.next_source.fetch_add(1, Ordering::Relaxed);
+        // Where one source address has no port left, the next may.
+        match self.dial_app_from(n, to, client).await {
+            Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => {}
+            dialled => return dialled,
+        }
+        self.dial_app_from(n.wrapping_add(1), to, client).await.map_err(|error| match error.kind() {
+            io::ErrorKind::AddrNotAvailable => io::Error::new(
+                error.kind(),
+                format!("the pod has no source port left for another connection to {to} ({error})"),
+            ),
+            _ => error,
+        })
+    }
+
+    async fn dial_app_from(&self, n: u32, to: SocketAddr, client: SocketAddr) -> io::Result<TcpStream> {
         let socket = self.netns.enter(|| sockets::app_dialler(to, n))?;
         self.facts.write(&socket, kind::DIALLER, client.into())?;
         sockets::into_tokio(socket).connect(to).await

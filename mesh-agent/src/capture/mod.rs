@@ -190,7 +190,7 @@ impl PodNet {
         }
     }
 
-    /// Dials the app inside the pod over loopback; the app sees `client` as its peer. `to` is the address the client
+    /// Dials the app without leaving the pod; the app sees `client` as its peer. `to` is the address the client
     /// dialled, so that an app that listens on one address alone is found.
     pub async fn dial_app(&self, to: SocketAddr, client: SocketAddr) -> io::Result<TcpStream> {
         match &self.net {

@@ -71,21 +71,25 @@ pub(super) fn bound_dialler(from: IpAddr, to: SocketAddr) -> io::Result<Socket> 
     Ok(socket)
 }
 
-/// A socket to dial an app in this pod with, from a loopback address: for IPv4 the `n`th of many. (IPv6 has only one,
-/// and so 28,000 connections to one port of the app at once.)
+/// A socket to dial an app in this pod with, from the `n`th of the addresses that only the pod itself can dial it from.
+/// Two in a row are never the same: see [`app_source`].
 pub(super) fn app_dialler(to: SocketAddr, n: u32) -> io::Result<Socket> {
     let socket = dialler(to)?;
     // The port is chosen at connect, when the other side is known: the same one can serve several.
     setsockopt(&socket, IpBindAddressNoPort, &true)?;
-    socket.bind(&SocketAddr::new(app_source(to.ip(), n), 0).into())?;
+    socket.bind(&app_source(to, n).into())?;
     Ok(socket)
 }
 
-fn app_source(to: IpAddr, n: u32) -> IpAddr {
-    match to {
+/// IPv4 has as many loopback addresses as anybody may want. IPv6 has one: the address that is dialled is the other,
+/// which makes 56,000 connections at once to one port of the app (with 28,000 source ports each).
+fn app_source(to: SocketAddr, n: u32) -> SocketAddr {
+    let ip = match to.ip() {
         IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::from(SOURCES + n % SOURCE_COUNT)),
+        IpAddr::V6(ip) if n % 2 == 1 && !ip.is_unicast_link_local() => IpAddr::V6(ip),
         IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::LOCALHOST),
-    }
+    };
+    SocketAddr::new(ip, 0)
 }
 
 /// The socket for tokio to connect.
@@ -102,12 +106,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sources_are_loopback_and_many() {
-        let of = |n| app_source(IpAddr::V4(Ipv4Addr::new(10, 0, 0, 1)), n);
-        assert_eq!(of(0).to_string(), "127.64.0.0");
-        assert_eq!(of(SOURCE_COUNT - 1).to_string(), "127.127.255.255");
-        assert_eq!(of(SOURCE_COUNT), of(0));
-        assert_eq!(app_source(IpAddr::V6(Ipv6Addr::LOCALHOST), 7).to_string(), "::1");
+    fn sources_are_the_pods_own_and_many() -> Result<(), std::net::AddrParseError> {
+        let of = |to: &str, n| Ok(app_source(to.parse()?, n).ip().to_string());
+        assert_eq!(of("10.0.0.1:80", 0)?, "127.64.0.0");
+        assert_eq!(of("10.0.0.1:80", SOURCE_COUNT - 1)?, "127.127.255.255");
+        assert_eq!(of("10.0.0.1:80", SOURCE_COUNT)?, of("10.0.0.1:80", 0)?);
+        assert_eq!([of("[fd00::2]:80", 6)?, of("[fd00::2]:80", 7)?], ["::1", "fd00::2"]);
+        assert_eq!(of("[fe80::2]:80", 7)?, "::1");
+        Ok(())
     }
 
     #[test]

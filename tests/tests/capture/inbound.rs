@@ -68,7 +68,8 @@ fn app_sees(bind: &str, dials: &str, client: &str, sees: &str) -> Result<()> {
     assert_eq!(peer, sees, "accept");
     assert_eq!(accepted.peer_addr()?, sees, "getpeername");
     assert_eq!(accepted.local_addr()?.ip().to_canonical().to_string(), dials, "getsockname");
-    assert!(stream.local_addr()?.ip().is_loopback());
+    let from = stream.local_addr()?.ip();
+    assert!(from.is_loopback() || from.to_string() == dials, "only the pod itself has {from}");
     assert_eq!(stream.peer_addr()?.ip().to_string(), dials, "the agent sees the plain truth");
     Ok(())
 }

@@ -5,4 +5,6 @@ mod flows;
 mod inbound;
 mod lifecycle;
 mod outbound;
+mod sockets;
+mod source_ports;
 mod world;

@@ -104,6 +104,25 @@ impl Ns {
         })
     }
 
+    /// Sets a value of the namespace's own.
+    pub fn sysctl(&self, name: &'static str, value: &str) -> Result<()> {
+        let value = value.to_owned();
+        self.run(move || fs::write(format!("/proc/sys/{}", name.replace('.', "/")), value).context(name))
+    }
+
+    /// One of the namespace's counters of TCP.
+    pub fn counter(&self, name: &'static str) -> Result<u64> {
+        let text = self.run(|| Ok(fs::read_to_string("/proc/thread-self/net/netstat")?))?;
+        let mut lines = text.lines();
+        while let (Some(names), Some(values)) = (lines.next(), lines.next()) {
+            let found = names.split(' ').zip(values.split(' ')).find(|(found, _)| *found == name);
+            if let Some((_, value)) = found {
+                return Ok(value.parse()?);
+            }
+        }
+        Err(anyhow!("no counter {name}"))
+    }
+
     /// As [`Ns::spawn`], and waits.
     pub fn run<T: Send + 'static>(&self, f: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
         join(self.spawn(f))
@@ -160,9 +179,12 @@ impl Drop for Cgroup {
     fn drop(&mut self) {
         // Its last agent is gone.
         let mut left = residue::wait_until_none(|| residue::in_cgroup(&self.root));
-        // Under the lock, so that no test enters what is being taken away.
+        // Under the lock, so that no test enters what is being taken away; and no child of another test, which makes its
+        // namespaces before it needs an agent, is still in it.
         let shared = CGROUP.lock().unwrap_or_else(PoisonError::into_inner);
-        let moved = fs::write(self.home.join("cgroup.procs"), "0").and_then(|()| fs::remove_dir(&self.root));
+        let moved = alone(|| {
+            fs::write(self.home.join("cgroup.procs"), "0").and_then(|()| fs::remove_dir(&self.root))
+        });
         left.extend(moved.err().map(|error| format!("{}: {error}", self.root.display())));
         drop(shared);
         judge(&left);
