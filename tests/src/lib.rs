@@ -46,6 +46,7 @@ pub mod peer;
 mod pod;
 mod process;
 pub mod residue;
+pub mod servers;
 mod service;
 mod tap;
 mod untrusted;

@@ -1,4 +1,5 @@
-//! The clients of the real world that lab tests run inside pods: packages, and one that is built from source.
+//! The clients and servers of the real world that lab tests run inside pods: packages, and one client that is built from
+//! source.
 //!
 //! The gRPC client is written in Go, as most gRPC clients are; its versions are pinned by `tests/clients/grpc/go.sum`
 //! to ones that Debian's own Go builds. It is built once, and again only when its sources change. What Go keeps
@@ -20,9 +21,10 @@ const PROGRAM: &str = "lab-grpc-client";
 /// Beside the program: the sources it was built from.
 const SOURCES_FILE: &str = "lab-grpc-client.sources";
 
-/// Finds or installs every client.
+/// Finds or installs every client and server.
 pub fn prepare(progress: &mut Progress) -> Result<()> {
     setup::packages(progress, &setup::CLIENTS, "the lab's clients")?;
+    setup::packages_at_rest(progress, &setup::SERVERS, "the lab's servers")?;
     let sources = sources(&workspace::root().join("tests/clients/grpc"))?;
     let built_from = fs::read_to_string(workspace::tools_dir().join(SOURCES_FILE)).unwrap_or_default();
     if program().is_file() && built_from == sources {

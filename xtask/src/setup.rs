@@ -5,6 +5,7 @@
 //! PATH, and installs nothing that is there already. The pure parts are tested below, the rest by `.ci/run`.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -62,6 +63,15 @@ pub const CLIENTS: [Package; 7] = [
     Package { name: "python3-websockets", sign: Sign::File("/usr/lib/python3/dist-packages/websockets") },
 ];
 
+/// The servers of the real world that lab tests run inside pods, without what would start them on the machine too.
+pub const SERVERS: [Package; 5] = [
+    Package { name: "mariadb-server-core", sign: Sign::Program("mariadbd") },
+    Package { name: "mariadb-client-core", sign: Sign::Program("mariadb") },
+    Package { name: "redis-tools", sign: Sign::Program("redis-cli") },
+    Package { name: "postgresql", sign: Sign::File("/usr/lib/postgresql") },
+    Package { name: "python3-aiosmtpd", sign: Sign::File("/usr/lib/python3/dist-packages/aiosmtpd") },
+];
+
 /// What builds the lab's gRPC client, where no other Go is in PATH.
 pub const GO: [Package; 1] = [Package { name: "golang-go", sign: Sign::Program("go") }];
 
@@ -105,6 +115,46 @@ pub fn packages(progress: &mut Progress, wanted: &[Package], what: &str) -> Resu
         kept(apt("update", &[]))?;
         kept(apt("install", &missing))
     })
+}
+
+/// The same for packages of servers, none of which starts by being installed.
+///
+/// # Errors
+/// As [`packages`].
+pub fn packages_at_rest(progress: &mut Progress, wanted: &[Package], what: &str) -> Result<()> {
+    if missing(wanted).is_empty() {
+        return Ok(());
+    }
+    let _policy = if is_root() && is_debian() { NothingStarts::here(Path::new(POLICY))? } else { None };
+    packages(progress, wanted, what)
+}
+
+/// Debian asks this program, where there is one, before an installation starts a service.
+const POLICY: &str = "/usr/sbin/policy-rc.d";
+
+/// A policy that forbids to start anything, gone when dropped.
+struct NothingStarts(PathBuf);
+
+impl NothingStarts {
+    /// `None` where the machine has a policy already, which stays as it is.
+    fn here(path: &Path) -> Result<Option<Self>> {
+        if path.exists() {
+            return Ok(None);
+        }
+        let written = fs::write(path, "#!/bin/sh\nexit 101\n");
+        written.with_context(|| format!("cannot write {}", path.display()))?;
+        let policy = Self(path.to_path_buf());
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755))?;
+        Ok(Some(policy))
+    }
+}
+
+impl Drop for NothingStarts {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_file(&self.0) {
+            eprintln!("{} stays and keeps services from starting: {error}", self.0.display());
+        }
+    }
 }
 
 /// Which of the packages are not installed.
@@ -252,6 +302,18 @@ mod tests {
         assert!(text.ends_with("apt-get install -y --no-install-recommends libelf-dev zlib1g-dev"), "{text}");
         let text = to_install(&["libelf-dev"], "the build", false);
         assert!(text.contains("Debian names: libelf-dev"), "{text}");
+    }
+
+    #[test]
+    fn a_policy_is_there_for_a_while_and_never_replaces_another() -> Result<()> {
+        let path = std::env::temp_dir().join(format!("policy-rc.d-{}", std::process::id()));
+        let policy = NothingStarts::here(&path)?;
+        assert_eq!(Command::new(&path).status()?.code(), Some(101));
+        assert!(NothingStarts::here(&path)?.is_none());
+        assert!(path.exists());
+        drop(policy);
+        assert!(!path.exists());
+        Ok(())
     }
 
     #[test]
