@@ -334,6 +334,23 @@ fn source_ports_from_a_wider_range() -> Result<()> {
     Ok(())
 }
 
+/// An app may listen on a port that connections of the pod are sent to, and is not mistaken for the agent.
+#[test]
+fn a_listener_on_a_port_that_connections_are_sent_to() -> Result<()> {
+    let world = World::new()?;
+    let dials = addr("192.0.2.10", 8080)?;
+    let port = decide::hash_port(&Addr::from(dials), decide::HASH_PORTS);
+    let _open = world.pod.run(move || Ok(TcpStream::connect_timeout(&dials, LIMIT)?))?;
+    let _captured = world.accept(Listener::Outbound)?;
+    let app = world.pod.run(move || Ok(TcpListener::bind(("0.0.0.0", port))?))?;
+    let client = addr("203.0.113.5", 4444)?;
+    let _agent = world.agent.rt.block_on(world.net.dial_app(addr(POD4, port)?, client))?;
+    assert_eq!(app.accept()?.1, client);
+    let _again = world.pod.run(move || Ok(TcpStream::connect_timeout(&dials, LIMIT)?))?;
+    assert_eq!(world.accept(Listener::Outbound)?.original_dst, dials);
+    Ok(())
+}
+
 #[test]
 fn datagrams_are_left_alone() -> Result<()> {
     let world = World::new()?;
