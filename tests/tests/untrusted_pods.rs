@@ -170,6 +170,11 @@ async fn nobody_is_seen_at_an_address_or_by_a_header_that_is_not_its_own() -> Re
     for source in ["127.0.0.1", "127.9.9.9", &client, "10.99.99.99"] {
         for target in &targets {
             let said = world.attacker.untrusted("borrow", &[source, target]).await?;
+            // As without a mesh: from loopback nothing leaves the pod.
+            if source.starts_with("127.") {
+                ensure!(said["answer"] == "OSError", "bound to {source}, {target} answered: {said}");
+                continue;
+            }
             let peer = said["answer"]["echo"]["peer"].as_str().unwrap_or_default();
             let peer: std::net::SocketAddr =
                 peer.parse().with_context(|| format!("{source} to {target}: {said}"))?;
