@@ -144,6 +144,7 @@ async fn run_node(config: NodeConfig, dir: &Path, log_level: LogLevel) -> Result
         pods_cgroup: config.pods_cgroup.clone(),
         bpf_dir: config.bpf_dir.clone(),
         ebpf_log: config.ebpf_log,
+        when_agent_is_down: config.when_agent_is_down,
     })?;
     let noted = run_dir.note_bpf_dir(&config.bpf_dir).context("--run-dir");
     let started = noted.and_then(|()| start_capture(&capture));

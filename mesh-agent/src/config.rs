@@ -9,7 +9,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 pub use self::limits::HttpLimits;
 use crate::{
     admin::{Address, SOCKET_NAME},
-    capture::EbpfLog,
+    capture::{EbpfLog, WhenAgentIsDown},
     report::AccessLog,
 };
 
@@ -80,6 +80,10 @@ pub struct NodeConfig {
     /// What the programs in the kernel log
     #[arg(long, env = "MESH_EBPF_LOG", value_enum, default_value_t = EbpfLog::Off)]
     pub ebpf_log: EbpfLog,
+    /// What becomes of the connections of enrolled pods while there is no agent, where their annotation
+    /// `mesh.io/when-agent-is-down` does not say: refused at once, or passed untouched
+    #[arg(long, env = "MESH_WHEN_AGENT_IS_DOWN", value_enum, default_value_t = WhenAgentIsDown::Closed)]
+    pub when_agent_is_down: WhenAgentIsDown,
     /// Access log on stdout, one line per request or connection
     #[arg(long, env = "MESH_ACCESS_LOG", value_enum, default_value_t = AccessLogFormat::Text)]
     pub access_log: AccessLogFormat,

@@ -183,9 +183,7 @@ impl Enrolment {
             self.leave(name);
         }
         for workload in plan.update {
-            if let Some(pod) = self.mesh.pods.get(&workload) {
-                pod.update(workload);
-            }
+            self.update(workload);
         }
         for workload in plan.join {
             // A node full of pods takes a while: an agent that is told to stop does not go on with it.
@@ -209,6 +207,19 @@ impl Enrolment {
                 self.fails(name, &format!("its network namespace {} is not there", path.display()));
                 false
             }
+        }
+    }
+
+    /// The kernel first: what it refuses is tried again, as long as the pod still has what it had.
+    fn update(&self, workload: Arc<Workload>) {
+        let Some(pod) = self.mesh.pods.get(&workload) else { return };
+        let name = PodName::from(&*workload);
+        match self.capture.update(pod.net(), &workload) {
+            Ok(()) => {
+                self.failing.forget(&name);
+                pod.update(workload);
+            }
+            Err(error) => self.fails(&name, &format!("its annotations are not in force: {error:#}")),
         }
     }
 
@@ -303,7 +314,7 @@ mod tests {
     use std::net::{IpAddr, Ipv4Addr};
 
     use super::*;
-    use crate::identity::SpiffeId;
+    use crate::{identity::SpiffeId, state::snapshot::CapturePolicy};
 
     fn pod(name: &str, ip: u8, version: &str) -> (PodName, Arc<Workload>) {
         let text = Arc::<str>::from;
@@ -320,6 +331,7 @@ mod tests {
             labels: [(text("version"), text(version))].into(),
             enrolled: true,
             netns: Some("/run/netns/x".into()),
+            capture: CapturePolicy::default(),
             workload_name: text(name),
             canonical_service: text(name),
             canonical_revision: text(version),

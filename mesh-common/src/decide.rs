@@ -5,7 +5,7 @@
 
 use crate::{
     addr::Addr,
-    maps::{FULL_NS, PodAddrs, listener, port},
+    maps::{EXCLUDED_PORTS_CAPACITY, FULL_NS, PodAddrs, Ports, listener, policy, port},
 };
 
 /// IP protocol number of TCP.
@@ -104,17 +104,53 @@ pub const fn is_own(local: &Addr, remote: &Addr) -> bool {
     remote.same_ip(local) || remote.is_loopback()
 }
 
-/// Who gets a connection to `local` that has no socket yet. `own` as in [`is_own`]; `captured`: there is an entry of
-/// the original destination; `full`: there may be one missing, because the table was full a moment ago.
+/// Who gets a connection to `local` that has no socket yet and comes from inside the pod ([`is_own`]). `captured`:
+/// there is an entry of the original destination; `full`: there may be one missing, because the table was full a moment
+/// ago.
 #[inline(always)]
-pub const fn inbound(local: &Addr, own: bool, captured: bool, full: bool) -> Inbound {
-    match (own, captured, full) {
-        (_, true, _) => Inbound::Listener(listener::OUTBOUND),
-        (true, false, true) => Inbound::Refuse,
-        (true, false, false) => Inbound::Pass,
-        (false, ..) if local.port == port::MESH => Inbound::Listener(listener::MESH),
-        (false, ..) => Inbound::Listener(listener::INBOUND),
+pub const fn own(captured: bool, full: bool) -> Inbound {
+    match (captured, full) {
+        (true, _) => Inbound::Listener(listener::OUTBOUND),
+        (false, true) => Inbound::Refuse,
+        (false, false) => Inbound::Pass,
     }
+}
+
+/// Who gets a connection to `local` that has no socket yet and comes from elsewhere. `captured`: it is one of the pod's own
+/// all the same, from another address of its. `excluded`: the pod excludes its port or where it comes from. The mesh's own
+/// port is never excluded: others send what they have there, encrypted.
+#[inline(always)]
+pub const fn inbound(local: &Addr, captured: bool, excluded: bool) -> Inbound {
+    match (local.port, captured, excluded) {
+        (_, true, _) => Inbound::Listener(listener::OUTBOUND),
+        (port::MESH, ..) => Inbound::Listener(listener::MESH),
+        (_, _, true) => Inbound::Pass,
+        (_, _, false) => Inbound::Listener(listener::INBOUND),
+    }
+}
+
+/// Who gets a connection whose listener of the agent's is gone, in a pod with these bits of [`policy`]: the app, where
+/// the pod wants that of plaintext. Never what was captured from inside: it goes to a port that is not the one dialled.
+#[inline(always)]
+pub const fn without_agent(index: u32, flags: u8) -> Inbound {
+    if flags & policy::OPEN != 0 && index == listener::INBOUND { Inbound::Pass } else { Inbound::Refuse }
+}
+
+/// Whether the port is in one of these ranges.
+#[inline(always)]
+pub const fn holds(ports: &Ports, port: u16) -> bool {
+    let mut i = 0;
+    while i < EXCLUDED_PORTS_CAPACITY {
+        if i as u32 >= ports.count {
+            return false;
+        }
+        let range = &ports.ranges[i];
+        if range.first <= port && port <= range.last {
+            return true;
+        }
+        i += 1;
+    }
+    false
 }
 
 /// Whether a table last found full at `full_ns` counts as full now.
@@ -196,9 +232,10 @@ mod tests {
     use std::collections::HashSet;
 
     use super::*;
+    use crate::maps::PortRange;
 
     const POD: PodAddrs =
-        PodAddrs { v4: [10, 0, 0, 7], v6: [0xfd; 16], has_v4: 1, has_v6: 1, low_ports: 0, pad: 0 };
+        PodAddrs { v4: [10, 0, 0, 7], v6: [0xfd; 16], has_v4: 1, has_v6: 1, low_ports: 0, flags: 0 };
     const ANY: Addr = Addr::v4([0; 4], 0);
 
     fn v6(first: u8, second: u8) -> Addr {
@@ -289,20 +326,44 @@ mod tests {
     fn inbound_by_origin_and_port() {
         let local = Addr::v4([10, 0, 0, 7], 8080);
         let mesh = Addr { port: 15008, ..local };
-        assert_eq!(inbound(&local, false, false, false), Inbound::Listener(listener::INBOUND));
-        assert_eq!(inbound(&local, false, false, true), Inbound::Listener(listener::INBOUND));
-        assert_eq!(inbound(&mesh, false, false, false), Inbound::Listener(listener::MESH));
-        assert_eq!(inbound(&mesh, true, false, false), Inbound::Pass);
-        assert_eq!(inbound(&local, true, true, true), Inbound::Listener(listener::OUTBOUND));
-        assert_eq!(
-            inbound(&local, false, true, false),
-            Inbound::Listener(listener::OUTBOUND),
-            "another address"
-        );
-        assert_eq!(inbound(&local, true, false, true), Inbound::Refuse);
+        assert_eq!(inbound(&local, false, false), Inbound::Listener(listener::INBOUND));
+        assert_eq!(inbound(&local, false, true), Inbound::Pass);
+        assert_eq!(inbound(&mesh, false, false), Inbound::Listener(listener::MESH));
+        assert_eq!(inbound(&mesh, false, true), Inbound::Listener(listener::MESH), "never excluded");
+        assert_eq!(own(false, false), Inbound::Pass);
+        assert_eq!(own(true, true), Inbound::Listener(listener::OUTBOUND));
+        assert_eq!(own(false, true), Inbound::Refuse);
+        assert_eq!(inbound(&local, true, true), Inbound::Listener(listener::OUTBOUND), "another address");
         assert!(is_own(&local, &Addr { port: 1, ..local }));
         assert!(is_own(&local, &Addr::v4([127, 3, 2, 1], 9)));
         assert!(!is_own(&local, &Addr::v4([10, 0, 0, 8], 8080)));
+    }
+
+    #[test]
+    fn without_an_agent_plaintext_alone_passes_and_only_where_the_pod_wants_it() {
+        for index in [listener::OUTBOUND, listener::INBOUND, listener::MESH] {
+            assert_eq!(without_agent(index, !policy::OPEN), Inbound::Refuse);
+        }
+        assert_eq!(without_agent(listener::INBOUND, policy::OPEN), Inbound::Pass);
+        assert_eq!(without_agent(listener::OUTBOUND, policy::OPEN), Inbound::Refuse);
+        assert_eq!(without_agent(listener::MESH, policy::OPEN), Inbound::Refuse);
+    }
+
+    #[test]
+    fn ranges_hold_their_ends_and_nothing_after_the_count() {
+        let range = |first, last| PortRange { first, last };
+        let mut ports = Ports::default();
+        assert!(!holds(&ports, 0), "an empty list has a zero in it");
+        ports.ranges[..3].copy_from_slice(&[range(80, 80), range(9000, 9010), range(1, 65535)]);
+        ports.count = 2;
+        for (port, held) in [(79, false), (80, true), (81, false), (8999, false), (9000, true), (9010, true)]
+        {
+            assert_eq!(holds(&ports, port), held, "{port}");
+        }
+        assert!(!holds(&ports, 9011), "beyond the count");
+        ports.ranges[EXCLUDED_PORTS_CAPACITY - 1] = range(7, 7);
+        ports.count = EXCLUDED_PORTS_CAPACITY as u32;
+        assert!(holds(&ports, 7));
     }
 
     #[test]

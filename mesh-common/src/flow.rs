@@ -67,6 +67,8 @@ pub mod verdict {
     pub const BYPASSED: u8 = 2;
     /// Never came to be: refused, timed out or reset before it was established.
     pub const FAILED: u8 = 3;
+    /// Left alone because the pod excludes its port or its address from capture.
+    pub const EXCLUDED: u8 = 4;
 }
 
 #[cfg(feature = "user")]

@@ -2,7 +2,7 @@
 //! these names under `BPF_DIR/maps/`.
 //!
 //! Maps "of a pod" exist once for each enrolled pod, so that no pod can fill another's: the shared maps
-//! [`ORIGINAL_DST`], [`CLIENTS`], [`FLOWS`] and [`PACKET_FLOWS`] hold them by the network namespace's cookie.
+//! [`ORIGINAL_DST`], [`CLIENTS`], [`FLOWS`], [`PACKET_FLOWS`] and [`STEERING`] hold them by the network namespace's cookie.
 //! Layouts only ever grow at their end: an older agent may have pinned them.
 
 use crate::addr::Addr;
@@ -23,6 +23,12 @@ pub const PACKET_FLOWS: &str = "PACKET_FLOWS";
 pub const CLOSED: &str = "CLOSED";
 /// Counters per CPU, indexed by [`counter`].
 pub const COUNTERS: &str = "COUNTERS";
+/// What pods ask of their capture beside the defaults: network namespace cookie → [`PodPolicy`].
+pub const POLICIES: &str = "POLICIES";
+/// Excluded addresses of all pods, a trie of longest prefixes: [`CidrKey`] → 1.
+pub const EXCLUDED_CIDRS: &str = "EXCLUDED_CIDRS";
+/// Network namespace cookie → the pod's [`LISTENERS`].
+pub const STEERING: &str = "STEERING";
 /// Of a pod: the app's captured connections, [`Tuple`] → [`Entry`] with the address dialled.
 pub const POD_ORIGINAL_DST: &str = "POD_ORIGINAL_DST";
 /// Of a pod: the agent's connections to the app, [`Tuple`] → [`Entry`] with the real client.
@@ -37,7 +43,19 @@ pub const LISTENERS: &str = "LISTENERS";
 pub const NETNS_COOKIE: &str = "NETNS_COOKIE";
 
 /// Maps that all programs of one agent share, pinned under these names.
-pub const SHARED: [&str; 8] = [PODS, SOCKETS, ORIGINAL_DST, CLIENTS, FLOWS, PACKET_FLOWS, CLOSED, COUNTERS];
+pub const SHARED: [&str; 11] = [
+    PODS,
+    SOCKETS,
+    ORIGINAL_DST,
+    CLIENTS,
+    FLOWS,
+    PACKET_FLOWS,
+    CLOSED,
+    COUNTERS,
+    POLICIES,
+    EXCLUDED_CIDRS,
+    STEERING,
+];
 /// Maps that exist once for each pod.
 pub const OF_A_POD: [&str; 5] = [POD_ORIGINAL_DST, POD_CLIENTS, POD_FLOWS, POD_PACKET_FLOWS, LISTENERS];
 
@@ -51,6 +69,12 @@ pub const CLIENTS_CAPACITY: usize = 65_536;
 pub const FLOWS_CAPACITY: usize = 32_768;
 /// Packet flows of a pod in the table.
 pub const PACKET_FLOWS_CAPACITY: usize = 16_384;
+/// Ranges of ports that a pod may exclude, for each direction.
+pub const EXCLUDED_PORTS_CAPACITY: usize = 64;
+/// Subnets that a pod may exclude, for each direction.
+pub const EXCLUDED_CIDRS_OF_A_POD: usize = 256;
+/// Subnets that all pods of a node may exclude. An entry takes memory when it comes to be.
+pub const EXCLUDED_CIDRS_CAPACITY: usize = 131_072;
 /// Bytes of the ring buffer of ended flows: about 7700 flows, so 77,000 a second at ten reads a second.
 pub const CLOSED_BYTES: usize = 1 << 20;
 
@@ -115,11 +139,108 @@ pub struct PodAddrs {
     pub has_v6: u8,
     /// 1 once the kernel has seen that the pod's source ports may be low ([`crate::decide::is_low_source`]).
     pub low_ports: u8,
-    /// Always zero.
-    pub pad: u8,
+    /// Bits of [`policy`]: what the pod's [`PodPolicy`] is to be looked at for.
+    pub flags: u8,
 }
 
 const _: () = assert!(size_of::<PodAddrs>() == 24);
+
+/// Bits of [`PodAddrs::flags`] and [`PodPolicy::flags`].
+pub mod policy {
+    /// Some ports are excluded from outbound capture.
+    pub const OUTBOUND_PORTS: u8 = 1;
+    /// Some subnets are excluded from outbound capture.
+    pub const OUTBOUND_CIDRS: u8 = 2;
+    /// Some ports are excluded from inbound capture.
+    pub const INBOUND_PORTS: u8 = 4;
+    /// Some subnets are excluded from inbound capture.
+    pub const INBOUND_CIDRS: u8 = 8;
+    /// When the agent is gone connections pass, instead of being refused.
+    pub const OPEN: u8 = 16;
+    /// Anything excluded from outbound capture.
+    pub const OUTBOUND: u8 = OUTBOUND_PORTS | OUTBOUND_CIDRS;
+    /// Anything excluded from inbound capture.
+    pub const INBOUND: u8 = INBOUND_PORTS | INBOUND_CIDRS;
+}
+
+/// Ports, both ends included.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct PortRange {
+    /// The lowest.
+    pub first: u16,
+    /// The highest.
+    pub last: u16,
+}
+
+/// Some ranges of ports.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Ports {
+    /// How many ranges there are.
+    pub count: u32,
+    /// The ranges; those after `count` mean nothing.
+    pub ranges: [PortRange; EXCLUDED_PORTS_CAPACITY],
+}
+
+impl Default for Ports {
+    fn default() -> Self {
+        Self { count: 0, ranges: [PortRange::default(); EXCLUDED_PORTS_CAPACITY] }
+    }
+}
+
+/// What a pod asks of its capture. A pod that asks for nothing has no entry.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct PodPolicy {
+    /// Bits of [`policy`].
+    pub flags: u8,
+    /// Always zero.
+    pub pad: [u8; 3],
+    /// Ports that the pod's apps dial past the agent.
+    pub outbound: Ports,
+    /// Ports of the pod that are reached past the agent.
+    pub inbound: Ports,
+}
+
+const _: () = assert!(size_of::<PodPolicy>() == 4 + 2 * (4 + 4 * EXCLUDED_PORTS_CAPACITY));
+
+/// Key of [`EXCLUDED_CIDRS`] in the kernel: the number of leading bits that count, and those bits.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct CidrKey {
+    /// Bits that count of what follows.
+    pub prefix_len: u32,
+    /// What follows.
+    pub of: CidrOf,
+}
+
+/// An address or subnet that a pod excludes.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct CidrOf {
+    /// A value of [`crate::flow::direction`].
+    pub direction: u8,
+    /// [`CidrOf::V4`] or [`CidrOf::V6`]: `::/0` is not to hold IPv4 in its mapped form.
+    pub family: u8,
+    /// Always zero.
+    pub pad: [u8; 2],
+    /// Network namespace cookie of the pod, in native order. (Bytes: a trie's key has four bytes before it.)
+    pub netns: [u8; 8],
+    /// The address, IPv4 as `::ffff:a.b.c.d`.
+    pub ip: [u8; 16],
+}
+
+impl CidrOf {
+    /// Bits before those of the address.
+    pub const BITS_BEFORE_IP: u32 = 96;
+    /// IPv4.
+    pub const V4: u8 = 4;
+    /// IPv6.
+    pub const V6: u8 = 6;
+}
+
+const _: () = assert!(size_of::<CidrOf>() == 28 && size_of::<CidrKey>() == 32);
 
 /// A connection by its two ends, seen from who dialled.
 #[repr(C)]
@@ -211,15 +332,17 @@ pub mod kind {
     pub const ACCEPTED: u8 = 6;
     /// A connection accepted by an app.
     pub const APP: u8 = 7;
+    /// An app's socket whose connection the pod has excluded from capture.
+    pub const EXCLUDED: u8 = 8;
 }
 
 #[cfg(feature = "user")]
 mod user {
     #![expect(unsafe_code, reason = "aya copies keys and values as bytes only for types marked so")]
 
-    use super::{Entry, PacketKey, PodAddrs, SocketFacts, Tuple};
+    use super::{CidrOf, Entry, PacketKey, PodAddrs, PodPolicy, SocketFacts, Tuple};
 
-    // SAFETY (all five): `repr(C)`, all fields are integers or arrays of them, and there is no padding: each size is
+    // SAFETY (all seven): `repr(C)`, all fields are integers or arrays of them, and there is no padding: each size is
     // asserted beside its type to be the sum of its fields.
     unsafe impl aya::Pod for PodAddrs {}
     // SAFETY: as above.
@@ -230,4 +353,8 @@ mod user {
     unsafe impl aya::Pod for PacketKey {}
     // SAFETY: as above.
     unsafe impl aya::Pod for SocketFacts {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for PodPolicy {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for CidrOf {}
 }

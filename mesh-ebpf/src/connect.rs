@@ -14,10 +14,10 @@ use mesh_common::{
     addr::Addr,
     decide,
     flow::verdict,
-    maps::{SocketFacts, kind},
+    maps::{PodAddrs, SocketFacts, kind, policy},
 };
 
-use crate::maps::{PODS, SOCKETS, join, split};
+use crate::maps::{PODS, SOCKETS, agent_is_gone, excludes_outbound, join, split};
 
 const ALLOW: i32 = 1;
 /// `connect` fails with `EPERM`.
@@ -112,6 +112,15 @@ pub fn on_connect6(ctx: SockAddrContext) -> i32 {
     }
 }
 
+/// Whether the pod's own wishes have the connection left alone, and what that makes of its socket.
+#[inline(always)]
+fn passes(pod: &PodAddrs, netns: u64, dst: &Addr) -> Option<u8> {
+    if excludes_outbound(pod.flags, netns, dst) {
+        return Some(kind::EXCLUDED);
+    }
+    (pod.flags & policy::OPEN != 0 && agent_is_gone(netns)).then_some(kind::NONE)
+}
+
 #[inline(always)]
 fn steer(ctx: &SockAddrContext, sk: *mut bpf_sock, protocol: u32, bound: Addr, dst: Addr) -> Steer {
     // SAFETY: the helper takes the context of this hook.
@@ -129,6 +138,15 @@ fn steer(ctx: &SockAddrContext, sk: *mut bpf_sock, protocol: u32, bound: Addr, d
         }
         return Steer::Leave;
     };
+    // Most pods ask for nothing: this is all they pay for what others may.
+    if pod.flags != 0
+        && let Some(kind) = passes(pod, netns, &dst)
+    {
+        if let Some(facts) = SOCKETS.get_or(sk, &mut SocketFacts::default()) {
+            facts.kind = kind;
+        }
+        return Steer::Leave;
+    }
     let mut fresh = SocketFacts::default();
     // Without memory for it the agent could not tell where the connection was going: refused, not sent astray.
     let Some(facts) = SOCKETS.get_or(sk, &mut fresh) else { return Steer::Refuse };

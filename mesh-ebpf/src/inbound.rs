@@ -1,8 +1,8 @@
 //! `sk_lookup`, one instance in each pod's network namespace: a connection arrives that has no socket yet, and
 //! `decide::inbound` says whose it is. Runs once per connection, never per packet of one.
 //!
-//! When the agent's listener is gone, what would have been the agent's is refused, never handed to the app. Tested
-//! in the lab.
+//! When the agent's listener is gone, what would have been the agent's is refused, and handed to the app only where the
+//! pod asks for that. Tested in the lab.
 
 use aya_ebpf::{helpers::generated::bpf_ktime_get_ns, macros::sk_lookup, programs::SkLookupContext};
 use aya_log_ebpf::debug;
@@ -10,10 +10,10 @@ use core::ptr::read_volatile;
 use mesh_common::{
     addr::Addr,
     decide::{self, IPPROTO_TCP, Inbound},
-    maps::Tuple,
+    maps::{Tuple, port},
 };
 
-use crate::maps::{LISTENERS, POD_CLIENTS, POD_ORIGINAL_DST, join};
+use crate::maps::{LISTENERS, NETNS_COOKIE, POD_CLIENTS, POD_ORIGINAL_DST, POLICIES, excludes_inbound, join};
 
 const SK_DROP: u32 = 0;
 const SK_PASS: u32 = 1;
@@ -62,20 +62,36 @@ pub fn inbound(ctx: SkLookupContext) -> u32 {
     } else {
         (Addr::v6(join(remote6), remote_port), Addr::v6(join(local6), local_port))
     };
-    let own = decide::is_own(&dst, &src);
     // Whatever address of the pod's an app has bound itself to, its connection is known by where it comes from.
     let (captured, full) = known(&Tuple { src, dst });
-    match decide::inbound(&dst, own, captured, full) {
-        Inbound::Pass => SK_PASS,
-        Inbound::Refuse => SK_DROP,
-        Inbound::Listener(index) => match LISTENERS.redirect_sk_lookup(&ctx, index, ASSIGN) {
-            Ok(()) => SK_PASS,
-            Err(error) => {
-                debug!(&ctx, target: "mesh_ebpf", "refused port {}: listener {}: {}", dst.port, index, error);
-                SK_DROP
-            }
-        },
+    let choice = if decide::is_own(&dst, &src) {
+        decide::own(captured, full)
+    } else {
+        decide::inbound(&dst, captured, dst.port != port::MESH && excluded(dst.port, &src))
+    };
+    let Inbound::Listener(index) = choice else { return verdict(choice) };
+    match LISTENERS.redirect_sk_lookup(&ctx, index, ASSIGN) {
+        Ok(()) => SK_PASS,
+        Err(error) => {
+            debug!(&ctx, target: "mesh_ebpf", "port {}: listener {} is gone: {}", dst.port, index, error);
+            // SAFETY: an entry is replaced as a whole and freed after the programs that hold it have ended.
+            let flags = unsafe { POLICIES.get(&NETNS_COOKIE.load()) }.map_or(0, |pod| pod.flags);
+            verdict(decide::without_agent(index, flags))
+        }
     }
+}
+
+#[inline(always)]
+const fn verdict(choice: Inbound) -> u32 {
+    if matches!(choice, Inbound::Pass) { SK_PASS } else { SK_DROP }
+}
+
+/// Whether the pod excludes its port or the address that dials it.
+#[inline(always)]
+fn excluded(port: u16, remote: &Addr) -> bool {
+    let netns = NETNS_COOKIE.load();
+    // SAFETY: an entry is replaced as a whole and freed after the programs that hold it have ended.
+    unsafe { POLICIES.get(&netns) }.is_some_and(|pod| excludes_inbound(pod, netns, port, remote))
 }
 
 /// Whether the connection has an entry, and whether entries may be missing.

@@ -3,22 +3,25 @@
 use aya_ebpf::{
     Global,
     bindings::bpf_map_type::BPF_MAP_TYPE_SK_STORAGE,
-    btf_maps::{HashMap, HashOfMaps, PerCpuArray, RingBuf, SockMap},
-    helpers::generated::bpf_sk_storage_get,
+    btf_maps::{HashMap, HashOfMaps, LpmTrie, PerCpuArray, RingBuf, SockMap, lpm_trie::Key},
+    helpers::generated::{bpf_map_lookup_elem, bpf_sk_release, bpf_sk_storage_get},
     macros::btf_map,
 };
 use mesh_common::{
-    flow::FlowRecord,
+    addr::Addr,
+    decide,
+    flow::{FlowRecord, direction},
     maps::{
-        CLIENTS_CAPACITY, CLOSED_BYTES, Entry, FLOWS_CAPACITY, NO_PREALLOC, ORIGINAL_DST_CAPACITY,
-        PACKET_FLOWS_CAPACITY, PODS_CAPACITY, PacketKey, PodAddrs, STORAGE_FLAGS, SocketFacts, Tuple,
-        counter, listener,
+        CLIENTS_CAPACITY, CLOSED_BYTES, CidrKey, CidrOf, EXCLUDED_CIDRS_CAPACITY, Entry, FLOWS_CAPACITY,
+        NO_PREALLOC, ORIGINAL_DST_CAPACITY, PACKET_FLOWS_CAPACITY, PODS_CAPACITY, PacketKey, PodAddrs,
+        PodPolicy, STORAGE_FLAGS, SocketFacts, Tuple, counter, listener, policy,
     },
 };
 
 type OriginalDsts = HashMap<Tuple, Entry, ORIGINAL_DST_CAPACITY, NO_PREALLOC>;
 type Clients = HashMap<Tuple, Entry, CLIENTS_CAPACITY, NO_PREALLOC>;
 type Flows = HashMap<u64, FlowRecord, FLOWS_CAPACITY, NO_PREALLOC>;
+type Listeners = SockMap<{ listener::COUNT }>;
 type PacketFlows = HashMap<PacketKey, FlowRecord, PACKET_FLOWS_CAPACITY, NO_PREALLOC>;
 
 #[btf_map]
@@ -38,6 +41,12 @@ pub static PACKET_FLOWS: HashOfMaps<u64, PacketFlows, PODS_CAPACITY> = HashOfMap
 pub static CLOSED: RingBuf<FlowRecord, CLOSED_BYTES> = RingBuf::new();
 #[btf_map]
 pub static COUNTERS: PerCpuArray<u64, { counter::COUNT }> = PerCpuArray::new();
+#[btf_map]
+pub static POLICIES: HashMap<u64, PodPolicy, PODS_CAPACITY, NO_PREALLOC> = HashMap::new();
+#[btf_map]
+static EXCLUDED_CIDRS: LpmTrie<CidrOf, u8, EXCLUDED_CIDRS_CAPACITY> = LpmTrie::new();
+#[btf_map]
+static STEERING: HashOfMaps<u64, Listeners, PODS_CAPACITY> = HashOfMaps::new();
 
 // One of each per pod: the object is loaded once more for it.
 #[btf_map]
@@ -49,7 +58,7 @@ pub static POD_FLOWS: Flows = HashMap::new();
 #[btf_map]
 pub static POD_PACKET_FLOWS: PacketFlows = HashMap::new();
 #[btf_map]
-pub static LISTENERS: SockMap<{ listener::COUNT }> = SockMap::new();
+pub static LISTENERS: Listeners = SockMap::new();
 
 /// Network namespace cookie of the pod a program instance is for.
 #[unsafe(no_mangle)]
@@ -101,6 +110,54 @@ unsafe fn storage<T>(
 ) -> *mut SocketFacts {
     // SAFETY: the loader puts the map's descriptor where `map` points; the verifier checks the rest.
     unsafe { bpf_sk_storage_get((&raw const *map).cast_mut().cast(), sk.cast(), value.cast(), flags) }.cast()
+}
+
+/// Whether a pod with these bits of [`policy`] has its apps dial this address past the agent.
+#[inline(always)]
+pub fn excludes_outbound(flags: u8, netns: u64, dst: &Addr) -> bool {
+    if flags & policy::OUTBOUND == 0 {
+        return false;
+    }
+    // SAFETY: an entry is replaced as a whole and freed after the programs that hold it have ended.
+    let by_port = flags & policy::OUTBOUND_PORTS != 0
+        && unsafe { POLICIES.get(&netns) }.is_some_and(|pod| decide::holds(&pod.outbound, dst.port));
+    by_port || (flags & policy::OUTBOUND_CIDRS != 0 && in_cidrs(direction::OUTBOUND, netns, dst))
+}
+
+/// Whether a pod with this policy takes connections from `remote` to this port past the agent.
+#[inline(always)]
+pub fn excludes_inbound(pod: &PodPolicy, netns: u64, port: u16, remote: &Addr) -> bool {
+    (pod.flags & policy::INBOUND_PORTS != 0 && decide::holds(&pod.inbound, port))
+        || (pod.flags & policy::INBOUND_CIDRS != 0 && in_cidrs(direction::INBOUND, netns, remote))
+}
+
+#[inline(always)]
+fn in_cidrs(direction: u8, netns: u64, addr: &Addr) -> bool {
+    let family = if addr.as_v4().is_some() { CidrOf::V4 } else { CidrOf::V6 };
+    let key = CidrKey {
+        prefix_len: size_of::<CidrOf>() as u32 * 8,
+        of: CidrOf { direction, family, pad: [0; 2], netns: netns.to_ne_bytes(), ip: addr.ip },
+    };
+    // SAFETY: the library's key is the same two fields without alignment.
+    EXCLUDED_CIDRS.get(unsafe { &*(&raw const key).cast::<Key<CidrOf>>() }).is_some()
+}
+
+/// Whether the agent listens in this pod, or in none of the kind: its listener leaves the map when it closes, whoever
+/// closes it.
+#[inline(always)]
+pub fn agent_is_gone(netns: u64) -> bool {
+    // SAFETY: inner maps are freed after the programs that hold them have ended.
+    let Some(listeners) = (unsafe { STEERING.get(&netns) }) else { return false };
+    let index = listener::OUTBOUND;
+    // SAFETY: the verifier knows that what is found in a map of sockets is a socket, and has it given back.
+    unsafe {
+        let sk = bpf_map_lookup_elem((&raw const *listeners).cast_mut().cast(), (&raw const index).cast());
+        if sk.is_null() {
+            return true;
+        }
+        bpf_sk_release(sk);
+    }
+    false
 }
 
 /// Adds one to a counter of [`counter`].

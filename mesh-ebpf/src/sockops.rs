@@ -24,10 +24,12 @@ use mesh_common::{
     addr::Addr,
     decide::{self, IPPROTO_TCP, seen, tcp},
     flow::{FlowRecord, direction, verdict},
-    maps::{Entry, REFRESH_NS, SocketFacts, Tuple, counter, kind},
+    maps::{Entry, REFRESH_NS, SocketFacts, Tuple, counter, kind, policy},
 };
 
-use crate::maps::{CLIENTS, CLOSED, FLOWS, ORIGINAL_DST, PODS, SOCKETS, count, join};
+use crate::maps::{
+    CLIENTS, CLOSED, FLOWS, ORIGINAL_DST, PODS, POLICIES, SOCKETS, count, excludes_inbound, join,
+};
 
 const AF_INET: u32 = 2;
 /// The agent reads the ring buffer on its own clock; waking it for each record would cost six times the call.
@@ -44,20 +46,22 @@ pub fn on_socket_event(ctx: SockOpsContext) -> u32 {
     if sk.is_null() {
         return 1;
     }
+    // Each a function of its own in the kernel as well: all in one need more than its 512 bytes of stack.
     match op {
-        BPF_SOCK_OPS_TCP_CONNECT_CB => connecting(&ctx, sk),
-        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => accepted(&ctx, sk),
-        BPF_SOCK_OPS_STATE_CB => state(&ctx, sk),
-        BPF_SOCK_OPS_RTT_CB => acknowledged(&ctx, sk),
-        BPF_SOCK_OPS_PARSE_HDR_OPT_CB => segment_after_fin(&ctx, sk),
+        BPF_SOCK_OPS_TCP_CONNECT_CB => connecting(SockOpsContext::new(ops), sk),
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => accepted(SockOpsContext::new(ops), sk),
+        BPF_SOCK_OPS_STATE_CB => state(SockOpsContext::new(ops), sk),
+        BPF_SOCK_OPS_RTT_CB => acknowledged(SockOpsContext::new(ops), sk),
+        BPF_SOCK_OPS_PARSE_HDR_OPT_CB => segment_after_fin(SockOpsContext::new(ops), sk),
         _ => {}
     }
     1
 }
 
 /// A socket is about to send its SYN.
-#[inline(always)]
-fn connecting(ctx: &SockOpsContext, sk: *mut bpf_sock) {
+#[inline(never)]
+fn connecting(ctx: SockOpsContext, sk: *mut bpf_sock) {
+    let ctx = &ctx;
     let (local, remote) = ends(ctx);
     let known = SOCKETS.get(sk);
     let dialler = match known.as_ref().map(|facts| (facts.kind, facts.addr)) {
@@ -78,14 +82,18 @@ fn connecting(ctx: &SockOpsContext, sk: *mut bpf_sock) {
         return;
     }
     let now = now();
-    match known {
+    let facts = match known {
         Some(facts) if facts.kind == kind::CLIENT => {
             if decide::is_low_source(&local) {
                 beware_of_low_ports(ctx, &tuple);
             }
             list_original_dst(ctx, &tuple, facts.addr, now);
-            begin(ctx, facts, seen::ACTIVE, now);
-            write(ctx, facts, now, 0);
+            facts
+        }
+        Some(facts) if facts.kind == kind::EXCLUDED => {
+            facts.verdict = verdict::EXCLUDED;
+            facts.addr = remote;
+            facts
         }
         _ => {
             // SAFETY: an entry is replaced as a whole and freed after the programs that hold it have ended.
@@ -97,10 +105,11 @@ fn connecting(ctx: &SockOpsContext, sk: *mut bpf_sock) {
             facts.kind = kind::PASSING;
             facts.verdict = verdict::BYPASSED;
             facts.addr = remote;
-            begin(ctx, facts, seen::ACTIVE, now);
-            write(ctx, facts, now, 0);
+            facts
         }
-    }
+    };
+    begin(ctx, facts, seen::ACTIVE, now);
+    write(ctx, facts, now, 0);
 }
 
 /// The pod's source ports may be those that its connections are sent to: from here on they are sent to others. This
@@ -137,8 +146,9 @@ fn list_original_dst(ctx: &SockOpsContext, tuple: &Tuple, addr: Addr, now: u64) 
 }
 
 /// A listener's new socket, before anybody can accept it.
-#[inline(always)]
-fn accepted(ctx: &SockOpsContext, sk: *mut bpf_sock) {
+#[inline(never)]
+fn accepted(ctx: SockOpsContext, sk: *mut bpf_sock) {
+    let ctx = &ctx;
     let (local, remote) = ends(ctx);
     let tuple = Tuple { src: remote, dst: local };
     let known = SOCKETS.get(sk);
@@ -157,9 +167,7 @@ fn accepted(ctx: &SockOpsContext, sk: *mut bpf_sock) {
     }
     let netns = netns(ctx);
     // SAFETY: as above.
-    if unsafe { PODS.get(&netns) }.is_none() {
-        return;
-    }
+    let Some(pod) = (unsafe { PODS.get(&netns) }) else { return };
     // SAFETY: as above; the entry stays for as long as the agent's socket is open, and `socket` is ours to write.
     let client = unsafe { CLIENTS.get_value_ptr_mut(&netns, &tuple) }.map(|entry| unsafe {
         (*entry).socket = cookie(ctx);
@@ -175,14 +183,28 @@ fn accepted(ctx: &SockOpsContext, sk: *mut bpf_sock) {
     let mut fresh = SocketFacts::default();
     let Some(facts) = SOCKETS.get_or(sk, &mut fresh) else { return };
     facts.kind = kind::APP;
-    facts.verdict = if client.is_some() { verdict::CAPTURED } else { verdict::BYPASSED };
+    facts.verdict = if client.is_some() {
+        verdict::CAPTURED
+    } else if pod.flags & policy::INBOUND != 0 && excluded(netns, local.port, &remote) {
+        verdict::EXCLUDED
+    } else {
+        verdict::BYPASSED
+    };
     facts.addr = client.unwrap_or(remote);
     begin(ctx, facts, 0, now());
 }
 
-/// The socket changes its TCP state.
+/// Whether the pod takes this connection past the agent. (`inbound.rs` has decided so when its SYN came.)
 #[inline(always)]
-fn state(ctx: &SockOpsContext, sk: *mut bpf_sock) {
+fn excluded(netns: u64, port: u16, remote: &Addr) -> bool {
+    // SAFETY: an entry is replaced as a whole and freed after the programs that hold it have ended.
+    unsafe { POLICIES.get(&netns) }.is_some_and(|pod| excludes_inbound(pod, netns, port, remote))
+}
+
+/// The socket changes its TCP state.
+#[inline(never)]
+fn state(ctx: SockOpsContext, sk: *mut bpf_sock) {
+    let ctx = &ctx;
     let ops = ctx.ops;
     // SAFETY: context fields.
     let (old, new, snd_una, snd_nxt) = unsafe {
@@ -233,8 +255,9 @@ fn end(ctx: &SockOpsContext, facts: &mut SocketFacts) {
 }
 
 /// Data of ours was acknowledged.
-#[inline(always)]
-fn acknowledged(ctx: &SockOpsContext, sk: *mut bpf_sock) {
+#[inline(never)]
+fn acknowledged(ctx: SockOpsContext, sk: *mut bpf_sock) {
+    let ctx = &ctx;
     let Some(facts) = SOCKETS.get(sk) else { return };
     let now = now();
     if now.saturating_sub(facts.written_ns) < REFRESH_NS {
@@ -277,8 +300,9 @@ fn app_received(ctx: &SockOpsContext, of: u8, now: u64) {
 }
 
 /// A segment arrived after we closed our side: does it carry the peer's FIN?
-#[inline(always)]
-fn segment_after_fin(ctx: &SockOpsContext, sk: *mut bpf_sock) {
+#[inline(never)]
+fn segment_after_fin(ctx: SockOpsContext, sk: *mut bpf_sock) {
+    let ctx = &ctx;
     const TCP_HEADER: usize = 20;
     const FIN: u8 = 1;
     let ops = ctx.ops;
@@ -310,7 +334,7 @@ fn segment_after_fin(ctx: &SockOpsContext, sk: *mut bpf_sock) {
 
 #[inline(always)]
 fn is_flow(facts: &SocketFacts) -> bool {
-    facts.start_ns != 0 && matches!(facts.kind, kind::CLIENT | kind::PASSING | kind::APP)
+    facts.start_ns != 0 && matches!(facts.kind, kind::CLIENT | kind::PASSING | kind::EXCLUDED | kind::APP)
 }
 
 /// The flow of this socket begins.

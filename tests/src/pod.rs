@@ -267,6 +267,20 @@ impl Pod {
         tables.is_ok_and(|tables| tables.iter().any(|table| has_listener(table, port)))
     }
 
+    /// Changes an annotation in its manifest, as `kubectl annotate` does; `None` takes it away.
+    pub fn annotate(&self, key: &str, value: Option<&str>) -> Result<()> {
+        let file = self.inner.file();
+        let path = self.node.world.config_dir().join(&file);
+        let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+        let mut object: serde_json::Value = serde_json::from_str(&text)?;
+        let annotations = object["metadata"]["annotations"].as_object_mut().context("no annotations")?;
+        match value {
+            Some(value) => drop(annotations.insert(key.to_owned(), value.into())),
+            None => drop(annotations.remove(key)),
+        }
+        self.node.world.apply_object(&file, &object)
+    }
+
     /// The pod goes as the API server would have it: the manifest first, then processes, network and cgroup.
     pub async fn remove(self) -> Result<()> {
         self.node.world.delete(&self.inner.file())?;

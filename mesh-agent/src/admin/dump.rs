@@ -11,9 +11,10 @@ use serde_json::{Value, json};
 mod tests;
 
 use crate::state::snapshot::{
-    Abort, Backend, Cluster, CorsPolicy, Fault, HeaderMatch, HeaderOp, HttpRoute, Mirror, PathRewrite,
-    Percentage, Protocol, RequestMatch, RetryOn, RetryPolicy, Rewrite, RouteAction, Service, ServicePort,
-    Snapshot, SniHost, StreamMatch, StreamRoute, StringMatch, Visibility, WeightedBackend, Workload,
+    Abort, Backend, CapturePolicy, Cluster, CorsPolicy, Exclusions, Fault, HeaderMatch, HeaderOp, HttpRoute,
+    Mirror, PathRewrite, Percentage, Protocol, RequestMatch, RetryOn, RetryPolicy, Rewrite, RouteAction,
+    Service, ServicePort, Snapshot, SniHost, StreamMatch, StreamRoute, StringMatch, Visibility,
+    WeightedBackend, WhenAgentIsDown, Workload,
 };
 
 /// The whole snapshot.
@@ -40,9 +41,23 @@ fn workload(w: &Workload) -> Value {
         "labels": w.labels.iter().map(|(k, v)| (k.to_string(), json!(**v))).collect::<serde_json::Map<_, _>>(),
         "enrolled": w.enrolled,
         "netns": w.netns,
+        "capture": capture(&w.capture),
         "workload_name": *w.workload_name,
         "canonical_service": *w.canonical_service,
         "canonical_revision": *w.canonical_revision,
+    })
+}
+
+fn capture(asked: &CapturePolicy) -> Value {
+    let exclusions = |one: &Exclusions| {
+        let ports: Vec<_> = one.ports.iter().map(ToString::to_string).collect();
+        let cidrs: Vec<_> = one.cidrs.iter().map(ToString::to_string).collect();
+        json!({ "ports": ports, "cidrs": cidrs })
+    };
+    json!({
+        "exclude_outbound": exclusions(&asked.exclude_outbound),
+        "exclude_inbound": exclusions(&asked.exclude_inbound),
+        "when_agent_is_down": asked.when_agent_is_down.map(WhenAgentIsDown::word),
     })
 }
 

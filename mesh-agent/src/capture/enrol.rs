@@ -21,7 +21,7 @@ use mesh_common::{
     flow::FlowRecord,
     maps::{
         CLIENTS, Entry, FLOWS, LISTENERS, ORIGINAL_DST, PACKET_FLOWS, POD_CLIENTS, POD_FLOWS,
-        POD_ORIGINAL_DST, POD_PACKET_FLOWS, PODS, PacketKey, PodAddrs, Tuple, kind,
+        POD_ORIGINAL_DST, POD_PACKET_FLOWS, PODS, PacketKey, PodAddrs, STEERING, Tuple, kind,
     },
 };
 use socket2::Socket;
@@ -33,6 +33,7 @@ use super::{
     links::{BpfDir, detach_all, pin},
     loader::{self, CaptureConfig, EbpfLog},
     netns::Netns,
+    policy::Policies,
 };
 use crate::state::snapshot::Workload;
 
@@ -49,6 +50,7 @@ pub struct Capture {
     log: EbpfLog,
     /// The pods are below a cgroup of their own, which the agent need not be in.
     pub(super) pods_apart: bool,
+    pub(super) policies: Policies,
     /// Keeps the programs of the node; its maps are used through handles of their own.
     pub(super) node: Mutex<Ebpf>,
 }
@@ -75,6 +77,20 @@ pub(super) struct Flows {
 impl Shared {
     fn pods(&self) -> MutexGuard<'_, HashMap<u64, Enrolled>> {
         self.pods.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Does `work` if this is the pod enrolled under the cookie, and while it stays so.
+    pub(super) fn if_enrolled(
+        &self,
+        cookie: u64,
+        pod: &PodNet,
+        work: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let pods = self.pods();
+        match pods.get(&cookie) {
+            Some(enrolled) if std::ptr::eq(&raw const *enrolled.net, pod) => work(),
+            _ => Ok(()),
+        }
     }
 
     /// The tables of the pod with this cookie.
@@ -104,11 +120,13 @@ impl Capture {
         match loaded {
             Ok(node) => {
                 let shared = Arc::new(Shared { pods: Mutex::default() });
+                let policies = Policies::new(config.when_agent_is_down);
                 Ok(Self {
                     pods_apart: pods != root,
                     dir,
                     shared,
                     log: config.ebpf_log,
+                    policies,
                     node: Mutex::new(node),
                 })
             }
@@ -134,7 +152,7 @@ impl Capture {
         let path = path.ok_or_else(|| anyhow!("it has no annotation mesh.io/netns"))?;
         let netns = Netns::open(path)?;
         let cookie = netns.cookie();
-        let addrs = pod_addrs(&workload.ips)?;
+        let mut addrs = pod_addrs(&workload.ips)?;
         let mut pods = self.shared.pods();
         if let Some(other) = pods.get(&cookie) {
             bail!(
@@ -143,7 +161,11 @@ impl Capture {
                 other.net.name()
             );
         }
-        let made = self.prepare(workload, netns).and_then(|pod| {
+        // Before the first connection is steered.
+        let flags = self.write_policy(cookie, &workload.capture);
+        let made = flags.and_then(|flags| {
+            addrs.flags = flags;
+            let pod = self.prepare(workload, netns)?;
             self.pods_map()?.insert(cookie, addrs, 0).context("map PODS")?;
             Ok(pod)
         });
@@ -172,6 +194,7 @@ impl Capture {
         for (socket, index) in sockets.iter().zip(0..) {
             steering.set(index, socket, 0).context("map LISTENERS")?;
         }
+        self.list(STEERING, cookie, &steering)?;
         let flows = self.hand_over_maps(&mut object, cookie)?;
 
         let links = self.dir.pod(cookie);
@@ -235,11 +258,12 @@ impl Capture {
     fn take_away(&self, cookie: u64) -> Result<()> {
         let captured = self.pods_map().and_then(|mut map| missing_is_fine(map.remove(&cookie)));
         let links = detach_all(&self.dir.pod(cookie));
-        let tables = [ORIGINAL_DST, CLIENTS, FLOWS, PACKET_FLOWS].map(|name| {
+        let policy = self.forget_policy(cookie);
+        let tables = [ORIGINAL_DST, CLIENTS, FLOWS, PACKET_FLOWS, STEERING].map(|name| {
             let mut map: HashOfMaps<MapData, u64, MapData> = loader::open(&self.dir, name)?;
             missing_is_fine(map.remove(&cookie)).with_context(|| format!("map {name}"))
         });
-        captured.and(links).and(tables.into_iter().collect())
+        captured.and(links).and(policy).and(tables.into_iter().collect())
     }
 
     /// Pods enrolled now.
@@ -329,7 +353,7 @@ fn steer_inbound(object: &mut Ebpf, netns: &Netns) -> Result<FdLink> {
     Ok(program.take_link(id)?.into())
 }
 
-fn missing_is_fine(removed: Result<(), aya::maps::MapError>) -> Result<()> {
+pub(super) fn missing_is_fine(removed: Result<(), aya::maps::MapError>) -> Result<()> {
     use aya::maps::MapError::{KeyNotFound, SyscallError};
     match removed {
         Err(KeyNotFound) => Ok(()),

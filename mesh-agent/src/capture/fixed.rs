@@ -88,7 +88,7 @@ pub(super) mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
-    use crate::identity::SpiffeId;
+    use crate::{identity::SpiffeId, state::snapshot::CapturePolicy};
 
     pub(crate) fn workload() -> Arc<Workload> {
         let text = |s: &str| Arc::<str>::from(s);
@@ -106,6 +106,7 @@ pub(super) mod tests {
             labels: BTreeMap::new(),
             enrolled: true,
             netns: None,
+            capture: CapturePolicy::default(),
             workload_name: text("a"),
             canonical_service: text("a"),
             canonical_revision: text("latest"),

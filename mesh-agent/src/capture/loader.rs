@@ -17,6 +17,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::io::{Interest, unix::AsyncFd};
 
 use super::links::{BpfDir, pin};
+use crate::state::snapshot::WhenAgentIsDown;
 
 #[cfg(not(mesh_ebpf_missing))]
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/mesh-ebpf"));
@@ -37,6 +38,8 @@ pub struct CaptureConfig {
     pub bpf_dir: PathBuf,
     /// What the kernel programs log.
     pub ebpf_log: EbpfLog,
+    /// What becomes of the connections of pods that do not say, while there is no agent.
+    pub when_agent_is_down: WhenAgentIsDown,
 }
 
 /// How much the kernel programs log (target `mesh_ebpf`). Each step includes those before it.

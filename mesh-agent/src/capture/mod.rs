@@ -19,6 +19,7 @@ mod links;
 mod live;
 mod loader;
 mod netns;
+mod policy;
 mod prove;
 mod sockets;
 
@@ -44,6 +45,7 @@ pub use self::{
     loader::{CaptureConfig, EbpfLog},
 };
 use self::{fixed::FixedNet, kernel::KernelNet};
+pub use crate::state::snapshot::WhenAgentIsDown;
 use crate::{
     error::{Error, Kind},
     state::snapshot::Workload,

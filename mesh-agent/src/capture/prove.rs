@@ -21,7 +21,7 @@ use super::{enrol::Capture, kernel::Facts, netns::cookie_of};
 const PROBE: ([u8; 4], u16) = ([192, 0, 2, 1], 9);
 /// Where the hook sends it: loopback of the probe's namespace, where nobody listens.
 const REFUSES: PodAddrs =
-    PodAddrs { v4: [127, 0, 0, 1], v6: [0; 16], has_v4: 1, has_v6: 0, low_ports: 0, pad: 0 };
+    PodAddrs { v4: [127, 0, 0, 1], v6: [0; 16], has_v4: 1, has_v6: 0, low_ports: 0, flags: 0 };
 /// The refusal is immediate; without the hook the namespace has no route, which is too.
 const LIMIT: Duration = Duration::from_secs(5);
 

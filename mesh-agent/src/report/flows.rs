@@ -121,6 +121,8 @@ pub enum Verdict {
     Bypassed,
     /// Never established.
     Failed,
+    /// Left alone because the pod excludes its port or address.
+    Excluded,
     /// A record of another version says something else.
     Unknown,
 }
@@ -132,6 +134,7 @@ impl Verdict {
             Self::Captured => "captured",
             Self::Bypassed => "bypassed",
             Self::Failed => "failed",
+            Self::Excluded => "excluded",
             Self::Unknown => "unknown",
         }
     }
@@ -308,6 +311,7 @@ fn verdict_of(value: u8) -> Verdict {
         verdict::CAPTURED => Verdict::Captured,
         verdict::BYPASSED => Verdict::Bypassed,
         verdict::FAILED => Verdict::Failed,
+        verdict::EXCLUDED => Verdict::Excluded,
         _ => Verdict::Unknown,
     }
 }

@@ -6,7 +6,7 @@ use crate::{
     identity::SpiffeId,
     state::{
         defaults,
-        snapshot::{Balancing, Cluster, Workload},
+        snapshot::{Balancing, CapturePolicy, Cluster, Workload},
     },
 };
 
@@ -31,6 +31,7 @@ pub fn workload(name: &str, host: u8) -> Arc<Workload> {
         labels: BTreeMap::from(labels),
         enrolled: true,
         netns: None,
+        capture: CapturePolicy::default(),
         workload_name: name.into(),
         canonical_service: name.into(),
         canonical_revision: "v1".into(),

@@ -15,8 +15,8 @@ use crate::{
     state::{
         compile::{Netns, Settings, compile},
         snapshot::{
-            Backend, HeaderOp, HeaderOps, HttpRoute, PathRewrite, Redirect, RedirectPort, RequestMatch,
-            Rewrite, StringMatch, Workload,
+            Backend, CapturePolicy, HeaderOp, HeaderOps, HttpRoute, PathRewrite, Redirect, RedirectPort,
+            RequestMatch, Rewrite, StringMatch, Workload,
         },
     },
 };
@@ -35,6 +35,7 @@ fn source() -> Workload {
         labels: BTreeMap::from([("app".into(), "client".into())]),
         enrolled: true,
         netns: None,
+        capture: CapturePolicy::default(),
         workload_name: "client".into(),
         canonical_service: "client".into(),
         canonical_revision: "latest".into(),

@@ -14,11 +14,13 @@ use std::{
 
 use crate::identity::SpiffeId;
 
+mod capture;
 mod cluster;
 mod http;
 mod retry;
 mod stream;
 
+pub use self::capture::{CapturePolicy, Exclusions, PortRange, WhenAgentIsDown};
 pub use self::cluster::{Balancing, Cluster, ClusterState, Endpoint, EndpointState};
 pub use self::http::{
     Abort, Backend, CorsPolicy, Fault, HeaderMatch, HeaderOp, HeaderOps, HttpRoute, Mirror, PathRewrite,
@@ -76,6 +78,8 @@ pub struct Workload {
     pub enrolled: bool,
     /// Where its network namespace is, in directory mode (annotation `mesh.io/netns`).
     pub netns: Option<PathBuf>,
+    /// What its annotations ask of its capture.
+    pub capture: CapturePolicy,
     /// Metric label `*_workload`: the controller's name (owner reference, Deployment rather than `ReplicaSet`), else
     /// the pod's name.
     pub workload_name: Arc<str>,

@@ -19,7 +19,7 @@ use lab::{residue, unique};
 use mesh_agent::{
     capture::{Capture, CaptureConfig, Captured, EbpfLog, Listener, PodNet},
     identity::SpiffeId,
-    state::snapshot::Workload,
+    state::snapshot::{CapturePolicy, WhenAgentIsDown, Workload},
 };
 use nix::{
     mount::{MsFlags, mount},
@@ -218,6 +218,7 @@ impl Agent {
             pods_cgroup: None,
             bpf_dir: bpffs()?.join(unique("bpf")?),
             ebpf_log: EbpfLog::Off,
+            when_agent_is_down: WhenAgentIsDown::Closed,
         };
         Self::with(config, cgroup)
     }
@@ -241,8 +242,13 @@ impl Agent {
     }
 
     pub fn enrol(&self, pod: &Ns, ips: &[&str]) -> Result<Arc<PodNet>> {
+        self.enrol_as(pod, ips, CapturePolicy::default())
+    }
+
+    /// As [`Agent::enrol`], for a pod whose annotations ask for something.
+    pub fn enrol_as(&self, pod: &Ns, ips: &[&str], asked: CapturePolicy) -> Result<Arc<PodNet>> {
         let _inside = self.rt.enter();
-        self.capture()?.enrol(workload(pod.path(), ips)?)
+        self.capture()?.enrol(workload_as(pod.path(), ips, asked)?)
     }
 
     /// The next captured connection.
@@ -294,6 +300,10 @@ impl Drop for Agent {
 }
 
 pub fn workload(netns: PathBuf, ips: &[&str]) -> Result<Arc<Workload>> {
+    workload_as(netns, ips, CapturePolicy::default())
+}
+
+pub fn workload_as(netns: PathBuf, ips: &[&str], capture: CapturePolicy) -> Result<Arc<Workload>> {
     let name: Arc<str> = "pod".into();
     Ok(Arc::new(Workload {
         namespace: "default".into(),
@@ -308,6 +318,7 @@ pub fn workload(netns: PathBuf, ips: &[&str]) -> Result<Arc<Workload>> {
         labels: BTreeMap::new(),
         enrolled: true,
         netns: Some(netns),
+        capture,
         workload_name: Arc::clone(&name),
         canonical_service: name,
         canonical_revision: "latest".into(),
@@ -340,9 +351,14 @@ pub struct World {
 
 impl World {
     pub fn new() -> Result<Self> {
+        Self::asking(CapturePolicy::default())
+    }
+
+    /// With a pod whose annotations ask for this.
+    pub fn asking(asked: CapturePolicy) -> Result<Self> {
         let (pod, peer) = pair()?;
         let agent = Agent::new()?;
-        let net = agent.enrol(&pod, &[POD4, POD6])?;
+        let net = agent.enrol_as(&pod, &[POD4, POD6], asked)?;
         Ok(Self { net, agent, pod, peer })
     }
 

@@ -5,7 +5,7 @@ use std::{collections::HashMap, sync::Arc};
 use http::{HeaderName, HeaderValue, StatusCode};
 
 use super::*;
-use crate::state::snapshot::{Balancing, HeaderOps, Subnet, UnmatchedPreflights};
+use crate::state::snapshot::{Balancing, CapturePolicy, HeaderOps, Subnet, UnmatchedPreflights};
 
 fn anybody() -> CorsPolicy {
     CorsPolicy {
@@ -161,6 +161,7 @@ fn a_pod_of_two_addresses_is_shown_once_and_order_is_fixed() {
             labels: BTreeMap::new(),
             enrolled: false,
             netns: None,
+            capture: CapturePolicy::default(),
             workload_name: name.into(),
             canonical_service: name.into(),
             canonical_revision: "latest".into(),

@@ -19,7 +19,7 @@ use crate::{
     identity::SpiffeId,
     state::{
         defaults,
-        resource::{ObjectKey, Objects, Resource},
+        resource::{ObjectKey, Objects, Resource, pod},
         snapshot::{Snapshot, Workload},
     },
 };
@@ -198,6 +198,8 @@ fn workload(
         labels: meta.labels.iter().flatten().map(|(k, v)| (k.as_str().into(), v.as_str().into())).collect(),
         enrolled,
         netns,
+        // Checked when the pod was read.
+        capture: pod::capture_policy(meta.annotations.as_ref()).unwrap_or_default(),
         canonical_service: service.unwrap_or(workload_name).into(),
         canonical_revision: revision.unwrap_or("latest").into(),
         workload_name: workload_name.into(),

@@ -25,6 +25,7 @@ mod duration;
 pub mod export_to;
 pub mod field;
 mod headers;
+pub mod pod;
 mod string_match;
 pub mod virtual_service;
 
@@ -168,7 +169,7 @@ pub(super) fn dns_name(name: &str) -> Checked<()> {
 fn resource(header: &Header<'_>, value: &Value) -> Checked<Resource> {
     match (header.api_version, &*header.key.kind) {
         ("v1", "Namespace") => core(value).map(Resource::Namespace),
-        ("v1", "Pod") => check_pod(core(value)?).map(Resource::Pod),
+        ("v1", "Pod") => pod::check(core(value)?).map(Resource::Pod),
         ("v1", "Service") => core(value).map(Resource::Service),
         ("v1", "Node") => core::<Node>(value).map(|_| Resource::Accepted),
         ("v1", "ServiceAccount") => core::<ServiceAccount>(value).map(|_| Resource::Accepted),
@@ -229,15 +230,6 @@ fn lost(written: &Value, kept: &Value) -> Option<String> {
 
 fn join(parent: &str, rest: &str) -> String {
     if rest.starts_with('[') { format!("{parent}{rest}") } else { format!("{parent}.{rest}") }
-}
-
-/// The service account becomes part of an identity.
-fn check_pod(pod: Box<Pod>) -> Checked<Box<Pod>> {
-    let account = pod.spec.as_ref().and_then(|spec| spec.service_account_name.as_deref());
-    if let Some(account) = account.filter(|account| !account.is_empty()) {
-        dns_name(account).map_err(under("spec.serviceAccountName"))?;
-    }
-    Ok(pod)
 }
 
 fn istio(header: &Header<'_>, value: &Value) -> Checked<Resource> {

@@ -72,6 +72,16 @@ impl Subnet {
         (bits <= longest).then_some(Self { address, bits })
     }
 
+    /// The address as it was written, which may have bits beyond those that count.
+    pub const fn address(&self) -> IpAddr {
+        self.address
+    }
+
+    /// How many leading bits count.
+    pub const fn bits(&self) -> u8 {
+        self.bits
+    }
+
     /// Whether the address is inside; never one of the other family.
     pub fn contains(&self, address: IpAddr) -> bool {
         match (self.address, address) {
