@@ -27,7 +27,7 @@ use tracing_subscriber::{EnvFilter, layer::SubscriberExt as _, reload, util::Sub
 
 use crate::{
     admin::{self, CertificateView, LogLevel, Readiness, RunDir},
-    capture::{self, Capture, CaptureConfig, inspect},
+    capture::{self, Capture, CaptureConfig, Losses, Outcome, inspect},
     config::{BPF_DIR, CleanConfig, NodeConfig},
     drain::Drain,
     enrolment::Enrolment,
@@ -41,6 +41,9 @@ use crate::{
 
 /// How often the certificates' metrics are brought up to date besides at every change of the configuration.
 const CERTIFICATES_EVERY: Duration = Duration::from_secs(15);
+
+/// How often the kernel's counters of what it had no room for are read.
+const LOSSES_EVERY: Duration = Duration::from_secs(1);
 
 /// Ended flows joined at once.
 const CLOSED_AT_ONCE: usize = 1024;
@@ -145,9 +148,10 @@ async fn run_node(config: NodeConfig, dir: &Path, log_level: LogLevel) -> Result
         bpf_dir: config.bpf_dir.clone(),
         ebpf_log: config.ebpf_log,
         when_agent_is_down: config.when_agent_is_down,
+        tables: config.tables,
     })?;
     let noted = run_dir.note_bpf_dir(&config.bpf_dir).context("--run-dir");
-    let started = noted.and_then(|()| start_capture(&capture));
+    let started = noted.and_then(|()| start_capture(&capture, &reporter));
     let capture = Arc::new(capture);
     let ended = match started {
         Ok(closed) => {
@@ -177,8 +181,9 @@ async fn begin(config: &NodeConfig, dir: &Path) -> Result<(Source, RunDir, Liste
     Ok((source, run_dir, listeners))
 }
 
-fn start_capture(capture: &Capture) -> Result<mpsc::Receiver<FlowRecord>> {
+fn start_capture(capture: &Capture, reporter: &Arc<Reporter>) -> Result<mpsc::Receiver<FlowRecord>> {
     tokio::task::block_in_place(|| capture.prove())?;
+    tokio::spawn(report_losses(capture.losses()?, Arc::clone(reporter)));
     capture.closed_flows()
 }
 
@@ -286,6 +291,26 @@ async fn report_closed_flows(mut closed: mpsc::Receiver<FlowRecord>, mesh: Arc<M
             mesh.reporter.flow_closed(flow);
         }
         records.clear();
+    }
+}
+
+/// What the kernel has no room for is seen in metrics and log. Ends with the process.
+async fn report_losses(mut losses: Losses, reporter: Arc<Reporter>) {
+    let mut tick = tokio::time::interval(LOSSES_EVERY);
+    loop {
+        tick.tick().await;
+        let since = match losses.since() {
+            Ok(since) => since,
+            Err(error) => {
+                return tracing::error!(error = format!("{error:#}"), "losses are not counted any more");
+            }
+        };
+        for (reason, count) in since {
+            match reason.outcome {
+                Outcome::Refused => reporter.refused_in_kernel(reason.word, count),
+                Outcome::Lost => reporter.lost_in_kernel(reason.word, count),
+            }
+        }
     }
 }
 

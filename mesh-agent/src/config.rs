@@ -9,7 +9,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 pub use self::limits::HttpLimits;
 use crate::{
     admin::{Address, SOCKET_NAME},
-    capture::{EbpfLog, WhenAgentIsDown},
+    capture::{EbpfLog, PodTables, WhenAgentIsDown},
     report::AccessLog,
 };
 
@@ -93,6 +93,9 @@ pub struct NodeConfig {
     /// How often the network between two pods of this node is asked, with a connection, whether they may talk, seconds
     #[arg(long, env = "MESH_CARRIER_INTERVAL", value_name = "SECONDS", default_value = "30", value_parser = some_seconds)]
     pub carrier_interval: Duration,
+    /// How much the kernel's tables of a pod hold.
+    #[command(flatten)]
+    pub tables: PodTables,
     /// What apps may ask for over HTTP.
     #[command(flatten)]
     pub http: HttpLimits,

@@ -86,7 +86,8 @@ pub const STORAGE_FLAGS: usize = 1 | 512;
 /// Least time between two refreshes of a live flow's record, nanoseconds.
 pub const REFRESH_NS: u64 = 250_000_000;
 /// After [`POD_ORIGINAL_DST`] was found full, how long connections of the pod to itself are refused: one of them may
-/// be a captured connection that has no entry. Nanoseconds.
+/// be a captured connection that has no entry. The same for [`POD_CLIENTS`] and connections from loopback to the pod's
+/// address. Nanoseconds.
 pub const FULL_NS: u64 = 1_000_000_000;
 
 /// The agent's ports inside a pod's network namespace.
@@ -115,14 +116,16 @@ pub mod listener {
 pub mod counter {
     /// Captured connections that found their pod's [`super::POD_ORIGINAL_DST`] full.
     pub const ORIGINAL_DST_FULL: u32 = 0;
-    /// Connections to apps that found their pod's [`super::POD_CLIENTS`] full: the app sees the agent as its peer.
+    /// Connections to apps that found their pod's [`super::POD_CLIENTS`] full.
     pub const CLIENTS_FULL: u32 = 1;
     /// Flows not recorded: the pod's table was full.
     pub const FLOWS_FULL: u32 = 2;
     /// Ended flows not reported: the ring buffer was full.
     pub const CLOSED_FULL: u32 = 3;
+    /// Connections refused because there was no memory to keep what they dialled.
+    pub const NO_STORAGE: u32 = 4;
     /// How many there are.
-    pub const COUNT: usize = 4;
+    pub const COUNT: usize = 5;
 }
 
 /// Addresses of an enrolled pod.

@@ -14,10 +14,10 @@ use mesh_common::{
     addr::Addr,
     decide,
     flow::verdict,
-    maps::{PodAddrs, SocketFacts, kind, policy},
+    maps::{PodAddrs, SocketFacts, counter, kind, policy},
 };
 
-use crate::maps::{PODS, SOCKETS, agent_is_gone, excludes_outbound, join, split};
+use crate::maps::{PODS, SOCKETS, agent_is_gone, count, excludes_outbound, join, split};
 
 const ALLOW: i32 = 1;
 /// `connect` fails with `EPERM`.
@@ -149,7 +149,10 @@ fn steer(ctx: &SockAddrContext, sk: *mut bpf_sock, protocol: u32, bound: Addr, d
     }
     let mut fresh = SocketFacts::default();
     // Without memory for it the agent could not tell where the connection was going: refused, not sent astray.
-    let Some(facts) = SOCKETS.get_or(sk, &mut fresh) else { return Steer::Refuse };
+    let Some(facts) = SOCKETS.get_or(sk, &mut fresh) else {
+        count(counter::NO_STORAGE);
+        return Steer::Refuse;
+    };
     facts.kind = kind::CLIENT;
     facts.verdict = verdict::CAPTURED;
     facts.addr = dst;

@@ -10,7 +10,7 @@ use core::ptr::read_volatile;
 use mesh_common::{
     addr::Addr,
     decide::{self, IPPROTO_TCP, Inbound},
-    maps::{Tuple, port},
+    maps::{Entry, Tuple, port},
 };
 
 use crate::maps::{LISTENERS, NETNS_COOKIE, POD_CLIENTS, POD_ORIGINAL_DST, POLICIES, excludes_inbound, join};
@@ -102,14 +102,18 @@ fn known(tuple: &Tuple) -> (bool, bool) {
         if POD_ORIGINAL_DST.get(tuple).is_some() {
             return (true, false);
         }
-        // The agent's own dialling of the app comes from loopback; apps have no reason to.
-        if tuple.src.is_loopback() {
+        let none = Tuple::default();
+        // The agent's own dialling of the app, or the pod's loopback: neither has anything to do with the tables' room.
+        if tuple.dst.is_loopback() || POD_CLIENTS.get(tuple).is_some() {
             return (false, false);
         }
-        let none = Tuple::default();
-        let full_ns = POD_ORIGINAL_DST.get(&none).map_or(0, |entry| entry.full_ns);
-        let full = full_ns != 0 && decide::recently_full(full_ns, bpf_ktime_get_ns());
-        // Over IPv6 the agent dials from the pod's own address too.
-        (false, full && POD_CLIENTS.get(tuple).is_none())
+        let now = bpf_ktime_get_ns();
+        let full =
+            |entry: Option<&Entry>| entry.is_some_and(|entry| decide::recently_full(entry.full_ns, now));
+        // From loopback, and over IPv6 from the pod's own address too, the agent may have dialled: it has no entry when
+        // there was no room for one. Apps have no reason to dial from loopback.
+        let loopback = tuple.src.is_loopback();
+        let dialled = (loopback || tuple.src.as_v4().is_none()) && full(POD_CLIENTS.get(&none));
+        (false, dialled || (!loopback && full(POD_ORIGINAL_DST.get(&none))))
     }
 }

@@ -73,9 +73,15 @@ fn connecting(ctx: SockOpsContext, sk: *mut bpf_sock) {
         if !client.is_unspecified() {
             let entry = Entry { addr: client, ..Entry::default() };
             // SAFETY: inner maps are freed after the programs that hold them have ended.
-            let listed = unsafe { CLIENTS.get(&netns(ctx)) }.map(|map| map.insert(&tuple, &entry, 0));
-            if !matches!(listed, Some(Ok(()))) {
+            if let Some(map) = unsafe { CLIENTS.get(&netns(ctx)) }
+                && map.insert(&tuple, &entry, 0).is_err()
+            {
+                // The app would take the agent for its client. `inbound` refuses the connection.
                 count(counter::CLIENTS_FULL);
+                if let Some(mark) = map.get_ptr_mut(&Tuple::default()) {
+                    // SAFETY: the agent put this entry there and never removes it while the map is in use.
+                    unsafe { (*mark).full_ns = now() };
+                }
             }
             watch(ctx, WATCH);
         }
@@ -248,7 +254,12 @@ fn end(ctx: &SockOpsContext, facts: &mut SocketFacts) {
         let (local, remote) = ends(ctx);
         // SAFETY: inner maps are freed after the programs that hold them have ended.
         if let Some(map) = unsafe { ORIGINAL_DST.get(&netns(ctx)) } {
-            let _ = map.remove(&Tuple { src: local, dst: remote });
+            let tuple = Tuple { src: local, dst: remote };
+            // A new connection may have taken the same ends over while this one was being put to TIME_WAIT.
+            // SAFETY: as above.
+            if unsafe { map.get(&tuple) }.is_some_and(|entry| entry.socket == cookie(ctx)) {
+                let _ = map.remove(&tuple);
+            }
         }
     }
     debug!(ctx, target: "mesh_ebpf", "flow of socket {} ended, verdict {}", cookie(ctx), facts.verdict);

@@ -34,6 +34,7 @@ use super::{
     loader::{self, CaptureConfig, EbpfLog},
     netns::Netns,
     policy::Policies,
+    tables::PodTables,
 };
 use crate::state::snapshot::Workload;
 
@@ -51,6 +52,7 @@ pub struct Capture {
     /// The pods are below a cgroup of their own, which the agent need not be in.
     pub(super) pods_apart: bool,
     pub(super) policies: Policies,
+    tables: PodTables,
     /// Keeps the programs of the node; its maps are used through handles of their own.
     pub(super) node: Mutex<Ebpf>,
 }
@@ -121,12 +123,14 @@ impl Capture {
             Ok(node) => {
                 let shared = Arc::new(Shared { pods: Mutex::default() });
                 let policies = Policies::new(config.when_agent_is_down);
+                let (log, tables) = (config.ebpf_log, config.tables);
                 Ok(Self {
                     pods_apart: pods != root,
                     dir,
                     shared,
-                    log: config.ebpf_log,
+                    log,
                     policies,
+                    tables,
                     node: Mutex::new(node),
                 })
             }
@@ -188,7 +192,7 @@ impl Capture {
         let cookie = netns.cookie();
         let facts = Facts::open(&self.dir.maps())?;
         let sockets = listeners(&netns, &facts)?;
-        let mut object = loader::load_pod(&self.dir, self.log, cookie)?;
+        let mut object = loader::load_pod(&self.dir, self.log, self.tables, cookie)?;
 
         let mut steering: SockMap<MapData> = loader::take(&mut object, LISTENERS)?;
         for (socket, index) in sockets.iter().zip(0..) {
@@ -211,9 +215,10 @@ impl Capture {
     /// Lists the pod's own maps under its cookie, where the programs of the node look for them.
     fn hand_over_maps(&self, object: &mut Ebpf, cookie: u64) -> Result<Arc<Flows>> {
         let mut original_dst: BpfHashMap<MapData, Tuple, Entry> = loader::take(object, POD_ORIGINAL_DST)?;
+        let mut clients: BpfHashMap<MapData, Tuple, Entry> = loader::take(object, POD_CLIENTS)?;
         // Where the kernel notes that the table was full.
         original_dst.insert(Tuple::default(), Entry::default(), 0).context("map ORIGINAL_DST")?;
-        let clients: BpfHashMap<MapData, Tuple, Entry> = loader::take(object, POD_CLIENTS)?;
+        clients.insert(Tuple::default(), Entry::default(), 0).context("map CLIENTS")?;
         let sockets: BpfHashMap<MapData, u64, FlowRecord> = loader::take(object, POD_FLOWS)?;
         let packets: BpfHashMap<MapData, PacketKey, FlowRecord> = loader::take(object, POD_PACKET_FLOWS)?;
         self.list(ORIGINAL_DST, cookie, &original_dst)?;

@@ -16,7 +16,10 @@ use mesh_common::maps::{NETNS_COOKIE, OF_A_POD, SHARED};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::io::{Interest, unix::AsyncFd};
 
-use super::links::{BpfDir, pin};
+use super::{
+    links::{BpfDir, pin},
+    tables::PodTables,
+};
 use crate::state::snapshot::WhenAgentIsDown;
 
 #[cfg(not(mesh_ebpf_missing))]
@@ -40,6 +43,8 @@ pub struct CaptureConfig {
     pub ebpf_log: EbpfLog,
     /// What becomes of the connections of pods that do not say, while there is no agent.
     pub when_agent_is_down: WhenAgentIsDown,
+    /// How much the tables of a pod hold.
+    pub tables: PodTables,
 }
 
 /// How much the kernel programs log (target `mesh_ebpf`). Each step includes those before it.
@@ -63,7 +68,7 @@ pub enum EbpfLog {
 /// Loads the programs of the node. The shared maps are pinned on the way.
 pub(super) fn load(dir: &BpfDir, log: EbpfLog) -> Result<Ebpf> {
     raise_limits();
-    let mut node = load_object(dir, log, 0)?;
+    let mut node = load_object(dir, log, PodTables::default(), 0)?;
     // Only the programs of a pod use these, each pod having its own.
     for name in OF_A_POD {
         drop(node.take_map(name));
@@ -75,8 +80,8 @@ pub(super) fn load(dir: &BpfDir, log: EbpfLog) -> Result<Ebpf> {
 }
 
 /// Loads the programs of the pod in the network namespace with this cookie.
-pub(super) fn load_pod(dir: &BpfDir, log: EbpfLog, cookie: u64) -> Result<Ebpf> {
-    let mut pod = load_object(dir, log, cookie)?;
+pub(super) fn load_pod(dir: &BpfDir, log: EbpfLog, tables: PodTables, cookie: u64) -> Result<Ebpf> {
+    let mut pod = load_object(dir, log, tables, cookie)?;
     // Before any map is taken out and closed: until it is loaded a program knows its maps by their descriptors.
     for (name, program) in pod.programs_mut() {
         let loaded = match program {
@@ -89,7 +94,7 @@ pub(super) fn load_pod(dir: &BpfDir, log: EbpfLog, cookie: u64) -> Result<Ebpf> 
     Ok(pod)
 }
 
-fn load_object(dir: &BpfDir, log: EbpfLog, cookie: u64) -> Result<Ebpf> {
+fn load_object(dir: &BpfDir, log: EbpfLog, tables: PodTables, cookie: u64) -> Result<Ebpf> {
     if OBJECT.is_empty() {
         bail!(
             "this agent was built without its kernel programs: run `cargo xtask build-ebpf` and build it again"
@@ -98,6 +103,7 @@ fn load_object(dir: &BpfDir, log: EbpfLog, cookie: u64) -> Result<Ebpf> {
     let level = log as u8;
     let mut loader = EbpfLoader::new();
     loader.override_global(aya_log::LEVEL, &level, true).override_global(NETNS_COOKIE, &cookie, true);
+    tables.size(&mut loader);
     for name in SHARED.into_iter().chain([LOG_MAP]) {
         loader.map_pin_path(name, dir.maps().join(name));
     }

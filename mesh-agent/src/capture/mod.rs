@@ -22,6 +22,7 @@ mod netns;
 mod policy;
 mod prove;
 mod sockets;
+mod tables;
 
 use std::{
     io,
@@ -43,6 +44,7 @@ pub use self::{
     links::clean,
     live::bring_up_to_date,
     loader::{CaptureConfig, EbpfLog},
+    tables::{Losses, Outcome, PodTables, REASONS, Reason},
 };
 use self::{fixed::FixedNet, kernel::KernelNet};
 pub use crate::state::snapshot::WhenAgentIsDown;

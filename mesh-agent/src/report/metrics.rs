@@ -89,6 +89,8 @@ pub(super) struct Metrics {
     pub enrolment_failures: Gauge,
     pub flows_closed: Counter,
     pub log_dropped: Counter,
+    pub kernel_refusals: Family<[(&'static str, &'static str); 1], Counter>,
+    pub kernel_lost: Family<[(&'static str, &'static str); 1], Counter>,
     certificates: Family<[(&'static str, String); 1], Gauge>,
     certified: Mutex<HashSet<String>>,
 }
@@ -136,6 +138,8 @@ impl Metrics {
             enrolment_failures: Gauge::default(),
             flows_closed: Counter::default(),
             log_dropped: Counter::default(),
+            kernel_refusals: Family::default(),
+            kernel_lost: Family::default(),
             certificates: Family::default(),
             certified: Mutex::default(),
         };
@@ -226,6 +230,16 @@ impl Metrics {
             "mesh_access_log_dropped",
             "Access-log lines nobody could write in time",
             self.log_dropped.clone(),
+        );
+        r.register(
+            "mesh_kernel_refusals",
+            "Connections refused in the kernel because a table was full",
+            self.kernel_refusals.clone(),
+        );
+        r.register(
+            "mesh_kernel_lost",
+            "Flows not recorded or not reported by the kernel because a table was full",
+            self.kernel_lost.clone(),
         );
         r.register(
             "mesh_certificates_expiry_seconds",

@@ -357,6 +357,16 @@ impl Reporter {
         self.metrics.enrolment_failures.set(failing.cast_signed() as i64);
     }
 
+    /// Connections that the kernel has refused for want of room since the last call: `mesh_kernel_refusals_total`.
+    pub fn refused_in_kernel(&self, reason: &'static str, count: u64) {
+        self.metrics.kernel_refusals.get_or_create(&[("reason", reason)]).inc_by(count);
+    }
+
+    /// Flows that the kernel has lost for want of room since the last call: `mesh_kernel_lost_total`.
+    pub fn lost_in_kernel(&self, reason: &'static str, count: u64) {
+        self.metrics.kernel_lost.get_or_create(&[("reason", reason)]).inc_by(count);
+    }
+
     /// All certificates in use and when each expires: `mesh_certificates_expiry_seconds`, in seconds since 1970.
     pub fn set_certificates(&self, expiry: &[(SpiffeId, SystemTime)]) {
         self.metrics.set_certificates(expiry);

@@ -4,6 +4,7 @@
 mod agent_gone;
 mod exclusions;
 mod flows;
+mod full_maps;
 mod inbound;
 mod lifecycle;
 mod outbound;

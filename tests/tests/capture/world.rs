@@ -17,7 +17,7 @@ use std::{
 use anyhow::{Context as _, Result, anyhow, ensure};
 use lab::{residue, unique};
 use mesh_agent::{
-    capture::{Capture, CaptureConfig, Captured, EbpfLog, Listener, PodNet},
+    capture::{Capture, CaptureConfig, Captured, EbpfLog, Listener, PodNet, PodTables},
     identity::SpiffeId,
     state::snapshot::{CapturePolicy, WhenAgentIsDown, Workload},
 };
@@ -219,6 +219,7 @@ impl Agent {
             bpf_dir: bpffs()?.join(unique("bpf")?),
             ebpf_log: EbpfLog::Off,
             when_agent_is_down: WhenAgentIsDown::Closed,
+            tables: PodTables::default(),
         };
         Self::with(config, cgroup)
     }

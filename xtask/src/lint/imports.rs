@@ -48,6 +48,8 @@ const NOUNS: &[(&str, &[&str])] = &[
             "admin::SOCKET_NAME",
             "body::Stall",
             "capture::EbpfLog",
+            "capture::PodTables",
+            "capture::WhenAgentIsDown",
             "error",
             "report::AccessLog",
         ],
