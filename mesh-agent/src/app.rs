@@ -4,12 +4,15 @@
 //! nothing; listeners are bound before anything is promised; the agent is ready when its first configuration is in force
 //! and its pods are enrolled. Tested by the lab, which runs the real thing.
 
+mod listeners;
+mod succession;
+
 use std::{
     collections::HashMap,
     io,
     net::SocketAddr,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Weak},
     time::Duration,
 };
 
@@ -25,12 +28,17 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::{EnvFilter, layer::SubscriberExt as _, reload, util::SubscriberInitExt as _};
 
+use self::{
+    listeners::Listeners,
+    succession::{Before, Leaving},
+};
 use crate::{
     admin::{self, CertificateView, LogLevel, Readiness, RunDir},
     capture::{self, Capture, CaptureConfig, Losses, Outcome, inspect},
     config::{BPF_DIR, CleanConfig, NodeConfig},
     drain::Drain,
-    enrolment::Enrolment,
+    enrolment::{Ended, Enrolment},
+    handover::{self, Door, Offered, Place},
     identity::{Authority, CertificateInfo},
     proxy::Mesh,
     report::{Clock, Context as FlowContext, FlowView, Reporter, Side, join},
@@ -115,26 +123,9 @@ impl Signals {
     }
 }
 
-/// What was bound before the kernel was touched: an address that is taken stops the start.
-struct Listeners {
-    admin: admin::Listener,
-    metrics: admin::Listener,
-    readiness: admin::Listener,
-}
-
-impl Listeners {
-    async fn bind(config: &NodeConfig) -> Result<Self> {
-        Ok(Self {
-            admin: admin::Listener::bind_admin(&config.admin()).await?,
-            metrics: admin::Listener::bind(config.metrics).await?,
-            readiness: admin::Listener::bind(config.readiness).await?,
-        })
-    }
-}
-
 async fn run_node(config: NodeConfig, dir: &Path, log_level: LogLevel) -> Result<()> {
     let mut signals = Signals::register().context("listening for signals")?;
-    let (source, mut run_dir, listeners) = tokio::select! {
+    let mut begun = tokio::select! {
         biased;
         () = signals.until_told_to_stop(|| {}) => return Ok(()),
         begun = begin(&config, dir) => begun?,
@@ -142,26 +133,14 @@ async fn run_node(config: NodeConfig, dir: &Path, log_level: LogLevel) -> Result
     let authority = Authority::open(&config.state_dir, &config.trust_domain)
         .with_context(|| format!("--state-dir {}", config.state_dir.display()))?;
     let reporter = Arc::new(Reporter::new(config.access_log.into()).context("starting the access log")?);
-    let capture = Capture::load(&CaptureConfig {
-        cgroup_root: config.cgroup_root.clone(),
-        pods_cgroup: config.pods_cgroup.clone(),
-        bpf_dir: config.bpf_dir.clone(),
-        ebpf_log: config.ebpf_log,
-        when_agent_is_down: config.when_agent_is_down,
-        tables: config.tables,
-    })?;
-    let noted = run_dir.note_bpf_dir(&config.bpf_dir).context("--run-dir");
-    let started = noted.and_then(|()| start_capture(&capture, &reporter));
-    let capture = Arc::new(capture);
-    let ended = match started {
-        Ok(closed) => {
+    let capture = Arc::new(load_capture(&config, begun.before.as_mut())?);
+    let ended = match start_capture(&capture, &mut begun, &config.bpf_dir, &reporter) {
+        Ok(()) => {
             let parts = Parts {
-                source,
-                listeners,
+                begun,
                 authority: Arc::new(authority),
                 reporter: Arc::clone(&reporter),
                 capture: Arc::clone(&capture),
-                closed,
             };
             serve_pods(parts, &config, log_level, &mut signals).await
         }
@@ -169,91 +148,184 @@ async fn run_node(config: NodeConfig, dir: &Path, log_level: LogLevel) -> Result
     };
     remove(capture)?;
     reporter.flush(LAST_LINES);
-    tracing::info!("agent stopped; nothing of it is left in the kernel");
     ended
 }
 
-/// Everything that leaves nothing behind when it is broken off: the configuration first, then what is bound.
-async fn begin(config: &NodeConfig, dir: &Path) -> Result<(Source, RunDir, Listeners)> {
-    let source = source::directory(dir.to_path_buf(), config.trust_domain.as_str().into()).await?;
-    let run_dir = RunDir::create(config.run_dir())?;
-    let listeners = Listeners::bind(config).await?;
-    Ok((source, run_dir, listeners))
+/// What leaves nothing behind when it is broken off: it is dropped in this order, the run directory being the last.
+struct Begun {
+    source: Source,
+    listeners: Listeners,
+    before: Option<Before>,
+    run_dir: RunDir,
 }
 
-fn start_capture(capture: &Capture, reporter: &Arc<Reporter>) -> Result<mpsc::Receiver<FlowRecord>> {
+/// The configuration first, then what is bound, or offered by an agent that runs.
+async fn begin(config: &NodeConfig, dir: &Path) -> Result<Begun> {
+    let source = source::directory(dir.to_path_buf(), config.trust_domain.as_str().into()).await?;
+    let run_dir = RunDir::create(config.run_dir())?;
+    let called = tokio::task::block_in_place(|| handover::call(&run_dir.handover_socket(), place(config)))
+        .with_context(|| format!("taking over at {}", run_dir.handover_socket().display()))?;
+    let Some((succession, Offered { lock, own, made_run_dir, pods })) = called else {
+        let listeners = Listeners::bind(config).await?;
+        return Ok(Begun { source, listeners, before: None, run_dir });
+    };
+    let listeners = Listeners::take_over(config, own).await?;
+    let before = Some(Before { succession, lock: Some(lock), made_run_dir, pods });
+    Ok(Begun { source, listeners, before, run_dir })
+}
+
+fn place(config: &NodeConfig) -> Place {
+    let bpf_dir = std::path::absolute(&config.bpf_dir).unwrap_or_else(|_| config.bpf_dir.clone());
+    Place { node: config.node.clone(), bpf_dir }
+}
+
+fn load_capture(config: &NodeConfig, before: Option<&mut Before>) -> Result<Capture> {
+    let capture = CaptureConfig {
+        cgroup_root: config.cgroup_root.clone(),
+        pods_cgroup: config.pods_cgroup.clone(),
+        bpf_dir: config.bpf_dir.clone(),
+        ebpf_log: config.ebpf_log,
+        when_agent_is_down: config.when_agent_is_down,
+        tables: config.tables,
+    };
+    match before.and_then(|before| before.lock.take()) {
+        Some(lock) => Capture::take_over(&capture, lock),
+        None => Capture::load(&capture),
+    }
+}
+
+fn start_capture(
+    capture: &Arc<Capture>,
+    begun: &mut Begun,
+    bpf_dir: &Path,
+    reporter: &Arc<Reporter>,
+) -> Result<()> {
+    if begun.before.is_none() {
+        begun.run_dir.note_bpf_dir(bpf_dir).context("--run-dir")?;
+    }
     tokio::task::block_in_place(|| capture.prove())?;
-    tokio::spawn(report_losses(capture.losses()?, Arc::clone(reporter)));
-    capture.closed_flows()
+    tokio::spawn(report_losses(Arc::downgrade(capture), capture.losses()?, Arc::clone(reporter)));
+    Ok(())
 }
 
 /// What a node serves with, once all of it is there.
 struct Parts {
-    source: Source,
-    listeners: Listeners,
+    begun: Begun,
     authority: Arc<Authority>,
     reporter: Arc<Reporter>,
     capture: Arc<Capture>,
-    closed: mpsc::Receiver<FlowRecord>,
 }
 
-/// Serves the pods of this node until a signal says to stop, then lets them go. Holds nothing of the kernel's when it
-/// returns.
+/// Serves the pods of this node until a signal says to stop, then lets them go; or until a successor serves them, and
+/// then what is open here until it has ended. Holds nothing of the kernel's when it returns.
 async fn serve_pods(
     parts: Parts,
     config: &NodeConfig,
     log_level: LogLevel,
     signals: &mut Signals,
 ) -> Result<()> {
-    let Parts { source, listeners, authority, reporter, capture, closed } = parts;
-    let Source { snapshots, problems, reread, counts: _ } = source;
-    let readiness = Readiness::default();
-    let enrolling = readiness.block("the pods of this node");
+    let Parts { begun, authority, reporter, capture } = parts;
+    let Begun { source, mut run_dir, listeners, before } = begun;
     let mesh = Arc::new(Mesh {
         node: config.node.as_str().into(),
-        snapshot: ArcSwap::new(Arc::clone(&snapshots.borrow())),
+        snapshot: ArcSwap::new(Arc::clone(&source.snapshots.borrow())),
         pods: LocalPods::default(),
         reporter: Arc::clone(&reporter),
         limits: config.http,
         carrier_interval: config.carrier_interval,
     });
-    tokio::spawn(report_closed_flows(closed, Arc::clone(&mesh)));
+    let (snapshots, drain) = (source.snapshots.clone(), Drain::default());
+    let mut enrolment =
+        Enrolment::new(Arc::clone(&mesh), Arc::clone(&capture), Arc::clone(&authority), drain.clone());
+    let keep_file = listeners.admin.keep_file();
+    if let Some(before) = before
+        && !succession::succeed(before, &mut enrolment, &mut run_dir, &keep_file, signals).await?
+    {
+        return Ok(());
+    }
+    tokio::spawn(report_closed_flows(capture.closed_flows()?, Arc::clone(&mesh)));
+    drop(capture);
+    let door = open_door(&listeners, &run_dir, config)?;
+    let readiness = Readiness::default();
+    let enrolling = readiness.block("the pods of this node");
+    let state = state(&source, &mesh, &enrolment, authority, config, (readiness, log_level));
+    let stop = CancellationToken::new();
+    let operators = serve_operators(listeners, state, &stop);
+    let mut enrolled = tokio::spawn(enrolment.run(snapshots.clone(), enrolling, config.drain_deadline, door));
+    tracing::info!(node = config.node, "agent started");
+    let ended = tokio::select! {
+        () = signals.until_told_to_stop(|| source.reread.reread()) => {
+            drain.start();
+            enrolled.await
+        }
+        ended = &mut enrolled => ended,
+    };
+    let leaving = match ended.context("enrolment failed")? {
+        Ended::Left => None,
+        Ended::HandedOver(enrolment, asked) => {
+            keep_file.set(true);
+            let leaving = Leaving { enrolment, asked, snapshots, mesh, drain, metrics: run_dir.let_go() };
+            leaving.leave_metrics(false).await;
+            Some(leaving)
+        }
+    };
+    stop.cancel();
+    // The admin socket goes with its listener.
+    let _ = operators.await;
+    if let Some(leaving) = leaving {
+        leaving.until_nothing_is_open(config.handover_deadline, signals).await;
+    }
+    Ok(())
+}
+
+fn open_door(listeners: &Listeners, run_dir: &RunDir, config: &NodeConfig) -> Result<Door> {
+    let path = run_dir.handover_socket();
+    let own = listeners.share().context("sharing the agent's own listeners")?;
+    Door::open(&path, place(config), own, run_dir.is_made())
+        .with_context(|| format!("listening on {}", path.display()))
+}
+
+/// What operators see, and the tasks that keep its figures.
+fn state(
+    source: &Source,
+    mesh: &Arc<Mesh>,
+    enrolment: &Enrolment,
+    authority: Arc<Authority>,
+    config: &NodeConfig,
+    (readiness, log_level): (Readiness, LogLevel),
+) -> admin::State {
+    let Source { snapshots, problems, .. } = source;
     tokio::spawn(keep_gauges(
         snapshots.clone(),
         problems.clone(),
         Arc::clone(&authority),
-        Arc::clone(&reporter),
+        Arc::clone(&mesh.reporter),
     ));
-    let drain = Drain::default();
-    let enrolment = Enrolment::new(Arc::clone(&mesh), capture, Arc::clone(&authority), drain.clone());
-    let (failing, shown) = (enrolment.failing(), Arc::clone(&mesh));
-    let state = admin::State {
+    let (failing, shown, problems) = (enrolment.failing(), Arc::clone(mesh), problems.clone());
+    admin::State {
         version: env!("CARGO_PKG_VERSION"),
         readiness,
         snapshot: snapshots.clone(),
         problems: Arc::new(move || problems.borrow().iter().map(ToString::to_string).collect()),
         pods: Arc::new(move || failing.view(&shown)),
-        flows: flows_of(config.bpf_dir.clone(), mesh),
-        reporter,
+        flows: flows_of(config.bpf_dir.clone(), Arc::clone(mesh)),
+        reporter: Arc::clone(&mesh.reporter),
         certificates: certificates_of(authority),
         log_level,
-    };
-    let stop = CancellationToken::new();
-    let operators = serve_operators(listeners, state, &stop);
-    let enrolled = tokio::spawn(enrolment.run(snapshots, enrolling, config.drain_deadline));
-    tracing::info!(node = config.node, "agent started");
-    signals.until_told_to_stop(|| reread.reread()).await;
-    drain.start();
-    let left = enrolled.await.context("enrolment failed");
-    stop.cancel();
-    // The admin socket goes with its listener.
-    let _ = operators.await;
-    left
+    }
 }
 
-/// With a directory of manifests nothing else can take over: the agent takes everything with it.
+/// With a directory of manifests nothing else can take over later: unless a successor has, the agent takes everything
+/// with it.
 fn remove(capture: Arc<Capture>) -> Result<()> {
-    Arc::into_inner(capture).ok_or_else(|| anyhow!("capture is still in use"))?.remove()
+    let ours = capture.is_ours();
+    Arc::into_inner(capture).ok_or_else(|| anyhow!("capture is still in use"))?.remove()?;
+    if ours {
+        tracing::info!("agent stopped; nothing of it is left in the kernel");
+    } else {
+        tracing::info!("agent stopped; what is in the kernel is another agent's");
+    }
+    Ok(())
 }
 
 /// Serves until `stop`; what is returned ends when the operator's endpoint is gone.
@@ -295,7 +367,7 @@ async fn report_closed_flows(mut closed: mpsc::Receiver<FlowRecord>, mesh: Arc<M
 }
 
 /// What the kernel has no room for is seen in metrics and log. Ends with the process.
-async fn report_losses(mut losses: Losses, reporter: Arc<Reporter>) {
+async fn report_losses(capture: Weak<Capture>, mut losses: Losses, reporter: Arc<Reporter>) {
     let mut tick = tokio::time::interval(LOSSES_EVERY);
     loop {
         tick.tick().await;
@@ -305,6 +377,11 @@ async fn report_losses(mut losses: Losses, reporter: Arc<Reporter>) {
                 return tracing::error!(error = format!("{error:#}"), "losses are not counted any more");
             }
         };
+        // While two agents share the kernel's counters, one of them counts.
+        let Some(capture) = capture.upgrade() else { return };
+        if !capture.is_ours() {
+            continue;
+        }
         for (reason, count) in since {
             match reason.outcome {
                 Outcome::Refused => reporter.refused_in_kernel(reason.word, count),

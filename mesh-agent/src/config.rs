@@ -34,7 +34,8 @@ pub struct Cli {
 /// The roles.
 #[derive(Debug, Subcommand)]
 pub enum Role {
-    /// Captures, secures and routes the traffic of this node's pods (one per node, as root)
+    /// Captures, secures and routes the traffic of this node's pods (one per node, as root); started beside one that runs,
+    /// with the same node and directories, it takes over from it, and no connection is lost
     Node(Box<NodeConfig>),
     /// Removes every trace that an agent left in the kernel and on disk, its certificate authority excepted
     Clean(CleanConfig),
@@ -96,6 +97,10 @@ pub struct NodeConfig {
     /// How much the kernel's tables of a pod hold.
     #[command(flatten)]
     pub tables: PodTables,
+    /// How long connections may go on in this agent after another one, started with the same run directory, has taken
+    /// over, seconds
+    #[arg(long, env = "MESH_HANDOVER_DEADLINE", value_name = "SECONDS", default_value = "3600", value_parser = seconds)]
+    pub handover_deadline: Duration,
     /// What apps may ask for over HTTP.
     #[command(flatten)]
     pub http: HttpLimits,

@@ -1,4 +1,7 @@
 //! Shutting down without losing anything: stop taking, finish what is open, within a deadline.
+//!
+//! Two steps. *Leaving*: somebody else takes what is new, and clients are asked to go there, each at a moment at which it
+//! loses nothing. *Draining*: there is no more time than the deadline, and what is idle is closed.
 
 use std::time::Duration;
 
@@ -7,6 +10,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 /// One drain, for the whole agent or for one pod. Cheap to clone.
 #[derive(Debug, Clone, Default)]
 pub struct Drain {
+    leaving: CancellationToken,
     stopping: CancellationToken,
     open: TaskTracker,
 }
@@ -15,7 +19,24 @@ impl Drain {
     /// A drain that starts by itself or with its parent, whichever comes first.
     #[must_use]
     pub fn child(&self) -> Self {
-        Self { stopping: self.stopping.child_token(), open: TaskTracker::new() }
+        let (leaving, stopping) = (self.leaving.child_token(), self.stopping.child_token());
+        Self { leaving, stopping, open: TaskTracker::new() }
+    }
+
+    /// Resolves when nothing new is to be taken, at the latest when draining begins.
+    pub async fn left(&self) {
+        self.leaving.cancelled().await;
+    }
+
+    /// Whether nothing new is to be taken.
+    pub fn is_leaving(&self) -> bool {
+        self.leaving.is_cancelled()
+    }
+
+    /// Takes nothing new from here on. Connections that are open go on until they end; those of HTTP are told to end when
+    /// they have something to answer.
+    pub fn leave(&self) {
+        self.leaving.cancel();
     }
 
     /// Resolves when draining begins.
@@ -23,9 +44,9 @@ impl Drain {
         self.stopping.cancelled().await;
     }
 
-    /// Cancelled when draining begins.
-    pub fn token(&self) -> CancellationToken {
-        self.stopping.clone()
+    /// Whether draining has begun.
+    pub fn is_started(&self) -> bool {
+        self.stopping.is_cancelled()
     }
 
     /// Runs a connection as a task that [`Drain::finish`] waits for.
@@ -35,7 +56,14 @@ impl Drain {
 
     /// Begins draining.
     pub fn start(&self) {
+        self.leave();
         self.stopping.cancel();
+    }
+
+    /// Waits until every connection has ended by itself.
+    pub async fn finished(&self) {
+        self.open.close();
+        self.open.wait().await;
     }
 
     /// Begins draining and waits until every connection has ended; false when some were still open at the deadline.
@@ -62,5 +90,20 @@ mod tests {
         let stuck = Drain::default();
         stuck.spawn(std::future::pending());
         assert!(!stuck.finish(Duration::from_secs(5)).await);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn leaving_ends_no_connection() {
+        let drain = Drain::default();
+        let child = drain.child();
+        let ends_when_told = child.clone();
+        child.spawn(async move { ends_when_told.started().await });
+        drain.leave();
+        child.left().await;
+        assert!(!child.is_started(), "leaving is not draining");
+        let finished = tokio::time::timeout(Duration::from_secs(9), child.finished()).await;
+        assert!(finished.is_err(), "the connection was ended");
+        drain.start();
+        child.finished().await;
     }
 }

@@ -1,8 +1,11 @@
 //! Which pods of this node the mesh carries: compares what the configuration wants with what is enrolled, and makes it so.
 //!
 //! Promises: one pod's failure touches no other; what failed is tried again, and shown until it succeeds; a pod whose
-//! network namespace has gone, or whose address, identity or namespace has changed, is let go of at once. Tested by the
-//! tables below and in the lab.
+//! network namespace has gone, or whose address, identity or namespace has changed, is let go of at once. Pods are taken
+//! over from the agent before, and handed over to the next (`enrolment/succession.rs`). Tested by the tables below and in
+//! the lab.
+
+mod succession;
 
 use std::{
     collections::HashMap,
@@ -15,11 +18,13 @@ use std::{
 use nix::sys::resource::{Resource, getrlimit};
 use tokio::sync::watch;
 
+pub use self::succession::{Prepared, Served};
 use crate::{
     admin::{BlockReady, FailingPod, PodsView},
-    capture::{Capture, Listener},
+    capture::{Capture, Listener, PodNet},
     drain::Drain,
-    identity::Authority,
+    handover::{Asked, Door},
+    identity::{Authority, WorkloadIdentity},
     proxy::{Mesh, inbound, outbound},
     state::snapshot::{Snapshot, Workload},
     upstream::{Pod, PodLimits, PodName},
@@ -41,6 +46,15 @@ pub struct Enrolment {
     failing: Failing,
     /// Device and inode of each enrolled pod's network namespace: a path may come to name another one.
     namespaces: HashMap<PodName, (u64, u64)>,
+}
+
+/// How the following of the configuration came to its end.
+#[derive(Debug)]
+pub enum Ended {
+    /// Every pod was let go of.
+    Left,
+    /// Every pod is another agent's, which waits to be told so. What is open here stays.
+    HandedOver(Box<Enrolment>, Asked),
 }
 
 /// What stands between each wanted pod and its enrolment; each reason is logged once. Cheap to clone; all clones are one.
@@ -150,13 +164,15 @@ impl Enrolment {
         self.failing.clone()
     }
 
-    /// Follows the configuration, ready once its first round is done, until the agent drains; then lets every pod go, within `deadline`.
+    /// Follows the configuration, ready once its first round is done, until the agent drains; then lets every pod go,
+    /// within `deadline`. A successor that calls at the door ends it too.
     pub async fn run(
         mut self,
         mut snapshots: watch::Receiver<Arc<Snapshot>>,
         first_round: BlockReady,
         deadline: Duration,
-    ) {
+        mut door: Door,
+    ) -> Ended {
         let mut first_round = Some(first_round);
         loop {
             let snapshot = Arc::clone(&snapshots.borrow_and_update());
@@ -166,10 +182,16 @@ impl Enrolment {
             tokio::select! {
                 changed = snapshots.changed() => if changed.is_err() { break },
                 () = tokio::time::sleep(LOOK_AGAIN) => {}
+                mut asked = door.asked() => if self.hand_over(&mut asked, &mut snapshots).await {
+                    door.leave_file();
+                    return Ended::HandedOver(Box::new(self), asked);
+                },
                 () = self.drain.started() => break,
             }
         }
+        door.close().await;
         self.leave_all(deadline).await;
+        Ended::Left
     }
 
     async fn reconcile(&mut self, snapshot: &Snapshot) {
@@ -187,7 +209,7 @@ impl Enrolment {
         }
         for workload in plan.join {
             // A node full of pods takes a while: an agent that is told to stop does not go on with it.
-            if self.drain.token().is_cancelled() {
+            if self.drain.is_leaving() {
                 break;
             }
             self.try_join(workload).await;
@@ -235,13 +257,19 @@ impl Enrolment {
     }
 
     async fn join(&mut self, workload: &Arc<Workload>) -> Result<(), String> {
-        let name = PodName::from(&**workload);
         let id =
             workload.netns.as_deref().and_then(namespace_id).ok_or("its network namespace is not there")?;
         // The certificate first: a pod is captured only when it can be served.
         let identity =
             self.authority.identity(&workload.identity).await.map_err(|error| error.to_string())?;
         let net = self.capture.enrol(Arc::clone(workload)).map_err(|error| format!("{error:#}"))?;
+        self.serve(net, identity, id);
+        Ok(())
+    }
+
+    /// Takes the pod's connections from here on. `id`: its network namespace.
+    fn serve(&mut self, net: Arc<PodNet>, identity: Arc<WorkloadIdentity>, id: (u64, u64)) {
+        let name = PodName::from(&*net.workload);
         let limits = PodLimits {
             connections: connections_of_a_pod(self.mesh.limits.max_connections_per_pod as usize),
             carrier_interval: self.mesh.carrier_interval,
@@ -253,7 +281,6 @@ impl Enrolment {
         for listener in [Listener::Inbound, Listener::Mesh] {
             tokio::spawn(inbound::serve(Arc::clone(&self.mesh), Arc::clone(&pod), listener));
         }
-        Ok(())
     }
 
     /// The kernel lets go first, so that new connections pass untouched; open ones may finish.

@@ -15,6 +15,7 @@ pub mod detect;
 pub mod drain;
 pub mod enrolment;
 pub mod error;
+pub mod handover;
 pub mod http1;
 pub mod http2;
 pub mod identity;

@@ -37,7 +37,7 @@ const SHOWN_LINES: usize = 10;
 const GRACE: Duration = Duration::from_secs(20);
 
 /// What an agent is to be started with, besides what its node settles.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 #[must_use = "an agent exists once it is started"]
 pub struct AgentBuilder {
     node: Node,
@@ -55,6 +55,8 @@ pub struct Agent {
     node: Node,
     process: Process,
     state_dir: PathBuf,
+    /// What its successors are started with.
+    builder: AgentBuilder,
 }
 
 impl AgentBuilder {
@@ -127,6 +129,7 @@ impl AgentBuilder {
 
     /// Starts the agent and returns at once, for tests of agents that cannot become ready.
     pub fn spawn(self) -> Result<Agent> {
+        let builder = self.clone();
         let Self { node, args, env, state_dir, config_dir, cgroup_root, binary: path } = self;
         let state_dir = state_dir.unwrap_or_else(|| node.world.dir.join("state"));
         let path = path.map_or_else(|| binary("mesh-agent", "MESH_AGENT_BIN", "mesh-agent"), Ok)?;
@@ -140,7 +143,7 @@ impl AgentBuilder {
         command.args(["--metrics", &METRICS.to_string(), "--readiness", &READINESS.to_string()]);
         command.args(args).envs(env);
         let process = node.spawn_as(command, Role::Agent)?;
-        Ok(Agent { node, process, state_dir })
+        Ok(Agent { node, process, state_dir, builder })
     }
 }
 
@@ -284,6 +287,28 @@ impl Agent {
     pub async fn flows(&self) -> Result<Value> {
         let text = self.meshctl(&["flows", "-o", "json"]).await?;
         serde_json::from_str(&text).with_context(|| format!("meshctl flows is no JSON: {text}"))
+    }
+
+    /// Starts another agent as this one was started, which takes over from it, and returns the process that still holds
+    /// the connections that were open. From here on this is the successor.
+    pub async fn upgrade(&mut self) -> Result<Process> {
+        let successor = self.successor().spawn()?;
+        eventually("a successor that has taken over", async || {
+            let process = &successor.process;
+            ensure!(process.status().is_none(), "the successor ended\n{}", process.tail());
+            let taken = process.stderr().contains("agent started");
+            ensure!(taken, "it does not serve yet\n{}", process.tail());
+            Ok(())
+        })
+        .await?;
+        let before = std::mem::replace(self, successor);
+        self.node.world.no_longer_an_agent(&before.process);
+        Ok(before.process)
+    }
+
+    /// An agent to be started as this one was, to take over from it.
+    pub fn successor(&self) -> AgentBuilder {
+        self.builder.clone()
     }
 
     /// Stops it with SIGTERM. It is an error if it has ended already.

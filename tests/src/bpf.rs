@@ -32,6 +32,8 @@ pub struct Link {
     pub id: u32,
     /// What it is attached to.
     pub target: Target,
+    /// The id of the program it runs now.
+    pub program: u32,
 }
 
 /// What a link is attached to.
@@ -48,8 +50,10 @@ pub fn links() -> Result<Vec<Link>> {
     let mut links = Vec::new();
     for id in ids(bpf_link_get_next_id) {
         let id = id.context("walking the BPF links (this needs root)")?;
-        if let Some(target) = link_target(id).with_context(|| format!("looking at the BPF link {id}"))? {
-            links.push(Link { id, target });
+        if let Some((target, program)) =
+            looked_at(id).with_context(|| format!("looking at the BPF link {id}"))?
+        {
+            links.push(Link { id, target, program });
         }
     }
     Ok(links)
@@ -131,14 +135,15 @@ fn ids(next: NextId) -> impl Iterator<Item = io::Result<u32>> {
     })
 }
 
-fn link_target(id: u32) -> io::Result<Option<Target>> {
+/// What a link is attached to, and its program.
+fn looked_at(id: u32) -> io::Result<Option<(Target, u32)>> {
     // SAFETY: takes a number and returns a descriptor or an error.
     let Some(fd) = opened(unsafe { bpf_link_get_fd_by_id(id) })? else { return Ok(None) };
     let mut info = bpf_link_info::default();
     let mut size = size_of::<bpf_link_info>() as u32;
     // SAFETY: `info` is plain data of `size` bytes, and both outlive the call.
     check(unsafe { bpf_link_get_info_by_fd(fd.as_raw_fd(), &raw mut info, &raw mut size) })?;
-    Ok(match info.type_ {
+    let target = match info.type_ {
         // SAFETY: the kernel fills the variant that `type_` names; the rest is zero.
         BPF_LINK_TYPE_CGROUP => Some(Target::Cgroup(unsafe { info.__bindgen_anon_1.cgroup.cgroup_id })),
         // SAFETY: as above.
@@ -146,7 +151,8 @@ fn link_target(id: u32) -> io::Result<Option<Target>> {
             Some(Target::Netns(u64::from(unsafe { info.__bindgen_anon_1.netns.netns_ino })))
         }
         _ => None,
-    })
+    };
+    Ok(target.map(|target| (target, info.prog_id)))
 }
 
 fn map_name(id: u32) -> io::Result<Option<String>> {

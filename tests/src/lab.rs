@@ -269,6 +269,13 @@ impl World {
         lock(&self.processes).retain(|entry| entry.process.pid() != process.pid());
     }
 
+    /// An agent whose place another has taken may end by itself.
+    pub(crate) fn no_longer_an_agent(&self, process: &Process) {
+        for entry in lock(&self.processes).iter_mut().filter(|entry| entry.process.pid() == process.pid()) {
+            entry.role = Role::App;
+        }
+    }
+
     /// Ends the processes of a cgroup.
     pub(crate) fn stop_in(&self, cgroup: &Path) -> Vec<String> {
         let mut processes = lock(&self.processes);

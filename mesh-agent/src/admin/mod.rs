@@ -25,7 +25,7 @@ use tracing_subscriber::{EnvFilter, reload};
 
 pub use self::{
     health::{BlockReady, Readiness},
-    listen::{Address, AddressError, Listener, SOCKET_NAME, Socket},
+    listen::{Address, AddressError, HANDOVER_SOCKET, KeepFile, Listener, SOCKET_NAME, Socket},
     run_dir::{RunDir, clean_run_dir, noted_bpf_dir},
     serve::Reply,
 };

@@ -1,7 +1,7 @@
-//! The run directory of one agent: its admin socket, and a note of where its pins are.
+//! The run directory of one agent: its sockets, a note of where its pins are, and what agents before it still count.
 //!
 //! Promises that others cannot look into it (mode 0700), that whoever finds it finds the agent's maps, and that it
-//! goes with the agent that made it. Never removes what no agent put there. Tested below, and with agents in the lab.
+//! goes with the agent that made it, or with the last of its successors. Never removes what no agent put there. Tested below, and with agents in the lab.
 
 use std::{
     ffi::OsString,
@@ -14,10 +14,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::SOCKET_NAME;
+use super::{HANDOVER_SOCKET, SOCKET_NAME};
 
 /// The file that says where the agent's pins are: the path, and nothing else.
 const BPF_DIR_NOTE: &str = "bpf-dir";
+
+/// The directory of metrics of agents that have handed over.
+const METRICS: &str = "metrics";
 
 /// Bits of a mode that are of the group and of others.
 const OTHERS: u32 = 6;
@@ -50,7 +53,35 @@ impl RunDir {
     pub fn note_bpf_dir(&mut self, bpf_dir: &Path) -> io::Result<()> {
         let bpf_dir = std::path::absolute(bpf_dir)?;
         self.noted = true;
+        // Of agents that have crashed.
+        let _ = fs::remove_dir_all(self.metrics());
         fs::write(self.path.join(BPF_DIR_NOTE), bpf_dir.as_os_str().as_bytes())
+    }
+
+    /// Whether it goes with this agent.
+    pub fn is_made(&self) -> bool {
+        self.made
+    }
+
+    /// From here on it is this agent's: it was another's, which had or had not made it.
+    pub fn take_over(&mut self, made: bool) {
+        (self.made, self.noted) = (made, true);
+    }
+
+    /// From here on it is another agent's. Where to leave metrics.
+    pub fn let_go(&mut self) -> PathBuf {
+        (self.made, self.noted) = (false, false);
+        self.metrics()
+    }
+
+    /// Where an agent waits for its successor.
+    pub fn handover_socket(&self) -> PathBuf {
+        self.path.join(HANDOVER_SOCKET)
+    }
+
+    /// Where agents that have handed over leave their metrics.
+    pub fn metrics(&self) -> PathBuf {
+        self.path.join(METRICS)
     }
 }
 
@@ -59,6 +90,7 @@ impl Drop for RunDir {
         // What cannot be removed now, `mesh-agent clean` finds.
         if self.noted {
             let _ = fs::remove_file(self.path.join(BPF_DIR_NOTE));
+            let _ = fs::remove_dir_all(self.metrics());
         }
         if self.made {
             let _ = fs::remove_dir(&self.path);
@@ -83,7 +115,12 @@ pub fn clean_run_dir(run_dir: &Path) -> io::Result<()> {
     };
     for entry in &entries {
         let (name, kind) = (entry.file_name(), entry.file_type()?);
-        let ours = (name == SOCKET_NAME && kind.is_socket()) || (name == BPF_DIR_NOTE && kind.is_file());
+        let ours = match name.to_str() {
+            Some(SOCKET_NAME | HANDOVER_SOCKET | "handover.sock.new") => kind.is_socket(),
+            Some(BPF_DIR_NOTE) => kind.is_file(),
+            Some(METRICS) => kind.is_dir(),
+            _ => false,
+        };
         if !ours {
             let text = format!("it holds {}, which no agent puts there: it is left as it is", name.display());
             return Err(io::Error::new(io::ErrorKind::DirectoryNotEmpty, text));
@@ -93,7 +130,11 @@ pub fn clean_run_dir(run_dir: &Path) -> io::Result<()> {
         return Err(io::Error::new(io::ErrorKind::AddrInUse, "an agent answers in it: stop it first"));
     }
     for entry in entries {
-        fs::remove_file(entry.path())?;
+        if entry.file_type()?.is_dir() {
+            fs::remove_dir_all(entry.path())?;
+        } else {
+            fs::remove_file(entry.path())?;
+        }
     }
     fs::remove_dir(run_dir)
 }
@@ -149,6 +190,9 @@ mod tests {
         let mut dir = RunDir::create(path.clone())?;
         dir.note_bpf_dir(Path::new("/sys/fs/bpf/mesh"))?;
         std::mem::forget(dir);
+        fs::create_dir(path.join(METRICS))?;
+        fs::write(path.join(METRICS).join("1"), "")?;
+        drop(UnixListener::bind(path.join(HANDOVER_SOCKET))?);
         let socket = UnixListener::bind(path.join(SOCKET_NAME))?;
         let alive = clean_run_dir(&path).map_err(|error| error.to_string());
         assert!(alive.is_err_and(|text| text.contains("an agent answers")), "taken from a running agent");

@@ -1,12 +1,15 @@
 //! Enrolling pods and letting them go again.
 //!
 //! Enrolling makes everything ready before the first connection is sent its way; un-enrolling stops sending first. A pod
-//! that cannot be enrolled is refused alone, and nothing of the attempt stays. Tested in the lab.
+//! that cannot be enrolled is refused alone, and nothing of the attempt stays. Pods that another agent hands over are
+//! adopted in `adopt.rs`. Tested in the lab.
 
 use std::{
     collections::{HashMap, hash_map},
-    fs, io,
+    io,
     net::IpAddr,
+    os::fd::AsFd as _,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -25,12 +28,13 @@ use mesh_common::{
     },
 };
 use socket2::Socket;
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, task::AbortHandle};
 
 use super::{
     Listener, Net, PodNet, cgroup,
+    flows::Reading,
     kernel::{Facts, KernelNet},
-    links::{BpfDir, detach_all, pin},
+    links::{BpfDir, detach_all, make, pin, replace, unpin_all},
     loader::{self, CaptureConfig, EbpfLog},
     netns::Netns,
     policy::Policies,
@@ -42,19 +46,32 @@ use crate::state::snapshot::Workload;
 /// of them does not keep the node's other pods waiting.
 const MOST_INTERFACES: usize = 32;
 
+/// `BPF_NOEXIST`: an element that is there stays as it is.
+const NO_EXIST: u64 = 1;
+
 /// The kernel side of one agent. Dropped without [`Capture::remove`] it leaves its programs in place, so that enrolled
 /// pods fail closed until the next agent comes.
 #[derive(Debug)]
 pub struct Capture {
     pub(super) dir: BpfDir,
     pub(super) shared: Arc<Shared>,
-    log: EbpfLog,
-    /// The pods are below a cgroup of their own, which the agent need not be in.
-    pub(super) pods_apart: bool,
+    pub(super) log: EbpfLog,
+    /// The root of the hierarchy, and where the pods are below it: a cgroup of their own, which the agent need not be in.
+    pub(super) cgroups: Cgroups,
     pub(super) policies: Policies,
-    tables: PodTables,
+    pub(super) tables: PodTables,
     /// Keeps the programs of the node; its maps are used through handles of their own.
     pub(super) node: Mutex<Ebpf>,
+    /// What reads the kernel's buffers, each of which has one reader.
+    pub(super) reading: Mutex<Option<Reading>>,
+    pub(super) forwarding: Mutex<Option<AbortHandle>>,
+}
+
+/// Where the programs of the node are attached.
+#[derive(Debug)]
+pub(super) struct Cgroups {
+    pub(super) root: PathBuf,
+    pub(super) pods: PathBuf,
 }
 
 /// What the reading of flows needs too.
@@ -64,9 +81,9 @@ pub(super) struct Shared {
 }
 
 #[derive(Debug)]
-struct Enrolled {
-    net: Arc<PodNet>,
-    flows: Arc<Flows>,
+pub(super) struct Enrolled {
+    pub(super) net: Arc<PodNet>,
+    pub(super) flows: Arc<Flows>,
 }
 
 /// The tables of one pod's flows.
@@ -77,7 +94,7 @@ pub(super) struct Flows {
 }
 
 impl Shared {
-    fn pods(&self) -> MutexGuard<'_, HashMap<u64, Enrolled>> {
+    pub(super) fn pods(&self) -> MutexGuard<'_, HashMap<u64, Enrolled>> {
         self.pods.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -121,24 +138,32 @@ impl Capture {
             .and_then(|mut node| loader::attach(&mut node, &dir, &root, &pods).map(|()| node));
         match loaded {
             Ok(node) => {
-                let shared = Arc::new(Shared { pods: Mutex::default() });
-                let policies = Policies::new(config.when_agent_is_down);
-                let (log, tables) = (config.ebpf_log, config.tables);
-                Ok(Self {
-                    pods_apart: pods != root,
-                    dir,
-                    shared,
-                    log,
-                    policies,
-                    tables,
-                    node: Mutex::new(node),
-                })
+                let capture = Self::of(dir, Cgroups { root, pods }, config, node);
+                capture.forward_log()?;
+                Ok(capture)
             }
             Err(error) => {
                 dir.remove()?;
                 Err(error)
             }
         }
+    }
+
+    pub(super) fn of(dir: BpfDir, cgroups: Cgroups, config: &CaptureConfig, node: Ebpf) -> Self {
+        let shared = Arc::new(Shared { pods: Mutex::default() });
+        let policies = Policies::new(config.when_agent_is_down);
+        let (log, tables) = (config.ebpf_log, config.tables);
+        let (node, reading, forwarding) = (Mutex::new(node), Mutex::default(), Mutex::default());
+        Self { dir, shared, log, cgroups, policies, tables, node, reading, forwarding }
+    }
+
+    pub(super) fn forward_log(&self) -> Result<()> {
+        if self.log != EbpfLog::Off {
+            let mut node = self.node.lock().unwrap_or_else(PoisonError::into_inner);
+            let forwarding = loader::forward_log(&mut node)?;
+            *self.forwarding.lock().unwrap_or_else(PoisonError::into_inner) = Some(forwarding);
+        }
+        Ok(())
     }
 
     /// Enrols a pod: from here on its connections come to its [`PodNet`]. To be called inside a tokio runtime.
@@ -192,6 +217,7 @@ impl Capture {
         let cookie = netns.cookie();
         let facts = Facts::open(&self.dir.maps())?;
         let sockets = listeners(&netns, &facts)?;
+        make(&self.dir.maps_of(cookie))?;
         let mut object = loader::load_pod(&self.dir, self.log, self.tables, cookie)?;
 
         let mut steering: SockMap<MapData> = loader::take(&mut object, LISTENERS)?;
@@ -199,12 +225,11 @@ impl Capture {
             steering.set(index, socket, 0).context("map LISTENERS")?;
         }
         self.list(STEERING, cookie, &steering)?;
-        let flows = self.hand_over_maps(&mut object, cookie)?;
+        let flows = self.list_maps(&mut object, cookie)?;
 
         let links = self.dir.pod(cookie);
-        fs::create_dir(&links).with_context(|| format!("cannot make {}", links.display()))?;
-        count_packets(&mut object, &netns, |name, link| pin(link, &links.join(name)))?;
-        pin(steer_inbound(&mut object, &netns)?, &links.join("inbound"))?;
+        make(&links)?;
+        attach(&mut object, &netns, &links)?;
 
         let listeners = sockets.map(|socket| TcpListener::from_std(socket.into()));
         let [outbound, inbound, mesh] = listeners;
@@ -212,13 +237,15 @@ impl Capture {
         Ok(Enrolled { net: PodNet::new(workload, [outbound?, inbound?, mesh?], net), flows })
     }
 
-    /// Lists the pod's own maps under its cookie, where the programs of the node look for them.
-    fn hand_over_maps(&self, object: &mut Ebpf, cookie: u64) -> Result<Arc<Flows>> {
+    /// Lists the pod's own maps under its cookie, where the programs of the node look for them, unless they are listed.
+    pub(super) fn list_maps(&self, object: &mut Ebpf, cookie: u64) -> Result<Arc<Flows>> {
         let mut original_dst: BpfHashMap<MapData, Tuple, Entry> = loader::take(object, POD_ORIGINAL_DST)?;
         let mut clients: BpfHashMap<MapData, Tuple, Entry> = loader::take(object, POD_CLIENTS)?;
         // Where the kernel notes that the table was full.
-        original_dst.insert(Tuple::default(), Entry::default(), 0).context("map ORIGINAL_DST")?;
-        clients.insert(Tuple::default(), Entry::default(), 0).context("map CLIENTS")?;
+        exists_is_fine(original_dst.insert(Tuple::default(), Entry::default(), NO_EXIST))
+            .context("map ORIGINAL_DST")?;
+        exists_is_fine(clients.insert(Tuple::default(), Entry::default(), NO_EXIST))
+            .context("map CLIENTS")?;
         let sockets: BpfHashMap<MapData, u64, FlowRecord> = loader::take(object, POD_FLOWS)?;
         let packets: BpfHashMap<MapData, PacketKey, FlowRecord> = loader::take(object, POD_PACKET_FLOWS)?;
         self.list(ORIGINAL_DST, cookie, &original_dst)?;
@@ -233,7 +260,7 @@ impl Capture {
         HashOfMaps<MapData, u64, M>: TryFrom<Map, Error = aya::maps::MapError>,
     {
         let mut outer_map: HashOfMaps<MapData, u64, M> = loader::open(&self.dir, outer)?;
-        outer_map.insert(cookie, inner, 0).with_context(|| format!("map {outer}"))
+        exists_is_fine(outer_map.insert(cookie, inner, NO_EXIST)).with_context(|| format!("map {outer}"))
     }
 
     pub(super) fn pods_map(&self) -> Result<BpfHashMap<MapData, u64, PodAddrs>> {
@@ -254,13 +281,14 @@ impl Capture {
             }
             _ => return Ok(()),
         }
-        let taken = self.take_away(cookie);
+        // What another agent has taken over stays.
+        let taken = if self.dir.is_ours() { self.take_away(cookie) } else { Ok(()) };
         pod.close();
         taken.with_context(|| format!("pod {} at {}", pod.name(), net.netns().path().display()))
     }
 
     /// Takes away what a pod has in maps and links, whatever there is of it; the first error counts.
-    fn take_away(&self, cookie: u64) -> Result<()> {
+    pub(super) fn take_away(&self, cookie: u64) -> Result<()> {
         let captured = self.pods_map().and_then(|mut map| missing_is_fine(map.remove(&cookie)));
         let links = detach_all(&self.dir.pod(cookie));
         let policy = self.forget_policy(cookie);
@@ -268,7 +296,8 @@ impl Capture {
             let mut map: HashOfMaps<MapData, u64, MapData> = loader::open(&self.dir, name)?;
             missing_is_fine(map.remove(&cookie)).with_context(|| format!("map {name}"))
         });
-        captured.and(links).and(policy).and(tables.into_iter().collect())
+        let pins = unpin_all(&self.dir.maps_of(cookie));
+        captured.and(links).and(policy).and(tables.into_iter().collect::<Result<()>>()).and(pins)
     }
 
     /// Pods enrolled now.
@@ -277,11 +306,14 @@ impl Capture {
     }
 
     /// Lets every pod go and takes away every program, map, pin and directory. To be called when the agent is being
-    /// removed; otherwise it is dropped, and pods fail closed until the next one.
+    /// removed; otherwise it is dropped, and pods fail closed until the next one. What is another agent's stays.
     ///
     /// # Errors
     /// What could not be taken away.
     pub fn remove(self) -> Result<()> {
+        if !self.dir.is_ours() {
+            return Ok(());
+        }
         let pods = self.enrolled().into_iter().map(|pod| self.un_enrol(&pod)).collect::<Result<Vec<()>>>();
         self.dir.remove()?;
         pods.map(drop)
@@ -312,20 +344,38 @@ fn listeners(netns: &Netns, facts: &Facts) -> Result<[Socket; 3]> {
     Ok([open(Listener::Outbound)?, open(Listener::Inbound)?, open(Listener::Mesh)?])
 }
 
+/// Attaches the pod's programs and pins their links; a link that is there already is given the program instead.
+pub(super) fn attach(object: &mut Ebpf, netns: &Netns, links: &Path) -> Result<()> {
+    count_packets(object, netns, links)?;
+    let program: &mut SkLookup = loader::program(object, "inbound")?;
+    let pinned = links.join("inbound");
+    if replace(&pinned, program.fd()?.as_fd())? {
+        return Ok(());
+    }
+    let id =
+        program.attach(netns).context("cannot steer inbound connections (another sk_lookup program?)")?;
+    pin(program.take_link(id)?.into(), &pinned)
+}
+
 /// Attaches the counting of packets to the pod's interfaces, loopback excepted. A kernel without TCX (before 6.6) goes
 /// without: those flows are then not counted. What the pod calls its interfaces, and how many it makes, is its own
 /// affair: neither keeps it from being enrolled.
-fn count_packets(object: &mut Ebpf, netns: &Netns, pin: impl Fn(&str, FdLink) -> Result<()>) -> Result<()> {
+fn count_packets(object: &mut Ebpf, netns: &Netns, links: &Path) -> Result<()> {
     for (name, direction) in [("egress", TcAttachType::Egress), ("ingress", TcAttachType::Ingress)] {
         let program: &mut SchedClassifier = loader::program(object, name)?;
         for (index, interface) in interfaces(netns)? {
+            let pinned = links.join(format!("{name}-{index}"));
+            if replace(&pinned, program.fd()?.as_fd())? {
+                continue;
+            }
             let attached = netns.enter(|| {
                 let order = TcAttachOptions::TcxOrder(LinkOrder::default());
                 program.attach_with_options(&interface, direction, order).map_err(io::Error::other)
             });
             match attached {
                 Ok(id) => {
-                    pin(&format!("{name}-{index}"), program.take_link(id)?.try_into()?)?;
+                    let link: FdLink = program.take_link(id)?.try_into()?;
+                    pin(link, &pinned)?;
                 }
                 Err(error) => {
                     tracing::warn!(%interface, %error, "flows without a socket (UDP) are not counted: no TCX here");
@@ -351,11 +401,15 @@ fn interfaces(netns: &Netns) -> Result<Vec<(u32, String)>> {
     Ok(wanted)
 }
 
-fn steer_inbound(object: &mut Ebpf, netns: &Netns) -> Result<FdLink> {
-    let program: &mut SkLookup = loader::program(object, "inbound")?;
-    let id =
-        program.attach(netns).context("cannot steer inbound connections (another sk_lookup program?)")?;
-    Ok(program.take_link(id)?.into())
+fn exists_is_fine(inserted: Result<(), aya::maps::MapError>) -> Result<()> {
+    match inserted {
+        Err(aya::maps::MapError::SyscallError(error))
+            if error.io_error.kind() == io::ErrorKind::AlreadyExists =>
+        {
+            Ok(())
+        }
+        other => Ok(other?),
+    }
 }
 
 pub(super) fn missing_is_fine(removed: Result<(), aya::maps::MapError>) -> Result<()> {
@@ -368,7 +422,7 @@ pub(super) fn missing_is_fine(removed: Result<(), aya::maps::MapError>) -> Resul
 }
 
 /// The first address of each family.
-fn pod_addrs(ips: &[IpAddr]) -> Result<PodAddrs> {
+pub(super) fn pod_addrs(ips: &[IpAddr]) -> Result<PodAddrs> {
     ensure!(!ips.is_empty(), "it has no address (status.podIPs)");
     let mut addrs = PodAddrs::default();
     for ip in ips.iter().rev() {

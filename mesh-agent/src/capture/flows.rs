@@ -18,8 +18,10 @@ use mesh_common::{flow::FlowRecord, maps::CLOSED};
 use nix::time::{ClockId, clock_gettime};
 use tokio::{
     sync::mpsc,
+    task::JoinHandle,
     time::{Instant, MissedTickBehavior, interval},
 };
+use tokio_util::sync::CancellationToken;
 
 use super::{
     enrol::{Capture, Flows, Shared},
@@ -49,8 +51,24 @@ impl Capture {
         let mut node = self.node.lock().unwrap_or_else(PoisonError::into_inner);
         let ring = loader::take(&mut node, CLOSED).context("ended flows are being read already")?;
         let (reports, receiver) = mpsc::channel(QUEUE);
-        tokio::spawn(read(ring, Arc::downgrade(&self.shared), reports));
+        let stop = CancellationToken::new();
+        let reader = read(ring, Arc::downgrade(&self.shared), reports, stop.clone());
+        let reading = Reading { stop, reader: tokio::spawn(reader) };
+        *self.reading.lock().unwrap_or_else(PoisonError::into_inner) = Some(reading);
         Ok(receiver)
+    }
+
+    /// Stops what reads the kernel's buffers, so that another process can. What was read is still reported.
+    pub(super) async fn stop_reading(&self) {
+        if let Some(forwarding) = self.forwarding.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            forwarding.abort();
+        }
+        let reading = self.reading.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(Reading { stop, reader }) = reading {
+            stop.cancel();
+            // One that has failed reads no more either.
+            let _ = reader.await;
+        }
     }
 
     /// All flows in the tables now, open ones and those that ended a short while ago, read one by one. (Where there may
@@ -67,6 +85,13 @@ impl Capture {
     }
 }
 
+/// The task that reads ended flows.
+#[derive(Debug)]
+pub(super) struct Reading {
+    stop: CancellationToken,
+    reader: JoinHandle<()>,
+}
+
 /// A closed flow that is still in its table.
 struct Closed {
     remove_at: Instant,
@@ -75,7 +100,12 @@ struct Closed {
     end_ns: u64,
 }
 
-async fn read(mut ring: RingBuf<MapData>, shared: Weak<Shared>, reports: mpsc::Sender<FlowRecord>) {
+async fn read(
+    mut ring: RingBuf<MapData>,
+    shared: Weak<Shared>,
+    reports: mpsc::Sender<FlowRecord>,
+    stop: CancellationToken,
+) {
     let mut closed = VecDeque::new();
     let mut next_sweep = Instant::now() + SWEEP_INTERVAL;
     let mut tick = interval(READ_INTERVAL);
@@ -83,6 +113,7 @@ async fn read(mut ring: RingBuf<MapData>, shared: Weak<Shared>, reports: mpsc::S
     loop {
         tokio::select! {
             () = reports.closed() => return,
+            () = stop.cancelled() => return,
             _ = tick.tick() => {}
         }
         let Some(shared) = shared.upgrade() else { return };

@@ -1,23 +1,28 @@
 //! What the agent leaves in bpffs while it runs, and taking it away.
 //!
-//! Maps and links are pinned under `BPF_DIR`: `maps/NAME`, `links/NAME`, `pods/COOKIE/NAME`. They outlive a crash, so
-//! that pods fail closed rather than open. Nothing outside the directory is ever removed. Tested in the lab.
+//! Maps and links are pinned under `BPF_DIR`: `maps/NAME`, `links/NAME`, and for each pod `pod-maps/COOKIE/NAME` and
+//! `pods/COOKIE/NAME` (its links). They outlive a crash, so that pods fail closed rather than open, and pass from an
+//! agent to its successor, one of the two owning the directory at any time. Nothing outside the directory is ever
+//! removed. Tested in the lab.
 
 use std::{
     ffi::CString,
     fs::{self, File},
     io,
-    os::unix::ffi::OsStrExt as _,
+    os::{
+        fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+        unix::ffi::OsStrExt as _,
+    },
     path::{Path, PathBuf},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use anyhow::{Context as _, Result, bail};
 use aya::programs::links::FdLink;
-use nix::{
-    errno::Errno,
-    fcntl::{Flock, FlockArg},
-    sys::statfs::{FsType, statfs},
-};
+use nix::sys::statfs::{FsType, statfs};
 
 /// `BPF_FS_MAGIC`.
 const BPF_FS: FsType = FsType(0xcafe_4a11);
@@ -26,8 +31,22 @@ const BPF_FS: FsType = FsType(0xcafe_4a11);
 #[derive(Debug)]
 pub(super) struct BpfDir {
     path: PathBuf,
-    /// Held for as long as the agent lives; the kernel lets go of it when the process ends, however it ends.
-    _lock: Flock<File>,
+    /// Locked for as long as the agent lives; the kernel lets go of it when the process ends, however it ends. An agent
+    /// and its successor hold the one lock together for a moment, and each lets go of it by closing it alone.
+    lock: Mutex<Option<File>>,
+    /// Whether it is this agent's to change, and to unlock: not before it was handed over, nor after.
+    ours: AtomicBool,
+}
+
+impl Drop for BpfDir {
+    fn drop(&mut self) {
+        if self.is_ours()
+            && let Some(lock) = self.file().take()
+        {
+            // Closing it would do as well, if no child of this process held it open too.
+            let _ = lock.unlock();
+        }
+    }
 }
 
 impl BpfDir {
@@ -38,22 +57,61 @@ impl BpfDir {
         fs::create_dir_all(path).with_context(|| format!("cannot make {}", path.display()))?;
         let dir = Self::lock(path)?;
         dir.empty()?;
-        for sub in [dir.maps(), dir.links(), dir.pods()] {
-            fs::create_dir(&sub).with_context(|| format!("cannot make {}", sub.display()))?;
+        for sub in [dir.maps(), dir.links(), dir.pods(), dir.pod_maps()] {
+            make(&sub)?;
         }
         Ok(dir)
     }
 
+    /// The directory of an agent that hands over, by the lock it holds. Not ours until [`BpfDir::take`].
+    pub(super) fn of_another(path: &Path, lock: OwnedFd) -> Self {
+        Self { path: path.to_path_buf(), lock: Mutex::new(Some(lock.into())), ours: AtomicBool::new(false) }
+    }
+
     fn lock(path: &Path) -> Result<Self> {
-        let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
-        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => Ok(Self { path: path.to_path_buf(), _lock: lock }),
-            Err((_, Errno::EWOULDBLOCK)) => bail!(
+        let lock = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+        match lock.try_lock() {
+            Ok(()) => Ok(Self {
+                path: path.to_path_buf(),
+                lock: Mutex::new(Some(lock)),
+                ours: AtomicBool::new(true),
+            }),
+            Err(fs::TryLockError::WouldBlock) => bail!(
                 "another agent is running with {}: stop it, or give this one its own --bpf-dir",
                 path.display()
             ),
-            Err((_, error)) => Err(error).with_context(|| format!("cannot lock {}", path.display())),
+            Err(fs::TryLockError::Error(error)) => {
+                Err(error).with_context(|| format!("cannot lock {}", path.display()))
+            }
         }
+    }
+
+    /// Whether this agent may change what is there.
+    pub(super) fn is_ours(&self) -> bool {
+        self.ours.load(Ordering::Acquire)
+    }
+
+    /// From here on it is this agent's.
+    pub(super) fn take(&self) {
+        self.ours.store(true, Ordering::Release);
+    }
+
+    /// From here on it is another agent's, which holds the lock too.
+    pub(super) fn let_go(&self) {
+        self.ours.store(false, Ordering::Release);
+        drop(self.file().take());
+    }
+
+    /// The lock, for another agent to hold too.
+    pub(super) fn share_lock(&self) -> io::Result<OwnedFd> {
+        match &*self.file() {
+            Some(lock) => lock.as_fd().try_clone_to_owned(),
+            None => Err(io::Error::other("it was handed over already")),
+        }
+    }
+
+    fn file(&self) -> MutexGuard<'_, Option<File>> {
+        self.lock.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes everything away, and the directory with it.
@@ -90,6 +148,30 @@ impl BpfDir {
     fn pods(&self) -> PathBuf {
         self.path.join("pods")
     }
+
+    /// The maps of the pod in the network namespace with this cookie.
+    pub(super) fn maps_of(&self, cookie: u64) -> PathBuf {
+        self.pod_maps().join(cookie.to_string())
+    }
+
+    fn pod_maps(&self) -> PathBuf {
+        self.path.join("pod-maps")
+    }
+}
+
+/// Makes a directory that is not there yet.
+pub(super) fn make(path: &Path) -> Result<()> {
+    fs::create_dir(path).with_context(|| format!("cannot make {}", path.display()))
+}
+
+/// Removes a directory of pinned maps; one that is not there is fine.
+pub(super) fn unpin_all(dir: &Path) -> Result<()> {
+    match fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("cannot remove {}", dir.display()))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Pins a link, which from then on lasts as long as its file.
@@ -107,12 +189,21 @@ pub fn clean(bpf_dir: &Path) -> Result<()> {
     BpfDir::lock(bpf_dir)?.remove()
 }
 
-/// Detaches every link pinned in this directory and removes the directory.
-pub(super) fn detach_all(dir: &Path) -> Result<()> {
+/// Detaches the links pinned in this directory that are none of those to keep.
+pub(super) fn detach_others(dir: &Path, keep: impl Fn(&str) -> bool) -> Result<()> {
     for path in list(dir)? {
+        if path.file_name().and_then(|name| name.to_str()).is_some_and(&keep) {
+            continue;
+        }
         detach(&path).with_context(|| format!("cannot detach {}", path.display()))?;
         fs::remove_file(&path).with_context(|| format!("cannot remove {}", path.display()))?;
     }
+    Ok(())
+}
+
+/// Detaches every link pinned in this directory and removes the directory.
+pub(super) fn detach_all(dir: &Path) -> Result<()> {
+    detach_others(dir, |_| false)?;
     match fs::remove_dir(dir) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             Err(error).with_context(|| format!("cannot remove {}", dir.display()))
@@ -130,29 +221,53 @@ fn list(dir: &Path) -> Result<Vec<PathBuf>> {
     entries.with_context(|| format!("cannot list {}", dir.display()))
 }
 
+/// Has a pinned link run this program from here on, in one step: at no instant is there none. False when there is no
+/// such link, or what it was attached to is gone.
+pub(super) fn replace(path: &Path, program: BorrowedFd<'_>) -> Result<bool> {
+    let replaced = open_link(path).and_then(|link| {
+        #[expect(unsafe_code, reason = "the loader library replaces no program of a pinned link")]
+        // SAFETY: both descriptors are open for the length of the call; no options are given.
+        let failed =
+            unsafe { libbpf_sys::bpf_link_update(link.as_raw_fd(), program.as_raw_fd(), std::ptr::null()) };
+        if failed < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    });
+    match replaced {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) if is_detached(&error) => {
+            fs::remove_file(path).with_context(|| format!("cannot remove {}", path.display()))?;
+            Ok(false)
+        }
+        Err(error) => Err(error).with_context(|| format!("cannot replace the program of {}", path.display())),
+    }
+}
+
+/// What the link was attached to is gone.
+fn is_detached(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(nix::libc::ENOLINK)
+}
+
 /// Detaches a pinned link at once. Removing its file would do as well, but only after a while: the kernel waits for
 /// running programs first.
 fn detach(path: &Path) -> io::Result<()> {
-    use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
-
-    let path = CString::new(path.as_os_str().as_bytes())?;
+    let link = open_link(path)?;
     #[expect(unsafe_code, reason = "the loader library has no call to detach a pinned link")]
-    // SAFETY: `path` is a C string; a descriptor that is not negative is ours and closed by its owner here.
-    let link = unsafe {
-        let fd = libbpf_sys::bpf_obj_get(path.as_ptr());
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        OwnedFd::from_raw_fd(fd)
-    };
-    #[expect(unsafe_code, reason = "as above")]
     // SAFETY: the descriptor is open for the length of the call.
     let failed = unsafe { libbpf_sys::bpf_link_detach(link.as_raw_fd()) };
     match io::Error::last_os_error() {
         _ if failed >= 0 => Ok(()),
-        // What it was attached to is gone already.
-        error if error.raw_os_error() == Some(nix::libc::ENOLINK) => Ok(()),
+        error if is_detached(&error) => Ok(()),
         error => Err(error),
+    }
+}
+
+fn open_link(path: &Path) -> io::Result<OwnedFd> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    #[expect(unsafe_code, reason = "the loader library opens no pinned link by its descriptor")]
+    // SAFETY: `path` is a C string; a descriptor that is not negative is ours and closed by its owner here.
+    unsafe {
+        let fd = libbpf_sys::bpf_obj_get(path.as_ptr());
+        if fd < 0 { Err(io::Error::last_os_error()) } else { Ok(OwnedFd::from_raw_fd(fd)) }
     }
 }
 

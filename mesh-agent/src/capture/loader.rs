@@ -3,7 +3,10 @@
 //! Programs that belong to a pod read that pod's maps directly, and its namespace's cookie from read-only data; what all
 //! programs share they find by its pin. Tested in the lab.
 
-use std::path::{Path, PathBuf};
+use std::{
+    os::fd::AsFd as _,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use aya::{
@@ -14,10 +17,13 @@ use aya::{
 use aya_log::EbpfLogger;
 use mesh_common::maps::{NETNS_COOKIE, OF_A_POD, SHARED};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use tokio::io::{Interest, unix::AsyncFd};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    task::AbortHandle,
+};
 
 use super::{
-    links::{BpfDir, pin},
+    links::{BpfDir, detach_others, pin, replace},
     tables::PodTables,
 };
 use crate::state::snapshot::WhenAgentIsDown;
@@ -65,23 +71,33 @@ pub enum EbpfLog {
     Trace,
 }
 
-/// Loads the programs of the node. The shared maps are pinned on the way.
+/// Loads the programs of the node. The shared maps are pinned on the way, or found where they are pinned.
 pub(super) fn load(dir: &BpfDir, log: EbpfLog) -> Result<Ebpf> {
     raise_limits();
-    let mut node = load_object(dir, log, PodTables::default(), 0)?;
+    let mut node = load_object(dir, log, PodTables::default(), None)?;
+    for (name, program) in node.programs_mut() {
+        let loaded = match program {
+            Program::SockOps(program) => program.load(),
+            Program::CgroupSockAddr(program) => program.load(),
+            _ => Ok(()),
+        };
+        loaded.with_context(|| {
+            format!(
+                "the kernel refuses the {name} program (Linux 5.15 or newer, with CAP_BPF and CAP_NET_ADMIN)"
+            )
+        })?;
+    }
     // Only the programs of a pod use these, each pod having its own.
     for name in OF_A_POD {
         drop(node.take_map(name));
     }
-    if log != EbpfLog::Off {
-        forward_log(&mut node)?;
-    }
     Ok(node)
 }
 
-/// Loads the programs of the pod in the network namespace with this cookie.
+/// Loads the programs of the pod in the network namespace with this cookie. Its maps are pinned on the way, or found
+/// where they are pinned.
 pub(super) fn load_pod(dir: &BpfDir, log: EbpfLog, tables: PodTables, cookie: u64) -> Result<Ebpf> {
-    let mut pod = load_object(dir, log, tables, cookie)?;
+    let mut pod = load_object(dir, log, tables, Some(cookie))?;
     // Before any map is taken out and closed: until it is loaded a program knows its maps by their descriptors.
     for (name, program) in pod.programs_mut() {
         let loaded = match program {
@@ -94,18 +110,21 @@ pub(super) fn load_pod(dir: &BpfDir, log: EbpfLog, tables: PodTables, cookie: u6
     Ok(pod)
 }
 
-fn load_object(dir: &BpfDir, log: EbpfLog, tables: PodTables, cookie: u64) -> Result<Ebpf> {
+fn load_object(dir: &BpfDir, log: EbpfLog, tables: PodTables, pod: Option<u64>) -> Result<Ebpf> {
     if OBJECT.is_empty() {
         bail!(
             "this agent was built without its kernel programs: run `cargo xtask build-ebpf` and build it again"
         );
     }
-    let level = log as u8;
+    let (level, cookie) = (log as u8, pod.unwrap_or_default());
     let mut loader = EbpfLoader::new();
     loader.override_global(aya_log::LEVEL, &level, true).override_global(NETNS_COOKIE, &cookie, true);
     tables.size(&mut loader);
     for name in SHARED.into_iter().chain([LOG_MAP]) {
         loader.map_pin_path(name, dir.maps().join(name));
+    }
+    for name in pod.is_some().then_some(OF_A_POD).into_iter().flatten() {
+        loader.map_pin_path(name, dir.maps_of(cookie).join(name));
     }
     loader.load(OBJECT).map_err(|error| {
         anyhow!(error)
@@ -113,29 +132,34 @@ fn load_object(dir: &BpfDir, log: EbpfLog, tables: PodTables, cookie: u64) -> Re
     })
 }
 
+/// The programs of the node, and the pins of their links.
+const OF_THE_NODE: [(&str, &str); 5] = [
+    ("on_socket_event", "sockops"),
+    ("on_getpeername4", "getpeername4"),
+    ("on_getpeername6", "getpeername6"),
+    ("on_connect4", "connect4"),
+    ("on_connect6", "connect6"),
+];
+
 /// Attaches the programs of the node and pins their links: what apps ask for at the cgroup of the pods, what connections
-/// do at the root, for one end of those inside a pod is the agent's.
+/// do at the root, for one end of those inside a pod is the agent's. A link that is there already is given the program
+/// instead.
 pub(super) fn attach(node: &mut Ebpf, dir: &BpfDir, root: &Path, pods: &Path) -> Result<()> {
-    const PROGRAMS: [(&str, &str); 5] = [
-        ("on_socket_event", "sockops"),
-        ("on_getpeername4", "getpeername4"),
-        ("on_getpeername6", "getpeername6"),
-        ("on_connect4", "connect4"),
-        ("on_connect6", "connect6"),
-    ];
     let open = |path: &Path| std::fs::File::open(path).with_context(|| format!("cgroup {}", path.display()));
     let (root, pods) = (open(root)?, open(pods)?);
-    for (name, hook) in PROGRAMS {
+    for (name, hook) in OF_THE_NODE {
         let cgroup = if hook == "sockops" { &root } else { &pods };
         let program = node.program_mut(name).ok_or_else(|| missing(name))?;
-        let link = attach_to_cgroup(program, cgroup).with_context(|| {
-            format!(
-                "the kernel refuses the {hook} program (Linux 5.15 or newer, with CAP_BPF and CAP_NET_ADMIN)"
-            )
-        })?;
-        pin(link, &dir.links().join(hook))?;
+        let pinned = dir.links().join(hook);
+        if replace(&pinned, program.fd()?.as_fd())? {
+            continue;
+        }
+        let link = attach_to_cgroup(program, cgroup)
+            .with_context(|| format!("the kernel does not attach the {hook} program"))?;
+        pin(link, &pinned)?;
     }
-    Ok(())
+    // Hooks of an older agent that this one does without.
+    detach_others(&dir.links(), |pinned| OF_THE_NODE.iter().any(|(_, hook)| *hook == pinned))
 }
 
 fn attach_to_cgroup(program: &mut Program, cgroup: &std::fs::File) -> Result<FdLink> {
@@ -145,13 +169,11 @@ fn attach_to_cgroup(program: &mut Program, cgroup: &std::fs::File) -> Result<FdL
     Ok(match program {
         Program::SockOps(program) => {
             let program: &mut SockOps = program;
-            program.load()?;
             let id = program.attach(cgroup, mode)?;
             program.take_link(id)?.try_into()?
         }
         Program::CgroupSockAddr(program) => {
             let program: &mut CgroupSockAddr = program;
-            program.load()?;
             let id = program.attach(cgroup, mode)?;
             program.take_link(id)?.try_into()?
         }
@@ -190,8 +212,8 @@ fn missing(name: &str) -> anyhow::Error {
     anyhow!("the kernel object has no {name}: it was not built with this agent; run `cargo xtask build-ebpf`")
 }
 
-/// Hands what the kernel programs log to the process's log.
-fn forward_log(node: &mut Ebpf) -> Result<()> {
+/// Hands what the kernel programs log to the process's log, until it is aborted.
+pub(super) fn forward_log(node: &mut Ebpf) -> Result<AbortHandle> {
     let logger = EbpfLogger::init(node).context("log of the kernel programs")?;
     #[expect(
         unsafe_code,
@@ -199,13 +221,13 @@ fn forward_log(node: &mut Ebpf) -> Result<()> {
     )]
     // SAFETY: the logger owns its ring buffer and gives the same descriptor, open, for as long as it lives.
     let mut logger = unsafe { AsyncFd::register_with_interest(logger, Interest::READABLE) }?;
-    tokio::spawn(async move {
+    let forwarding = tokio::spawn(async move {
         while let Ok(mut ready) = logger.readable_mut().await {
             ready.get_inner_mut().flush();
             ready.clear_ready();
         }
     });
-    Ok(())
+    Ok(forwarding.abort_handle())
 }
 
 /// Raises what may be raised: before Linux 5.11 maps counted as locked memory; three listeners and six maps a pod take

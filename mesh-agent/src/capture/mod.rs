@@ -9,7 +9,9 @@
 //! the agent is in this room alone. Tested by the unit tests of its files and, with the kernel, by the lab
 //! (`tests/tests/capture/`).
 
+mod adopt;
 mod cgroup;
+pub mod descriptors;
 mod enrol;
 mod fixed;
 mod flows;
@@ -40,6 +42,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 
 pub use self::{
+    adopt::{Adopted, OfferedPod},
     enrol::Capture,
     links::clean,
     live::bring_up_to_date,

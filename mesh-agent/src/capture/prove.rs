@@ -35,7 +35,7 @@ impl Capture {
     pub fn prove(&self) -> Result<()> {
         let facts = Facts::open(&self.dir.maps())?;
         let mut pods = self.pods_map()?;
-        let apart = self.pods_apart;
+        let apart = self.cgroups.pods != self.cgroups.root;
         let (made, ready) = std::sync::mpsc::sync_channel(0);
         let (go, gone) = std::sync::mpsc::sync_channel::<()>(0);
         // A thread of its own: it never comes back from the namespace it makes.

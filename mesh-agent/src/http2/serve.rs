@@ -12,11 +12,12 @@ use tokio::{
     io::{AsyncRead, AsyncWrite},
     time::{self, Instant},
 };
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::task::TaskTracker;
 
 use super::stream::{ServerStream, Tally};
 use crate::{
     body::{Body, Received},
+    drain::Drain,
     error::{Error, Kind, Result},
 };
 
@@ -41,7 +42,8 @@ pub enum Ended {
 }
 
 /// Serves a connection until it ends and every handler is done; `drain` makes it send GOAWAY and end with its last
-/// stream. The request of a CONNECT has no body: its bytes come once it is granted.
+/// stream, where its agent is only leaving not before there was one: a client that has just connected is about to ask.
+/// The request of a CONNECT has no body: its bytes come once it is granted.
 ///
 /// # Errors
 /// [`Kind::BadRequest`] when the peer breaks HTTP/2, [`Kind::DownstreamReset`] when the connection breaks with streams
@@ -50,7 +52,7 @@ pub async fn serve<S, H, F>(
     io: S,
     builder: &h2::server::Builder,
     options: Options,
-    drain: &CancellationToken,
+    drain: &Drain,
     handle: H,
 ) -> Result<Ended>
 where
@@ -90,7 +92,11 @@ where
                 Some(Err(error)) => break Err(ended(&error)),
                 None => break Ok(ending),
             },
-            () = drain.cancelled(), if !draining => {
+            () = drain.started(), if !draining => {
+                draining = true;
+                connection.graceful_shutdown();
+            }
+            () = drain.left(), if !draining && tally.accepted() > 0 => {
                 draining = true;
                 goodbye = Some(Instant::now() + options.handshake);
                 connection.graceful_shutdown();

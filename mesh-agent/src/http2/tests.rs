@@ -11,6 +11,7 @@ use std::{
     time::Duration,
 };
 
+use crate::drain::Drain;
 use ::bytes::Bytes;
 use h2::{Reason, client::SendRequest};
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode};
@@ -21,7 +22,6 @@ use tokio::{
     sync::oneshot,
     task::JoinHandle,
 };
-use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::{
@@ -55,7 +55,7 @@ where
 
 struct Served {
     sender: SendRequest<Bytes>,
-    drain: CancellationToken,
+    drain: Drain,
     serving: JoinHandle<Result<Ended>>,
     client: JoinHandle<std::result::Result<(), h2::Error>>,
 }
@@ -67,7 +67,7 @@ where
     F: Future<Output = ()> + Send + 'static,
 {
     let (near, far) = tokio::io::duplex(1 << 16);
-    let drain = CancellationToken::new();
+    let drain = Drain::default();
     let token = drain.clone();
     let serving =
         tokio::spawn(async move { serve(far, &h2::server::Builder::new(), OPTIONS, &token, handle).await });
@@ -293,7 +293,7 @@ async fn draining_finishes_what_is_under_way_and_takes_nothing_new() -> TestResu
     while go_on.receiver_count() < 2 {
         tokio::task::yield_now().await;
     }
-    served.drain.cancel();
+    served.drain.start();
     while !is_closed(&served.sender) {
         tokio::task::yield_now().await;
     }
@@ -353,7 +353,7 @@ async fn raw(bytes: &[u8]) -> std::result::Result<(DuplexStream, JoinHandle<Resu
     const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00";
     let (mut near, far) = tokio::io::duplex(1 << 20);
     let serving = tokio::spawn(async move {
-        serve(far, &h2::server::Builder::new(), OPTIONS, &CancellationToken::new(), echo).await
+        serve(far, &h2::server::Builder::new(), OPTIONS, &Drain::default(), echo).await
     });
     near.write_all(PREFACE).await?;
     // The peer may be refused in the middle of it.
@@ -394,7 +394,7 @@ async fn read_along(
         along.accepted(stream.id());
         echo(request, stream)
     };
-    tokio::spawn(async move { serve(far, &server, OPTIONS, &CancellationToken::new(), handle).await });
+    tokio::spawn(async move { serve(far, &server, OPTIONS, &Drain::default(), handle).await });
     let (sender, connection) = h2::client::handshake(near).await?;
     tokio::spawn(connection);
     Ok((sender, told))

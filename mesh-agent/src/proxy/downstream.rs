@@ -2,7 +2,7 @@
 //!
 //! Promises: a connection on which nothing moves is closed, each thing it waits for having its own limit; a refusal of
 //! bytes is answered and counted as any request is; when the pod drains, what is under way is finished and nothing new is
-//! taken. Tested in the lab (`limits.rs`, `strict.rs`, `abuse.rs` and others in `tests/tests/http/`).
+//! taken; when another agent takes over, a client is told with its next answer. Tested in the lab (`limits.rs`, `strict.rs`, `abuse.rs` and others in `tests/tests/http/`).
 
 use std::{
     convert::Infallible,
@@ -12,7 +12,10 @@ use std::{
     task::{Context, Poll},
 };
 
-use ::http::{Method, Request, Response, header::UPGRADE};
+use ::http::{
+    HeaderValue, Method, Request, Response,
+    header::{CONNECTION, UPGRADE},
+};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::TokioIo;
 use tokio::{
@@ -86,7 +89,7 @@ async fn serve_http2(
         .max_header_list_size(limits.max_request_head_bytes.saturating_mul(HEADER_LIST_SLACK))
         .enable_connect_protocol();
     let options = http2::Options { handshake: limits.request_head_timeout, ping: None, idle: limits.idle() };
-    let drain = outbound.pod.drain.token();
+    let drain = outbound.pod.drain.clone();
     let telling = Arc::clone(&outbound);
     let (client, unsent) = Watched::new(client);
     let (io, along) = ReadAlong::new(client, move |refusal| telling.stream_refused(refusal));
@@ -262,8 +265,12 @@ async fn answer(
             head.map(|()| Reported::silent(Body::Empty))
         }
         (Answered::Switch(head, _), None) => head.map(|()| Reported::silent(Body::Empty)),
-        (Answered::Response(response), _) => {
+        (Answered::Response(mut response), _) => {
             gate.switched(false);
+            if outbound.pod.drain.is_leaving() {
+                // Closed without a word, it might cross the client's next request.
+                response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+            }
             response
         }
     })

@@ -34,12 +34,12 @@ const APP_CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Largest future of one connection, bytes.
 const CONNECTION_FUTURE: usize = 12 << 10;
 
-/// Takes a pod's connections from one of its inbound listeners until the listener is gone or the pod drains.
+/// Takes a pod's connections from one of its inbound listeners until the listener is gone or the agent leaves the pod.
 pub async fn serve(mesh: Arc<Mesh>, pod: Arc<Pod>, listener: Listener) {
     loop {
         let captured = tokio::select! {
             captured = next(&mesh, &pod, listener, Side::Destination) => captured,
-            () = pod.drain.started() => return,
+            () = pod.drain.left() => return,
         };
         let Some(captured) = captured else { return };
         let captured = if listener == Listener::Mesh { pod.take_carrier(captured) } else { Some(captured) };
@@ -121,7 +121,7 @@ async fn mesh_connection(mesh: Arc<Mesh>, pod: Arc<Pod>, captured: Captured) -> 
     // Boxed: the handshake is over soon.
     let (tls, peer, wire) = Box::pin(tunnel::accept(captured.stream, pod.identity())).await?;
     let inbound = Arc::new(Inbound::new(mesh, pod, ends, Some(peer)));
-    let (ips, drain) = (inbound.workload.ips.clone(), inbound.pod.drain.token());
+    let (ips, drain) = (inbound.workload.ips.clone(), inbound.pod.drain.clone());
     let handle = |stream| serve_stream(Arc::clone(&inbound), stream);
     // Boxed, the handshake being over: what an idle connection needs is small, what serving one takes is not.
     match Box::pin(tunnel::serve(tls, wire, &ips, &drain, handle)).await {

@@ -35,12 +35,12 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Largest future of one connection, bytes: idle connections must be cheap.
 const CONNECTION_FUTURE: usize = 6 << 10;
 
-/// Takes a pod's captured connections until its listener is gone or the pod drains.
+/// Takes a pod's captured connections until its listener is gone or the agent leaves the pod.
 pub async fn serve(mesh: Arc<Mesh>, pod: Arc<Pod>) {
     loop {
         let captured = tokio::select! {
             captured = next(&mesh, &pod, Listener::Outbound, Side::Source) => captured,
-            () = pod.drain.started() => return,
+            () = pod.drain.left() => return,
         };
         let Some(captured) = captured else { return };
         let Some(place) = admit(&mesh, &pod, Side::Source, (&captured).into()) else { continue };

@@ -11,10 +11,11 @@ use std::{
     time::Duration,
 };
 
+use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
-use super::{FlowFacts, Side};
-use crate::state::snapshot::Workload;
+use super::{FlowFacts, RequestProtocol, Side};
+use crate::{identity::SpiffeId, state::snapshot::Workload};
 
 /// How long facts outlive their connection: a closed flow's record is readable for 30 s, and its reader may be late.
 pub const KEPT: Duration = Duration::from_mins(1);
@@ -49,6 +50,65 @@ struct Connections {
 /// One connection.
 #[derive(Debug, Default)]
 struct Entry(Mutex<FlowFacts>);
+
+/// The facts of a connection, as one process tells them to another.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KnownFlow {
+    namespace: String,
+    name: String,
+    destination: bool,
+    client: SocketAddr,
+    service: Option<String>,
+    endpoint: Option<SocketAddr>,
+    peer_pod: Option<String>,
+    /// Trust domain, namespace and service account.
+    peer: Option<[String; 3]>,
+    route: Option<String>,
+    protocol: Option<RequestProtocol>,
+    mutual_tls: bool,
+}
+
+impl KnownFlow {
+    fn new(pod: &PodSide, client: SocketAddr, facts: &FlowFacts) -> Self {
+        let text = |name: &Option<Arc<str>>| name.as_deref().map(str::to_owned);
+        let parts = |id: &SpiffeId| {
+            [&id.trust_domain, &id.namespace, &id.service_account].map(|part| part.as_ref().to_owned())
+        };
+        Self {
+            namespace: pod.namespace.as_ref().to_owned(),
+            name: pod.name.as_ref().to_owned(),
+            destination: pod.side == Side::Destination,
+            client,
+            service: text(&facts.service),
+            endpoint: facts.endpoint,
+            peer_pod: text(&facts.peer_pod),
+            peer: facts.peer.as_ref().map(parts),
+            route: text(&facts.route),
+            protocol: facts.protocol,
+            mutual_tls: facts.mutual_tls,
+        }
+    }
+
+    /// The response flag is left out: it is of a request that is over.
+    fn facts(&self) -> FlowFacts {
+        let text = |name: &Option<String>| name.as_deref().map(Arc::from);
+        let peer = self.peer.as_ref().map(|[trust_domain, namespace, service_account]| SpiffeId {
+            trust_domain: trust_domain.as_str().into(),
+            namespace: namespace.as_str().into(),
+            service_account: service_account.as_str().into(),
+        });
+        FlowFacts {
+            service: text(&self.service),
+            endpoint: self.endpoint,
+            peer_pod: text(&self.peer_pod),
+            peer,
+            route: text(&self.route),
+            protocol: self.protocol,
+            flag: None,
+            mutual_tls: self.mutual_tls,
+        }
+    }
+}
 
 /// Facts are plain data, whole after every change: a panic elsewhere does not make them wrong.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -112,7 +172,10 @@ impl Connections {
 impl FactsTable {
     /// Registers a connection, as the latest of this client address.
     pub fn begin(&self, pod: &Workload, side: Side, client: SocketAddr) -> FlowGuard {
-        let key = PodSide { namespace: pod.namespace.clone(), name: pod.name.clone(), side };
+        self.register(PodSide { namespace: pod.namespace.clone(), name: pod.name.clone(), side }, client)
+    }
+
+    fn register(&self, key: PodSide, client: SocketAddr) -> FlowGuard {
         let pod = self.pod(key);
         let entry = Arc::new(Entry::default());
         let client = canonical(client);
@@ -138,6 +201,29 @@ impl FactsTable {
             !connections.by_client.is_empty() || Arc::strong_count(pod) > 1
         });
         pods.entry(key).or_default().clone()
+    }
+
+    /// The facts of all connections that are open, for another process.
+    pub fn known(&self) -> Vec<KnownFlow> {
+        let pods = self.pods.read().unwrap_or_else(PoisonError::into_inner);
+        let mut known = Vec::new();
+        for (pod, connections) in pods.iter() {
+            let connections = lock(&connections.0);
+            for (client, entry) in &connections.by_client {
+                // An ended one is held by the queue as well; its flow may still be reported.
+                known.push(KnownFlow::new(pod, *client, &lock(&entry.0)));
+            }
+        }
+        known
+    }
+
+    /// Registers a connection that another process holds.
+    pub fn adopt(&self, known: &KnownFlow) -> FlowGuard {
+        let side = if known.destination { Side::Destination } else { Side::Source };
+        let pod = PodSide { namespace: (*known.namespace).into(), name: (*known.name).into(), side };
+        let guard = self.register(pod, known.client);
+        guard.learn(|facts| *facts = known.facts());
+        guard
     }
 
     /// The facts of the latest connection of this client address.
@@ -201,6 +287,27 @@ mod tests {
         second.learn(|facts| facts.route = Some("second".into()));
         tokio::time::advance(KEPT).await;
         assert_eq!(route(&table, &pod, client(1)).as_deref(), Some("second"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_one_process_knows_another_finds() -> serde_json::Result<()> {
+        let (here, there, pod) =
+            (FactsTable::default(), FactsTable::default(), samples::workload("productpage", 1));
+        let guard = here.begin(&pod, Side::Source, client(1));
+        guard.learn(|facts| {
+            (facts.route, facts.protocol) = (Some("a".into()), Some(RequestProtocol::Grpc));
+            facts.peer = Some(pod.identity.clone());
+        });
+        let told = serde_json::to_string(&here.known())?;
+        let held: Vec<_> =
+            serde_json::from_str::<Vec<KnownFlow>>(&told)?.iter().map(|flow| there.adopt(flow)).collect();
+        let found = there.find(&pod.namespace, &pod.name, Side::Source, client(1)).unwrap_or_default();
+        assert_eq!((found.route.as_deref(), found.protocol), (Some("a"), Some(RequestProtocol::Grpc)));
+        assert_eq!(found.peer.as_ref(), Some(&pod.identity));
+        drop(held);
+        tokio::time::advance(KEPT * 2).await;
+        assert!(route(&there, &pod, client(1)).is_none(), "kept for ever");
+        Ok(())
     }
 
     #[tokio::test(start_paused = true)]

@@ -7,6 +7,7 @@ mod access_log;
 mod connection;
 mod facts;
 mod flows;
+mod inherited;
 mod labels;
 mod metrics;
 #[cfg(test)]
@@ -15,20 +16,22 @@ mod samples;
 use std::{
     io,
     net::SocketAddr,
+    path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use prometheus_client::metrics::counter::Counter;
+use serde::{Deserialize, Serialize};
 use tokio::sync::broadcast;
 
 pub use self::{
     access_log::AccessLog,
     connection::{ConnectionGuard, TcpLabels},
-    facts::{FlowGuard, KEPT},
+    facts::{FlowGuard, KEPT, KnownFlow},
     flows::{Clock, Context, Direction, FindFacts, FlowView, Protection, Verdict, join, socket_addr},
 };
-use self::{access_log::Log, facts::FactsTable, labels::Flags, metrics::Metrics};
+use self::{access_log::Log, facts::FactsTable, inherited::Inherited, labels::Flags, metrics::Metrics};
 use crate::{
     error::{Error, Kind},
     identity::SpiffeId,
@@ -77,7 +80,7 @@ impl Security {
 }
 
 /// Application protocol in `request_protocol`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum RequestProtocol {
     /// `http`
     Http,
@@ -206,6 +209,7 @@ pub struct Reporter {
     metrics: Metrics,
     log: Log,
     facts: FactsTable,
+    inherited: Inherited,
     closed: broadcast::Sender<Arc<FlowView>>,
 }
 
@@ -225,7 +229,8 @@ impl Reporter {
     fn with(log: impl FnOnce(Counter) -> Log) -> Self {
         let metrics = Metrics::new();
         let log = log(metrics.log_dropped.clone());
-        Self { metrics, log, facts: FactsTable::default(), closed: broadcast::Sender::new(FOLLOW_QUEUE) }
+        let (facts, inherited) = (FactsTable::default(), Inherited::default());
+        Self { metrics, log, facts, inherited, closed: broadcast::Sender::new(FOLLOW_QUEUE) }
     }
 
     /// With an access log on standard output. An `Err` when its thread cannot be started.
@@ -372,9 +377,37 @@ impl Reporter {
         self.metrics.set_certificates(expiry);
     }
 
-    /// All metrics as `OpenMetrics` text, the body of `/metrics`.
+    /// What is known of all connections, for a process that takes over.
+    pub fn known_flows(&self) -> Vec<KnownFlow> {
+        self.facts.known()
+    }
+
+    /// What another process knows of a connection it keeps, until the guard is dropped.
+    pub fn adopt_flow(&self, known: &KnownFlow) -> FlowGuard {
+        self.facts.adopt(known)
+    }
+
+    /// All metrics as `OpenMetrics` text, the body of `/metrics`, with what agents before this one have counted and
+    /// still count. May read files.
     pub fn exposition(&self) -> String {
-        self.metrics.exposition()
+        self.inherited.add_all(self.metrics.exposition())
+    }
+
+    /// From here on agents before this one leave their metrics in this directory.
+    pub fn inherit_from(&self, dir: PathBuf) {
+        self.inherited.set_dir(dir);
+    }
+
+    /// Leaves its metrics, and those it has inherited for good, to the agent that has taken over. `last`: there will be
+    /// no others. Writes a file.
+    ///
+    /// # Errors
+    /// Those of the file; the agent that has taken over may be gone too.
+    pub fn leave_metrics(&self, dir: &Path, last: bool) -> io::Result<()> {
+        if !last {
+            std::fs::create_dir_all(dir)?;
+        }
+        self.inherited.leave(dir, self.metrics.exposition(), last)
     }
 
     /// Waits until the access log is written, at most `limit`; for the end of the process and for tests. Whether it

@@ -7,7 +7,6 @@ use std::net::{IpAddr, SocketAddr};
 
 use http::{HeaderMap, Request, Response, StatusCode, header::FORWARDED};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio_util::sync::CancellationToken;
 
 use super::{
     Wire, native,
@@ -16,6 +15,7 @@ use super::{
 };
 use crate::{
     body::Body,
+    drain::Drain,
     error::{Error, Kind, Result},
     http2::{self, ByteStream, ServerStream},
     state::snapshot::Protocol,
@@ -95,13 +95,7 @@ impl Drop for Tunnel {
 ///
 /// # Errors
 /// [`Kind::BadRequest`] when the peer breaks HTTP/2, [`Kind::DownstreamReset`] when the connection breaks.
-pub async fn serve<S, H, F>(
-    stream: S,
-    wire: Wire,
-    pod_ips: &[IpAddr],
-    drain: &CancellationToken,
-    handle: H,
-) -> Result<()>
+pub async fn serve<S, H, F>(stream: S, wire: Wire, pod_ips: &[IpAddr], drain: &Drain, handle: H) -> Result<()>
 where
     S: AsyncRead + AsyncWrite + Unpin,
     H: Fn(MeshStream) -> F,

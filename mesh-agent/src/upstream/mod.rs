@@ -77,6 +77,9 @@ pub fn via(pods: &LocalPods, node: &str, endpoint: &Endpoint) -> Result<Via> {
     }
 }
 
+/// Connections on which a tunnel is tried before that is a failure: each may be of an agent that leaves.
+const TUNNEL_TRIES: u32 = 3;
+
 /// Begins the facts of an app's new connection.
 pub type BeginFlow<'a> = dyn Fn() -> Option<FlowGuard> + Send + Sync + 'a;
 
@@ -164,8 +167,15 @@ impl Pod {
                 Ok(UpstreamStream::Tcp(pod.open_app(to.address, client, timeout).await?))
             }
             Via::Mesh(workload) => {
-                let connection = self.mesh_connection(workload, to.address, Wire::Hbone, timeout).await?;
-                Ok(UpstreamStream::Tunnel(connection.open_tunnel(to.address, client).await?))
+                let mut tries = 1;
+                loop {
+                    let connection = self.mesh_connection(workload, to.address, Wire::Hbone, timeout).await?;
+                    match connection.open_tunnel(to.address, client).await {
+                        // Its agent was leaving at that moment, and has not looked at it.
+                        Err(error) if error.kind == Kind::RefusedStream && tries < TUNNEL_TRIES => tries += 1,
+                        opened => return opened.map(UpstreamStream::Tunnel),
+                    }
+                }
             }
             Via::Plain => {
                 let (net, to) = (self.net(), to.address);

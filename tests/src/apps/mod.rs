@@ -7,6 +7,7 @@
 mod answers;
 mod attack;
 mod call;
+mod load;
 mod pattern;
 mod raw;
 mod request;
@@ -17,6 +18,7 @@ pub use answers::{
 };
 pub use attack::{Attack, AttackKind, End, Goaway};
 pub use call::{Call, CallKind, Called, Note};
+pub use load::{Load, LoadKind, Loaded};
 pub use pattern::{Pattern, pattern};
 pub use raw::{Bytes, Raw, RawAnswer, RawEnd};
 pub use request::Request;

@@ -30,6 +30,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("http2", &[]),
     // around the path
     ("admin", &["balance", "capture", "identity", "source", "upstream"]),
+    ("handover", &["admin", "capture"]),
     ("source", &[]),
     ("controller", &["identity", "source"]),
     ("ctl", &["admin", "capture::inspect"]),

@@ -13,12 +13,12 @@ use std::{
     sync::Arc,
 };
 
+use crate::drain::Drain;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
     task::JoinSet,
 };
-use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::{
@@ -76,7 +76,7 @@ async fn sockets() -> std::io::Result<(TcpStream, TcpStream)> {
 /// The accepting end of a pod, as the agent of its node plays it.
 struct Node {
     address: SocketAddr,
-    drain: CancellationToken,
+    drain: Drain,
     served: JoinSet<Result<()>>,
 }
 
@@ -84,7 +84,7 @@ impl Node {
     /// Serves the next `connections`, tunnels to `app`, native requests by telling what came in.
     async fn start(identity: &Arc<WorkloadIdentity>, connections: usize, app: App) -> std::io::Result<Self> {
         let listener = Arc::new(TcpListener::bind((POD, 0)).await?);
-        let (address, drain, mut served) = (listener.local_addr()?, CancellationToken::new(), JoinSet::new());
+        let (address, drain, mut served) = (listener.local_addr()?, Drain::default(), JoinSet::new());
         for _ in 0..connections {
             let (listener, identity, drain) = (Arc::clone(&listener), Arc::clone(identity), drain.clone());
             served.spawn(async move {
@@ -113,12 +113,7 @@ impl Node {
     }
 }
 
-async fn serve(
-    stream: TcpStream,
-    identity: &WorkloadIdentity,
-    drain: &CancellationToken,
-    app: App,
-) -> Result<()> {
+async fn serve(stream: TcpStream, identity: &WorkloadIdentity, drain: &Drain, app: App) -> Result<()> {
     let (tls, peer, wire) = accept(stream, identity).await?;
     let peer = Arc::new(peer);
     super::serve(tls, wire, &[POD], drain, move |stream| answer(stream, Arc::clone(&peer), app)).await

@@ -112,7 +112,7 @@ async fn a_client_that_breaks_off_is_no_end_of_file() -> TestResult {
     let server = Arc::clone(&pair.server);
     let serving = tokio::spawn(async move {
         let (tls, _, _) = accept(accepted, &server).await?;
-        super::super::serve(tls, Wire::Hbone, &[POD], &CancellationToken::new(), move |stream| {
+        super::super::serve(tls, Wire::Hbone, &[POD], &Drain::default(), move |stream| {
             let report = report.clone();
             async move {
                 let MeshStream::Tunnel(tunnel) = stream else { return };
@@ -194,7 +194,7 @@ async fn a_drained_connection_finishes_its_streams_and_takes_no_more() -> TestRe
     let mut node = Node::start(&pair.server, 1, echo).await?;
     let connection = node.connect_tunnels(&pair).await?;
     let mut tunnel = connection.open_tunnel(ECHO, CLIENT).await?;
-    node.drain.cancel();
+    node.drain.start();
     // The GOAWAY comes before any answer to what is sent after it.
     let mut byte = [0];
     while connection.is_open() {

@@ -7,6 +7,7 @@ mod h2_attack;
 mod http_client;
 mod http_server;
 mod listen;
+mod load;
 mod raw;
 mod tcp;
 mod tunnel;
@@ -60,6 +61,8 @@ enum Command {
     Upgrade(tunnel::Upgrade),
     /// Abuse of HTTP/2
     H2Attack(h2_attack::Options),
+    /// Clients of one kind that ask again and again until they are told to stop
+    Load(load::Options),
     /// TCP client
     Tcp(tcp::Client),
     /// UDP client
@@ -114,6 +117,7 @@ async fn main() -> Result<()> {
         Command::Connect(client) => client.run().await,
         Command::Upgrade(client) => client.run().await,
         Command::H2Attack(attack) => attack.run().await,
+        Command::Load(load) => load.run().await,
         Command::Tcp(client) => client.run().await,
         Command::Udp(client) => client.run().await,
         Command::GrpcClient(client) => client.run().await,

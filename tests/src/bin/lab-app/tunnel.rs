@@ -35,6 +35,9 @@ const BINARY: usize = 100_000;
 
 type Ask = Request<Empty<Data>>;
 
+/// An open WebSocket of a client.
+pub type Socket = WebSocketStream<TokioIo<Upgraded>>;
+
 #[derive(Debug, Args)]
 pub struct WebSocket {
     /// The URL, as `http://ADDRESS:PORT/PATH`
@@ -59,23 +62,8 @@ impl WebSocket {
     }
 
     async fn talk(&self) -> Result<Spoken> {
-        let key = generate_key();
-        let response = send(&self.url, self.request(&key)?, self.h2c).await?;
-        let status = response.status().as_u16();
-        let pod = pod(&response);
-        let mut spoken =
-            Spoken { status, pod, messages: Vec::new(), binary_bytes: 0, pong: false, close: None };
-        if status != if self.h2c { 200 } else { 101 } {
-            return Ok(spoken);
-        }
-        if !self.h2c {
-            let accept = response.headers().get(SEC_WEBSOCKET_ACCEPT).context("no Sec-WebSocket-Accept")?;
-            if accept.as_bytes() != derive_accept_key(key.as_bytes()).as_bytes() {
-                bail!("the server accepted another key");
-            }
-        }
-        let io = TokioIo::new(on(response).await?);
-        let mut socket = WebSocketStream::from_raw_socket(io, Role::Client, None).await;
+        let (mut spoken, socket) = self.open().await?;
+        let Some(mut socket) = socket else { return Ok(spoken) };
         for text in &self.text {
             socket.send(Message::text(text)).await?;
         }
@@ -85,12 +73,34 @@ impl WebSocket {
         Ok(spoken)
     }
 
+    /// An open one, over HTTP/1.1.
+    pub async fn to(url: Uri) -> Result<Socket> {
+        let this = Self { url, text: Vec::new(), header: Vec::new(), h2c: false, timeout_ms: 0 };
+        let (spoken, socket) = this.open().await?;
+        socket.with_context(|| format!("the handshake was answered {}", spoken.status))
+    }
+
+    async fn open(&self) -> Result<(Spoken, Option<Socket>)> {
+        let key = generate_key();
+        let response = send(&self.url, self.request(&key)?, self.h2c).await?;
+        let status = response.status().as_u16();
+        let pod = pod(&response);
+        let spoken = Spoken { status, pod, messages: Vec::new(), binary_bytes: 0, pong: false, close: None };
+        if status != if self.h2c { 200 } else { 101 } {
+            return Ok((spoken, None));
+        }
+        if !self.h2c {
+            let accept = response.headers().get(SEC_WEBSOCKET_ACCEPT).context("no Sec-WebSocket-Accept")?;
+            if accept.as_bytes() != derive_accept_key(key.as_bytes()).as_bytes() {
+                bail!("the server accepted another key");
+            }
+        }
+        let io = TokioIo::new(on(response).await?);
+        Ok((spoken, Some(WebSocketStream::from_raw_socket(io, Role::Client, None).await)))
+    }
+
     /// Hears everything back, closes once all has come, and hears the close.
-    async fn listen(
-        &self,
-        socket: &mut WebSocketStream<TokioIo<Upgraded>>,
-        spoken: &mut Spoken,
-    ) -> Result<()> {
+    async fn listen(&self, socket: &mut Socket, spoken: &mut Spoken) -> Result<()> {
         while let Some(message) = socket.next().await {
             match message? {
                 Message::Text(text) => spoken.messages.push(text.as_str().to_owned()),

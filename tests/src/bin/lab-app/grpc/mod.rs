@@ -28,8 +28,8 @@ use tonic_health::pb::{
     health_server::{Health, HealthServer},
 };
 
-pub use self::notes::Call;
 use self::notes::Notes;
+pub use self::notes::{Call, converse};
 use crate::{ServerOptions, listen, print};
 
 /// Answers by the name of the service asked for: none, `count/N`, or `slow/MS`, which takes its time; any other is

@@ -20,7 +20,10 @@ use hyper::{
 };
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use lab::apps::{CallKind, Called, Note};
-use tokio::time::{Instant, sleep};
+use tokio::{
+    sync::mpsc,
+    time::{Instant, sleep},
+};
 use tonic::{
     Code, Extensions, Request, Response, Status, Streaming,
     body::Body,
@@ -192,6 +195,23 @@ impl Call {
         }
         Ok(MetadataMap::from_headers(headers))
     }
+}
+
+/// A call of `Bidi` on a connection of its own, open until what sends is dropped.
+pub async fn converse(url: &Uri) -> Result<(mpsc::UnboundedSender<Note>, Streaming<Note>)> {
+    let io = TokioIo::new(http_client::connect(url).await?);
+    let (sender, connection) = http2::handshake(TokioExecutor::new(), io).await?;
+    tokio::spawn(connection);
+    let mut client = Client::with_origin(Direct(sender), url.clone());
+    client.ready().await?;
+    let (asking, asked) = mpsc::unbounded_channel();
+    let notes = stream::unfold(asked, |mut asked: mpsc::UnboundedReceiver<Note>| async {
+        Some((asked.recv().await?, asked))
+    });
+    let path = PathAndQuery::from_static(CallKind::Bidi.path());
+    let codec = ProstCodec::<Note, Note>::default();
+    let answered = client.streaming(Request::new(notes), path, codec).await?;
+    Ok((asking, answered.into_inner()))
 }
 
 /// The notes, and what the call ended with.
