@@ -178,7 +178,10 @@ impl Enrolment {
             let snapshot = Arc::clone(&snapshots.borrow_and_update());
             self.mesh.snapshot.store(Arc::clone(&snapshot));
             self.reconcile(&snapshot).await;
-            drop(first_round.take());
+            if let Some(first_round) = first_round.take() {
+                self.capture.forget_crashed();
+                drop(first_round);
+            }
             tokio::select! {
                 changed = snapshots.changed() => if changed.is_err() { break },
                 () = tokio::time::sleep(LOOK_AGAIN) => {}

@@ -143,7 +143,7 @@ impl Capture {
                 Ok(capture)
             }
             Err(error) => {
-                dir.remove()?;
+                dir.abandon()?;
                 Err(error)
             }
         }
@@ -202,6 +202,7 @@ impl Capture {
             Ok(pod) => {
                 let net = Arc::clone(&pod.net);
                 pods.insert(cookie, pod);
+                self.take_from_crashed(cookie);
                 Ok(net)
             }
             Err(error) => {

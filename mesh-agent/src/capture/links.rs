@@ -50,13 +50,13 @@ impl Drop for BpfDir {
 }
 
 impl BpfDir {
-    /// Makes the directories, empty. What an agent before us left is taken away first: its links would steer
-    /// connections to listeners that are gone.
+    /// Makes the directories, empty. What an agent before us left is set aside, and goes on refusing, until
+    /// [`Capture::forget_crashed`](super::Capture::forget_crashed).
     pub(super) fn create(path: &Path) -> Result<Self> {
         check_bpffs(path)?;
         fs::create_dir_all(path).with_context(|| format!("cannot make {}", path.display()))?;
         let dir = Self::lock(path)?;
-        dir.empty()?;
+        dir.set_aside()?;
         for sub in [dir.maps(), dir.links(), dir.pods(), dir.pod_maps()] {
             make(&sub)?;
         }
@@ -122,14 +122,39 @@ impl BpfDir {
 
     /// Takes everything away: links first, so that the kernel is back to itself before the maps go.
     fn empty(&self) -> Result<()> {
-        detach_all(&self.links())?;
-        for pod in list(&self.pods())? {
-            detach_all(&pod)?;
-        }
+        self.forget_own()?;
+        self.forget_crashed()?;
         for entry in list(&self.path)? {
             fs::remove_dir_all(&entry).with_context(|| format!("cannot remove {}", entry.display()))?;
         }
         Ok(())
+    }
+
+    /// Gives the directory up before anything was done with it: what a crashed agent refuses goes on being refused.
+    pub(super) fn abandon(&self) -> Result<()> {
+        self.forget_own()?;
+        match fs::remove_dir(&self.path) {
+            Err(error) if error.kind() != io::ErrorKind::DirectoryNotEmpty => {
+                Err(error).with_context(|| format!("cannot remove {}", self.path.display()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes away what this agent has made, and nothing of one that crashed before it.
+    fn forget_own(&self) -> Result<()> {
+        detach_all(&self.links())?;
+        for pod in list(&self.pods())? {
+            detach_all(&pod)?;
+        }
+        for own in [self.maps(), self.pods(), self.pod_maps()] {
+            unpin_all(&own)?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
     }
 
     pub(super) fn maps(&self) -> PathBuf {
@@ -213,7 +238,7 @@ pub(super) fn detach_all(dir: &Path) -> Result<()> {
 }
 
 /// The paths in a directory; none where there is no directory.
-fn list(dir: &Path) -> Result<Vec<PathBuf>> {
+pub(super) fn list(dir: &Path) -> Result<Vec<PathBuf>> {
     let entries = match fs::read_dir(dir) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         entries => entries.and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect()),

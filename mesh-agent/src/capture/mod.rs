@@ -11,6 +11,7 @@
 
 mod adopt;
 mod cgroup;
+mod crashed;
 pub mod descriptors;
 mod enrol;
 mod fixed;

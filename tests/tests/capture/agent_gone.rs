@@ -121,3 +121,33 @@ fn what_is_excluded_passes_with_and_without_an_agent() -> Result<()> {
     passes(&pod, &peer)?;
     is_refused(&pod, addr(PEER4, 7001)?)
 }
+
+#[test]
+fn a_closed_pod_is_never_passed_while_the_next_agent_starts() -> Result<()> {
+    let World { pod, peer, mut agent, net } = World::asking(asking(WhenAgentIsDown::Closed))?;
+    // One that nobody wants any more when the next agent comes.
+    let (left, friend) = pair()?;
+    let left_net = agent.enrol(&left, &[POD4, POD6])?;
+    agent.crash([net, left_net]);
+    is_closed(&pod, &peer)?;
+    // An agent that cannot start changes nothing, nor does one that crashes before it has enrolled anything.
+    let good = agent.config.clone();
+    agent.config.pods_cgroup = Some("/nowhere".into());
+    assert!(agent.restart().is_err());
+    agent.config = good;
+    is_closed(&pod, &peer)?;
+    agent.restart()?;
+    is_closed(&pod, &peer)?;
+    agent.crash([]);
+    is_closed(&pod, &peer)?;
+
+    agent.restart()?;
+    is_closed(&pod, &peer)?;
+    let net = agent.enrol(&pod, &[POD4, POD6])?;
+    is_captured(&agent, &net, &pod, &peer)?;
+    is_closed(&left, &friend)?;
+    agent.capture()?.forget_crashed();
+    passes(&left, &friend)?;
+    is_captured(&agent, &net, &pod, &peer)?;
+    agent.remove()
+}
