@@ -10,7 +10,6 @@ mod succession;
 use std::{
     collections::HashMap,
     io,
-    net::SocketAddr,
     path::{Path, PathBuf},
     sync::{Arc, Weak},
     time::Duration,
@@ -41,7 +40,7 @@ use crate::{
     handover::{self, Door, Offered, Place},
     identity::{Authority, CertificateInfo},
     proxy::Mesh,
-    report::{Clock, Context as FlowContext, FlowView, Reporter, Side, join},
+    report::{Clock, Context as FlowContext, FlowKey, FlowView, Reporter, join},
     source::{self, Source},
     state::snapshot::{Snapshot, Workload},
     upstream::LocalPods,
@@ -350,7 +349,7 @@ fn views(records: &[FlowRecord], mesh: &Mesh) -> Vec<FlowView> {
     let context = FlowContext {
         snapshot: &snapshot,
         pod_of: &|cookie| pods.get(&cookie).cloned(),
-        facts: &|pod: &Workload, side: Side, client: SocketAddr| mesh.reporter.facts(pod, side, client),
+        facts: &|pod: &Workload, key: FlowKey| mesh.reporter.facts(pod, key),
         clock: Clock::now(),
     };
     records.iter().map(|record| join(record, &context)).collect()

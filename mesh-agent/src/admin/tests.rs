@@ -28,7 +28,7 @@ pub(crate) fn flow(socket: u64) -> FlowView {
     let context = Context {
         snapshot: &snapshot,
         pod_of: &|_| None,
-        facts: &|_, _, _| None,
+        facts: &|_, _| None,
         clock: Clock { monotonic_ns: NOW.as_nanos() as u64, wall: std::time::SystemTime::UNIX_EPOCH + NOW },
     };
     let mut view = join(&record, &context);

@@ -22,7 +22,7 @@ use crate::{
     http2::{Reply, ServerStream},
     identity::SpiffeId,
     policy::{self, Permit},
-    report::{FlowGuard, Peer, RequestProtocol, Security, Side, TcpLabels},
+    report::{FlowGuard, FlowKey, Peer, RequestProtocol, Security, Side, TcpLabels},
     state::snapshot::{Protocol, Workload},
     tunnel::{self, MeshStream, Tunnel},
     upstream::{Destination, Lease, Pod, Via, message},
@@ -85,7 +85,7 @@ impl Inbound {
         let by_address = mesh.snapshot().workload_at(ends.client.ip()).cloned();
         let by_address =
             by_address.filter(|peer| identity.as_ref().is_none_or(|proved| peer.identity == *proved));
-        let flow = mesh.reporter.flow(&workload, Side::Destination, ends.client);
+        let flow = mesh.reporter.flow(&workload, FlowKey::Inbound(ends.client));
         flow.learn(|facts| {
             facts.peer_pod = by_address.as_deref().map(pod_name);
             facts.peer.clone_from(&identity);

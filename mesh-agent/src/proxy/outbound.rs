@@ -20,7 +20,7 @@ use crate::{
     detect::{self, Prefixed},
     error::{Error, Kind, Result},
     policy,
-    report::{FlowGuard, Peer, RequestProtocol, Side, TcpLabels},
+    report::{FlowGuard, FlowKey, Peer, RequestProtocol, Side, TcpLabels},
     route::{self, StreamFacts},
     state::snapshot::{Backend, Cluster, Endpoint, Protocol, Snapshot, StreamRoute, Workload},
     upstream::{self, Destination, Pod, UpstreamStream, Via},
@@ -67,7 +67,7 @@ pub(super) struct Outbound {
 async fn connection(mesh: Arc<Mesh>, pod: Arc<Pod>, captured: Captured, place: OwnedSemaphorePermit) {
     let workload = pod.workload();
     let ends = Ends::from(&captured);
-    let flow = mesh.reporter.flow(&workload, Side::Source, ends.client);
+    let flow = mesh.reporter.flow(&workload, FlowKey::Outbound(ends.client, ends.original_dst));
     let (source, shown) = (vouched(&workload), pod.vouched_address(ends.client));
     let outbound = Arc::new(Outbound { mesh, pod, source, ends, shown, flow, _place: place });
     if let Err(error) = outbound.carry(captured.stream).await {
@@ -291,7 +291,7 @@ impl Outbound {
         protocol: RequestProtocol,
     ) -> Option<FlowGuard> {
         let app = endpoint.workload.as_ref()?;
-        let flow = self.mesh.reporter.flow(app, Side::Destination, self.shown);
+        let flow = self.mesh.reporter.flow(app, FlowKey::Inbound(self.shown));
         let source = self.pod.workload();
         flow.learn(|facts| {
             facts.service = service;

@@ -23,6 +23,32 @@ pub const KEPT: Duration = Duration::from_mins(1);
 /// Connections remembered per pod and side, open ones included; as many as a pod has flow records.
 const LIMIT: usize = 32_768;
 
+/// Which connection of a pod, by the ends that the app's own socket shows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum FlowKey {
+    /// The app dialled: from where, and what. (One port may dial many.)
+    Outbound(SocketAddr, SocketAddr),
+    /// The app was dialled from here.
+    Inbound(SocketAddr),
+}
+
+impl FlowKey {
+    /// Whose side of the traffic the connection is on.
+    pub const fn side(self) -> Side {
+        match self {
+            Self::Outbound(..) => Side::Source,
+            Self::Inbound(_) => Side::Destination,
+        }
+    }
+
+    fn canonical(self) -> Self {
+        match self {
+            Self::Outbound(client, dialled) => Self::Outbound(canonical(client), canonical(dialled)),
+            Self::Inbound(client) => Self::Inbound(canonical(client)),
+        }
+    }
+}
+
 /// The facts of all captured connections.
 #[derive(Debug, Default)]
 pub(super) struct FactsTable {
@@ -41,10 +67,10 @@ struct PodFacts(Mutex<Connections>);
 
 #[derive(Debug, Default)]
 struct Connections {
-    /// The latest connection of each client address.
-    by_client: HashMap<SocketAddr, Arc<Entry>>,
+    /// The latest connection of each key.
+    by_key: HashMap<FlowKey, Arc<Entry>>,
     /// Ended connections, oldest first.
-    ended: VecDeque<(Instant, SocketAddr, Arc<Entry>)>,
+    ended: VecDeque<(Instant, FlowKey, Arc<Entry>)>,
 }
 
 /// One connection.
@@ -56,8 +82,7 @@ struct Entry(Mutex<FlowFacts>);
 pub struct KnownFlow {
     namespace: String,
     name: String,
-    destination: bool,
-    client: SocketAddr,
+    key: FlowKey,
     service: Option<String>,
     endpoint: Option<SocketAddr>,
     peer_pod: Option<String>,
@@ -69,7 +94,7 @@ pub struct KnownFlow {
 }
 
 impl KnownFlow {
-    fn new(pod: &PodSide, client: SocketAddr, facts: &FlowFacts) -> Self {
+    fn new(pod: &PodSide, key: FlowKey, facts: &FlowFacts) -> Self {
         let text = |name: &Option<Arc<str>>| name.as_deref().map(str::to_owned);
         let parts = |id: &SpiffeId| {
             [&id.trust_domain, &id.namespace, &id.service_account].map(|part| part.as_ref().to_owned())
@@ -77,8 +102,7 @@ impl KnownFlow {
         Self {
             namespace: pod.namespace.as_ref().to_owned(),
             name: pod.name.as_ref().to_owned(),
-            destination: pod.side == Side::Destination,
-            client,
+            key,
             service: text(&facts.service),
             endpoint: facts.endpoint,
             peer_pod: text(&facts.peer_pod),
@@ -119,7 +143,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[derive(Debug)]
 pub struct FlowGuard {
     pod: Arc<PodFacts>,
-    client: SocketAddr,
+    key: FlowKey,
     entry: Arc<Entry>,
 }
 
@@ -134,7 +158,7 @@ impl Drop for FlowGuard {
     fn drop(&mut self) {
         let mut connections = lock(&self.pod.0);
         connections.forget_old(Instant::now());
-        connections.ended.push_back((Instant::now(), self.client, self.entry.clone()));
+        connections.ended.push_back((Instant::now(), self.key, self.entry.clone()));
     }
 }
 
@@ -147,9 +171,9 @@ impl Connections {
 
     /// Forgets the connection that ended first. Whether there was one.
     fn forget_oldest(&mut self) -> bool {
-        let Some((_, client, entry)) = self.ended.pop_front() else { return false };
-        // The address may have been used again since.
-        if let hash_map::Entry::Occupied(slot) = self.by_client.entry(client)
+        let Some((_, key, entry)) = self.ended.pop_front() else { return false };
+        // It may have been used again since.
+        if let hash_map::Entry::Occupied(slot) = self.by_key.entry(key)
             && Arc::ptr_eq(slot.get(), &entry)
         {
             slot.remove();
@@ -159,8 +183,8 @@ impl Connections {
 
     /// Makes room for one more. Whether there is.
     fn make_room(&mut self) -> bool {
-        // Connections that ended and whose address was used again count too: they are memory.
-        while self.by_client.len().max(self.ended.len()) >= LIMIT {
+        // Connections that ended and whose key was used again count too: they are memory.
+        while self.by_key.len().max(self.ended.len()) >= LIMIT {
             if !self.forget_oldest() {
                 return false;
             }
@@ -170,22 +194,22 @@ impl Connections {
 }
 
 impl FactsTable {
-    /// Registers a connection, as the latest of this client address.
-    pub fn begin(&self, pod: &Workload, side: Side, client: SocketAddr) -> FlowGuard {
-        self.register(PodSide { namespace: pod.namespace.clone(), name: pod.name.clone(), side }, client)
+    /// Registers a connection, as the latest of this key.
+    pub fn begin(&self, pod: &Workload, key: FlowKey) -> FlowGuard {
+        let (namespace, name) = (pod.namespace.clone(), pod.name.clone());
+        self.register(PodSide { namespace, name, side: key.side() }, key.canonical())
     }
 
-    fn register(&self, key: PodSide, client: SocketAddr) -> FlowGuard {
-        let pod = self.pod(key);
+    fn register(&self, pod: PodSide, key: FlowKey) -> FlowGuard {
+        let pod = self.pod(pod);
         let entry = Arc::new(Entry::default());
-        let client = canonical(client);
         let mut connections = lock(&pod.0);
         connections.forget_old(Instant::now());
         if connections.make_room() {
-            connections.by_client.insert(client, entry.clone());
+            connections.by_key.insert(key, entry.clone());
         }
         drop(connections);
-        FlowGuard { pod, client, entry }
+        FlowGuard { pod, key, entry }
     }
 
     fn pod(&self, key: PodSide) -> Arc<PodFacts> {
@@ -198,7 +222,7 @@ impl FactsTable {
         pods.retain(|_, pod| {
             let mut connections = lock(&pod.0);
             connections.forget_old(now);
-            !connections.by_client.is_empty() || Arc::strong_count(pod) > 1
+            !connections.by_key.is_empty() || Arc::strong_count(pod) > 1
         });
         pods.entry(key).or_default().clone()
     }
@@ -209,9 +233,9 @@ impl FactsTable {
         let mut known = Vec::new();
         for (pod, connections) in pods.iter() {
             let connections = lock(&connections.0);
-            for (client, entry) in &connections.by_client {
+            for (key, entry) in &connections.by_key {
                 // An ended one is held by the queue as well; its flow may still be reported.
-                known.push(KnownFlow::new(pod, *client, &lock(&entry.0)));
+                known.push(KnownFlow::new(pod, *key, &lock(&entry.0)));
             }
         }
         known
@@ -219,26 +243,20 @@ impl FactsTable {
 
     /// Registers a connection that another process holds.
     pub fn adopt(&self, known: &KnownFlow) -> FlowGuard {
-        let side = if known.destination { Side::Destination } else { Side::Source };
+        let side = known.key.side();
         let pod = PodSide { namespace: (*known.namespace).into(), name: (*known.name).into(), side };
-        let guard = self.register(pod, known.client);
+        let guard = self.register(pod, known.key);
         guard.learn(|facts| *facts = known.facts());
         guard
     }
 
-    /// The facts of the latest connection of this client address.
-    pub fn find(
-        &self,
-        namespace: &Arc<str>,
-        name: &Arc<str>,
-        side: Side,
-        client: SocketAddr,
-    ) -> Option<FlowFacts> {
-        let key = PodSide { namespace: namespace.clone(), name: name.clone(), side };
-        let pod = self.pods.read().unwrap_or_else(PoisonError::into_inner).get(&key)?.clone();
+    /// The facts of the latest connection of this key.
+    pub fn find(&self, namespace: &Arc<str>, name: &Arc<str>, key: FlowKey) -> Option<FlowFacts> {
+        let pod = PodSide { namespace: namespace.clone(), name: name.clone(), side: key.side() };
+        let pod = self.pods.read().unwrap_or_else(PoisonError::into_inner).get(&pod)?.clone();
         let mut connections = lock(&pod.0);
         connections.forget_old(Instant::now());
-        let entry = connections.by_client.get(&canonical(client))?.clone();
+        let entry = connections.by_key.get(&key.canonical())?.clone();
         drop(connections);
         Some(lock(&entry.0).clone())
     }
@@ -257,19 +275,25 @@ mod tests {
         SocketAddr::from(([10, 0, 0, 1], port))
     }
 
+    const DIALLED: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 80);
+
+    fn from(client: SocketAddr) -> FlowKey {
+        FlowKey::Outbound(client, DIALLED)
+    }
+
     fn route(table: &FactsTable, pod: &Workload, client: SocketAddr) -> Option<String> {
-        let facts = table.find(&pod.namespace, &pod.name, Side::Source, client)?;
+        let facts = table.find(&pod.namespace, &pod.name, from(client))?;
         Some(facts.route.map_or_else(String::new, |r| r.to_string()))
     }
 
     #[tokio::test(start_paused = true)]
     async fn facts_outlive_their_connection_for_a_while() {
         let (table, pod) = (FactsTable::default(), samples::workload("productpage", 1));
-        let guard = table.begin(&pod, Side::Source, client(1));
+        let guard = table.begin(&pod, from(client(1)));
         guard.learn(|facts| facts.route = Some("a".into()));
         tokio::time::advance(KEPT * 2).await;
         assert_eq!(route(&table, &pod, client(1)).as_deref(), Some("a"));
-        assert!(table.find(&pod.namespace, &pod.name, Side::Destination, client(1)).is_none());
+        assert!(table.find(&pod.namespace, &pod.name, FlowKey::Inbound(client(1))).is_none());
         drop(guard);
         tokio::time::advance(KEPT / 2).await;
         assert!(route(&table, &pod, client(1)).is_some());
@@ -281,19 +305,34 @@ mod tests {
     async fn the_latest_connection_of_an_address_wins_and_stays() {
         let (table, pod) = (FactsTable::default(), samples::workload("productpage", 1));
         let mapped = SocketAddr::new("::ffff:10.0.0.1".parse().unwrap_or(client(1).ip()), 1);
-        drop(table.begin(&pod, Side::Source, mapped));
+        drop(table.begin(&pod, from(mapped)));
         tokio::time::advance(KEPT / 2).await;
-        let second = table.begin(&pod, Side::Source, client(1));
+        let second = table.begin(&pod, from(client(1)));
         second.learn(|facts| facts.route = Some("second".into()));
         tokio::time::advance(KEPT).await;
         assert_eq!(route(&table, &pod, client(1)).as_deref(), Some("second"));
     }
 
     #[tokio::test(start_paused = true)]
+    async fn one_port_that_dials_two_destinations_has_two_connections() {
+        let (table, pod) = (FactsTable::default(), samples::workload("productpage", 1));
+        let keys = [1, 2].map(|port| FlowKey::Outbound(client(9), SocketAddr::from(([10, 96, 0, 1], port))));
+        let guards = keys.map(|key| table.begin(&pod, key));
+        for (guard, name) in guards.iter().zip(["one", "two"]) {
+            guard.learn(|facts| facts.route = Some(name.into()));
+        }
+        let routes = keys.map(|key| table.find(&pod.namespace, &pod.name, key).and_then(|facts| facts.route));
+        assert_eq!(
+            routes.map(|route| route.as_deref().map(str::to_owned)),
+            [Some("one".to_owned()), Some("two".to_owned())]
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn what_one_process_knows_another_finds() -> serde_json::Result<()> {
         let (here, there, pod) =
             (FactsTable::default(), FactsTable::default(), samples::workload("productpage", 1));
-        let guard = here.begin(&pod, Side::Source, client(1));
+        let guard = here.begin(&pod, from(client(1)));
         guard.learn(|facts| {
             (facts.route, facts.protocol) = (Some("a".into()), Some(RequestProtocol::Grpc));
             facts.peer = Some(pod.identity.clone());
@@ -301,7 +340,7 @@ mod tests {
         let told = serde_json::to_string(&here.known())?;
         let held: Vec<_> =
             serde_json::from_str::<Vec<KnownFlow>>(&told)?.iter().map(|flow| there.adopt(flow)).collect();
-        let found = there.find(&pod.namespace, &pod.name, Side::Source, client(1)).unwrap_or_default();
+        let found = there.find(&pod.namespace, &pod.name, from(client(1))).unwrap_or_default();
         assert_eq!((found.route.as_deref(), found.protocol), (Some("a"), Some(RequestProtocol::Grpc)));
         assert_eq!(found.peer.as_ref(), Some(&pod.identity));
         drop(held);
@@ -314,20 +353,18 @@ mod tests {
     async fn a_pod_has_a_limit_and_gone_pods_are_forgotten() {
         let (table, pod) = (FactsTable::default(), samples::workload("productpage", 1));
         let open: Vec<_> = (0..LIMIT)
-            .map(|n| {
-                table.begin(&pod, Side::Source, SocketAddr::from(([10, 0, 1, (n >> 16) as u8], n as u16)))
-            })
+            .map(|n| table.begin(&pod, from(SocketAddr::from(([10, 0, 1, (n >> 16) as u8], n as u16)))))
             .collect();
-        let above = table.begin(&pod, Side::Source, client(7));
+        let above = table.begin(&pod, from(client(7)));
         above.learn(|facts| facts.route = Some("lost".into()));
         assert!(route(&table, &pod, client(7)).is_none());
         drop((open, above));
-        let again = table.begin(&pod, Side::Source, client(8));
+        let again = table.begin(&pod, from(client(8)));
         assert!(route(&table, &pod, client(8)).is_some());
         drop(again);
         tokio::time::advance(KEPT * 2).await;
         let other = samples::workload("reviews", 2);
-        drop(table.begin(&other, Side::Source, client(9)));
+        drop(table.begin(&other, from(client(9))));
         assert_eq!(table.pods.read().unwrap_or_else(PoisonError::into_inner).len(), 1);
     }
 }

@@ -16,7 +16,7 @@ use mesh_common::{
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
-use super::{FlowFacts, Side, access_log::rfc3339};
+use super::{FlowFacts, FlowKey, access_log::rfc3339};
 use crate::state::snapshot::{Snapshot, Workload};
 
 /// One flow: one connection of an app, or packets between two addresses that belong to no socket of the pod.
@@ -175,7 +175,7 @@ impl Clock {
 }
 
 /// The facts of a pod's flow by (pod, side, client address).
-pub type FindFacts<'a> = &'a dyn Fn(&Workload, Side, SocketAddr) -> Option<FlowFacts>;
+pub type FindFacts<'a> = &'a dyn Fn(&Workload, FlowKey) -> Option<FlowFacts>;
 
 /// What a record is joined with.
 pub struct Context<'a> {
@@ -199,13 +199,13 @@ pub fn join(record: &FlowRecord, context: &Context<'_>) -> FlowView {
     let (local, remote) = (socket_addr(record.local), socket_addr(record.remote));
     let pod = (context.pod_of)(record.netns).or_else(|| context.snapshot.workload_at(local.ip()).cloned());
     let (direction, key) = match record.direction {
-        direction::OUTBOUND => (Direction::Outbound, Some((Side::Source, local))),
-        direction::INBOUND => (Direction::Inbound, Some((Side::Destination, remote))),
+        direction::OUTBOUND => (Direction::Outbound, Some(FlowKey::Outbound(local, remote))),
+        direction::INBOUND => (Direction::Inbound, Some(FlowKey::Inbound(remote))),
         _ => (Direction::Unknown, None),
     };
     let captured = record.verdict == verdict::CAPTURED;
     let facts = pod.as_ref().zip(key).filter(|_| captured);
-    let known = facts.and_then(|(pod, (side, client))| (context.facts)(pod, side, client));
+    let known = facts.and_then(|(pod, key)| (context.facts)(pod, key));
     let security = protection(captured, known.as_ref());
     let facts = known.unwrap_or_default();
     let there = endpoint(&facts, direction, remote, context.snapshot);

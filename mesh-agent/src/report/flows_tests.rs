@@ -62,9 +62,10 @@ fn view(record: &FlowRecord, facts: FindFacts<'_>) -> FlowView {
 
 #[test]
 fn an_outbound_flow_is_joined_by_the_apps_own_address() {
-    let facts: FindFacts<'_> = &|pod, side, client| {
-        (&*pod.name == "productpage-1" && side == Side::Source && client.port() == 40_000).then(|| {
-            FlowFacts {
+    let facts: FindFacts<'_> = &|pod, key| {
+        let FlowKey::Outbound(client, dialled) = key else { return None };
+        (&*pod.name == "productpage-1" && client.port() == 40_000 && dialled == socket_addr(record().remote))
+            .then(|| FlowFacts {
                 endpoint: Some(SocketAddr::from(([10, 244, 0, 2], 9080))),
                 peer: Some(samples::identity("reviews")),
                 route: Some("jason".into()),
@@ -72,8 +73,7 @@ fn an_outbound_flow_is_joined_by_the_apps_own_address() {
                 flag: Some("-"),
                 mutual_tls: true,
                 ..FlowFacts::default()
-            }
-        })
+            })
     };
     let view = view(&record(), facts);
     assert_eq!(view.pod.as_deref(), Some("productpage-1"));
@@ -100,7 +100,7 @@ fn an_inbound_flow_is_joined_by_the_client_and_has_no_service_of_its_own() {
         ..record()
     };
     let facts: FindFacts<'_> =
-        &|_, side, client| (side == Side::Destination && client.port() == 41_000).then(FlowFacts::default);
+        &|_, key| matches!(key, FlowKey::Inbound(client) if client.port() == 41_000).then(FlowFacts::default);
     let view = view(&record, facts);
     assert_eq!(view.pod.as_deref(), Some("reviews-1"));
     assert_eq!((view.service, view.endpoint, view.peer_identity), (None, None, None));
@@ -119,16 +119,16 @@ fn what_nobody_knows_is_absent() {
         protocol: 47,
         ..record()
     };
-    let unknown = view(&stranger, &|_, _, _| None);
+    let unknown = view(&stranger, &|_, _| None);
     assert_eq!((unknown.pod, unknown.namespace, unknown.peer_pod), (None, None, None));
     assert_eq!((unknown.direction, unknown.verdict), (Direction::Unknown, Verdict::Unknown));
     assert_eq!((unknown.transport.as_str(), unknown.state.as_str()), ("47", "open"));
     // Captured, but its facts are gone: not a word on how the bytes travelled.
-    assert_eq!(view(&record(), &|_, _, _| None).security, Protection::Unknown);
+    assert_eq!(view(&record(), &|_, _| None).security, Protection::Unknown);
     // Left alone: the agent never carried it, whatever it knows of another connection from that address.
     let direct =
         FlowRecord { verdict: verdict::BYPASSED, remote: Addr::v4([10, 244, 0, 2], 9080), ..record() };
-    let direct = view(&direct, &|_, _, _| Some(FlowFacts { mutual_tls: true, ..FlowFacts::default() }));
+    let direct = view(&direct, &|_, _| Some(FlowFacts { mutual_tls: true, ..FlowFacts::default() }));
     assert_eq!((direct.security, direct.protocol.as_str()), (Protection::None, "tcp"));
     assert_eq!(direct.endpoint, Some(SocketAddr::from(([10, 244, 0, 2], 9080))));
 }
@@ -141,7 +141,7 @@ fn a_pods_namespace_names_it_before_its_address_does() {
     let context = Context {
         snapshot: &snapshot(),
         pod_of: &|netns| (netns == 4711).then(|| other.clone()),
-        facts: &|_, _, _| None,
+        facts: &|_, _| None,
         clock,
     };
     let view = join(&record, &context);
@@ -152,7 +152,7 @@ fn a_pods_namespace_names_it_before_its_address_does() {
 
 #[test]
 fn a_view_survives_json() -> Result<(), serde_json::Error> {
-    let view = view(&record(), &|_, _, _| None);
+    let view = view(&record(), &|_, _| None);
     let text = serde_json::to_string(&view)?;
     assert!(text.contains(r#""direction":"outbound""#) && text.contains(r#""security":"unknown""#));
     assert_eq!(serde_json::from_str::<FlowView>(&text)?, view);

@@ -28,7 +28,7 @@ use tokio::sync::broadcast;
 pub use self::{
     access_log::AccessLog,
     connection::{ConnectionGuard, TcpLabels},
-    facts::{FlowGuard, KEPT, KnownFlow},
+    facts::{FlowGuard, FlowKey, KEPT, KnownFlow},
     flows::{Clock, Context, Direction, FindFacts, FlowView, Protection, Verdict, join, socket_addr},
 };
 use self::{access_log::Log, facts::FactsTable, inherited::Inherited, labels::Flags, metrics::Metrics};
@@ -324,15 +324,14 @@ impl Reporter {
         });
     }
 
-    /// A captured connection begins: `pod` is the captured pod, `client` its key among the pod's flows (the app's
-    /// own address for outbound, the peer's address for inbound).
-    pub fn flow(self: &Arc<Self>, pod: &Arc<Workload>, side: Side, client: SocketAddr) -> FlowGuard {
-        self.facts.begin(pod, side, client)
+    /// A captured connection of this pod begins.
+    pub fn flow(self: &Arc<Self>, pod: &Arc<Workload>, key: FlowKey) -> FlowGuard {
+        self.facts.begin(pod, key)
     }
 
-    /// What is known of a connection, until [`KEPT`] after its end: the latest of this client address.
-    pub fn facts(&self, pod: &Workload, side: Side, client: SocketAddr) -> Option<FlowFacts> {
-        self.facts.find(&pod.namespace, &pod.name, side, client)
+    /// What is known of a connection, until [`KEPT`] after its end: the latest of this key.
+    pub fn facts(&self, pod: &Workload, key: FlowKey) -> Option<FlowFacts> {
+        self.facts.find(&pod.namespace, &pod.name, key)
     }
 
     /// A flow ended: counted, and handed to those who follow.
