@@ -178,10 +178,11 @@ impl Enrolment {
             let snapshot = Arc::clone(&snapshots.borrow_and_update());
             self.mesh.snapshot.store(Arc::clone(&snapshot));
             self.reconcile(&snapshot).await;
-            if let Some(first_round) = first_round.take() {
+            // A pod that could not be enrolled again stays refused as it was.
+            if self.failing.reasons().is_empty() && !self.drain.is_leaving() {
                 self.capture.forget_crashed();
-                drop(first_round);
             }
+            drop(first_round.take());
             tokio::select! {
                 changed = snapshots.changed() => if changed.is_err() { break },
                 () = tokio::time::sleep(LOOK_AGAIN) => {}

@@ -2,7 +2,7 @@
 //!
 //! Promises that a pod which fails closed stays so until it is captured again: the links of the crashed agent go on
 //! refusing, set aside in `BPF_DIR/crashed-N`, and each pod is taken out of them when this agent has enrolled it. What is
-//! then left belongs to nobody and goes. Tested in the lab (`tests/tests/capture/agent_gone.rs`).
+//! left once no pod waits for its enrolment belongs to nobody and goes. Tested in the lab (`tests/tests/capture/agent_gone.rs`).
 
 use std::{
     fs,
@@ -28,8 +28,9 @@ impl BpfDir {
             return Ok(());
         }
         // More than one when an agent has crashed before it was through with the one before it.
-        let before = self.crashed()?.len();
-        let aside = self.path().join(format!("{SET_ASIDE}{before}"));
+        let free = |n: &u32| !self.path().join(format!("{SET_ASIDE}{n}")).exists();
+        let n = (0..u32::MAX).find(free).unwrap_or_default();
+        let aside = self.path().join(format!("{SET_ASIDE}{n}"));
         make(&aside)?;
         for path in left {
             let Some(name) = path.file_name() else { continue };

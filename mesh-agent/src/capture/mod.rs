@@ -221,6 +221,11 @@ impl PodNet {
         }
     }
 
+    /// Whether its listeners are no longer this agent's.
+    pub fn has_left(&self) -> bool {
+        self.gone.is_cancelled()
+    }
+
     /// Completes once the pod is un-enrolled.
     pub async fn un_enrolled(&self) {
         self.gone.cancelled().await;

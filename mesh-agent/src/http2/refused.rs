@@ -132,15 +132,16 @@ impl<S, F: FnMut(StreamRefusal)> ReadAlong<S, F> {
 
     fn note_received(&mut self, bytes: &[u8]) {
         let along = &self.along;
-        let before = self.received.mid_block();
+        let (before, mut another) = (self.received.mid_block(), false);
         self.received.feed(bytes, |frame| {
             if frame.kind == HEADERS {
+                another = true;
                 along.lock().opened(frame.stream);
             }
         });
         // Few heads come in pieces: nothing to note of the others.
         let now = self.received.mid_block();
-        if before != now {
+        if before != now || now && another {
             along.lock().head_began = now.then(Instant::now);
         }
     }

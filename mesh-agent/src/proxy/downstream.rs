@@ -330,11 +330,12 @@ impl<'a> Watch<'a> {
         if self.activity.is_open() {
             return self.activity.deadline(self.limits.stall()).map(|at| (at, Limit::Stalled));
         }
-        if let Some(began) = self.gate.head_began() {
-            return Some((began + self.limits.request_head_timeout, Limit::Head));
-        }
-        if let Some(since) = self.unsent.since() {
-            return Some((since + self.limits.flush_timeout, Limit::Unsent));
+        let unsent = self.unsent.since().map(|since| (since + self.limits.flush_timeout, Limit::Unsent));
+        let head =
+            self.gate.head_began().map(|began| (began + self.limits.request_head_timeout, Limit::Head));
+        // What cannot be written is not answered either: its limit goes first.
+        if let Some(next) = unsent.or(head) {
+            return Some(next);
         }
         self.limits.idle().map(|idle| (self.activity.last() + idle, Limit::Idle))
     }

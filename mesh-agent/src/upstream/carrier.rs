@@ -35,6 +35,13 @@ use crate::{
 /// How long making one may take (Istio's default time to connect).
 const LIMIT: Duration = Duration::from_secs(10);
 
+/// How long a connection may take to be accepted once it is made, and how many are tried.
+const ARRIVAL: Duration = Duration::from_secs(2);
+const TRIES: u32 = 3;
+
+/// How often it is looked whether a pod that leaves is gone.
+const LEAVING: Duration = Duration::from_secs(1);
+
 /// A pod's network namespace and the address it is reached at.
 type Key = (u64, IpAddr);
 
@@ -152,8 +159,8 @@ impl Keeper {
             drop(to);
             tokio::select! {
                 () = tokio::time::sleep(self.again) => {}
-                () = self.from.un_enrolled() => break,
-                () = net.un_enrolled() => break,
+                () = self.from.un_enrolled() => break self.stand().await,
+                () = net.un_enrolled() => break self.stand().await,
             }
             let mut open = lock(&self.open);
             // Under the lock, so that nobody takes it for used at the same moment.
@@ -165,8 +172,29 @@ impl Keeper {
         lock(&self.open).remove(&self.key);
     }
 
-    /// Both ends of a connection across the network between the pods.
-    async fn make(&self, to: &Arc<Pod>) -> Result<(TcpStream, TcpStream)> {
+    /// What is under way when a pod leaves this agent is finished: what stands goes on for as long as that takes.
+    async fn stand(&self) {
+        while self.to.upgrade().is_some() {
+            tokio::time::sleep(LEAVING).await;
+        }
+    }
+
+    /// Both ends of a connection across the network between the pods. (The second is not ours to see once the pod's
+    /// listeners are another agent's.)
+    async fn make(&self, to: &Arc<Pod>) -> Result<(TcpStream, Option<TcpStream>)> {
+        let mut made = Err(refused(to, self.key.1, "it does not arrive"));
+        for _ in 0..TRIES {
+            made = self.make_once(to).await;
+            // While an agent takes over from another, both accept: what the other has accepted does not arrive here.
+            if !matches!(&made, Ok(None)) {
+                break;
+            }
+        }
+        made?.ok_or_else(|| refused(to, self.key.1, &format!("{TRIES} connections were not accepted")))
+    }
+
+    /// `None`: it was connected, and has not arrived.
+    async fn make_once(&self, to: &Arc<Pod>) -> Result<Option<(TcpStream, Option<TcpStream>)>> {
         let at = self.key.1;
         let (arrives, arrived) = oneshot::channel();
         let mut expecting = Expecting { at: to, from: None };
@@ -176,8 +204,11 @@ impl Keeper {
         });
         let both = async {
             let stream = connecting.await.map_err(|error| refused(to, at, &error.to_string()))?;
-            let other = arrived.await.map_err(|_| refused(to, at, "it was not accepted"))?;
-            Ok((stream, other))
+            if to.net().has_left() {
+                return Ok(Some((stream, None)));
+            }
+            let other = timeout(ARRIVAL, arrived).await.ok().and_then(std::result::Result::ok);
+            Ok(other.map(|other| (stream, Some(other))))
         };
         timeout(LIMIT, both)
             .await

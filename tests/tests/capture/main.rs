@@ -9,5 +9,4 @@ mod inbound;
 mod lifecycle;
 mod outbound;
 mod sockets;
-mod source_ports;
 mod world;

@@ -254,9 +254,10 @@ fn bound(world: &World, own: &'static str, port: u16, dials: SocketAddr) -> Resu
         blocking(&socket, dials)?;
         Ok(socket)
     });
-    let captured =
-        world.accept(Listener::Outbound).with_context(|| format!("from {own} {port} to {dials}"))?;
-    let mut app = join(app)?;
+    let captured = world.accept(Listener::Outbound);
+    // The app knows best what went wrong.
+    let mut app = join(app).with_context(|| format!("from {own} {port} to {dials}"))?;
+    let captured = captured.with_context(|| format!("from {own} {port} to {dials}"))?;
     let seen = app.local_addr()?.as_socket().context("no address")?;
     assert_eq!(
         (captured.original_dst, app.peer_addr()?.as_socket()),
@@ -273,6 +274,19 @@ fn bound(world: &World, own: &'static str, port: u16, dials: SocketAddr) -> Resu
     heard(&mut app)
 }
 
+/// Waits until the kernel has a route to an address that was just given to the pod.
+fn reaches_itself(world: &World, own: &'static str) -> Result<()> {
+    world.pod.run(move || {
+        let (own, began) = (addr(own, 9)?, std::time::Instant::now());
+        // UDP is nobody's to capture, and connecting it looks for a route and sends nothing.
+        while std::net::UdpSocket::bind((own.ip(), 0))?.connect(own).is_err() {
+            ensure!(began.elapsed() < LIMIT, "no route to {own}");
+            std::thread::yield_now();
+        }
+        Ok(())
+    })
+}
+
 #[test]
 fn bind_before_connect() -> Result<()> {
     const OTHER4: &str = "10.77.0.3";
@@ -280,17 +294,17 @@ fn bind_before_connect() -> Result<()> {
     let world = World::new()?;
     world.pod.ip(&format!("address add {OTHER4}/24 dev eth0"))?;
     world.pod.ip(&format!("address add {OTHER6}/64 dev eth0 nodad"))?;
+    reaches_itself(&world, OTHER6)?;
     for (any, pod, other, outside) in
         [("0.0.0.0", POD4, OTHER4, "192.0.2.10"), ("::", POD6, OTHER6, "2001:db8::10")]
     {
-        let dials = addr(outside, 8080)?;
-        for own in [any, pod, other] {
+        // Each address dials elsewhere: the same two ends may not be free again at once.
+        for (own, at) in [any, pod, other].into_iter().zip(8080..) {
+            let dials = addr(outside, at)?;
             for port in [0, 40_000, 5_000, 700] {
                 bound(&world, own, port, dials)?;
             }
-        }
-        // From the very port that this destination's connections are sent to.
-        for own in [any, pod, other] {
+            // From the very port that this destination's connections are sent to.
             bound(&world, own, decide::hash_port(&Addr::from(dials), decide::HASH_PORTS), dials)?;
         }
     }

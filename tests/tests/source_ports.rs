@@ -1,5 +1,10 @@
 //! A pod's connections do not run out of ports, and none is taken for another, however many there are: those that its
-//! apps open to many destinations, and those that the agent opens to one of its apps. With SYN cookies too.
+//! apps open to many destinations, and those that the agent opens to one of its apps. With SYN cookies too. Apart from the
+//! other tests of capture: so many connections take all of the machine.
+
+#[path = "capture/world.rs"]
+#[allow(dead_code, reason = "the world of the other tests of capture, of which these need a part")]
+mod world;
 
 use std::{
     io::{IoSlice, Read as _, Write as _},
