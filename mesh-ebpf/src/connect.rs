@@ -44,10 +44,12 @@ pub fn on_connect4(ctx: SockAddrContext) -> i32 {
     if sk.is_null() {
         return ALLOW;
     }
-    // SAFETY: fields of the socket, which lives as long as the hook runs.
-    let (own, own_port) =
-        unsafe { (read_volatile(&raw const (*sk).src_ip4), read_volatile(&raw const (*sk).src_port)) };
-    let bound = Addr::v4(own.to_ne_bytes(), own_port as u16);
+    let bound = || {
+        // SAFETY: fields of the socket, which lives as long as the hook runs.
+        let (own, own_port) =
+            unsafe { (read_volatile(&raw const (*sk).src_ip4), read_volatile(&raw const (*sk).src_port)) };
+        Addr::v4(own.to_ne_bytes(), own_port as u16)
+    };
     match steer(&ctx, sk, protocol, bound, Addr::v4(ip.to_ne_bytes(), u16::from_be(port as u16))) {
         Steer::Leave => ALLOW,
         Steer::Refuse => DENY,
@@ -81,19 +83,21 @@ pub fn on_connect6(ctx: SockAddrContext) -> i32 {
     if sk.is_null() {
         return ALLOW;
     }
-    // SAFETY: as above.
-    let (own, own_port) = unsafe {
-        (
-            [
-                read_volatile(&raw const (*sk).src_ip6[0]),
-                read_volatile(&raw const (*sk).src_ip6[1]),
-                read_volatile(&raw const (*sk).src_ip6[2]),
-                read_volatile(&raw const (*sk).src_ip6[3]),
-            ],
-            read_volatile(&raw const (*sk).src_port),
-        )
+    let bound = || {
+        // SAFETY: as above.
+        let (own, own_port) = unsafe {
+            (
+                [
+                    read_volatile(&raw const (*sk).src_ip6[0]),
+                    read_volatile(&raw const (*sk).src_ip6[1]),
+                    read_volatile(&raw const (*sk).src_ip6[2]),
+                    read_volatile(&raw const (*sk).src_ip6[3]),
+                ],
+                read_volatile(&raw const (*sk).src_port),
+            )
+        };
+        Addr::v6(join(own), own_port as u16)
     };
-    let bound = Addr::v6(join(own), own_port as u16);
     match steer(&ctx, sk, protocol, bound, Addr::v6(join([a, b, c, d]), u16::from_be(port as u16))) {
         Steer::Leave => ALLOW,
         Steer::Refuse => DENY,
@@ -121,8 +125,15 @@ fn passes(pod: &PodAddrs, netns: u64, dst: &Addr) -> Option<u8> {
     (pod.flags & policy::OPEN != 0 && agent_is_gone(netns)).then_some(kind::NONE)
 }
 
+/// `bound`: what the app has bound its socket to, read for enrolled pods alone.
 #[inline(always)]
-fn steer(ctx: &SockAddrContext, sk: *mut bpf_sock, protocol: u32, bound: Addr, dst: Addr) -> Steer {
+fn steer(
+    ctx: &SockAddrContext,
+    sk: *mut bpf_sock,
+    protocol: u32,
+    bound: impl FnOnce() -> Addr,
+    dst: Addr,
+) -> Steer {
     // SAFETY: the helper takes the context of this hook.
     let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
     // SAFETY: an entry is replaced as a whole and freed after the programs that hold it have ended.
@@ -131,7 +142,7 @@ fn steer(ctx: &SockAddrContext, sk: *mut bpf_sock, protocol: u32, bound: Addr, d
     if known.as_ref().is_some_and(|facts| facts.kind == kind::DIALLER) {
         return Steer::Leave;
     }
-    let Some(to) = decide::outbound(pod, protocol, &bound, &dst) else {
+    let Some(to) = decide::outbound(pod, protocol, &bound(), &dst) else {
         // The socket may have been captured before, and disconnected.
         if let Some(facts) = known {
             facts.kind = kind::NONE;

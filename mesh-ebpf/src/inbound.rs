@@ -63,9 +63,11 @@ pub fn inbound(ctx: SkLookupContext) -> u32 {
         (Addr::v6(join(remote6), remote_port), Addr::v6(join(local6), local_port))
     };
     // Whatever address of the pod's an app has bound itself to, its connection is known by where it comes from.
-    let (captured, full) = known(&Tuple { src, dst });
+    let tuple = Tuple { src, dst };
+    // SAFETY: an entry is freed after the programs that hold it have ended.
+    let captured = unsafe { POD_ORIGINAL_DST.get(&tuple) }.is_some();
     let choice = if decide::is_own(&dst, &src) {
-        decide::own(captured, full)
+        decide::own(captured, !captured && may_be_missing(&tuple))
     } else {
         decide::inbound(&dst, captured, dst.port != port::MESH && excluded(dst.port, &src))
     };
@@ -94,18 +96,15 @@ fn excluded(port: u16, remote: &Addr) -> bool {
     unsafe { POLICIES.get(&netns) }.is_some_and(|pod| excludes_inbound(pod, netns, port, remote))
 }
 
-/// Whether the connection has an entry, and whether entries may be missing.
+/// Whether a connection from inside the pod may have no entry for want of room.
 #[inline(always)]
-fn known(tuple: &Tuple) -> (bool, bool) {
+fn may_be_missing(tuple: &Tuple) -> bool {
     // SAFETY: an entry is freed after the programs that hold it have ended.
     unsafe {
-        if POD_ORIGINAL_DST.get(tuple).is_some() {
-            return (true, false);
-        }
         let none = Tuple::default();
         // The agent's own dialling of the app, or the pod's loopback: neither has anything to do with the tables' room.
         if tuple.dst.is_loopback() || POD_CLIENTS.get(tuple).is_some() {
-            return (false, false);
+            return false;
         }
         let now = bpf_ktime_get_ns();
         let full =
@@ -114,6 +113,6 @@ fn known(tuple: &Tuple) -> (bool, bool) {
         // there was no room for one. Apps have no reason to dial from loopback.
         let loopback = tuple.src.is_loopback();
         let dialled = (loopback || tuple.src.as_v4().is_none()) && full(POD_CLIENTS.get(&none));
-        (false, dialled || (!loopback && full(POD_ORIGINAL_DST.get(&none))))
+        dialled || (!loopback && full(POD_ORIGINAL_DST.get(&none)))
     }
 }

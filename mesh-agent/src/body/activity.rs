@@ -37,6 +37,17 @@ pub struct Activity {
     own: AtomicU32,
 }
 
+/// Completes once what has gone on since then, if anything, has done so for this long.
+pub async fn lasted(since: impl Fn() -> Option<Instant>, limit: Duration) {
+    loop {
+        let now = Instant::now();
+        match since() {
+            Some(since) if since + limit <= now => return,
+            since => tokio::time::sleep_until(since.unwrap_or(now) + limit).await,
+        }
+    }
+}
+
 /// While it lives we wait for ourselves, and that nothing moves is nobody's fault.
 #[derive(Debug)]
 #[must_use]

@@ -15,7 +15,7 @@ use mesh_common::maps::{PODS, PodAddrs};
 
 use super::{
     enrol::{Capture, missing_is_fine},
-    links::{BpfDir, detach_all, list, make},
+    links::{self, BpfDir, detach_agent, detach_all, list, make},
 };
 
 const SET_ASIDE: &str = "crashed-";
@@ -48,14 +48,14 @@ impl BpfDir {
     /// Takes one pod out of what crashed agents have left: it is captured anew.
     fn release(&self, cookie: u64) -> Result<()> {
         for crashed in self.crashed()? {
-            let path = crashed.join("maps").join(PODS);
+            let path = crashed.join(links::MAPS).join(PODS);
             if path.exists() {
                 let map = MapData::from_pin(&path).and_then(Map::from_map_data);
                 let mut pods: BpfHashMap<MapData, u64, PodAddrs> =
                     map.and_then(TryInto::try_into).with_context(|| format!("map {}", path.display()))?;
                 missing_is_fine(pods.remove(&cookie)).with_context(|| format!("map {}", path.display()))?;
             }
-            detach_all(&crashed.join("pods").join(cookie.to_string()))?;
+            detach_all(&crashed.join(links::PODS).join(cookie.to_string()))?;
         }
         Ok(())
     }
@@ -63,10 +63,7 @@ impl BpfDir {
     /// Takes away what crashed agents have left.
     pub(super) fn forget_crashed(&self) -> Result<()> {
         for crashed in self.crashed()? {
-            detach_all(&crashed.join("links"))?;
-            for pod in list(&crashed.join("pods"))? {
-                detach_all(&pod)?;
-            }
+            detach_agent(&crashed)?;
             fs::remove_dir_all(&crashed).with_context(|| format!("cannot remove {}", crashed.display()))?;
         }
         Ok(())

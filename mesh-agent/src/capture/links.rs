@@ -24,6 +24,11 @@ use anyhow::{Context as _, Result, bail};
 use aya::programs::links::FdLink;
 use nix::sys::statfs::{FsType, statfs};
 
+/// Under an agent's directory: its shared maps, the node's links, and the links of each pod by its cookie.
+pub(super) const MAPS: &str = "maps";
+pub(super) const LINKS: &str = "links";
+pub(super) const PODS: &str = "pods";
+
 /// `BPF_FS_MAGIC`.
 const BPF_FS: FsType = FsType(0xcafe_4a11);
 
@@ -143,10 +148,7 @@ impl BpfDir {
 
     /// Takes away what this agent has made, and nothing of one that crashed before it.
     fn forget_own(&self) -> Result<()> {
-        detach_all(&self.links())?;
-        for pod in list(&self.pods())? {
-            detach_all(&pod)?;
-        }
+        detach_agent(&self.path)?;
         for own in [self.maps(), self.pods(), self.pod_maps()] {
             unpin_all(&own)?;
         }
@@ -158,11 +160,11 @@ impl BpfDir {
     }
 
     pub(super) fn maps(&self) -> PathBuf {
-        self.path.join("maps")
+        self.path.join(MAPS)
     }
 
     pub(super) fn links(&self) -> PathBuf {
-        self.path.join("links")
+        self.path.join(LINKS)
     }
 
     /// The links of the pod in the network namespace with this cookie.
@@ -171,7 +173,7 @@ impl BpfDir {
     }
 
     fn pods(&self) -> PathBuf {
-        self.path.join("pods")
+        self.path.join(PODS)
     }
 
     /// The maps of the pod in the network namespace with this cookie.
@@ -235,6 +237,15 @@ pub(super) fn detach_all(dir: &Path) -> Result<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// Detaches every link of an agent whose things are in this directory: the node's, and those of its pods.
+pub(super) fn detach_agent(dir: &Path) -> Result<()> {
+    detach_all(&dir.join(LINKS))?;
+    for pod in list(&dir.join(PODS))? {
+        detach_all(&pod)?;
+    }
+    Ok(())
 }
 
 /// The paths in a directory; none where there is no directory.

@@ -17,8 +17,10 @@ use std::{
 use h2::Reason;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    time::{Instant, sleep_until},
+    time::Instant,
 };
+
+use crate::body::lasted;
 
 /// Why a stream got an answer without ever becoming a request of ours.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -96,14 +98,7 @@ impl Along {
 
     /// Completes once a head has not got done within this time.
     pub async fn head_late(&self, limit: Duration) {
-        loop {
-            let now = Instant::now();
-            let began = self.lock().head_began;
-            match began {
-                Some(began) if began + limit <= now => return,
-                began => sleep_until(began.unwrap_or(now) + limit).await,
-            }
-        }
+        lasted(|| self.lock().head_began, limit).await;
     }
 
     fn lock(&self) -> MutexGuard<'_, Open> {

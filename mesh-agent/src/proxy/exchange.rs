@@ -183,10 +183,7 @@ impl Exchange {
         let (mut parts, ()) = http::Response::new(()).into_parts();
         let row = error.kind.row();
         let body = if self.grpc {
-            parts.status = StatusCode::OK;
-            set(&mut parts.headers, "content-type", "application/grpc");
-            set(&mut parts.headers, "grpc-status", &row.grpc.to_string());
-            set(&mut parts.headers, "grpc-message", row.word);
+            say_grpc(&mut parts, row.grpc, row.word.as_bytes());
             Body::Empty
         } else {
             parts.status = row.http;
@@ -213,12 +210,8 @@ impl Exchange {
         if !self.grpc {
             return http::Response::from_parts(head, Body::from(body));
         }
-        set(&mut head.headers, "content-type", "application/grpc");
-        set(&mut head.headers, "grpc-status", &grpc_of(head.status).to_string());
-        if !body.is_empty() {
-            set(&mut head.headers, "grpc-message", &percent_encode(&body, GRPC_MESSAGE).to_string());
-        }
-        head.status = StatusCode::OK;
+        let status = grpc_of(head.status);
+        say_grpc(&mut head, status, &body);
         http::Response::from_parts(head, Body::Empty)
     }
 
@@ -269,6 +262,20 @@ fn set(headers: &mut HeaderMap, name: &'static str, value: &str) {
     // Every value here is a number or a word of our own table: always a valid header value.
     if let Ok(value) = HeaderValue::from_str(value) {
         headers.insert(name, value);
+    }
+}
+
+/// Makes the head of a response one of trailers alone, with this status ("Responses" of gRPC over HTTP/2).
+fn say_grpc(head: &mut http::response::Parts, status: u32, message: &[u8]) {
+    head.status = StatusCode::OK;
+    set(&mut head.headers, "content-type", "application/grpc");
+    set_grpc(&mut head.headers, status, message);
+}
+
+fn set_grpc(headers: &mut HeaderMap, status: u32, message: &[u8]) {
+    set(headers, "grpc-status", &status.to_string());
+    if !message.is_empty() {
+        set(headers, "grpc-message", &percent_encode(message, GRPC_MESSAGE).to_string());
     }
 }
 
@@ -332,8 +339,7 @@ impl Reported {
         let row = error.kind.row();
         exchange.grpc_status = Some(row.grpc);
         let mut trailers = HeaderMap::new();
-        set(&mut trailers, "grpc-status", &row.grpc.to_string());
-        set(&mut trailers, "grpc-message", row.word);
+        set_grpc(&mut trailers, row.grpc, row.word.as_bytes());
         (self.body, self.deadline) = (Body::Empty, None);
         self.fail(error);
         Ok(Frame::trailers(trailers))

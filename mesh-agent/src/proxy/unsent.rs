@@ -16,8 +16,10 @@ use std::{
 
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    time::{Instant, sleep_until},
+    time::Instant,
 };
+
+use crate::body::lasted;
 
 /// What waits at a socket.
 #[derive(Debug)]
@@ -36,13 +38,7 @@ impl Unsent {
 
     /// Completes once bytes have waited for so long.
     pub async fn stuck(&self, limit: Duration) {
-        loop {
-            let now = Instant::now();
-            match self.since() {
-                Some(since) if since + limit <= now => return,
-                since => sleep_until(since.unwrap_or(now) + limit).await,
-            }
-        }
+        lasted(|| self.since(), limit).await;
     }
 
     fn note<T>(&self, written: &Poll<io::Result<T>>) {

@@ -182,15 +182,13 @@ impl Keeper {
     /// Both ends of a connection across the network between the pods. (The second is not ours to see once the pod's
     /// listeners are another agent's.)
     async fn make(&self, to: &Arc<Pod>) -> Result<(TcpStream, Option<TcpStream>)> {
-        let mut made = Err(refused(to, self.key.1, "it does not arrive"));
+        // While an agent takes over from another, both accept: what the other has accepted does not arrive here.
         for _ in 0..TRIES {
-            made = self.make_once(to).await;
-            // While an agent takes over from another, both accept: what the other has accepted does not arrive here.
-            if !matches!(&made, Ok(None)) {
-                break;
+            if let Some(ends) = self.make_once(to).await? {
+                return Ok(ends);
             }
         }
-        made?.ok_or_else(|| refused(to, self.key.1, &format!("{TRIES} connections were not accepted")))
+        Err(refused(to, self.key.1, &format!("{TRIES} connections were not accepted")))
     }
 
     /// `None`: it was connected, and has not arrived.
