@@ -10,10 +10,11 @@ use lab::{
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use tokio::task::JoinHandle;
 
-/// Bytes of a transfer that is under way while a pod joins or leaves, more than buffers on the way hold, and how many of
-/// them go in a second.
-const BYTES: u64 = 20_000_000;
-const RATE: u64 = 5_000_000;
+/// Bytes of a transfer that is under way while a pod joins or leaves, and how many of them go in a second. They are three
+/// times what the buffers on the way take at most (6 MB to receive and 4 MB to send, on each side of an agent): an app
+/// whose bytes are all in buffers has nothing open any more.
+const BYTES: u64 = 60_000_000;
+const RATE: u64 = 10_000_000;
 
 /// The file of a pod's manifest.
 fn manifest(lab: &Lab, pod: &str) -> std::path::PathBuf {
