@@ -4,6 +4,7 @@
 //! nothing; listeners are bound before anything is promised; the agent is ready when its first configuration is in force
 //! and its pods are enrolled. Tested by the lab, which runs the real thing.
 
+mod clean;
 mod listeners;
 mod succession;
 
@@ -27,6 +28,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::{EnvFilter, layer::SubscriberExt as _, reload, util::SubscriberInitExt as _};
 
+pub use self::clean::clean;
 use self::{
     listeners::Listeners,
     succession::{Before, Leaving},
@@ -34,7 +36,7 @@ use self::{
 use crate::{
     admin::{self, CertificateView, LogLevel, Readiness, RunDir},
     capture::{self, Capture, CaptureConfig, Losses, Outcome, inspect},
-    config::{BPF_DIR, CleanConfig, NodeConfig},
+    config::NodeConfig,
     drain::Drain,
     enrolment::{Ended, Enrolment},
     handover::{self, Door, Offered, Place},
@@ -75,15 +77,6 @@ pub fn node(config: NodeConfig, log: &str) -> Result<()> {
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(run_node(config, &dir, log_level))
-}
-
-/// `mesh-agent clean`.
-pub fn clean(config: &CleanConfig) -> Result<()> {
-    let run_dir = config.run_dir();
-    let noted = || admin::noted_bpf_dir(&run_dir);
-    let bpf_dir = config.bpf_dir.clone().or_else(noted).unwrap_or_else(|| PathBuf::from(BPF_DIR));
-    capture::clean(&bpf_dir)?;
-    admin::clean_run_dir(&run_dir).with_context(|| format!("removing {}", run_dir.display()))
 }
 
 fn start_log(filter: &str) -> Result<LogLevel> {
@@ -182,6 +175,7 @@ fn load_capture(config: &NodeConfig, before: Option<&mut Before>) -> Result<Capt
     let capture = CaptureConfig {
         cgroup_root: config.cgroup_root.clone(),
         pods_cgroup: config.pods_cgroup.clone(),
+        node: config.node.clone(),
         bpf_dir: config.bpf_dir.clone(),
         ebpf_log: config.ebpf_log,
         when_agent_is_down: config.when_agent_is_down,

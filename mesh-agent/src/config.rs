@@ -10,6 +10,7 @@ pub use self::limits::HttpLimits;
 use crate::{
     admin::{Address, SOCKET_NAME},
     capture::{EbpfLog, PodTables, WhenAgentIsDown},
+    ctl::Output,
     report::AccessLog,
 };
 
@@ -37,7 +38,8 @@ pub enum Role {
     /// Captures, secures and routes the traffic of this node's pods (one per node, as root); started beside one that runs,
     /// with the same node and directories, it takes over from it, and no connection is lost
     Node(Box<NodeConfig>),
-    /// Removes every trace that an agent left in the kernel and on disk, its certificate authority excepted
+    /// Removes every trace that an agent left in the kernel and on disk, its certificate authority excepted: that of one
+    /// node where it is told which (by its name, pins or sockets), else of all; never anything of an agent that runs
     Clean(CleanConfig),
 }
 
@@ -109,9 +111,15 @@ pub struct NodeConfig {
 /// `mesh-agent clean`.
 #[derive(Debug, Clone, Args)]
 pub struct CleanConfig {
-    /// Name of the agent's node, which settles its run directory
-    #[arg(long, env = "MESH_NODE", default_value_t = hostname())]
-    pub node: String,
+    /// Remove nothing, but show what of ours is there, of running agents too: exit code 1 if there is anything, 0 if not
+    #[arg(long)]
+    pub check: bool,
+    /// Form of what `--check` shows
+    #[arg(short, long, env = "MESH_OUTPUT", value_enum, default_value_t, requires = "check")]
+    pub output: Output,
+    /// Name of the agent's node
+    #[arg(long, env = "MESH_NODE")]
+    pub node: Option<String>,
     /// Directory of the agent's pins [default: the one noted in the run directory, else /sys/fs/bpf/mesh]
     #[arg(long, env = "MESH_BPF_DIR", value_name = "DIR")]
     pub bpf_dir: Option<PathBuf>,
@@ -121,9 +129,14 @@ pub struct CleanConfig {
 }
 
 impl CleanConfig {
-    /// Directory of the agent's sockets.
+    /// Whether it is about one agent, and not about all.
+    pub fn names_one(&self) -> bool {
+        self.node.is_some() || self.bpf_dir.is_some() || self.run_dir.is_some()
+    }
+
+    /// Directory of the sockets of the one agent.
     pub fn run_dir(&self) -> PathBuf {
-        run_dir(self.run_dir.as_ref(), &self.node)
+        run_dir(self.run_dir.as_ref(), &self.node.clone().unwrap_or_else(hostname))
     }
 }
 

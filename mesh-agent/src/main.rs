@@ -1,8 +1,8 @@
 //! `mesh-agent`: the roles of the mesh as subcommands.
 //!
-//! Exit codes: 0 done, 1 failed, 2 called wrongly (nothing to configure it from, not root).
+//! Exit codes: 0 done, 1 failed (or, of `clean --check`, something is there), 2 called wrongly (nothing to configure it from, not root).
 
-use std::process::ExitCode;
+use std::{io, process::ExitCode};
 
 use clap::Parser;
 use mesh_agent::{
@@ -13,11 +13,11 @@ use mesh_agent::{
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let ended = match cli.role {
-        Role::Node(config) => app::node(*config, &cli.log),
-        Role::Clean(config) => app::clean(&config),
+        Role::Node(config) => app::node(*config, &cli.log).map(|()| true),
+        Role::Clean(config) => app::clean(&config, &mut io::stdout().lock()),
     };
     match ended {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(good) => ExitCode::from(u8::from(!good)),
         Err(error) => {
             eprintln!("mesh-agent: {error:#}");
             ExitCode::from(if error.is::<NotStarted>() { 2 } else { 1 })

@@ -59,6 +59,30 @@ pub const SHARED: [&str; 11] = [
 /// Maps that exist once for each pod.
 pub const OF_A_POD: [&str; 5] = [POD_ORIGINAL_DST, POD_CLIENTS, POD_FLOWS, POD_PACKET_FLOWS, LISTENERS];
 
+/// How every map and program of ours is called in the object, before the agent that loads it puts the mark of its
+/// instance there: `m000000_NAME`. The kernel keeps 15 characters of a name.
+pub const UNMARKED: &str = "m000000_";
+
+/// What follows the mark in the kernel's name of each map.
+pub const KERNEL_NAMES: [(&str, &str); 16] = [
+    (PODS, "pods"),
+    (SOCKETS, "sockets"),
+    (ORIGINAL_DST, "origdst"),
+    (CLIENTS, "clients"),
+    (FLOWS, "flows"),
+    (PACKET_FLOWS, "pktflow"),
+    (CLOSED, "closed"),
+    (COUNTERS, "counter"),
+    (POLICIES, "policy"),
+    (EXCLUDED_CIDRS, "cidrs"),
+    (STEERING, "steer"),
+    (POD_ORIGINAL_DST, "pod_dst"),
+    (POD_CLIENTS, "pod_cli"),
+    (POD_FLOWS, "pod_flw"),
+    (POD_PACKET_FLOWS, "pod_pkt"),
+    (LISTENERS, "listen"),
+];
+
 /// Pods of one node. Kubernetes stops at 110 by default, large nodes at 1000.
 pub const PODS_CAPACITY: usize = 4096;
 /// Captured connections a pod may have open at once.

@@ -30,7 +30,7 @@ enum Steer {
 }
 
 #[cgroup_sock_addr(connect4)]
-pub fn on_connect4(ctx: SockAddrContext) -> i32 {
+pub fn m000000_conn4(ctx: SockAddrContext) -> i32 {
     let sa = ctx.sock_addr;
     // SAFETY: context fields; volatile so that each is read on its own, as the verifier wants it.
     let (ip, port, protocol, sk) = unsafe {
@@ -66,7 +66,7 @@ pub fn on_connect4(ctx: SockAddrContext) -> i32 {
 }
 
 #[cgroup_sock_addr(connect6)]
-pub fn on_connect6(ctx: SockAddrContext) -> i32 {
+pub fn m000000_conn6(ctx: SockAddrContext) -> i32 {
     let sa = ctx.sock_addr;
     // SAFETY: as above.
     let (a, b, c, d, port, protocol, sk) = unsafe {

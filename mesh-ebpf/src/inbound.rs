@@ -23,7 +23,7 @@ const ASSIGN: u64 = 3;
 const AF_INET: u32 = 2;
 
 #[sk_lookup]
-pub fn inbound(ctx: SkLookupContext) -> u32 {
+pub fn m000000_inbound(ctx: SkLookupContext) -> u32 {
     let l = ctx.lookup;
     // SAFETY: context fields; volatile so that each is read on its own, as the verifier wants it.
     let (protocol, family, remote4, local4, remote_port, local_port) = unsafe {

@@ -1,4 +1,5 @@
-//! The maps; names, layouts and capacities are `mesh_common::maps`'s.
+//! The maps; names, layouts and capacities are `mesh_common::maps`'s. The agent that loads them puts the mark of its
+//! instance in place of the zeros of each name.
 
 use aya_ebpf::{
     Global,
@@ -24,40 +25,40 @@ type Flows = HashMap<u64, FlowRecord, FLOWS_CAPACITY, NO_PREALLOC>;
 type Listeners = SockMap<{ listener::COUNT }>;
 type PacketFlows = HashMap<PacketKey, FlowRecord, PACKET_FLOWS_CAPACITY, NO_PREALLOC>;
 
-#[btf_map]
+#[btf_map(name = "m000000_pods")]
 pub static PODS: HashMap<u64, PodAddrs, PODS_CAPACITY, NO_PREALLOC> = HashMap::new();
-#[btf_map]
+#[btf_map(name = "m000000_sockets")]
 pub static SOCKETS: SocketStorage = SocketStorage::new();
-#[btf_map]
+#[btf_map(name = "m000000_origdst")]
 pub static ORIGINAL_DST: HashOfMaps<u64, OriginalDsts, PODS_CAPACITY> = HashOfMaps::new();
-#[btf_map]
+#[btf_map(name = "m000000_clients")]
 pub static CLIENTS: HashOfMaps<u64, Clients, PODS_CAPACITY> = HashOfMaps::new();
-#[btf_map]
+#[btf_map(name = "m000000_flows")]
 pub static FLOWS: HashOfMaps<u64, Flows, PODS_CAPACITY> = HashOfMaps::new();
 /// Only listed here, for who reads it by the pod: `tc.rs` writes into its own pod's map.
-#[btf_map]
+#[btf_map(name = "m000000_pktflow")]
 pub static PACKET_FLOWS: HashOfMaps<u64, PacketFlows, PODS_CAPACITY> = HashOfMaps::new();
-#[btf_map]
+#[btf_map(name = "m000000_closed")]
 pub static CLOSED: RingBuf<FlowRecord, CLOSED_BYTES> = RingBuf::new();
-#[btf_map]
+#[btf_map(name = "m000000_counter")]
 pub static COUNTERS: PerCpuArray<u64, { counter::COUNT }> = PerCpuArray::new();
-#[btf_map]
+#[btf_map(name = "m000000_policy")]
 pub static POLICIES: HashMap<u64, PodPolicy, PODS_CAPACITY, NO_PREALLOC> = HashMap::new();
-#[btf_map]
+#[btf_map(name = "m000000_cidrs")]
 static EXCLUDED_CIDRS: LpmTrie<CidrOf, u8, EXCLUDED_CIDRS_CAPACITY> = LpmTrie::new();
-#[btf_map]
+#[btf_map(name = "m000000_steer")]
 static STEERING: HashOfMaps<u64, Listeners, PODS_CAPACITY> = HashOfMaps::new();
 
 // One of each per pod: the object is loaded once more for it.
-#[btf_map]
+#[btf_map(name = "m000000_pod_dst")]
 pub static POD_ORIGINAL_DST: OriginalDsts = HashMap::new();
-#[btf_map]
+#[btf_map(name = "m000000_pod_cli")]
 pub static POD_CLIENTS: Clients = HashMap::new();
-#[btf_map]
+#[btf_map(name = "m000000_pod_flw")]
 pub static POD_FLOWS: Flows = HashMap::new();
-#[btf_map]
+#[btf_map(name = "m000000_pod_pkt")]
 pub static POD_PACKET_FLOWS: PacketFlows = HashMap::new();
-#[btf_map]
+#[btf_map(name = "m000000_listen")]
 pub static LISTENERS: Listeners = SockMap::new();
 
 /// Network namespace cookie of the pod a program instance is for.

@@ -21,7 +21,7 @@ use crate::maps::{ORIGINAL_DST, SOCKETS, join, split};
 const IPPROTO_MPTCP: u32 = 262;
 
 #[cgroup_sock_addr(getpeername4)]
-pub fn on_getpeername4(ctx: SockAddrContext) -> i32 {
+pub fn m000000_peer4(ctx: SockAddrContext) -> i32 {
     let sa = ctx.sock_addr;
     // SAFETY: a context field.
     let sk = unsafe { read_volatile(&raw const (*sa).__bindgen_anon_1.sk) };
@@ -42,7 +42,7 @@ pub fn on_getpeername4(ctx: SockAddrContext) -> i32 {
 }
 
 #[cgroup_sock_addr(getpeername6)]
-pub fn on_getpeername6(ctx: SockAddrContext) -> i32 {
+pub fn m000000_peer6(ctx: SockAddrContext) -> i32 {
     let sa = ctx.sock_addr;
     // SAFETY: a context field.
     let sk = unsafe { read_volatile(&raw const (*sa).__bindgen_anon_1.sk) };

@@ -37,7 +37,7 @@ const BPF_RB_NO_WAKEUP: u64 = 1;
 const WATCH: u32 = BPF_SOCK_OPS_STATE_CB_FLAG | BPF_SOCK_OPS_RTT_CB_FLAG;
 
 #[sock_ops]
-pub fn on_socket_event(ctx: SockOpsContext) -> u32 {
+pub fn m000000_sockops(ctx: SockOpsContext) -> u32 {
     let ops = ctx.ops;
     // SAFETY: context fields; volatile so that each is read on its own, as the verifier wants it.
     let (op, sk) = unsafe {

@@ -32,7 +32,7 @@ const UDP_HEADER: u64 = 8;
 const TCP_HEADER: u64 = 20;
 
 #[classifier]
-pub fn egress(ctx: TcContext) -> i32 {
+pub fn m000000_egress(ctx: TcContext) -> i32 {
     // SAFETY: a context field.
     let sk = unsafe { read_volatile(&raw const (*ctx.skb.skb).__bindgen_anon_2.sk) };
     let _ = account(&ctx, true, !sk.is_null());
@@ -40,7 +40,7 @@ pub fn egress(ctx: TcContext) -> i32 {
 }
 
 #[classifier]
-pub fn ingress(ctx: TcContext) -> i32 {
+pub fn m000000_ingress(ctx: TcContext) -> i32 {
     let _ = account(&ctx, false, false);
     TCX_NEXT
 }

@@ -14,13 +14,14 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
+use mesh_agent::capture::Mark;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::{
     binary, eventually,
     fetch::{get_inside, get_unix},
-    lab::Role,
+    lab::{Role, World},
     node::Node,
     process::Process,
 };
@@ -352,9 +353,28 @@ impl Node {
         command.arg("clean").arg("--run-dir").arg(run_dir(self)?);
         run(self, command).await
     }
+
+    /// What `mesh-agent clean --check` finds of its agent, as JSON; the exit code has to go with it.
+    pub async fn residue(&self) -> Result<Vec<Value>> {
+        let mut command = Command::new(binary("mesh-agent", "MESH_AGENT_BIN", "mesh-agent")?);
+        command.args(["clean", "--check", "-o", "json", "--node", self.name()]);
+        command.arg("--run-dir").arg(run_dir(self)?).arg("--bpf-dir").arg(bpf_dir(self));
+        let (status, said) = outcome(self, command).await?;
+        let found: Vec<Value> = serde_json::from_str(&said).with_context(|| format!("{status}: {said}"))?;
+        let expected = i32::from(!found.is_empty());
+        ensure!(status.code() == Some(expected), "{status} with {} things: {said}", found.len());
+        Ok(found)
+    }
 }
 
 async fn run(node: &Node, command: Command) -> Result<String> {
+    let (status, said) = outcome(node, command).await?;
+    ensure!(status.success(), "it ended with {status}\n{said}");
+    Ok(said)
+}
+
+/// Exit status and standard output; what a failed command says on standard error too.
+async fn outcome(node: &Node, command: Command) -> Result<(ExitStatus, String)> {
     let process = node.spawn(command)?;
     let waited = process.wait(COMMAND_LIMIT).await;
     if waited.is_err() {
@@ -362,8 +382,8 @@ async fn run(node: &Node, command: Command) -> Result<String> {
     }
     node.world.forget(&process);
     let status = waited?;
-    ensure!(status.success(), "{} ended with {status}\n{}", process.label(), process.tail());
-    Ok(process.stdout())
+    let failed = if status.success() { String::new() } else { process.stderr() };
+    Ok((status, process.stdout() + &failed))
 }
 
 /// Keys and values of a line of the access log, in either form; quoted values without their quotes.
@@ -391,6 +411,17 @@ pub fn fields(line: &str) -> BTreeMap<String, String> {
     fields
 }
 
+impl World {
+    /// The mark of the agent of this node, on what it has in the kernel.
+    pub(crate) fn mark(&self, node: &str) -> Mark {
+        Mark::of(node, &self.bpf_dir(node))
+    }
+
+    fn bpf_dir(&self, node: &str) -> PathBuf {
+        PathBuf::from(format!("/sys/fs/bpf/{}-{node}", self.unique))
+    }
+}
+
 fn run_dir(node: &Node) -> Result<PathBuf> {
     let parent = node.world.dir.join("run");
     fs::create_dir_all(&parent).with_context(|| format!("making {}", parent.display()))?;
@@ -398,7 +429,7 @@ fn run_dir(node: &Node) -> Result<PathBuf> {
 }
 
 pub(crate) fn bpf_dir(node: &Node) -> PathBuf {
-    PathBuf::from(format!("/sys/fs/bpf/{}-{}", node.world.unique, node.name()))
+    node.world.bpf_dir(node.name())
 }
 
 #[cfg(test)]

@@ -1,63 +1,18 @@
 //! What is loaded and attached in the kernel, as far as the residue check asks.
 //!
-//! Promises: walks the kernel's own lists of links and maps by id, so that objects nobody pinned are seen too, and
-//! asks each interface what is attached to it. Never: attaches, detaches or changes anything. Tested below.
+//! Promises: finds links by what they are attached to, whoever made them, and asks each interface what is attached to it.
+//! Never: attaches, detaches or changes anything. Tested below.
 
 #![expect(unsafe_code, reason = "libbpf-sys is C; each call has its SAFETY comment")]
 
-use std::{
-    collections::HashSet,
-    ffi::c_int,
-    io,
-    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
-    path::Path,
-};
+use std::{collections::HashSet, ffi::c_int, io, path::Path};
 
 use anyhow::{Context as _, Result};
-use libbpf_sys::{
-    BPF_LINK_TYPE_CGROUP, BPF_LINK_TYPE_NETNS, BPF_TCX_EGRESS, BPF_TCX_INGRESS, bpf_link_get_fd_by_id,
-    bpf_link_get_info_by_fd, bpf_link_get_next_id, bpf_link_info, bpf_map_get_fd_by_id,
-    bpf_map_get_info_by_fd, bpf_map_get_next_id, bpf_map_info, bpf_prog_query_opts,
-};
+use libbpf_sys::{BPF_TCX_EGRESS, BPF_TCX_INGRESS, bpf_prog_query_opts};
+pub use mesh_agent::capture::objects::{Link, Target, links};
 
-/// Maps that only the mesh's programs have: any of them on the machine belongs to an agent, running or not.
-pub const OUR_MAPS: &[&str] = &["ORIGINAL_DST", "PACKET_FLOWS"];
 /// How many programs on one hook of one interface are counted; more than anybody attaches.
 const MOST_PROGRAMS: u32 = 64;
-
-/// A link of a kind that the lab can attribute.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Link {
-    /// Its id, as `bpftool link` shows it.
-    pub id: u32,
-    /// What it is attached to.
-    pub target: Target,
-    /// The id of the program it runs now.
-    pub program: u32,
-}
-
-/// What a link is attached to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Target {
-    /// The cgroup with this id.
-    Cgroup(u64),
-    /// The network namespace with this inode (0 once it is gone).
-    Netns(u64),
-}
-
-/// All links to cgroups and network namespaces on the machine.
-pub fn links() -> Result<Vec<Link>> {
-    let mut links = Vec::new();
-    for id in ids(bpf_link_get_next_id) {
-        let id = id.context("walking the BPF links (this needs root)")?;
-        if let Some((target, program)) =
-            looked_at(id).with_context(|| format!("looking at the BPF link {id}"))?
-        {
-            links.push(Link { id, target, program });
-        }
-    }
-    Ok(links)
-}
 
 /// Links attached to any of these cgroups or network namespaces.
 pub(crate) fn links_to(cgroups: &HashSet<u64>, namespaces: &HashSet<u64>) -> Result<Vec<Link>> {
@@ -65,21 +20,9 @@ pub(crate) fn links_to(cgroups: &HashSet<u64>, namespaces: &HashSet<u64>) -> Res
     links.retain(|link| match link.target {
         Target::Cgroup(id) => cgroups.contains(&id),
         Target::Netns(inode) => namespaces.contains(&inode),
+        Target::Interface(_) | Target::Other => false,
     });
     Ok(links)
-}
-
-/// Ids and names of the maps on the machine that have one of these names.
-pub fn maps_named(names: &[&str]) -> Result<Vec<(u32, String)>> {
-    let mut maps = Vec::new();
-    for id in ids(bpf_map_get_next_id) {
-        let id = id.context("walking the BPF maps (this needs root)")?;
-        let name = map_name(id).with_context(|| format!("looking at the BPF map {id}"))?;
-        if let Some(name) = name.filter(|name| names.contains(&name.as_str())) {
-            maps.push((id, name));
-        }
-    }
-    Ok(maps)
 }
 
 /// How many programs sit on the TCX hooks of each interface of a network namespace, where there are any.
@@ -117,83 +60,22 @@ fn tcx_count(interface: c_int, hook: libbpf_sys::bpf_attach_type) -> Result<u32>
     }
 }
 
-type NextId = unsafe extern "C" fn(u32, *mut u32) -> c_int;
-
-/// Every id of one kind. An id may be gone by the time it is looked at.
-fn ids(next: NextId) -> impl Iterator<Item = io::Result<u32>> {
-    let mut last = Some(0);
-    std::iter::from_fn(move || {
-        let mut id = 0;
-        // SAFETY: the function writes one u32 where it is told, and `id` outlives the call.
-        let result = check(unsafe { next(last?, &raw mut id) });
-        last = result.is_ok().then_some(id);
-        match result {
-            Ok(_) => Some(Ok(id)),
-            Err(error) if is_gone(&error) => None,
-            Err(error) => Some(Err(error)),
-        }
-    })
-}
-
-/// What a link is attached to, and its program.
-fn looked_at(id: u32) -> io::Result<Option<(Target, u32)>> {
-    // SAFETY: takes a number and returns a descriptor or an error.
-    let Some(fd) = opened(unsafe { bpf_link_get_fd_by_id(id) })? else { return Ok(None) };
-    let mut info = bpf_link_info::default();
-    let mut size = size_of::<bpf_link_info>() as u32;
-    // SAFETY: `info` is plain data of `size` bytes, and both outlive the call.
-    check(unsafe { bpf_link_get_info_by_fd(fd.as_raw_fd(), &raw mut info, &raw mut size) })?;
-    let target = match info.type_ {
-        // SAFETY: the kernel fills the variant that `type_` names; the rest is zero.
-        BPF_LINK_TYPE_CGROUP => Some(Target::Cgroup(unsafe { info.__bindgen_anon_1.cgroup.cgroup_id })),
-        // SAFETY: as above.
-        BPF_LINK_TYPE_NETNS => {
-            Some(Target::Netns(u64::from(unsafe { info.__bindgen_anon_1.netns.netns_ino })))
-        }
-        _ => None,
-    };
-    Ok(target.map(|target| (target, info.prog_id)))
-}
-
-fn map_name(id: u32) -> io::Result<Option<String>> {
-    // SAFETY: takes a number and returns a descriptor or an error.
-    let Some(fd) = opened(unsafe { bpf_map_get_fd_by_id(id) })? else { return Ok(None) };
-    let mut info = bpf_map_info::default();
-    let mut size = size_of::<bpf_map_info>() as u32;
-    // SAFETY: `info` is plain data of `size` bytes, and both outlive the call.
-    check(unsafe { bpf_map_get_info_by_fd(fd.as_raw_fd(), &raw mut info, &raw mut size) })?;
-    let name = info.name.iter().map(|c| c.cast_unsigned()).take_while(|c| *c != 0).collect();
-    Ok(Some(String::from_utf8_lossy(&Vec::from_iter::<Vec<u8>>(name)).into_owned()))
-}
-
-/// The descriptor behind a libbpf result; `None` if the object has gone in the meantime, or is not there yet: a link
-/// that is being attached has its id already (EAGAIN).
-fn opened(result: c_int) -> io::Result<Option<OwnedFd>> {
-    match check(result) {
-        // SAFETY: libbpf has just opened this descriptor for us, and nobody else knows it.
-        Ok(fd) => Ok(Some(unsafe { OwnedFd::from_raw_fd(fd) })),
-        Err(error) if is_gone(&error) || error.kind() == io::ErrorKind::WouldBlock => Ok(None),
-        Err(error) => Err(error),
-    }
-}
-
 /// libbpf returns a descriptor or zero, or a negative error number.
 fn check(result: c_int) -> io::Result<c_int> {
     if result < 0 { Err(io::Error::from_raw_os_error(-result)) } else { Ok(result) }
 }
 
-fn is_gone(error: &io::Error) -> bool {
-    error.kind() == io::ErrorKind::NotFound
-}
-
 #[cfg(test)]
 mod tests {
-    use std::{ffi::CStr, fs, ptr};
+    use std::{
+        fs,
+        os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+        ptr,
+    };
 
     use libbpf_sys::{
-        BPF_CGROUP_INET4_CONNECT, BPF_MAP_TYPE_ARRAY, BPF_PROG_TYPE_CGROUP_SOCK_ADDR,
-        BPF_PROG_TYPE_SCHED_CLS, bpf_attach_type, bpf_insn, bpf_link_create, bpf_map_create, bpf_prog_load,
-        bpf_prog_load_opts, bpf_prog_type,
+        BPF_CGROUP_INET4_CONNECT, BPF_PROG_TYPE_CGROUP_SOCK_ADDR, BPF_PROG_TYPE_SCHED_CLS, bpf_attach_type,
+        bpf_insn, bpf_link_create, bpf_prog_load, bpf_prog_load_opts, bpf_prog_type,
     };
 
     use super::*;
@@ -212,16 +94,15 @@ mod tests {
         let (name, license) = (c"lab_pass".as_ptr(), c"GPL".as_ptr());
         // SAFETY: two instructions are handed over with their count; all pointers outlive the call.
         let fd = unsafe { bpf_prog_load(kind, name, license, program.as_ptr(), 2, &raw mut opts) };
-        let program = opened(fd)?.context("no program")?;
+        let program = opened(fd)?;
         // SAFETY: an open descriptor, a number that the hook understands, and no options.
         let link = unsafe { bpf_link_create(program.as_raw_fd(), target, hook, ptr::null()) };
-        opened(link)?.context("no link")
+        opened(link)
     }
 
-    fn make_map(name: &CStr) -> Result<OwnedFd> {
-        // SAFETY: the name outlives the call, and there are no options.
-        let fd = unsafe { bpf_map_create(BPF_MAP_TYPE_ARRAY, name.as_ptr(), 4, 4, 1, ptr::null()) };
-        opened(fd)?.context("no map")
+    fn opened(result: c_int) -> Result<OwnedFd> {
+        // SAFETY: libbpf has just opened this descriptor for us, and nobody else knows it.
+        Ok(unsafe { OwnedFd::from_raw_fd(check(result)?) })
     }
 
     #[test]
@@ -260,17 +141,6 @@ mod tests {
         let after = tcx_programs(&netns.path())?;
         netns.remove()?;
         assert_eq!((before, attached, after), (vec![], vec![("lo".to_owned(), 1)], vec![]));
-        Ok(())
-    }
-
-    #[test]
-    fn a_map_is_found_by_its_name() -> Result<()> {
-        if !crate::require_root()? {
-            return Ok(());
-        }
-        let map = make_map(c"lab_named_map")?;
-        assert_eq!(maps_named(&["lab_named_map"])?.len(), 1);
-        drop(map);
         Ok(())
     }
 }

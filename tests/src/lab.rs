@@ -313,7 +313,8 @@ impl World {
         namespaces.retain(|(path, _)| path.exists());
         let cgroups: HashSet<u64> =
             cgroup::tree(&self.cgroup).iter().filter_map(|path| cgroup::id(path).ok()).collect();
-        residue::Footprint { unique: self.unique.clone(), namespaces, cgroups }
+        let marks = lock(&self.nodes).iter().map(|node| self.mark(&node.name)).collect();
+        residue::Footprint { unique: self.unique.clone(), namespaces, cgroups, marks }
     }
 
     fn remove_all(&self) -> Vec<String> {

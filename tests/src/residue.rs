@@ -1,11 +1,11 @@
 //! What labs and agents leave behind: finds it, and takes it away.
 //!
-//! Promises: [`any`] names everything on the machine that belongs to any lab, and every map of a running or dead
-//! agent; [`clean`] removes what belongs to labs whose process has ended. Never: touches a lab that is in use, or an
+//! Promises: [`any`] names everything on the machine that belongs to any lab, and what carries the mark of a running or
+//! dead agent; [`clean`] removes what belongs to labs whose process has ended. Never: touches a lab that is in use, or an
 //! agent that no lab started. Tested in `tests/lab.rs`, with residue planted there.
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeSet, HashSet},
     fmt, fs,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
@@ -13,6 +13,10 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
+use mesh_agent::capture::{
+    Mark,
+    residue::{Trace, Whose},
+};
 use nix::{
     fcntl::{Flock, FlockArg},
     mount::{MntFlags, MsFlags, mount, umount2},
@@ -56,13 +60,8 @@ pub enum Leftover {
         /// How many programs, both directions together.
         programs: u32,
     },
-    /// A map that only the mesh's programs have.
-    Map {
-        /// Its id, as `bpftool map` shows it.
-        id: u32,
-        /// Its name.
-        name: String,
-    },
+    /// Something that carries the mark of an agent's instance, wherever it is attached, pinned or held.
+    Marked(Trace),
 }
 
 impl fmt::Display for Leftover {
@@ -78,7 +77,10 @@ impl fmt::Display for Leftover {
             Self::Tcx { netns, interface, programs } => {
                 write!(f, "{programs} TCX programs on {interface} in {}", netns.display())
             }
-            Self::Map { id, name } => write!(f, "BPF map {id} {name}"),
+            Self::Marked(Trace { instance, kind, id, what }) => {
+                let instance = instance.map_or_else(String::new, |mark| mark.to_string());
+                write!(f, "of the agent {instance}: {} {} {what}", kind.word(), id.unwrap_or_default())
+            }
         }
     }
 }
@@ -91,6 +93,8 @@ pub(crate) struct Footprint {
     pub(crate) namespaces: Vec<(PathBuf, u64)>,
     /// Ids of its cgroups.
     pub(crate) cgroups: HashSet<u64>,
+    /// The marks of its agents.
+    pub(crate) marks: BTreeSet<Mark>,
 }
 
 /// What agents and apps that have ended left in a lab that still stands: processes, pins, links, programs.
@@ -103,12 +107,18 @@ pub(crate) fn of_agents(footprint: &Footprint) -> Result<Vec<Leftover>> {
     }
     found.extend(pins(&footprint.unique).map(Leftover::Pins));
     found.extend(bpf::links_to(&footprint.cgroups, &inodes)?.into_iter().map(Leftover::Link));
+    found.extend(marked(&Whose::Of(footprint.marks.clone()))?);
     for (netns, _) in &footprint.namespaces {
         for (interface, programs) in bpf::tcx_programs(netns)? {
             found.push(Leftover::Tcx { netns: netns.clone(), interface, programs });
         }
     }
     Ok(found)
+}
+
+/// What carries the mark of an agent.
+fn marked(whose: &Whose) -> Result<impl Iterator<Item = Leftover>> {
+    Ok(mesh_agent::capture::residue::find(whose, &[])?.into_iter().map(Leftover::Marked))
 }
 
 /// What agents have left in a network namespace that still stands: links, and programs on its interfaces.
@@ -144,11 +154,10 @@ pub(crate) fn named(prefix: &str) -> Result<Vec<Leftover>> {
     Ok(found)
 }
 
-/// Everything of any lab, and every map of any agent, on this machine. Labs in use are included.
+/// Everything of any lab, and everything of any agent, on this machine. Labs in use are included.
 pub fn any() -> Result<Vec<Leftover>> {
     let mut found = named(PREFIX)?;
-    let maps = bpf::maps_named(bpf::OUR_MAPS)?;
-    found.extend(maps.into_iter().map(|(id, name)| Leftover::Map { id, name }));
+    found.extend(marked(&Whose::All)?);
     Ok(found)
 }
 
@@ -212,7 +221,7 @@ fn remove(leftover: &Leftover) -> Result<()> {
             umount2(path, MntFlags::MNT_DETACH).with_context(|| format!("unmounting {}", path.display()))
         }
         // Processes end with their cgroup; links and programs go with pins and namespaces.
-        Leftover::Process { .. } | Leftover::Link(_) | Leftover::Tcx { .. } | Leftover::Map { .. } => Ok(()),
+        Leftover::Process { .. } | Leftover::Link(_) | Leftover::Tcx { .. } | Leftover::Marked(_) => Ok(()),
     }
 }
 

@@ -26,7 +26,7 @@ use tracing_subscriber::{EnvFilter, reload};
 pub use self::{
     health::{BlockReady, Readiness},
     listen::{Address, AddressError, HANDOVER_SOCKET, KeepFile, Listener, SOCKET_NAME, Socket},
-    run_dir::{RunDir, clean_run_dir, noted_bpf_dir},
+    run_dir::{RunDir, clean_run_dir, noted_bpf_dir, run_dir_files},
     serve::Reply,
 };
 use crate::{

@@ -19,6 +19,9 @@ use super::{HANDOVER_SOCKET, SOCKET_NAME};
 /// The file that says where the agent's pins are: the path, and nothing else.
 const BPF_DIR_NOTE: &str = "bpf-dir";
 
+/// The file that says that an agent made the directory, so that it goes with the last one.
+const MADE: &str = "made";
+
 /// The directory of metrics of agents that have handed over.
 const METRICS: &str = "metrics";
 
@@ -42,6 +45,9 @@ impl RunDir {
         let made = make_private(&path).map_err(|error| {
             io::Error::new(error.kind(), format!("--run-dir {}: {error}", path.display()))
         })?;
+        if made {
+            fs::write(path.join(MADE), "")?;
+        }
         Ok(Self { path, made, noted: false })
     }
 
@@ -53,6 +59,8 @@ impl RunDir {
     pub fn note_bpf_dir(&mut self, bpf_dir: &Path) -> io::Result<()> {
         let bpf_dir = std::path::absolute(bpf_dir)?;
         self.noted = true;
+        // By one that has crashed, if not by this one.
+        self.made |= self.path.join(MADE).exists();
         // Of agents that have crashed.
         let _ = fs::remove_dir_all(self.metrics());
         fs::write(self.path.join(BPF_DIR_NOTE), bpf_dir.as_os_str().as_bytes())
@@ -93,6 +101,7 @@ impl Drop for RunDir {
             let _ = fs::remove_dir_all(self.metrics());
         }
         if self.made {
+            let _ = fs::remove_file(self.path.join(MADE));
             let _ = fs::remove_dir(&self.path);
         }
     }
@@ -102,6 +111,20 @@ impl Drop for RunDir {
 pub fn noted_bpf_dir(run_dir: &Path) -> Option<PathBuf> {
     let path = fs::read(run_dir.join(BPF_DIR_NOTE)).ok().filter(|path| !path.is_empty())?;
     Some(OsString::from_vec(path).into())
+}
+
+/// A run directory and what is in it; nothing where there is none.
+///
+/// # Errors
+/// It cannot be listed.
+pub fn run_dir_files(run_dir: &Path) -> io::Result<Vec<PathBuf>> {
+    match fs::read_dir(run_dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        entries => {
+            let within = entries?.map(|entry| Ok(entry?.path()));
+            [Ok(run_dir.to_path_buf())].into_iter().chain(within).collect()
+        }
+    }
 }
 
 /// Removes the run directory of an agent that has ended; one that is not there is clean.
@@ -117,7 +140,7 @@ pub fn clean_run_dir(run_dir: &Path) -> io::Result<()> {
         let (name, kind) = (entry.file_name(), entry.file_type()?);
         let ours = match name.to_str() {
             Some(SOCKET_NAME | HANDOVER_SOCKET | "handover.sock.new") => kind.is_socket(),
-            Some(BPF_DIR_NOTE) => kind.is_file(),
+            Some(BPF_DIR_NOTE | MADE) => kind.is_file(),
             Some(METRICS) => kind.is_dir(),
             _ => false,
         };
@@ -179,6 +202,30 @@ mod tests {
         assert_eq!(noted_bpf_dir(&path), Some("/sys/fs/bpf/elsewhere".into()));
         drop(dir);
         assert!(!path.exists() && parent.path().join("mesh").exists());
+        Ok(())
+    }
+
+    #[test]
+    fn the_directory_of_a_crashed_agent_goes_with_the_next() -> io::Result<()> {
+        let parent = tempfile::tempdir()?;
+        let (path, given) = (parent.path().join("a"), parent.path().join("given"));
+        std::mem::forget(RunDir::create(path.clone())?);
+        // One that cannot start leaves it to those that can.
+        drop(RunDir::create(path.clone())?);
+        assert!(path.join(MADE).exists());
+        let mut next = RunDir::create(path.clone())?;
+        next.note_bpf_dir(Path::new("/sys/fs/bpf/mesh"))?;
+        drop(next);
+        assert!(!path.exists());
+        // That of somebody else stays, whoever crashed in it.
+        make_private(&given)?;
+        let mut crashed = RunDir::create(given.clone())?;
+        crashed.note_bpf_dir(Path::new("/sys/fs/bpf/mesh"))?;
+        std::mem::forget(crashed);
+        let mut next = RunDir::create(given.clone())?;
+        next.note_bpf_dir(Path::new("/sys/fs/bpf/mesh"))?;
+        drop(next);
+        assert!(fs::read_dir(&given)?.next().is_none());
         Ok(())
     }
 

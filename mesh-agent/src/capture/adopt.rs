@@ -14,7 +14,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use aya::{Ebpf, maps::MapInfo};
+use aya::maps::MapInfo;
 use mesh_common::{
     flow::FlowRecord,
     maps::{
@@ -30,7 +30,7 @@ use super::{
     enrol::{self, Capture, Cgroups, Enrolled, Flows, pod_addrs},
     kernel::{Facts, KernelNet},
     links::{BpfDir, detach_others},
-    loader::{self, CaptureConfig},
+    loader::{self, CaptureConfig, Loading, Object},
     netns::Netns,
 };
 use crate::state::snapshot::Workload;
@@ -55,7 +55,7 @@ pub struct Adopted {
     cookie: u64,
     addrs: PodAddrs,
     flows: Arc<Flows>,
-    object: Ebpf,
+    object: Object,
 }
 
 impl Adopted {
@@ -101,8 +101,9 @@ impl Capture {
         let pods = cgroup::pods(config.pods_cgroup.as_deref(), &root)?;
         let dir = BpfDir::of_another(&config.bpf_dir, lock);
         check_layout(&dir.maps(), &shared_layout())?;
-        let node = loader::load(&dir, config.ebpf_log)?;
-        Ok(Self::of(dir, Cgroups { root, pods }, config, node))
+        let with = Loading::of(config);
+        let node = loader::load(&dir, &with)?;
+        Ok(Self::of(dir, Cgroups { root, pods }, (with, config.when_agent_is_down), node))
     }
 
     /// Makes ready to serve a pod that another agent serves. `None` when it is another pod by now: its network
@@ -125,7 +126,7 @@ impl Capture {
         let addrs = pod_addrs(&workload.ips)?;
         check_layout(&self.dir.maps_of(cookie), &pod_layout())?;
         let facts = Facts::open(&self.dir.maps())?;
-        let mut object = loader::load_pod(&self.dir, self.log, self.tables, cookie)?;
+        let mut object = loader::load_pod(&self.dir, &self.with, cookie)?;
         let flows = self.list_maps(&mut object, cookie)?;
         let [outbound, inbound, mesh] =
             listeners.map(|socket| TcpListener::from_std(std::net::TcpListener::from(socket)));

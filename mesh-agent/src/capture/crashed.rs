@@ -7,6 +7,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    sync::atomic::Ordering,
 };
 
 use anyhow::{Context as _, Result};
@@ -40,8 +41,11 @@ impl BpfDir {
         Ok(())
     }
 
-    /// Where crashed agents' things are.
+    /// Where crashed agents' things are. Asked for at each look at the pods, so only as long as there may be any.
     fn crashed(&self) -> Result<Vec<PathBuf>> {
+        if !self.crashed.load(Ordering::Acquire) {
+            return Ok(Vec::new());
+        }
         Ok(list(self.path())?.into_iter().filter(|path| is_set_aside(path)).collect())
     }
 
@@ -66,11 +70,12 @@ impl BpfDir {
             detach_agent(&crashed)?;
             fs::remove_dir_all(&crashed).with_context(|| format!("cannot remove {}", crashed.display()))?;
         }
+        self.crashed.store(false, Ordering::Release);
         Ok(())
     }
 }
 
-fn is_set_aside(path: &Path) -> bool {
+pub(super) fn is_set_aside(path: &Path) -> bool {
     path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with(SET_ASIDE))
 }
 

@@ -15,7 +15,6 @@ use std::{
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use aya::{
-    Ebpf,
     maps::{HashMap as BpfHashMap, HashOfMaps, InnerMap, Map, MapData, SockMap},
     programs::{LinkOrder, SchedClassifier, SkLookup, TcAttachType, links::FdLink, tc::TcAttachOptions},
 };
@@ -35,12 +34,11 @@ use super::{
     flows::Reading,
     kernel::{Facts, KernelNet},
     links::{BpfDir, detach_all, make, pin, replace, unpin_all},
-    loader::{self, CaptureConfig, EbpfLog},
+    loader::{self, CaptureConfig, EbpfLog, Loading, Object},
     netns::Netns,
     policy::Policies,
-    tables::PodTables,
 };
-use crate::state::snapshot::Workload;
+use crate::state::snapshot::{WhenAgentIsDown, Workload};
 
 /// Interfaces of a pod whose packets are counted: more than any pod needs, few enough that one which makes thousands
 /// of them does not keep the node's other pods waiting.
@@ -55,13 +53,12 @@ const NO_EXIST: u64 = 1;
 pub struct Capture {
     pub(super) dir: BpfDir,
     pub(super) shared: Arc<Shared>,
-    pub(super) log: EbpfLog,
+    pub(super) with: Loading,
     /// The root of the hierarchy, and where the pods are below it: a cgroup of their own, which the agent need not be in.
     pub(super) cgroups: Cgroups,
     pub(super) policies: Policies,
-    pub(super) tables: PodTables,
     /// Keeps the programs of the node; its maps are used through handles of their own.
-    pub(super) node: Mutex<Ebpf>,
+    pub(super) node: Mutex<Object>,
     /// What reads the kernel's buffers, each of which has one reader.
     pub(super) reading: Mutex<Option<Reading>>,
     pub(super) forwarding: Mutex<Option<AbortHandle>>,
@@ -134,11 +131,12 @@ impl Capture {
         let root = cgroup::root(config.cgroup_root.as_deref())?;
         let pods = cgroup::pods(config.pods_cgroup.as_deref(), &root)?;
         let dir = BpfDir::create(&config.bpf_dir)?;
-        let loaded = loader::load(&dir, config.ebpf_log)
+        let with = Loading::of(config);
+        let loaded = loader::load(&dir, &with)
             .and_then(|mut node| loader::attach(&mut node, &dir, &root, &pods).map(|()| node));
         match loaded {
             Ok(node) => {
-                let capture = Self::of(dir, Cgroups { root, pods }, config, node);
+                let capture = Self::of(dir, Cgroups { root, pods }, (with, config.when_agent_is_down), node);
                 capture.forward_log()?;
                 Ok(capture)
             }
@@ -149,16 +147,20 @@ impl Capture {
         }
     }
 
-    pub(super) fn of(dir: BpfDir, cgroups: Cgroups, config: &CaptureConfig, node: Ebpf) -> Self {
+    pub(super) fn of(
+        dir: BpfDir,
+        cgroups: Cgroups,
+        (with, when_agent_is_down): (Loading, WhenAgentIsDown),
+        node: Object,
+    ) -> Self {
         let shared = Arc::new(Shared { pods: Mutex::default() });
-        let policies = Policies::new(config.when_agent_is_down);
-        let (log, tables) = (config.ebpf_log, config.tables);
+        let policies = Policies::new(when_agent_is_down);
         let (node, reading, forwarding) = (Mutex::new(node), Mutex::default(), Mutex::default());
-        Self { dir, shared, log, cgroups, policies, tables, node, reading, forwarding }
+        Self { dir, shared, with, cgroups, policies, node, reading, forwarding }
     }
 
     pub(super) fn forward_log(&self) -> Result<()> {
-        if self.log != EbpfLog::Off {
+        if self.with.log != EbpfLog::Off {
             let mut node = self.node.lock().unwrap_or_else(PoisonError::into_inner);
             let forwarding = loader::forward_log(&mut node)?;
             *self.forwarding.lock().unwrap_or_else(PoisonError::into_inner) = Some(forwarding);
@@ -219,7 +221,7 @@ impl Capture {
         let facts = Facts::open(&self.dir.maps())?;
         let sockets = listeners(&netns, &facts)?;
         make(&self.dir.maps_of(cookie))?;
-        let mut object = loader::load_pod(&self.dir, self.log, self.tables, cookie)?;
+        let mut object = loader::load_pod(&self.dir, &self.with, cookie)?;
 
         let mut steering: SockMap<MapData> = loader::take(&mut object, LISTENERS)?;
         for (socket, index) in sockets.iter().zip(0..) {
@@ -239,7 +241,7 @@ impl Capture {
     }
 
     /// Lists the pod's own maps under its cookie, where the programs of the node look for them, unless they are listed.
-    pub(super) fn list_maps(&self, object: &mut Ebpf, cookie: u64) -> Result<Arc<Flows>> {
+    pub(super) fn list_maps(&self, object: &mut Object, cookie: u64) -> Result<Arc<Flows>> {
         let mut original_dst: BpfHashMap<MapData, Tuple, Entry> = loader::take(object, POD_ORIGINAL_DST)?;
         let mut clients: BpfHashMap<MapData, Tuple, Entry> = loader::take(object, POD_CLIENTS)?;
         // Where the kernel notes that the table was full.
@@ -346,7 +348,7 @@ fn listeners(netns: &Netns, facts: &Facts) -> Result<[Socket; 3]> {
 }
 
 /// Attaches the pod's programs and pins their links; a link that is there already is given the program instead.
-pub(super) fn attach(object: &mut Ebpf, netns: &Netns, links: &Path) -> Result<()> {
+pub(super) fn attach(object: &mut Object, netns: &Netns, links: &Path) -> Result<()> {
     count_packets(object, netns, links)?;
     let program: &mut SkLookup = loader::program(object, "inbound")?;
     let pinned = links.join("inbound");
@@ -361,7 +363,7 @@ pub(super) fn attach(object: &mut Ebpf, netns: &Netns, links: &Path) -> Result<(
 /// Attaches the counting of packets to the pod's interfaces, loopback excepted. A kernel without TCX (before 6.6) goes
 /// without: those flows are then not counted. What the pod calls its interfaces, and how many it makes, is its own
 /// affair: neither keeps it from being enrolled.
-fn count_packets(object: &mut Ebpf, netns: &Netns, links: &Path) -> Result<()> {
+fn count_packets(object: &mut Object, netns: &Netns, links: &Path) -> Result<()> {
     for (name, direction) in [("egress", TcAttachType::Egress), ("ingress", TcAttachType::Ingress)] {
         let program: &mut SchedClassifier = loader::program(object, name)?;
         for (index, interface) in interfaces(netns)? {

@@ -14,6 +14,8 @@ use mesh_common::flow::FlowRecord;
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use super::instance::plain_name;
+
 pub use self::{
     btf::{Btf, Type},
     kernel::{Entries, Info, Map},
@@ -180,7 +182,7 @@ fn dump_with(map: &Map, name: &str, loaded: &mut HashMap<u32, Option<Btf>>) -> R
             Some(inner) => match inner {
                 Ok(inner) => {
                     let name = inner.name();
-                    json!(dump_with(&inner, &name, loaded)?)
+                    json!(dump_with(&inner, plain_name(&name), loaded)?)
                 }
                 // Gone since: its pod was removed while we read.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
@@ -215,7 +217,7 @@ pub fn read_flows(bpf_dir: &Path) -> Result<Vec<FlowRecord>, Error> {
 
 /// The records in the maps inside this map of maps.
 pub fn read_flows_of(outer: &Map) -> Result<Vec<FlowRecord>, Error> {
-    let read = |map: &Map, error| Error::Read { name: map.name(), error };
+    let read = |map: &Map, error| Error::Read { name: plain_name(&map.name()).to_owned(), error };
     let mut flows = Vec::new();
     for (_, id) in outer.entries().map_err(|error| read(outer, error))?.iter() {
         let inner = match outer.inner(id) {
@@ -223,7 +225,12 @@ pub fn read_flows_of(outer: &Map) -> Result<Vec<FlowRecord>, Error> {
             // Gone since: its pod was removed while we read.
             Some(Err(error)) if error.kind() == io::ErrorKind::NotFound => continue,
             Some(Err(error)) => return Err(read(outer, error)),
-            None => return Err(Error::NotListable { name: outer.name(), kind: outer.kind() }),
+            None => {
+                return Err(Error::NotListable {
+                    name: plain_name(&outer.name()).to_owned(),
+                    kind: outer.kind(),
+                });
+            }
         };
         let entries = inner.entries().map_err(|error| read(&inner, error))?;
         flows.extend(entries.iter().map(|(_, value)| kernel::flow_record(value)));

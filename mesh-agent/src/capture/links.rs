@@ -41,6 +41,8 @@ pub(super) struct BpfDir {
     lock: Mutex<Option<File>>,
     /// Whether it is this agent's to change, and to unlock: not before it was handed over, nor after.
     ours: AtomicBool,
+    /// Whether something of agents that crashed may be there. Nothing comes to be there while an agent lives.
+    pub(super) crashed: AtomicBool,
 }
 
 impl Drop for BpfDir {
@@ -70,7 +72,12 @@ impl BpfDir {
 
     /// The directory of an agent that hands over, by the lock it holds. Not ours until [`BpfDir::take`].
     pub(super) fn of_another(path: &Path, lock: OwnedFd) -> Self {
-        Self { path: path.to_path_buf(), lock: Mutex::new(Some(lock.into())), ours: AtomicBool::new(false) }
+        Self {
+            path: path.to_path_buf(),
+            lock: Mutex::new(Some(lock.into())),
+            ours: AtomicBool::new(false),
+            crashed: AtomicBool::new(true),
+        }
     }
 
     fn lock(path: &Path) -> Result<Self> {
@@ -80,6 +87,7 @@ impl BpfDir {
                 path: path.to_path_buf(),
                 lock: Mutex::new(Some(lock)),
                 ours: AtomicBool::new(true),
+                crashed: AtomicBool::new(true),
             }),
             Err(fs::TryLockError::WouldBlock) => bail!(
                 "another agent is running with {}: stop it, or give this one its own --bpf-dir",

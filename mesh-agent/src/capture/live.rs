@@ -38,7 +38,7 @@ pub fn bring_up_to_date<'a>(records: &mut [FlowRecord], pods: impl IntoIterator<
     }
     for pod in pods {
         let Net::Kernel(net) = &pod.net else { continue };
-        let asked = ask(net.netns(), |socket| {
+        let asked = ask(net.netns(), &open_states(), |socket| {
             // Cookies are unique on the machine, so whose pod it is need not be asked.
             if let Some(record) = places.get(&cookie(&socket)).and_then(|place| records.get_mut(*place)) {
                 update(record, &socket);
@@ -78,30 +78,38 @@ fn payload(direction: u8, state: u8, acked: u64, received: u64) -> (u64, u64) {
     decide::payload(dialled | closing | established, acked, received, 0, 0)
 }
 
-/// Asks for the TCP sockets of a network namespace.
-fn ask(netns: &Netns, mut each: impl FnMut(InetResponse)) -> io::Result<()> {
+/// Those that end leave their last word in the record themselves.
+fn open_states() -> StateFlags {
+    StateFlags::all() - StateFlags::LISTEN - StateFlags::TIME_WAIT - StateFlags::CLOSE
+}
+
+/// Port and inode of the TCP sockets that listen in a network namespace.
+pub(super) fn listening(netns: &Netns) -> io::Result<Vec<(u16, u32)>> {
+    let mut found = Vec::new();
+    ask(netns, &StateFlags::LISTEN, |socket| {
+        found.push((socket.header.socket_id.source_port, socket.header.inode));
+    })?;
+    Ok(found)
+}
+
+/// Asks for the TCP sockets of a network namespace that are in one of these states.
+fn ask(netns: &Netns, states: &StateFlags, mut each: impl FnMut(InetResponse)) -> io::Result<()> {
     let socket = netns.enter(|| {
         Socket::new(Domain::from(nix::libc::AF_NETLINK), Type::DGRAM, Some(Protocol::from(SOCK_DIAG)))
     })?;
     for family in [AF_INET, AF_INET6] {
-        socket.send(&request(family))?;
+        socket.send(&request(family, states.clone()))?;
         read(&socket, &mut each)?;
     }
     Ok(())
 }
 
-fn request(family: u8) -> Vec<u8> {
+fn request(family: u8, states: StateFlags) -> Vec<u8> {
     let mut header = NetlinkHeader::default();
     header.flags = NLM_F_REQUEST | NLM_F_DUMP;
     let socket_id = if family == AF_INET { SocketId::new_v4() } else { SocketId::new_v6() };
-    let request = InetRequest {
-        family,
-        protocol: IPPROTO_TCP,
-        extensions: ExtensionFlags::INFO,
-        // Those that end leave their last word in the record themselves.
-        states: StateFlags::all() - StateFlags::LISTEN - StateFlags::TIME_WAIT - StateFlags::CLOSE,
-        socket_id,
-    };
+    let request =
+        InetRequest { family, protocol: IPPROTO_TCP, extensions: ExtensionFlags::INFO, states, socket_id };
     let mut message = NetlinkMessage::new(header, SockDiagMessage::InetRequest(request).into());
     message.finalize();
     let mut bytes = vec![0; message.buffer_len()];
@@ -166,7 +174,7 @@ mod tests {
         };
         let port = client.local_addr()?.port();
         let mut seen = Vec::new();
-        ask(&netns, |socket| {
+        ask(&netns, &open_states(), |socket| {
             let id = &socket.header.socket_id;
             if id.source_port == port || id.destination_port == port {
                 let dialled = id.source_port == port;

@@ -23,6 +23,7 @@ use tokio::{
 };
 
 use super::{
+    instance::Mark,
     links::{BpfDir, detach_others, pin, replace},
     tables::PodTables,
 };
@@ -43,6 +44,8 @@ pub struct CaptureConfig {
     pub cgroup_root: Option<PathBuf>,
     /// The cgroup below it that holds the pods alone; `None` looks for a kubelet's, and takes the root where there is none.
     pub pods_cgroup: Option<PathBuf>,
+    /// The name of the agent's node.
+    pub node: String,
     /// Where maps and links are pinned; no other agent may have the same.
     pub bpf_dir: PathBuf,
     /// What the kernel programs log.
@@ -71,11 +74,33 @@ pub enum EbpfLog {
     Trace,
 }
 
+/// What the object is loaded with.
+#[derive(Debug)]
+pub(super) struct Loading {
+    pub(super) mark: Mark,
+    pub(super) log: EbpfLog,
+    pub(super) tables: PodTables,
+}
+
+impl Loading {
+    pub(super) fn of(config: &CaptureConfig) -> Self {
+        let mark = Mark::of(&config.node, &config.bpf_dir);
+        Self { mark, log: config.ebpf_log, tables: config.tables }
+    }
+}
+
+/// The loaded object: programs and maps by the names that the agent has for them.
+#[derive(Debug)]
+pub(super) struct Object {
+    ebpf: Ebpf,
+    mark: Mark,
+}
+
 /// Loads the programs of the node. The shared maps are pinned on the way, or found where they are pinned.
-pub(super) fn load(dir: &BpfDir, log: EbpfLog) -> Result<Ebpf> {
+pub(super) fn load(dir: &BpfDir, with: &Loading) -> Result<Object> {
     raise_limits();
-    let mut node = load_object(dir, log, PodTables::default(), None)?;
-    for (name, program) in node.programs_mut() {
+    let mut node = load_object(dir, with, None)?;
+    for (name, program) in node.ebpf.programs_mut() {
         let loaded = match program {
             Program::SockOps(program) => program.load(),
             Program::CgroupSockAddr(program) => program.load(),
@@ -89,17 +114,17 @@ pub(super) fn load(dir: &BpfDir, log: EbpfLog) -> Result<Ebpf> {
     }
     // Only the programs of a pod use these, each pod having its own.
     for name in OF_A_POD {
-        drop(node.take_map(name));
+        drop(node.ebpf.take_map(&node.mark.map_name(name)));
     }
     Ok(node)
 }
 
 /// Loads the programs of the pod in the network namespace with this cookie. Its maps are pinned on the way, or found
 /// where they are pinned.
-pub(super) fn load_pod(dir: &BpfDir, log: EbpfLog, tables: PodTables, cookie: u64) -> Result<Ebpf> {
-    let mut pod = load_object(dir, log, tables, Some(cookie))?;
+pub(super) fn load_pod(dir: &BpfDir, with: &Loading, cookie: u64) -> Result<Object> {
+    let mut pod = load_object(dir, with, Some(cookie))?;
     // Before any map is taken out and closed: until it is loaded a program knows its maps by their descriptors.
-    for (name, program) in pod.programs_mut() {
+    for (name, program) in pod.ebpf.programs_mut() {
         let loaded = match program {
             Program::SkLookup(program) => program.load(),
             Program::SchedClassifier(program) => program.load(),
@@ -110,46 +135,50 @@ pub(super) fn load_pod(dir: &BpfDir, log: EbpfLog, tables: PodTables, cookie: u6
     Ok(pod)
 }
 
-fn load_object(dir: &BpfDir, log: EbpfLog, tables: PodTables, pod: Option<u64>) -> Result<Ebpf> {
+fn load_object(dir: &BpfDir, with: &Loading, pod: Option<u64>) -> Result<Object> {
     if OBJECT.is_empty() {
         bail!(
             "this agent was built without its kernel programs: run `cargo xtask build-ebpf` and build it again"
         );
     }
-    let (level, cookie) = (log as u8, pod.unwrap_or_default());
+    let (level, cookie, mark) = (with.log as u8, pod.unwrap_or_default(), with.mark);
+    let shared = SHARED.into_iter().chain([LOG_MAP]).map(|name| (mark.map_name(name), dir.maps().join(name)));
+    let own = pod.is_some().then_some(OF_A_POD).into_iter().flatten();
+    let own = own.map(|name| (mark.map_name(name), dir.maps_of(cookie).join(name)));
+    let (pins, sizes): (Vec<_>, _) = (shared.chain(own).collect(), with.tables.sizes(mark));
     let mut loader = EbpfLoader::new();
     loader.override_global(aya_log::LEVEL, &level, true).override_global(NETNS_COOKIE, &cookie, true);
-    tables.size(&mut loader);
-    for name in SHARED.into_iter().chain([LOG_MAP]) {
-        loader.map_pin_path(name, dir.maps().join(name));
+    for (name, entries) in &sizes {
+        loader.map_max_entries(name, *entries);
     }
-    for name in pod.is_some().then_some(OF_A_POD).into_iter().flatten() {
-        loader.map_pin_path(name, dir.maps_of(cookie).join(name));
+    for (name, path) in &pins {
+        loader.map_pin_path(name, path);
     }
-    loader.load(OBJECT).map_err(|error| {
+    let ebpf = loader.load(&mark.put_in(OBJECT)).map_err(|error| {
         anyhow!(error)
             .context("the kernel refuses the maps: the agent needs CAP_BPF and CAP_NET_ADMIN, or root")
-    })
+    })?;
+    Ok(Object { ebpf, mark })
 }
 
 /// The programs of the node, and the pins of their links.
 const OF_THE_NODE: [(&str, &str); 5] = [
-    ("on_socket_event", "sockops"),
-    ("on_getpeername4", "getpeername4"),
-    ("on_getpeername6", "getpeername6"),
-    ("on_connect4", "connect4"),
-    ("on_connect6", "connect6"),
+    ("sockops", "sockops"),
+    ("peer4", "getpeername4"),
+    ("peer6", "getpeername6"),
+    ("conn4", "connect4"),
+    ("conn6", "connect6"),
 ];
 
 /// Attaches the programs of the node and pins their links: what apps ask for at the cgroup of the pods, what connections
 /// do at the root, for one end of those inside a pod is the agent's. A link that is there already is given the program
 /// instead.
-pub(super) fn attach(node: &mut Ebpf, dir: &BpfDir, root: &Path, pods: &Path) -> Result<()> {
+pub(super) fn attach(node: &mut Object, dir: &BpfDir, root: &Path, pods: &Path) -> Result<()> {
     let open = |path: &Path| std::fs::File::open(path).with_context(|| format!("cgroup {}", path.display()));
     let (root, pods) = (open(root)?, open(pods)?);
     for (name, hook) in OF_THE_NODE {
         let cgroup = if hook == "sockops" { &root } else { &pods };
-        let program = node.program_mut(name).ok_or_else(|| missing(name))?;
+        let program = node.program_mut(name)?;
         let pinned = dir.links().join(hook);
         if replace(&pinned, program.fd()?.as_fd())? {
             continue;
@@ -181,12 +210,18 @@ fn attach_to_cgroup(program: &mut Program, cgroup: &std::fs::File) -> Result<FdL
     })
 }
 
+impl Object {
+    fn program_mut(&mut self, name: &str) -> Result<&mut Program> {
+        self.ebpf.program_mut(&self.mark.name(name)).ok_or_else(|| missing(name))
+    }
+}
+
 /// A map of the object, as the type it has.
-pub(super) fn take<T>(object: &mut Ebpf, name: &str) -> Result<T>
+pub(super) fn take<T>(object: &mut Object, name: &str) -> Result<T>
 where
     T: TryFrom<Map, Error = aya::maps::MapError>,
 {
-    let map = object.take_map(name).ok_or_else(|| missing(name))?;
+    let map = object.ebpf.take_map(&object.mark.map_name(name)).ok_or_else(|| missing(name))?;
     T::try_from(map).with_context(|| format!("map {name}"))
 }
 
@@ -200,12 +235,11 @@ where
 }
 
 /// A program of the object, as the type it has.
-pub(super) fn program<'a, T>(object: &'a mut Ebpf, name: &str) -> Result<T>
+pub(super) fn program<'a, T>(object: &'a mut Object, name: &str) -> Result<T>
 where
     T: TryFrom<&'a mut Program, Error = ProgramError>,
 {
-    T::try_from(object.program_mut(name).ok_or_else(|| missing(name))?)
-        .with_context(|| format!("program {name}"))
+    T::try_from(object.program_mut(name)?).with_context(|| format!("program {name}"))
 }
 
 fn missing(name: &str) -> anyhow::Error {
@@ -213,8 +247,8 @@ fn missing(name: &str) -> anyhow::Error {
 }
 
 /// Hands what the kernel programs log to the process's log, until it is aborted.
-pub(super) fn forward_log(node: &mut Ebpf) -> Result<AbortHandle> {
-    let logger = EbpfLogger::init(node).context("log of the kernel programs")?;
+pub(super) fn forward_log(node: &mut Object) -> Result<AbortHandle> {
+    let logger = EbpfLogger::init(&mut node.ebpf).context("log of the kernel programs")?;
     #[expect(
         unsafe_code,
         reason = "what is registered has to keep its descriptor, which no type can promise"

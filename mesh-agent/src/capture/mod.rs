@@ -17,13 +17,16 @@ mod enrol;
 mod fixed;
 mod flows;
 pub mod inspect;
+mod instance;
 mod kernel;
 mod links;
 mod live;
 mod loader;
 mod netns;
+pub mod objects;
 mod policy;
 mod prove;
+pub mod residue;
 mod sockets;
 mod tables;
 
@@ -45,6 +48,7 @@ use tokio_util::sync::CancellationToken;
 pub use self::{
     adopt::{Adopted, OfferedPod},
     enrol::Capture,
+    instance::Mark,
     links::clean,
     live::bring_up_to_date,
     loader::{CaptureConfig, EbpfLog},

@@ -9,17 +9,14 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use aya::{
-    EbpfLoader,
-    maps::{MapData, PerCpuArray},
-};
+use aya::maps::{MapData, PerCpuArray};
 use clap::{Args, value_parser};
 use mesh_common::maps::{
     CLIENTS_CAPACITY, COUNTERS, FLOWS_CAPACITY, ORIGINAL_DST_CAPACITY, PACKET_FLOWS_CAPACITY, POD_CLIENTS,
     POD_FLOWS, POD_ORIGINAL_DST, POD_PACKET_FLOWS, counter,
 };
 
-use super::{enrol::Capture, loader};
+use super::{enrol::Capture, instance::Mark, loader};
 
 /// Least time between two lines of the log about the same reason.
 const QUIET: Duration = Duration::from_mins(1);
@@ -60,14 +57,16 @@ impl Default for PodTables {
 }
 
 impl PodTables {
-    /// Has the object's tables made with these sizes. Two of them have an entry more, where the kernel notes that they
-    /// were full.
-    pub(super) fn size(self, loader: &mut EbpfLoader<'_>) {
-        loader
-            .map_max_entries(POD_ORIGINAL_DST, self.max_captured_connections_per_pod + 1)
-            .map_max_entries(POD_CLIENTS, self.max_app_connections_per_pod + 1)
-            .map_max_entries(POD_FLOWS, self.max_flows_per_pod)
-            .map_max_entries(POD_PACKET_FLOWS, self.max_packet_flows_per_pod);
+    /// The tables of the object with this mark, and how many entries each is to have. Two of them have an entry more,
+    /// where the kernel notes that they were full.
+    pub(super) fn sizes(self, mark: Mark) -> [(String, u32); 4] {
+        [
+            (POD_ORIGINAL_DST, self.max_captured_connections_per_pod + 1),
+            (POD_CLIENTS, self.max_app_connections_per_pod + 1),
+            (POD_FLOWS, self.max_flows_per_pod),
+            (POD_PACKET_FLOWS, self.max_packet_flows_per_pod),
+        ]
+        .map(|(name, entries)| (mark.map_name(name), entries))
     }
 }
 

@@ -23,6 +23,7 @@ use std::{
 use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum};
 
 use self::client::Client;
+pub(crate) use self::output::{Rows, or_dash, print};
 use crate::{
     admin::{self, Address, SOCKET_NAME},
     config::{BPF_DIR, RUN_DIRS},

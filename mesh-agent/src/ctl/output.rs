@@ -14,7 +14,7 @@ use super::{Failure, Output};
 
 /// Rows under headings.
 #[derive(Debug)]
-pub(super) struct Rows {
+pub(crate) struct Rows {
     headings: Vec<&'static str>,
     rows: Vec<Vec<String>>,
 }
@@ -46,7 +46,7 @@ impl Rows {
 }
 
 /// Writes `value` as JSON or YAML, or as the table that `rows` makes of it.
-pub(super) fn print<T: Serialize>(
+pub(crate) fn print<T: Serialize>(
     output: Output,
     out: &mut dyn Write,
     value: &T,
@@ -128,7 +128,7 @@ pub(super) fn printable(text: &str) -> String {
 }
 
 /// What is there, or `-`.
-pub(super) fn or_dash<T: ToString>(value: Option<&T>) -> String {
+pub(crate) fn or_dash<T: ToString>(value: Option<&T>) -> String {
     value.map_or_else(|| "-".to_owned(), ToString::to_string)
 }
 

@@ -46,6 +46,11 @@ fn judge(left: &[String]) {
     }
 }
 
+/// Tells of an error at once: a test that returns it and leaves something behind for that reason fails by what it left.
+fn told<T>(result: Result<T>) -> Result<T> {
+    result.inspect_err(|error| eprintln!("before anything was left behind: {error:?}"))
+}
+
 /// A child holds what this process has open, the listeners of an agent too, until the kernel is through with its
 /// `exec`. Held shared while a child runs, and alone by whoever must know that what it closes is closed.
 static CHILDREN: RwLock<()> = RwLock::new(());
@@ -139,7 +144,7 @@ impl Drop for Ns {
 }
 
 pub fn join<T>(thread: thread::JoinHandle<Result<T>>) -> Result<T> {
-    thread.join().map_err(|_| anyhow!("a thread of the test has panicked"))?
+    told(thread.join().map_err(|_| anyhow!("a thread of the test has panicked"))?)
 }
 
 /// The cgroup all tests of this process share: the agent and the apps are this process.
@@ -216,6 +221,7 @@ impl Agent {
         let config = CaptureConfig {
             cgroup_root: Some(root),
             pods_cgroup: None,
+            node: "node".to_owned(),
             bpf_dir: bpffs()?.join(unique("bpf")?),
             ebpf_log: EbpfLog::Off,
             when_agent_is_down: WhenAgentIsDown::Closed,
@@ -249,12 +255,13 @@ impl Agent {
     /// As [`Agent::enrol`], for a pod whose annotations ask for something.
     pub fn enrol_as(&self, pod: &Ns, ips: &[&str], asked: CapturePolicy) -> Result<Arc<PodNet>> {
         let _inside = self.rt.enter();
-        self.capture()?.enrol(workload_as(pod.path(), ips, asked)?)
+        told(workload_as(pod.path(), ips, asked).and_then(|workload| self.capture()?.enrol(workload)))
     }
 
     /// The next captured connection.
     pub fn accept(&self, pod: &Arc<PodNet>, listener: Listener) -> Result<Captured> {
-        Ok(self.rt.block_on(async { tokio::time::timeout(LIMIT, pod.accept(listener)).await })??)
+        let accepted = self.rt.block_on(async { tokio::time::timeout(LIMIT, pod.accept(listener)).await });
+        told(accepted.map_err(Into::into).and_then(|accepted| Ok(accepted?)))
     }
 
     /// Ends as a crash does: nothing is taken away, and every socket of its pods is closed. To be called with all that
@@ -275,13 +282,13 @@ impl Agent {
 
     /// Lets a pod go; its listeners are closed when this returns.
     pub fn un_enrol(&self, pod: &PodNet) -> Result<()> {
-        alone(|| self.capture()?.un_enrol(pod))
+        told(alone(|| self.capture()?.un_enrol(pod)))
     }
 
     /// Takes everything away and sees that nothing is left.
     pub fn remove(&mut self) -> Result<()> {
         if let Some(capture) = self.capture.take() {
-            alone(|| capture.remove())?;
+            told(alone(|| capture.remove()))?;
         }
         ensure!(!self.config.bpf_dir.exists(), "{} is left", self.config.bpf_dir.display());
         Ok(())

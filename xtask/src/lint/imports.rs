@@ -51,6 +51,7 @@ const NOUNS: &[(&str, &[&str])] = &[
             "capture::EbpfLog",
             "capture::PodTables",
             "capture::WhenAgentIsDown",
+            "ctl::Output",
             "error",
             "report::AccessLog",
         ],
