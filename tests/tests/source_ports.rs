@@ -7,18 +7,14 @@
 mod world;
 
 use std::{
-    io::{IoSlice, Read as _, Write as _},
+    io::{Read as _, Write as _},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
-    os::{
-        fd::{AsRawFd as _, OwnedFd, RawFd},
-        unix::net::UnixStream,
-    },
     sync::Arc,
 };
 
 use anyhow::{Context as _, Result, ensure};
+use lab::Parking;
 use mesh_agent::capture::{Listener, PodNet};
-use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use tokio::task::JoinSet;
 
 use crate::world::{LIMIT, POD4, POD6, World, addr, join};
@@ -33,39 +29,6 @@ const DESTINATIONS: usize = 400;
 const THREADS: usize = 4;
 /// Connections of the agent to one app at the same time, by family: IPv6 has one loopback address of 28,232 ports.
 const TO_ONE_APP: [(&str, usize); 2] = [(POD4, 8_000), (POD6, 32_000)];
-/// The most file descriptors that fit one message (`SCM_MAX_FD`).
-const MESSAGE: usize = 253;
-/// How many such messages fit a socket pair, with room to spare.
-const MESSAGES: usize = 100;
-
-/// Sockets that stay open though no process has them as file descriptors, of which a process may have fewer: they are
-/// on their way through socket pairs that nobody reads.
-#[derive(Default)]
-struct Parking {
-    arriving: Vec<OwnedFd>,
-    parked: Vec<(UnixStream, UnixStream)>,
-    messages: usize,
-}
-
-impl Parking {
-    fn park(&mut self, socket: impl Into<OwnedFd>) -> Result<()> {
-        self.arriving.push(socket.into());
-        if self.arriving.len() < MESSAGE {
-            return Ok(());
-        }
-        if self.messages.is_multiple_of(MESSAGES) {
-            self.parked.push(UnixStream::pair()?);
-        }
-        self.messages += 1;
-        let (pair, _) = self.parked.last().context("no pair")?;
-        let fds: Vec<RawFd> = self.arriving.iter().map(std::os::fd::AsRawFd::as_raw_fd).collect();
-        let rights = [ControlMessage::ScmRights(&fds)];
-        sendmsg::<()>(pair.as_raw_fd(), &[IoSlice::new(b"p")], &rights, MsgFlags::MSG_DONTWAIT, None)?;
-        self.arriving.clear();
-        Ok(())
-    }
-}
-
 fn destination(n: usize) -> Result<SocketAddr> {
     let host = u8::try_from(n / 2 % (DESTINATIONS / 2))?;
     let ip = if n.is_multiple_of(2) {

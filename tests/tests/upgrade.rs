@@ -49,13 +49,17 @@ impl World {
     }
 
     async fn load(&self, kind: LoadKind, clients: u32, pause: Duration) -> Result<Load> {
+        self.load_from(&self.pair.client, (kind, clients, pause)).await
+    }
+
+    async fn load_from(&self, pod: &Pod, (kind, clients, pause): (LoadKind, u32, Duration)) -> Result<Load> {
         let url = match kind {
             LoadKind::Requests | LoadKind::KeptAlive => self.service.url(HTTP, "/"),
             LoadKind::WebSocket => self.service.url(HTTP, "/ws"),
             LoadKind::Tcp => self.service.url(TCP, "/"),
             LoadKind::Grpc => self.service.url(GRPC, "/"),
         };
-        self.pair.client.load(kind, &url, clients, pause).await
+        pod.load(kind, &url, clients, pause).await
     }
 
     async fn loads(&self, of: &[(LoadKind, u32, Duration)]) -> Result<Vec<Load>> {
@@ -160,6 +164,54 @@ async fn ten_upgrades_in_a_row_lose_nothing() -> Result<()> {
         ends_well(old).await?;
     }
     all_is_counted_once(&world, seen).await?;
+    world.pair.finish().await
+}
+
+/// Client and server on one node: one agent carries both ends, and asks the network, with a connection each second, whether
+/// they may talk.
+#[tokio::test]
+async fn ten_upgrades_lose_nothing_between_pods_of_one_node() -> Result<()> {
+    let Some(mut world) = World::new("upgrade-near", &["--carrier-interval=1"]).await? else { return Ok(()) };
+    let near = world.pair.b.pod("near").sa("near").start().await?;
+    near.enrolled().await?;
+    world.pair.settled().await?;
+    let kinds = [
+        (LoadKind::Requests, 2, QUICK),
+        (LoadKind::KeptAlive, 4, QUICK),
+        (LoadKind::Tcp, 20, SLOW),
+        (LoadKind::Grpc, 4, SLOW),
+        (LoadKind::WebSocket, 1, QUICK),
+    ];
+    let mut loads = Vec::new();
+    for kind in kinds {
+        loads.push(world.load_from(&near, kind).await?);
+    }
+    let mut before = Vec::new();
+    for round in 0..10 {
+        before.push(world.pair.agent_b.upgrade().await?);
+        all_go_on(&loads).await.with_context(|| format!("upgrade {round}"))?;
+    }
+    let seen = all_end(loads).await?;
+    for old in before {
+        ends_well(old).await?;
+    }
+    ensure!((seen[2].opened, seen[3].opened, seen[4].opened) == (20, 4, 1), "opened again: {seen:?}");
+    // One agent after the other keeps a connection of HTTP/1.1, and says so when it does no longer.
+    ensure!(seen[1].opened <= 4 * 11, "{seen:?}");
+    let answers = seen[0].answers + seen[1].answers;
+    let labels = [("response_code", "200"), ("request_protocol", "http"), ("destination_workload", "server")];
+    eventually("the agent to count both sides of all there was", async || {
+        let text = world.pair.agent_b.metrics().await?;
+        for reporter in ["source", "destination"] {
+            let labels: Vec<_> = labels.into_iter().chain([("reporter", reporter)]).collect();
+            let counted = metric(&text, "istio_requests_total", &labels) as u64;
+            ensure!(counted == answers, "{reporter}: {counted} and not {answers}");
+        }
+        let refused = metric(&text, "mesh_refused_total", &[]);
+        ensure!(refused == 0.0, "{refused} were refused");
+        Ok(())
+    })
+    .await?;
     world.pair.finish().await
 }
 

@@ -11,11 +11,14 @@ use mesh_common::{
     decide::{self, seen, tcp},
     flow::{FlowRecord, direction},
 };
-use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
+use netlink_packet_core::{
+    NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NetlinkBuffer, NetlinkHeader, NetlinkMessage,
+    NlasIterator,
+};
 use netlink_packet_sock_diag::{
     SockDiagMessage,
-    constants::{AF_INET, AF_INET6, IPPROTO_TCP},
-    inet::{ExtensionFlags, InetRequest, InetResponse, SocketId, StateFlags, nlas::Nla},
+    constants::{AF_INET, AF_INET6, IPPROTO_TCP, SOCK_DIAG_BY_FAMILY},
+    inet::{ExtensionFlags, InetRequest, SocketId, StateFlags, nlas::TcpInfo},
 };
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -23,6 +26,15 @@ use super::{Net, PodNet, netns::Netns};
 
 /// `NETLINK_SOCK_DIAG`
 const SOCK_DIAG: i32 = 4;
+
+/// Bytes of `struct inet_diag_msg`, and where in it are the port of the socket's own side, the socket's cookie and inode.
+const HEADER: usize = 72;
+const SOURCE_PORT: usize = 4;
+const COOKIE: usize = 44;
+const INODE: usize = 68;
+
+/// The attribute `INET_DIAG_INFO`.
+const INFO: u16 = 2;
 
 /// What the kernel hands over at once, at most (`NLMSG_GOODSIZE` and what `dump` raises it to).
 const BUFFER: usize = 32 << 10;
@@ -40,7 +52,7 @@ pub fn bring_up_to_date<'a>(records: &mut [FlowRecord], pods: impl IntoIterator<
         let Net::Kernel(net) = &pod.net else { continue };
         let asked = ask(net.netns(), &open_states(), |socket| {
             // Cookies are unique on the machine, so whose pod it is need not be asked.
-            if let Some(record) = places.get(&cookie(&socket)).and_then(|place| records.get_mut(*place)) {
+            if let Some(record) = places.get(&socket.cookie()).and_then(|place| records.get_mut(*place)) {
                 update(record, &socket);
             }
         });
@@ -50,14 +62,40 @@ pub fn bring_up_to_date<'a>(records: &mut [FlowRecord], pods: impl IntoIterator<
     }
 }
 
-fn cookie(socket: &InetResponse) -> u64 {
-    u64::from_ne_bytes(socket.header.socket_id.cookie)
+/// What the kernel says of one socket: `struct inet_diag_msg` and its attributes, of which only what is asked for is
+/// read. Most sockets in a pod are not those of a flow (the agent has as many), and none of them needs memory.
+struct Told<'a>(&'a [u8; HEADER], &'a [u8]);
+
+impl<'a> Told<'a> {
+    fn of(payload: &'a [u8]) -> Option<Self> {
+        payload.split_first_chunk().map(|(header, attributes)| Self(header, attributes))
+    }
+
+    fn at<const N: usize>(&self, place: usize) -> [u8; N] {
+        self.0.get(place..).and_then(|rest| rest.first_chunk()).copied().unwrap_or([0; N])
+    }
+
+    fn source_port(&self) -> u16 {
+        u16::from_be_bytes(self.at(SOURCE_PORT))
+    }
+
+    fn cookie(&self) -> u64 {
+        u64::from_ne_bytes(self.at(COOKIE))
+    }
+
+    fn inode(&self) -> u32 {
+        u32::from_ne_bytes(self.at(INODE))
+    }
+
+    fn info(&self) -> Option<TcpInfo> {
+        let attributes = NlasIterator::new(self.1).filter_map(Result::ok);
+        let mut info = attributes.filter(|attribute| attribute.kind() == INFO);
+        TcpInfo::parse(info.next()?.value()).ok()
+    }
 }
 
-fn update(record: &mut FlowRecord, socket: &InetResponse) {
-    let info =
-        socket.nlas.iter().find_map(|nla| if let Nla::TcpInfo(info) = nla { Some(info) } else { None });
-    let Some(info) = info else { return };
+fn update(record: &mut FlowRecord, socket: &Told<'_>) {
+    let Some(info) = socket.info() else { return };
     let (tx, rx) = payload(record.direction, info.state, info.bytes_acked, info.bytes_received);
     // Never back: the record may have been written since.
     (record.tx_bytes, record.rx_bytes) = (record.tx_bytes.max(tx), record.rx_bytes.max(rx));
@@ -87,13 +125,13 @@ fn open_states() -> StateFlags {
 pub(super) fn listening(netns: &Netns) -> io::Result<Vec<(u16, u32)>> {
     let mut found = Vec::new();
     ask(netns, &StateFlags::LISTEN, |socket| {
-        found.push((socket.header.socket_id.source_port, socket.header.inode));
+        found.push((socket.source_port(), socket.inode()));
     })?;
     Ok(found)
 }
 
 /// Asks for the TCP sockets of a network namespace that are in one of these states.
-fn ask(netns: &Netns, states: &StateFlags, mut each: impl FnMut(InetResponse)) -> io::Result<()> {
+fn ask(netns: &Netns, states: &StateFlags, mut each: impl FnMut(Told<'_>)) -> io::Result<()> {
     let socket = netns.enter(|| {
         Socket::new(Domain::from(nix::libc::AF_NETLINK), Type::DGRAM, Some(Protocol::from(SOCK_DIAG)))
     })?;
@@ -118,24 +156,30 @@ fn request(family: u8, states: StateFlags) -> Vec<u8> {
 }
 
 /// Reads until the kernel says that this was all.
-fn read(mut socket: &Socket, each: &mut impl FnMut(InetResponse)) -> io::Result<()> {
+fn read(mut socket: &Socket, each: &mut impl FnMut(Told<'_>)) -> io::Result<()> {
     let mut buffer = vec![0; BUFFER];
     loop {
         let length = socket.read(&mut buffer)?;
         let mut rest = &buffer[..length];
         while !rest.is_empty() {
-            let message = NetlinkMessage::<SockDiagMessage>::deserialize(rest).map_err(io::Error::other)?;
+            let message = NetlinkBuffer::new_checked(rest).map_err(io::Error::other)?;
             // Messages begin at multiples of four.
-            let taken = (message.header.length as usize).next_multiple_of(4).clamp(1, rest.len());
-            match message.payload {
-                NetlinkPayload::Done(_) => return Ok(()),
-                NetlinkPayload::Error(error) => return Err(error.to_io()),
-                NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(socket)) => each(*socket),
+            let taken = (message.length() as usize).next_multiple_of(4).clamp(1, rest.len());
+            match message.message_type() {
+                NLMSG_DONE => return Ok(()),
+                NLMSG_ERROR => return Err(refusal(message.payload())),
+                SOCK_DIAG_BY_FAMILY => Told::of(message.payload()).into_iter().for_each(&mut *each),
                 _ => {}
             }
             rest = &rest[taken..];
         }
     }
+}
+
+/// `struct nlmsgerr` begins with the negative error number.
+fn refusal(payload: &[u8]) -> io::Error {
+    let code = payload.first_chunk().map_or(0, |code| i32::from_ne_bytes(*code));
+    io::Error::from_raw_os_error(-code)
 }
 
 #[cfg(test)]
@@ -175,14 +219,15 @@ mod tests {
         let port = client.local_addr()?.port();
         let mut seen = Vec::new();
         ask(&netns, &open_states(), |socket| {
-            let id = &socket.header.socket_id;
-            if id.source_port == port || id.destination_port == port {
-                let dialled = id.source_port == port;
+            let (source, destination) =
+                (socket.source_port(), u16::from_be_bytes(socket.at(SOURCE_PORT + 2)));
+            if source == port || destination == port {
+                let dialled = source == port;
                 let direction = if dialled { direction::OUTBOUND } else { direction::INBOUND };
                 let mut record = FlowRecord { direction, ..FlowRecord::default() };
                 update(&mut record, &socket);
                 seen.push((record.tx_bytes, record.rx_bytes));
-                assert_ne!(cookie(&socket), 0);
+                assert_ne!(socket.cookie(), 0);
             }
         })?;
         seen.sort_unstable();

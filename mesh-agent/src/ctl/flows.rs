@@ -121,7 +121,7 @@ fn cells(flow: &FlowView) -> Vec<String> {
     vec![
         pod,
         direction.to_owned(),
-        flow.protocol.clone(),
+        flow.protocol.to_string(),
         flow.local.to_string(),
         flow.remote.to_string(),
         or_dash(flow.service.as_ref()),
@@ -130,7 +130,7 @@ fn cells(flow: &FlowView) -> Vec<String> {
         or_dash(flow.peer_identity.as_ref()),
         or_dash(flow.route.as_ref()),
         flow.security.word().to_owned(),
-        flow.state.clone(),
+        flow.state.to_string(),
         flow.verdict.word().to_owned(),
         flow.tx_bytes.to_string(),
         flow.rx_bytes.to_string(),

@@ -4,6 +4,7 @@
 //! knows is absent. Tested below.
 
 use std::{
+    borrow::Cow,
     net::{IpAddr, Ipv6Addr, SocketAddr},
     sync::Arc,
     time::{Duration, SystemTime},
@@ -29,9 +30,9 @@ pub struct FlowView {
     /// Who dialled.
     pub direction: Direction,
     /// `tcp`, `udp`, … or the number of the IP protocol.
-    pub transport: String,
+    pub transport: Cow<'static, str>,
     /// `http`, `grpc` or `tcp` where the agent looked, else the transport.
-    pub protocol: String,
+    pub protocol: Cow<'static, str>,
     /// The pod's side, as its app sees it.
     pub local: SocketAddr,
     /// The other side, as the pod's app sees it.
@@ -51,7 +52,7 @@ pub struct FlowView {
     /// Whether the bytes travel as mTLS between the nodes.
     pub security: Protection,
     /// TCP state; `open` or `closed` for other protocols.
-    pub state: String,
+    pub state: Cow<'static, str>,
     /// What the kernel did with it.
     pub verdict: Verdict,
     /// Bytes the pod sent (payload for sockets, IP bytes for packet flows).
@@ -214,7 +215,7 @@ pub fn join(record: &FlowRecord, context: &Context<'_>) -> FlowView {
         namespace: pod.as_ref().map(|pod| pod.namespace.to_string()),
         pod: pod.as_ref().map(|pod| pod.name.to_string()),
         direction,
-        protocol: facts.protocol.map_or_else(|| transport.clone(), |protocol| protocol.word().to_owned()),
+        protocol: facts.protocol.map_or_else(|| transport.clone(), |protocol| protocol.word().into()),
         transport,
         local,
         remote,
@@ -277,20 +278,20 @@ fn peer_pod(facts: &FlowFacts, there: SocketAddr, snapshot: &Snapshot) -> Option
     facts.peer_pod.as_ref().map(ToString::to_string).or_else(by_address)
 }
 
-fn transport(protocol: u8) -> String {
-    match protocol {
-        1 => "icmp".to_owned(),
-        6 => "tcp".to_owned(),
-        17 => "udp".to_owned(),
-        58 => "icmpv6".to_owned(),
-        132 => "sctp".to_owned(),
-        other => other.to_string(),
-    }
+fn transport(protocol: u8) -> Cow<'static, str> {
+    Cow::Borrowed(match protocol {
+        1 => "icmp",
+        6 => "tcp",
+        17 => "udp",
+        58 => "icmpv6",
+        132 => "sctp",
+        other => return other.to_string().into(),
+    })
 }
 
 /// States as in `include/net/tcp_states.h`.
-fn state(record: &FlowRecord) -> String {
-    let word = match (record.end_ns, record.protocol, record.tcp_state) {
+fn state(record: &FlowRecord) -> Cow<'static, str> {
+    Cow::Borrowed(match (record.end_ns, record.protocol, record.tcp_state) {
         (0, 6, 1) => "established",
         (0, 6, 2) => "syn_sent",
         (0, 6, 3 | 12) => "syn_recv",
@@ -302,8 +303,7 @@ fn state(record: &FlowRecord) -> String {
         (0, 6, 9) => "last_ack",
         (0, 6, 11) => "closing",
         (0, ..) => "open",
-    };
-    word.to_owned()
+    })
 }
 
 fn verdict_of(value: u8) -> Verdict {

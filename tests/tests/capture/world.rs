@@ -254,8 +254,13 @@ impl Agent {
 
     /// As [`Agent::enrol`], for a pod whose annotations ask for something.
     pub fn enrol_as(&self, pod: &Ns, ips: &[&str], asked: CapturePolicy) -> Result<Arc<PodNet>> {
+        told(workload_as(pod.path(), ips, asked).and_then(|workload| self.enrol_workload(workload)))
+    }
+
+    /// As [`Agent::enrol`], whatever the pod is.
+    pub fn enrol_workload(&self, workload: Arc<Workload>) -> Result<Arc<PodNet>> {
         let _inside = self.rt.enter();
-        told(workload_as(pod.path(), ips, asked).and_then(|workload| self.capture()?.enrol(workload)))
+        self.capture()?.enrol(workload)
     }
 
     /// The next captured connection.
