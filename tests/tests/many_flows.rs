@@ -110,12 +110,12 @@ fn read(agent: &Agent, nets: &[Arc<PodNet>], reporter: &Reporter) -> Result<(Vec
     println!(
         "{} flows: {:?} of CPU (maps {:?}, sockets {:?}, join {:?}, JSON of {} MiB {:?})",
         views.len(),
-        written - begun,
-        read - begun,
-        asked - read,
-        joined - asked,
+        written.saturating_sub(begun),
+        read.saturating_sub(begun),
+        asked.saturating_sub(read),
+        joined.saturating_sub(asked),
         json.len() >> 20,
-        written - joined
+        written.saturating_sub(joined)
     );
     Ok((views, json.len()))
 }

@@ -81,11 +81,11 @@ fn an_outbound_flow_is_joined_by_the_apps_own_address() {
     assert_eq!(view.endpoint, Some(SocketAddr::from(([10, 244, 0, 2], 9080))));
     assert_eq!(view.peer_pod.as_deref(), Some("default/reviews-1"));
     assert_eq!(view.peer_identity.as_deref(), Some("spiffe://cluster.local/ns/default/sa/reviews"));
-    assert_eq!((view.protocol.as_str(), view.transport.as_str()), ("http", "tcp"));
+    assert_eq!((&*view.protocol, &*view.transport), ("http", "tcp"));
     assert_eq!((view.route.as_deref(), view.flag), (Some("jason"), None));
     assert_eq!((view.security, view.verdict), (Protection::MutualTls, Verdict::Captured));
     assert_eq!((view.tx_bytes, view.rx_bytes, view.srtt_us), (120, 5_000_000_000, 250));
-    assert_eq!((view.state.as_str(), view.duration_ms, view.age_ms), ("established", 4000, 1000));
+    assert_eq!((&*view.state, view.duration_ms, view.age_ms), ("established", 4000, 1000));
     assert_eq!(view.start, "1970-01-12T13:46:36.500Z");
 }
 
@@ -106,7 +106,7 @@ fn an_inbound_flow_is_joined_by_the_client_and_has_no_service_of_its_own() {
     assert_eq!((view.service, view.endpoint, view.peer_identity), (None, None, None));
     assert_eq!(view.peer_pod.as_deref(), Some("default/productpage-1"));
     assert_eq!(view.security, Protection::None);
-    assert_eq!((view.state.as_str(), view.duration_ms, view.age_ms), ("closed", 2000, 2000));
+    assert_eq!((&*view.state, view.duration_ms, view.age_ms), ("closed", 2000, 2000));
 }
 
 #[test]
@@ -122,14 +122,14 @@ fn what_nobody_knows_is_absent() {
     let unknown = view(&stranger, &|_, _| None);
     assert_eq!((unknown.pod, unknown.namespace, unknown.peer_pod), (None, None, None));
     assert_eq!((unknown.direction, unknown.verdict), (Direction::Unknown, Verdict::Unknown));
-    assert_eq!((unknown.transport.as_str(), unknown.state.as_str()), ("47", "open"));
+    assert_eq!((&*unknown.transport, &*unknown.state), ("47", "open"));
     // Captured, but its facts are gone: not a word on how the bytes travelled.
     assert_eq!(view(&record(), &|_, _| None).security, Protection::Unknown);
     // Left alone: the agent never carried it, whatever it knows of another connection from that address.
     let direct =
         FlowRecord { verdict: verdict::BYPASSED, remote: Addr::v4([10, 244, 0, 2], 9080), ..record() };
     let direct = view(&direct, &|_, _| Some(FlowFacts { mutual_tls: true, ..FlowFacts::default() }));
-    assert_eq!((direct.security, direct.protocol.as_str()), (Protection::None, "tcp"));
+    assert_eq!((direct.security, &*direct.protocol), (Protection::None, "tcp"));
     assert_eq!(direct.endpoint, Some(SocketAddr::from(([10, 244, 0, 2], 9080))));
 }
 
