@@ -167,12 +167,9 @@ impl Pool {
         self.look_after(&lock(&self.idle));
         let (sender, place) = loop {
             let (sender, place) = slot.get(|| dial_http2(dial, key.to)).await?;
-            // Waits where the peer's limit of streams is reached everywhere; what is free first is taken, and a
-            // connection that ends meanwhile has sent nothing.
-            tokio::select! {
-                biased;
-                ready = sender.ready() => if let Ok(sender) = ready { break (sender, place) },
-                () = slot.freed() => {}
+            // Ready at once: it has room. One that has ended meanwhile has sent nothing.
+            if let Ok(sender) = sender.ready().await {
+                break (sender, place);
             }
         };
         let sent = http2::send(sender, request, Some(inform)).await;
@@ -254,7 +251,8 @@ where
 {
     let response = match protocol {
         Protocol::Http2 => {
-            let sender = connect_http2(stream, to, None).await?;
+            let (sender, connection) = connect_http2(stream, to, None).await?;
+            tokio::spawn(connection);
             let sent = http2::send(sender, request, Some(&**inform)).await;
             sent.map_err(|failed| h2_failure(&failed, to))?
         }
@@ -297,7 +295,10 @@ async fn dial_http1(dial: &Dial<'_>, to: SocketAddr) -> Result<http1::SendReques
     connect_http1(stream, to, dial.begin_flow()).await
 }
 
-async fn dial_http2(dial: &Dial<'_>, to: SocketAddr) -> Result<SendRequest<Bytes>> {
+async fn dial_http2(
+    dial: &Dial<'_>,
+    to: SocketAddr,
+) -> Result<(SendRequest<Bytes>, impl Future<Output = ()> + Send + 'static)> {
     connect_http2(dial.connect().await?, to, dial.begin_flow()).await
 }
 
@@ -319,17 +320,22 @@ where
     Ok(sender)
 }
 
-async fn connect_http2<S>(stream: S, to: SocketAddr, flow: Option<FlowGuard>) -> Result<SendRequest<Bytes>>
+/// The second half is what the connection does, to its end.
+async fn connect_http2<S>(
+    stream: S,
+    to: SocketAddr,
+    flow: Option<FlowGuard>,
+) -> Result<(SendRequest<Bytes>, impl Future<Output = ()> + Send + 'static)>
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     let handshake = http2_client().handshake(stream).await;
     let (sender, connection) = handshake.map_err(|error| h2_failure(&error.into(), to))?;
-    tokio::spawn(async move {
+    let connection = async move {
         let _ = connection.await;
         drop(flow);
-    });
-    Ok(sender)
+    };
+    Ok((sender, connection))
 }
 
 /// The HTTP/2 client of apps and of what is not in the mesh.
