@@ -2,8 +2,8 @@
 //! list beyond what it decodes, a stream beyond those allowed at a time, a request that is no message), and heads that
 //! do not get done.
 //!
-//! Promises to tell each refusal once, when its answer goes out, and never to change a byte. Never judges a frame:
-//! that is `h2`'s. Tested in `tests.rs` beside it and in the lab (`http/limits.rs`, `http/abuse.rs`).
+//! Promises to tell each refusal once, when its answer has gone out, and no request that we are given; and never to change
+//! a byte. Never judges a frame: that is `h2`'s. Tested below and in the lab (`http/limits.rs`, `http/abuse.rs`).
 
 use std::{
     collections::VecDeque,
@@ -55,6 +55,8 @@ const MOST_OPEN: usize = 4096;
 struct Open {
     streams: VecDeque<u32>,
     newest: u32,
+    /// Those of them that `h2` has reset: it may give us one all the same, if it was a request before it broke.
+    reset: Vec<(u32, Reason)>,
     /// Since when a header block is arriving that is not complete.
     head_began: Option<Instant>,
 }
@@ -84,16 +86,37 @@ impl Open {
 
 /// What is known of a connection that is read along; told of every stream that becomes a request, so that those remain
 /// which do not.
-#[derive(Debug, Clone)]
-pub struct Along {
+#[derive(Clone)]
+pub struct Along(Arc<Shared>);
+
+struct Shared {
     /// Only the connection's own task takes it: never waited for.
-    open: Arc<Mutex<Open>>,
+    open: Mutex<Open>,
+    refused: Box<dyn Fn(StreamRefusal) + Send + Sync>,
+}
+
+impl std::fmt::Debug for Along {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Along").field(&*self.lock()).finish()
+    }
 }
 
 impl Along {
     /// This stream is a request now.
-    pub fn accepted(&self, stream: h2::StreamId) {
-        self.lock().take(stream.as_u32());
+    pub(super) fn accepted(&self, stream: h2::StreamId) {
+        let (stream, mut open) = (stream.as_u32(), self.lock());
+        if !open.take(stream) {
+            open.reset.retain(|(reset, _)| *reset != stream);
+        }
+    }
+
+    /// No stream is about to become a request: of those that are reset none will.
+    pub(super) fn all_accepted(&self) {
+        // Taken out first: nothing is locked while it is told.
+        let reset = std::mem::take(&mut self.lock().reset);
+        for (_, reason) in reset {
+            (self.0.refused)(StreamRefusal::Malformed(reason));
+        }
     }
 
     /// Completes once a head has not got done within this time.
@@ -101,27 +124,41 @@ impl Along {
         lasted(|| self.lock().head_began, limit).await;
     }
 
+    /// An answer went out before we were given the stream, if that is so.
+    fn answered(&self, frame: &Frame) {
+        let mut open = self.lock();
+        if !matches!(frame.kind, HEADERS | RST_STREAM) || !open.take(frame.stream) {
+            return;
+        }
+        let refusal = match frame.kind {
+            HEADERS => StreamRefusal::HeaderList,
+            _ if frame.code == Reason::REFUSED_STREAM => StreamRefusal::TooMany,
+            _ => return open.reset.push((frame.stream, frame.code)),
+        };
+        drop(open);
+        (self.0.refused)(refusal);
+    }
+
     fn lock(&self) -> MutexGuard<'_, Open> {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// The accepting end's transport, read along.
 #[derive(Debug)]
-pub struct ReadAlong<S, F> {
+pub struct ReadAlong<S> {
     io: S,
     received: Frames,
     sent: Frames,
     along: Along,
-    refused: F,
 }
 
-impl<S, F: FnMut(StreamRefusal)> ReadAlong<S, F> {
-    /// `refused` is called from within the connection's writes; it must not block.
-    pub fn new(io: S, refused: F) -> (Self, Along) {
-        let along = Along { open: Arc::default() };
+impl<S> ReadAlong<S> {
+    /// `refused` is called from within the connection's task; it must not block.
+    pub fn new(io: S, refused: impl Fn(StreamRefusal) + Send + Sync + 'static) -> (Self, Along) {
+        let along = Along(Arc::new(Shared { open: Mutex::default(), refused: Box::new(refused) }));
         let received = Frames { skip: PREFACE, ..Frames::default() };
-        let io = Self { io, received, sent: Frames::default(), along: along.clone(), refused };
+        let io = Self { io, received, sent: Frames::default(), along: along.clone() };
         (io, along)
     }
 
@@ -142,18 +179,8 @@ impl<S, F: FnMut(StreamRefusal)> ReadAlong<S, F> {
     }
 
     fn note_sent(&mut self, bytes: &[u8]) {
-        let (along, refused) = (&self.along, &mut self.refused);
-        self.sent.feed(bytes, |frame| {
-            let refusal = match frame.kind {
-                HEADERS => StreamRefusal::HeaderList,
-                RST_STREAM if frame.code == Reason::REFUSED_STREAM => StreamRefusal::TooMany,
-                RST_STREAM => StreamRefusal::Malformed(frame.code),
-                _ => return,
-            };
-            if along.lock().take(frame.stream) {
-                refused(refusal);
-            }
-        });
+        let along = &self.along;
+        self.sent.feed(bytes, |frame| along.answered(&frame));
     }
 }
 
@@ -223,7 +250,7 @@ impl Frames {
     }
 }
 
-impl<S: AsyncRead + Unpin, F: FnMut(StreamRefusal) + Unpin> AsyncRead for ReadAlong<S, F> {
+impl<S: AsyncRead + Unpin> AsyncRead for ReadAlong<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -236,7 +263,7 @@ impl<S: AsyncRead + Unpin, F: FnMut(StreamRefusal) + Unpin> AsyncRead for ReadAl
     }
 }
 
-impl<S: AsyncWrite + Unpin, F: FnMut(StreamRefusal) + Unpin> AsyncWrite for ReadAlong<S, F> {
+impl<S: AsyncWrite + Unpin> AsyncWrite for ReadAlong<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let written = ready!(Pin::new(&mut self.io).poll_write(cx, bytes))?;
         self.note_sent(&bytes[..written]);
@@ -268,5 +295,160 @@ impl<S: AsyncWrite + Unpin, F: FnMut(StreamRefusal) + Unpin> AsyncWrite for Read
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use h2::client::SendRequest;
+    use http::{Request, StatusCode};
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        sync::mpsc,
+    };
+
+    use super::*;
+    use crate::{
+        drain::Drain,
+        http2::{
+            ServerStream, serve,
+            tests::{OPTIONS, PREFACE, TestResult, echo},
+        },
+    };
+
+    type Refusals = Arc<Mutex<Vec<StreamRefusal>>>;
+
+    fn lock<T>(told: &Mutex<T>) -> MutexGuard<'_, T> {
+        told.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has what is told of a connection remembered.
+    fn remembering<S>(io: S) -> (ReadAlong<S>, Along, Refusals) {
+        let told = Refusals::default();
+        let telling = Arc::clone(&told);
+        let (io, along) = ReadAlong::new(io, move |refusal| lock(&telling).push(refusal));
+        (io, along, told)
+    }
+
+    /// A connection to a server that reads along, and what it is told, in order.
+    async fn read_along(
+        server: h2::server::Builder,
+    ) -> std::result::Result<(SendRequest<Bytes>, Refusals), h2::Error> {
+        // Small pipes, so that frames come in pieces; both prefaces have room.
+        let (near, far) = tokio::io::duplex(64);
+        let (far, along, told) = remembering(far);
+        tokio::spawn(
+            async move { serve(far, &server, OPTIONS, &Drain::default(), Some(&along), echo).await },
+        );
+        let (sender, connection) = h2::client::handshake(near).await?;
+        tokio::spawn(connection);
+        Ok((sender, told))
+    }
+
+    fn large(bytes: usize) -> std::result::Result<Request<()>, http::Error> {
+        Request::get("http://a/").header("x-large", "x".repeat(bytes)).body(())
+    }
+
+    #[tokio::test]
+    async fn a_header_list_that_is_not_decoded_is_told_once() -> TestResult {
+        let mut server = h2::server::Builder::new();
+        server.max_header_list_size(1000);
+        let (sender, told) = read_along(server).await?;
+        let mut sender = sender.ready().await?;
+        // Whole ones before, between and after.
+        let mut answers = Vec::new();
+        for bytes in [10, 1500, 20, 1500, 30] {
+            let (answer, _) = sender.send_request(large(bytes)?, true)?;
+            answers.push(answer);
+            sender = sender.ready().await?;
+        }
+        let mut statuses = Vec::new();
+        for answer in answers {
+            statuses.push(answer.await?.status().as_u16());
+        }
+        assert_eq!(statuses, [200, 431, 200, 431, 200]);
+        assert_eq!(*lock(&told), [StreamRefusal::HeaderList; 2]);
+        Ok(())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_head_that_does_not_get_done_is_known() -> TestResult {
+        const LIMIT: Duration = Duration::from_secs(10);
+        let (mut near, far) = tokio::io::duplex(1 << 10);
+        let (mut far, along) = ReadAlong::new(far, |_| {});
+        let reading = tokio::spawn(async move {
+            let mut buffer = [0; 64];
+            while far.read(&mut buffer).await.is_ok_and(|read| read > 0) {}
+        });
+        let late = || tokio::time::timeout(LIMIT * 2, along.head_late(LIMIT));
+        let headers = |length: u8, flags: u8| [0, 0, length, 1, flags, 0, 0, 0, 1];
+        near.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await?;
+        // A whole one; one whose frame is cut; its rest, which leaves the block open; the last frame of that.
+        for (bytes, is_late) in [
+            ([&headers(2, 4)[..], b"ab"].concat(), false),
+            ([&headers(3, 0)[..], b"ab"].concat(), true),
+            (b"c".to_vec(), true),
+            (vec![0, 0, 0, 9, 4, 0, 0, 0, 1], false),
+            ([&headers(1, 4)[..], b"a"].concat(), false),
+            // Data that stays away is another's to judge.
+            (vec![0, 0, 9, 0, 0, 0, 0, 0, 1], false),
+        ] {
+            near.write_all(&bytes).await?;
+            // The clock stands still until what was written is read.
+            tokio::time::sleep(Duration::from_millis(1)).await;
+            assert_eq!(late().await.is_ok(), is_late, "{bytes:?}");
+        }
+        drop(near);
+        Ok(reading.await?)
+    }
+
+    #[tokio::test]
+    async fn a_request_that_is_no_message_is_told() -> TestResult {
+        let (sender, told) = read_along(h2::server::Builder::new()).await?;
+        let mut sender = sender.ready().await?;
+        // Two lengths that differ (RFC 9113 section 8.1.1).
+        let odd =
+            Request::post("http://a/").header("content-length", "1").header("content-length", "2").body(())?;
+        let (answer, _body) = sender.send_request(odd, false)?;
+        let reset = answer.await.err().and_then(|error| error.reason());
+        assert_eq!(reset, Some(Reason::PROTOCOL_ERROR));
+        let (answer, _) = sender.ready().await?.send_request(large(10)?, true)?;
+        assert_eq!(answer.await?.status(), StatusCode::OK);
+        assert_eq!(*lock(&told), [StreamRefusal::Malformed(Reason::PROTOCOL_ERROR)]);
+        Ok(())
+    }
+
+    #[tokio::test]
+    async fn a_request_that_breaks_before_it_is_accepted_is_no_refusal() -> TestResult {
+        // Three streams in one segment, the middle one with a byte more than its length: h2 resets it before we have it.
+        let head = |stream: u8, fields: &[u8]| {
+            let length = u8::try_from(3 + fields.len()).unwrap_or_default();
+            [&[0, 0, length, 1, 4, 0, 0, 0, stream, 0x83, 0x86, 0x84], fields].concat()
+        };
+        let data = |stream: u8, flags: u8| [0, 0, 2, 0, flags, 0, 0, 0, stream, b'a', b'b'];
+        // content-length, the 28th of the static table (RFC 7541 appendix A), not indexed.
+        let one_byte = [0x0f, 0x0d, 1, b'1'];
+        let bytes =
+            [&head(1, &[])[..], &data(1, 1), &head(3, &one_byte), &data(3, 0), &head(5, &[]), &data(5, 1)];
+        let (mut near, far) = tokio::io::duplex(1 << 16);
+        near.write_all(&[PREFACE, &bytes.concat()].concat()).await?;
+        let (far, along, told) = remembering(far);
+        let (accepting, mut accepted) = mpsc::unbounded_channel();
+        let handle = move |request, stream: ServerStream| {
+            let _ = accepting.send(u32::from(stream.id()));
+            echo(request, stream)
+        };
+        let serving = tokio::spawn(async move {
+            let server = h2::server::Builder::new();
+            serve(far, &server, OPTIONS, &Drain::default(), Some(&along), handle).await
+        });
+        for stream in [1, 3, 5] {
+            assert_eq!(accepted.recv().await, Some(stream));
+        }
+        drop(near);
+        let _ = serving.await?;
+        assert_eq!(*lock(&told), []);
+        Ok(())
     }
 }

@@ -3,10 +3,10 @@
 //! Promises that a peer which breaks the protocol, opens streams only to reset them, or answers no PING loses this
 //! connection and nothing else. Tested in `tests.rs` beside it and in `tunnel/tests`.
 
-use std::{sync::Arc, time::Duration};
+use std::{future::poll_fn, pin::pin, sync::Arc, task::Poll, time::Duration};
 
 use ::bytes::Bytes;
-use h2::{Ping, PingPong, Reason};
+use h2::{Ping, PingPong, Reason, RecvStream, server::SendResponse};
 use http::{Method, Request};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -14,7 +14,10 @@ use tokio::{
 };
 use tokio_util::task::TaskTracker;
 
-use super::stream::{ServerStream, Tally};
+use super::{
+    refused::Along,
+    stream::{ServerStream, Tally},
+};
 use crate::{
     body::{Body, Received},
     drain::Drain,
@@ -43,7 +46,8 @@ pub enum Ended {
 
 /// Serves a connection until it ends and every handler is done; `drain` makes it send GOAWAY and end with its last
 /// stream, where its agent is only leaving not before there was one: a client that has just connected is about to ask.
-/// The request of a CONNECT has no body: its bytes come once it is granted.
+/// The request of a CONNECT has no body: its bytes come once it is granted. `along` is told what becomes a request, where
+/// the connection is read along.
 ///
 /// # Errors
 /// [`Kind::BadRequest`] when the peer breaks HTTP/2, [`Kind::DownstreamReset`] when the connection breaks with streams
@@ -53,6 +57,7 @@ pub async fn serve<S, H, F>(
     builder: &h2::server::Builder,
     options: Options,
     drain: &Drain,
+    along: Option<&Along>,
     handle: H,
 ) -> Result<Ended>
 where
@@ -77,7 +82,7 @@ where
     let mut goodbye = None;
     let outcome = loop {
         tokio::select! {
-            accepted = connection.accept() => match accepted {
+            accepted = accept(&mut connection, along) => match accepted {
                 Some(Ok((request, reply))) => {
                     let (request, receive) = into_body(request);
                     let stream = ServerStream::new(reply, receive, Arc::clone(&tally));
@@ -114,8 +119,9 @@ where
     };
     // A GOAWAY that is still to be written gets its chance; then the streams still open break, so that their handlers
     // see the end and report it.
-    let _ = time::timeout(Duration::ZERO, std::future::poll_fn(|cx| connection.poll_closed(cx))).await;
+    let _ = time::timeout(Duration::ZERO, poll_fn(|cx| connection.poll_closed(cx))).await;
     drop(connection);
+    along.inspect(|along| along.all_accepted());
     handlers.close();
     handlers.wait().await;
     outcome
@@ -133,6 +139,27 @@ where
         .await
         .map_err(|_| broken(&format_args!("no HTTP/2 preface within {limit:?}")))?
         .map_err(|error| ended(&error))
+}
+
+/// The next stream, and how it is answered.
+async fn accept<S>(
+    connection: &mut h2::server::Connection<S, Bytes>,
+    along: Option<&Along>,
+) -> Option<std::result::Result<(Request<RecvStream>, SendResponse<Bytes>), h2::Error>>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let mut accepting = pin!(connection.accept());
+    poll_fn(|cx| {
+        let accepted = accepting.as_mut().poll(cx);
+        match (&accepted, along) {
+            (Poll::Ready(Some(Ok((_, reply)))), Some(along)) => along.accepted(reply.stream_id()),
+            (_, Some(along)) => along.all_accepted(),
+            (_, None) => {}
+        }
+        accepted
+    })
+    .await
 }
 
 /// Completes after `at`, once no stream is open any more.
@@ -156,7 +183,7 @@ async fn unused(handlers: &TaskTracker, tally: &Tally, idle: Option<Duration>) {
     }
 }
 
-fn into_body(request: Request<h2::RecvStream>) -> (Request<Body>, Option<h2::RecvStream>) {
+fn into_body(request: Request<RecvStream>) -> (Request<Body>, Option<RecvStream>) {
     let (parts, receive) = request.into_parts();
     if parts.method == Method::CONNECT {
         return (Request::from_parts(parts, Body::Empty), Some(receive));

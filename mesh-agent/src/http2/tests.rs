@@ -29,10 +29,10 @@ use crate::{
     error::{Error, Kind, Result},
 };
 
-type TestResult = std::result::Result<(), Box<dyn std::error::Error + Send + Sync>>;
+pub(super) type TestResult = std::result::Result<(), Box<dyn std::error::Error + Send + Sync>>;
 
 const STALL: Stall = Stall { idle: None, flush: Duration::from_mins(5) };
-const OPTIONS: Options =
+pub(super) const OPTIONS: Options =
     Options { handshake: Duration::from_secs(10), ping: None, idle: Some(Duration::from_hours(1)) };
 
 /// A body made of what a test wants to come next.
@@ -70,12 +70,14 @@ where
     let drain = Drain::default();
     let token = drain.clone();
     let serving =
-        tokio::spawn(async move { serve(far, &h2::server::Builder::new(), OPTIONS, &token, handle).await });
+        tokio::spawn(
+            async move { serve(far, &h2::server::Builder::new(), OPTIONS, &token, None, handle).await },
+        );
     let (sender, connection) = client.handshake(near).await?;
     Ok(Served { sender, drain, serving, client: tokio::spawn(connection) })
 }
 
-async fn echo(request: Request<Body>, stream: ServerStream) {
+pub(super) async fn echo(request: Request<Body>, stream: ServerStream) {
     let reply = async { Reply::Response(Response::new(request.into_body())) };
     stream.run(reply, STALL).await;
 }
@@ -348,12 +350,14 @@ async fn a_connect_that_is_granted_is_bytes_and_nothing_else_can_be() -> TestRes
     Ok(())
 }
 
+/// What a client says first: the preface and its settings, none.
+pub(super) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00";
+
 /// A peer that speaks in raw frames.
 async fn raw(bytes: &[u8]) -> std::result::Result<(DuplexStream, JoinHandle<Result<Ended>>), std::io::Error> {
-    const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00";
     let (mut near, far) = tokio::io::duplex(1 << 20);
     let serving = tokio::spawn(async move {
-        serve(far, &h2::server::Builder::new(), OPTIONS, &Drain::default(), echo).await
+        serve(far, &h2::server::Builder::new(), OPTIONS, &Drain::default(), None, echo).await
     });
     near.write_all(PREFACE).await?;
     // The peer may be refused in the middle of it.
@@ -372,103 +376,5 @@ async fn headers_without_end_are_ended() -> TestResult {
     let (near, serving) = raw(&flood).await?;
     drop(near);
     assert_eq!(serving.await?.map_err(|error| error.kind), Err(Kind::BadRequest));
-    Ok(())
-}
-
-// === requests that are refused before they are any ===
-
-/// A connection to a server that reads along: what it is told, in order.
-async fn read_along(
-    server: h2::server::Builder,
-) -> std::result::Result<(SendRequest<Bytes>, Arc<Mutex<Vec<StreamRefusal>>>), h2::Error> {
-    // Small pipes, so that frames come in pieces; both prefaces have room.
-    let (near, far) = tokio::io::duplex(64);
-    let told = Arc::new(Mutex::new(Vec::new()));
-    let telling = Arc::clone(&told);
-    let (far, along) = ReadAlong::new(far, move |refusal| {
-        if let Ok(mut told) = telling.lock() {
-            told.push(refusal);
-        }
-    });
-    let handle = move |request, stream: ServerStream| {
-        along.accepted(stream.id());
-        echo(request, stream)
-    };
-    tokio::spawn(async move { serve(far, &server, OPTIONS, &Drain::default(), handle).await });
-    let (sender, connection) = h2::client::handshake(near).await?;
-    tokio::spawn(connection);
-    Ok((sender, told))
-}
-
-fn large(bytes: usize) -> std::result::Result<Request<()>, http::Error> {
-    Request::get("http://a/").header("x-large", "x".repeat(bytes)).body(())
-}
-
-#[tokio::test]
-async fn a_header_list_that_is_not_decoded_is_told_once() -> TestResult {
-    let mut server = h2::server::Builder::new();
-    server.max_header_list_size(1000);
-    let (sender, told) = read_along(server).await?;
-    let mut sender = sender.ready().await?;
-    // Whole ones before, between and after.
-    let mut answers = Vec::new();
-    for bytes in [10, 1500, 20, 1500, 30] {
-        let (answer, _) = sender.send_request(large(bytes)?, true)?;
-        answers.push(answer);
-        sender = sender.ready().await?;
-    }
-    let mut statuses = Vec::new();
-    for answer in answers {
-        statuses.push(answer.await?.status().as_u16());
-    }
-    assert_eq!(statuses, [200, 431, 200, 431, 200]);
-    assert_eq!(*told.lock().map_err(|_| "poisoned")?, [StreamRefusal::HeaderList; 2]);
-    Ok(())
-}
-
-#[tokio::test(start_paused = true)]
-async fn a_head_that_does_not_get_done_is_known() -> TestResult {
-    const LIMIT: Duration = Duration::from_secs(10);
-    let (mut near, far) = tokio::io::duplex(1 << 10);
-    let (mut far, along) = ReadAlong::new(far, |_| {});
-    let reading = tokio::spawn(async move {
-        let mut buffer = [0; 64];
-        while far.read(&mut buffer).await.is_ok_and(|read| read > 0) {}
-    });
-    let late = || tokio::time::timeout(LIMIT * 2, along.head_late(LIMIT));
-    let headers = |length: u8, flags: u8| [0, 0, length, 1, flags, 0, 0, 0, 1];
-    near.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await?;
-    // A whole one; one whose frame is cut; its rest, which leaves the block open; the last frame of that.
-    for (bytes, is_late) in [
-        ([&headers(2, 4)[..], b"ab"].concat(), false),
-        ([&headers(3, 0)[..], b"ab"].concat(), true),
-        (b"c".to_vec(), true),
-        (vec![0, 0, 0, 9, 4, 0, 0, 0, 1], false),
-        ([&headers(1, 4)[..], b"a"].concat(), false),
-        // Data that stays away is another's to judge.
-        (vec![0, 0, 9, 0, 0, 0, 0, 0, 1], false),
-    ] {
-        near.write_all(&bytes).await?;
-        // The clock stands still until what was written is read.
-        tokio::time::sleep(Duration::from_millis(1)).await;
-        assert_eq!(late().await.is_ok(), is_late, "{bytes:?}");
-    }
-    drop(near);
-    Ok(reading.await?)
-}
-
-#[tokio::test]
-async fn a_request_that_is_no_message_is_told() -> TestResult {
-    let (sender, told) = read_along(h2::server::Builder::new()).await?;
-    let mut sender = sender.ready().await?;
-    // Two lengths that differ (RFC 9113 section 8.1.1).
-    let odd =
-        Request::post("http://a/").header("content-length", "1").header("content-length", "2").body(())?;
-    let (answer, _body) = sender.send_request(odd, false)?;
-    let reset = answer.await.err().and_then(|error| error.reason());
-    assert_eq!(reset, Some(Reason::PROTOCOL_ERROR));
-    let (answer, _) = sender.ready().await?.send_request(large(10)?, true)?;
-    assert_eq!(answer.await?.status(), StatusCode::OK);
-    assert_eq!(*told.lock().map_err(|_| "poisoned")?, [StreamRefusal::Malformed(Reason::PROTOCOL_ERROR)]);
     Ok(())
 }

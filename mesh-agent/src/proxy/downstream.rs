@@ -94,7 +94,6 @@ async fn serve_http2(
     let (client, unsent) = Watched::new(client);
     let (io, along) = ReadAlong::new(client, move |refusal| telling.stream_refused(refusal));
     let handle = |request, stream: ServerStream| {
-        along.accepted(stream.id());
         let (outbound, cluster) = (Arc::clone(&outbound), Arc::clone(&cluster));
         let asking = Client {
             version: Protocol::Http2,
@@ -109,7 +108,7 @@ async fn serve_http2(
     };
     // What it breaks off sees its streams broken, and is reported.
     let served = tokio::select! {
-        served = http2::serve(io, &builder, options, &drain, handle) => served,
+        served = http2::serve(io, &builder, options, &drain, Some(&along), handle) => served,
         () = unsent.stuck(limits.flush_timeout) => return Err(takes_nothing(&limits)),
         () = along.head_late(limits.request_head_timeout) => return Err(Refusal::HeadTimeout.into()),
     };

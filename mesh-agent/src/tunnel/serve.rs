@@ -107,7 +107,7 @@ where
         idle: None,
     };
     let classified = |request, stream| handle(classify(request, stream, wire, pod_ips));
-    http2::serve(stream, &server_builder(wire), options, drain, classified).await.map(drop)
+    http2::serve(stream, &server_builder(wire), options, drain, None, classified).await.map(drop)
 }
 
 /// Tells native requests from tunnels and checks either against the pod's addresses.
