@@ -1,6 +1,7 @@
 //! The accepting end of a connection: every stream is handed to a handler of its own.
 //!
-//! Promises that a peer which breaks the protocol, opens streams only to reset them, or answers no PING loses this
+//! Promises that what a handler had accepted for sending is sent before the connection ends by us, if the peer takes it;
+//! and that a peer which breaks the protocol, opens streams only to reset them, or answers no PING loses this
 //! connection and nothing else. Tested in `tests.rs` beside it and in `tunnel/tests`.
 
 use std::{future::poll_fn, pin::pin, sync::Arc, task::Poll, time::Duration};
@@ -33,6 +34,8 @@ pub struct Options {
     pub ping: Option<(Duration, Duration)>,
     /// How long it may be without a stream before it is closed; `None`: for ever.
     pub idle: Option<Duration>,
+    /// How long a connection that is to end stays open for what its last streams have ready and its peer has not taken.
+    pub flush: Duration,
 }
 
 /// How a connection came to its end.
@@ -66,6 +69,36 @@ where
     F: Future<Output = ()> + Send + 'static,
 {
     let mut connection = handshake(io, builder, options.handshake).await?;
+    let handlers = TaskTracker::new();
+    let outcome = take_streams(&mut connection, options, drain, along, &handlers, handle).await;
+    let limit = if outcome.is_ok() { options.flush } else { Duration::ZERO };
+    if outcome.is_ok() {
+        connection.abrupt_shutdown(Reason::NO_ERROR);
+    }
+    // What is written already goes out, be it a GOAWAY that tells what was wrong and gets a single chance; then the streams
+    // still open break, so that their handlers see the end and report it.
+    let _ = time::timeout(limit, poll_fn(|cx| connection.poll_closed(cx))).await;
+    drop(connection);
+    along.inspect(|along| along.all_accepted());
+    handlers.close();
+    handlers.wait().await;
+    outcome
+}
+
+/// Hands out streams until there are to be no more. Where that is no error, none is open.
+async fn take_streams<S, H, F>(
+    connection: &mut h2::server::Connection<S, Bytes>,
+    options: Options,
+    drain: &Drain,
+    along: Option<&Along>,
+    handlers: &TaskTracker,
+    handle: H,
+) -> Result<Ended>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+    H: Fn(Request<Body>, ServerStream) -> F,
+    F: Future<Output = ()> + Send + 'static,
+{
     let pings = connection.ping_pong();
     let keep_alive = async {
         match options.ping {
@@ -74,16 +107,19 @@ where
         }
     };
     tokio::pin!(keep_alive);
-    let (handlers, tally) = (TaskTracker::new(), Arc::new(Tally::default()));
-    let unused = unused(&handlers, &tally, options.idle);
+    let tally = Arc::new(Tally::default());
+    let unused = unused(handlers, &tally, options.idle);
     tokio::pin!(unused);
     let (mut draining, mut ending) = (false, Ended::Done);
     // A peer that is told to leave answers the PING that comes with it; one that is gone does not, and is not waited for.
     let mut goodbye = None;
-    let outcome = loop {
+    // No handler is left, and what they had ready may take until then.
+    let mut rest = None;
+    loop {
         tokio::select! {
-            accepted = accept(&mut connection, along) => match accepted {
+            accepted = accept(connection, along, rest.is_some()) => match accepted {
                 Some(Ok((request, reply))) => {
+                    rest = None;
                     let (request, receive) = into_body(request);
                     let stream = ServerStream::new(reply, receive, Arc::clone(&tally));
                     handlers.spawn(handle(request, stream));
@@ -109,22 +145,17 @@ where
             () = &mut keep_alive => {
                 break Err(Error::new(Kind::DownstreamReset, "it answers no PING any more"));
             }
-            () = left_alone(goodbye, &handlers, options.handshake) => break Ok(ending),
+            () = left_alone(goodbye, handlers, options.handshake), if rest.is_none() => {
+                rest = Some(Instant::now() + options.flush);
+            }
+            () = time::sleep_until(rest.unwrap_or_else(Instant::now)), if rest.is_some() => break Ok(ending),
             () = &mut unused, if !draining => {
                 (draining, ending) = (true, Ended::Idle);
                 goodbye = Some(Instant::now() + options.handshake);
                 connection.graceful_shutdown();
             }
         }
-    };
-    // A GOAWAY that is still to be written gets its chance; then the streams still open break, so that their handlers
-    // see the end and report it.
-    let _ = time::timeout(Duration::ZERO, poll_fn(|cx| connection.poll_closed(cx))).await;
-    drop(connection);
-    along.inspect(|along| along.all_accepted());
-    handlers.close();
-    handlers.wait().await;
-    outcome
+    }
 }
 
 async fn handshake<S>(
@@ -141,21 +172,25 @@ where
         .map_err(|error| ended(&error))
 }
 
-/// The next stream, and how it is answered.
+/// The next stream, and how it is answered; `None` when the connection has ended, or, where it is `to_end`, when all of
+/// every stream is written.
 async fn accept<S>(
     connection: &mut h2::server::Connection<S, Bytes>,
     along: Option<&Along>,
+    to_end: bool,
 ) -> Option<std::result::Result<(Request<RecvStream>, SendResponse<Bytes>), h2::Error>>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let mut accepting = pin!(connection.accept());
     poll_fn(|cx| {
-        let accepted = accepting.as_mut().poll(cx);
+        let accepted = pin!(connection.accept()).poll(cx);
         match (&accepted, along) {
             (Poll::Ready(Some(Ok((_, reply)))), Some(along)) => along.accepted(reply.stream_id()),
             (_, Some(along)) => along.all_accepted(),
             (_, None) => {}
+        }
+        if to_end && accepted.is_pending() && !connection.has_streams() {
+            return Poll::Ready(None);
         }
         accepted
     })

@@ -32,8 +32,12 @@ use crate::{
 pub(super) type TestResult = std::result::Result<(), Box<dyn std::error::Error + Send + Sync>>;
 
 const STALL: Stall = Stall { idle: None, flush: Duration::from_mins(5) };
-pub(super) const OPTIONS: Options =
-    Options { handshake: Duration::from_secs(10), ping: None, idle: Some(Duration::from_hours(1)) };
+pub(super) const OPTIONS: Options = Options {
+    handshake: Duration::from_secs(10),
+    ping: None,
+    idle: Some(Duration::from_hours(1)),
+    flush: Duration::from_mins(5),
+};
 
 /// A body made of what a test wants to come next.
 struct Made<F>(F);
@@ -305,6 +309,53 @@ async fn draining_finishes_what_is_under_way_and_takes_nothing_new() -> TestResu
     go_on.send(true)?;
     assert_eq!(asking.await?.map_err(|failed| failed.error)?.status(), StatusCode::OK);
     served.serving.await??;
+    Ok(())
+}
+
+/// Bytes of DATA among the frames that come until the end, read at 1 KiB a second.
+async fn data_read_slowly(mut near: DuplexStream) -> std::result::Result<usize, std::io::Error> {
+    let (mut frames, mut piece, mut data) = (Vec::new(), [0; 1 << 10], 0);
+    loop {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let read = near.read(&mut piece).await?;
+        if read == 0 {
+            break;
+        }
+        frames.extend_from_slice(&piece[..read]);
+    }
+    let mut rest = &frames[..];
+    while let [a, b, c, kind, _, _, _, _, _, ..] = *rest {
+        let length = u32::from_be_bytes([0, a, b, c]) as usize;
+        data += if kind == 0 { length } else { 0 };
+        rest = rest.get(9 + length..).unwrap_or_default();
+    }
+    Ok(data)
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_ready_for_a_slow_client_is_sent_before_a_goodbye_ends() -> TestResult {
+    const BODY: usize = 30_000;
+    for leaves in [true, false] {
+        let (mut near, far) = tokio::io::duplex(1 << 10);
+        let drain = Drain::default();
+        let (token, leaving) = (drain.clone(), drain.clone());
+        let handle = move |_: Request<Body>, stream: ServerStream| {
+            if leaves {
+                leaving.leave();
+            }
+            let body = Body::from(Bytes::from(vec![0; BODY]));
+            stream.run(async { Reply::Response(Response::new(body)) }, STALL)
+        };
+        let options = Options { idle: Some(Duration::from_secs(5)), ..OPTIONS };
+        let serving = tokio::spawn(async move {
+            serve(far, &h2::server::Builder::new(), options, &token, None, handle).await
+        });
+        // A GET, and not another word: no PING is answered.
+        let get = [0, 0, 3, 1, 5, 0, 0, 0, 1, 0x82, 0x86, 0x84];
+        near.write_all(&[PREFACE, &get].concat()).await?;
+        assert_eq!(data_read_slowly(near).await?, BODY, "leaves: {leaves}");
+        assert_eq!(serving.await??, if leaves { Ended::Done } else { Ended::Idle });
+    }
     Ok(())
 }
 

@@ -88,7 +88,12 @@ async fn serve_http2(
         .max_send_buffer_size(UNSENT)
         .max_header_list_size(limits.max_request_head_bytes.saturating_mul(HEADER_LIST_SLACK))
         .enable_connect_protocol();
-    let options = http2::Options { handshake: limits.request_head_timeout, ping: None, idle: limits.idle() };
+    let options = http2::Options {
+        handshake: limits.request_head_timeout,
+        ping: None,
+        idle: limits.idle(),
+        flush: limits.flush_timeout,
+    };
     let drain = outbound.pod.drain.clone();
     let telling = Arc::clone(&outbound);
     let (client, unsent) = Watched::new(client);

@@ -122,9 +122,10 @@ async fn mesh_connection(mesh: Arc<Mesh>, pod: Arc<Pod>, captured: Captured) -> 
     let (tls, peer, wire) = Box::pin(tunnel::accept(captured.stream, pod.identity())).await?;
     let inbound = Arc::new(Inbound::new(mesh, pod, ends, Some(peer)));
     let (ips, drain) = (inbound.workload.ips.clone(), inbound.pod.drain.clone());
+    let flush = inbound.mesh.limits.flush_timeout;
     let handle = |stream| serve_stream(Arc::clone(&inbound), stream);
     // Boxed, the handshake being over: what an idle connection needs is small, what serving one takes is not.
-    match Box::pin(tunnel::serve(tls, wire, &ips, &drain, handle)).await {
+    match Box::pin(tunnel::serve(tls, wire, &ips, &drain, flush, handle)).await {
         // A peer that goes away is no refusal: what was open has been reported stream by stream.
         Err(error) if error.kind == Kind::DownstreamReset => {
             tracing::debug!(client = %ends.client, %error, "mesh connection ended early");

@@ -3,7 +3,10 @@
 //! The caller decides about each (policy, dialling the app) and answers it: a tunnel is granted with 200 only once the
 //! app's own connection stands. Tested in `tunnel/tests`.
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
 
 use http::{HeaderMap, Request, Response, StatusCode, header::FORWARDED};
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -91,11 +94,19 @@ impl Drop for Tunnel {
     }
 }
 
-/// Serves one mesh connection until it ends; `drain` makes it send GOAWAY and end with its last stream.
+/// Serves one mesh connection until it ends; `drain` makes it send GOAWAY and end with its last stream, what that has
+/// ready having this long to be `flush`ed.
 ///
 /// # Errors
 /// [`Kind::BadRequest`] when the peer breaks HTTP/2, [`Kind::DownstreamReset`] when the connection breaks.
-pub async fn serve<S, H, F>(stream: S, wire: Wire, pod_ips: &[IpAddr], drain: &Drain, handle: H) -> Result<()>
+pub async fn serve<S, H, F>(
+    stream: S,
+    wire: Wire,
+    pod_ips: &[IpAddr],
+    drain: &Drain,
+    flush: Duration,
+    handle: H,
+) -> Result<()>
 where
     S: AsyncRead + AsyncWrite + Unpin,
     H: Fn(MeshStream) -> F,
@@ -105,6 +116,7 @@ where
         handshake: HANDSHAKE_TIMEOUT,
         ping: Some((PING_INTERVAL, PING_TIMEOUT)),
         idle: None,
+        flush,
     };
     let classified = |request, stream| handle(classify(request, stream, wire, pod_ips));
     http2::serve(stream, &server_builder(wire), options, drain, None, classified).await.map(drop)

@@ -11,6 +11,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
     pin::Pin,
     sync::Arc,
+    time::Duration,
 };
 
 use crate::drain::Drain;
@@ -32,7 +33,8 @@ use crate::{
 trait Bytes: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Bytes for T {}
 
-const STALL: Stall = Stall { idle: None, flush: std::time::Duration::from_mins(5) };
+const FLUSH: Duration = Duration::from_mins(5);
+const STALL: Stall = Stall { idle: None, flush: FLUSH };
 
 type TestResult = std::result::Result<(), Box<dyn std::error::Error + Send + Sync>>;
 type AppFuture = Pin<Box<dyn Future<Output = ()> + Send>>;
@@ -116,7 +118,7 @@ impl Node {
 async fn serve(stream: TcpStream, identity: &WorkloadIdentity, drain: &Drain, app: App) -> Result<()> {
     let (tls, peer, wire) = accept(stream, identity).await?;
     let peer = Arc::new(peer);
-    super::serve(tls, wire, &[POD], drain, move |stream| answer(stream, Arc::clone(&peer), app)).await
+    super::serve(tls, wire, &[POD], drain, FLUSH, move |stream| answer(stream, Arc::clone(&peer), app)).await
 }
 
 async fn answer(stream: MeshStream, peer: Arc<SpiffeId>, app: App) {

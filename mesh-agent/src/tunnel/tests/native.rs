@@ -174,7 +174,7 @@ async fn on_hbone_our_headers_mean_nothing() -> TestResult {
     tasks.spawn(async move {
         let peer = Arc::new(spiffe("client"));
         let handle = |stream| super::answer(stream, Arc::clone(&peer), echo);
-        let _ = super::super::serve(far, Wire::Hbone, &[POD], &Drain::default(), handle).await;
+        let _ = super::super::serve(far, Wire::Hbone, &[POD], &Drain::default(), FLUSH, handle).await;
     });
     let (mut sender, driver) = h2::client::handshake(near).await?;
     tasks.spawn(async move {

@@ -112,7 +112,7 @@ async fn a_client_that_breaks_off_is_no_end_of_file() -> TestResult {
     let server = Arc::clone(&pair.server);
     let serving = tokio::spawn(async move {
         let (tls, _, _) = accept(accepted, &server).await?;
-        super::super::serve(tls, Wire::Hbone, &[POD], &Drain::default(), move |stream| {
+        super::super::serve(tls, Wire::Hbone, &[POD], &Drain::default(), FLUSH, move |stream| {
             let report = report.clone();
             async move {
                 let MeshStream::Tunnel(tunnel) = stream else { return };
