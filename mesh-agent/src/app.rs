@@ -44,7 +44,10 @@ use crate::{
     proxy::Mesh,
     report::{Clock, Context as FlowContext, FlowKey, FlowView, Reporter, join},
     source::{self, Source},
-    state::snapshot::{Snapshot, Workload},
+    state::{
+        compile::{Netns, Settings},
+        snapshot::{Snapshot, Workload},
+    },
     upstream::LocalPods,
 };
 
@@ -153,7 +156,12 @@ struct Begun {
 
 /// The configuration first, then what is bound, or offered by an agent that runs.
 async fn begin(config: &NodeConfig, dir: &Path) -> Result<Begun> {
-    let source = source::directory(dir.to_path_buf(), config.trust_domain.as_str().into()).await?;
+    let settings = Settings {
+        trust_domain: config.trust_domain.as_str().into(),
+        root_namespace: config.root_namespace.as_str().into(),
+        netns: Netns::Annotation,
+    };
+    let source = source::directory(dir.to_path_buf(), settings).await?;
     let run_dir = RunDir::create(config.run_dir())?;
     let called = tokio::task::block_in_place(|| handover::call(&run_dir.handover_socket(), place(config)))
         .with_context(|| format!("taking over at {}", run_dir.handover_socket().display()))?;
@@ -225,6 +233,7 @@ async fn serve_pods(
         pods: LocalPods::default(),
         reporter: Arc::clone(&reporter),
         limits: config.http,
+        path_normalization: config.path_normalization,
         carrier_interval: config.carrier_interval,
     });
     let (snapshots, drain) = (source.snapshots.clone(), Drain::default());

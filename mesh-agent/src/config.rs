@@ -12,6 +12,7 @@ use crate::{
     capture::{EbpfLog, PodTables, WhenAgentIsDown},
     ctl::Output,
     report::AccessLog,
+    state::defaults::{ROOT_NAMESPACE, TRUST_DOMAIN},
 };
 
 /// Where an agent pins its maps and links, unless it is told otherwise.
@@ -53,8 +54,15 @@ pub struct NodeConfig {
     #[arg(long, env = "MESH_NODE", default_value_t = hostname())]
     pub node: String,
     /// Trust domain of every identity: `spiffe://TRUST_DOMAIN/ns/NAMESPACE/sa/ACCOUNT`
-    #[arg(long, env = "MESH_TRUST_DOMAIN", default_value = "cluster.local")]
+    #[arg(long, env = "MESH_TRUST_DOMAIN", default_value = TRUST_DOMAIN)]
     pub trust_domain: String,
+    /// Namespace whose `AuthorizationPolicy`s and `DestinationRule`s hold for the whole mesh
+    #[arg(long, env = "MESH_ROOT_NAMESPACE", value_name = "NAMESPACE", default_value = ROOT_NAMESPACE)]
+    pub root_namespace: String,
+    /// How the paths of requests are brought into one form before authorization policies are asked about them; the app is
+    /// given the path that was judged
+    #[arg(long, env = "MESH_PATH_NORMALIZATION", value_enum, default_value_t = PathNormalization::Base)]
+    pub path_normalization: PathNormalization,
     /// Where the embedded certificate authority is kept; agents given the same directory share it
     #[arg(long, env = "MESH_STATE_DIR", value_name = "DIR", default_value = "/var/lib/mesh")]
     pub state_dir: PathBuf,
@@ -154,6 +162,19 @@ impl NodeConfig {
     pub fn admin(&self) -> Address {
         self.admin.clone().unwrap_or_else(|| Address::Unix(self.run_dir().join(SOCKET_NAME)))
     }
+}
+
+/// Istio's `pathNormalization`, each with all that the one before it does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+pub enum PathNormalization {
+    /// Nothing is changed.
+    None,
+    /// RFC 3986: dot segments, percent-encoding; `\` becomes `/`.
+    Base,
+    /// Slashes in a row become one.
+    MergeSlashes,
+    /// First `%2f` and `%5c` become the slashes they stand for.
+    DecodeAndMergeSlashes,
 }
 
 /// Formats of the access log.

@@ -245,7 +245,12 @@ impl Enrolment {
                 self.failing.forget(&name);
                 pod.update(workload);
             }
-            Err(error) => self.fails(&name, &format!("its annotations are not in force: {error:#}")),
+            Err(error) => {
+                // Everything else is: a policy must not wait for an annotation.
+                let capture = pod.workload().capture.clone();
+                pod.update(Arc::new(Workload { capture, ..Workload::clone(&workload) }));
+                self.fails(&name, &format!("its annotations are not in force: {error:#}"));
+            }
         }
     }
 
@@ -363,6 +368,7 @@ mod tests {
             enrolled: true,
             netns: Some("/run/netns/x".into()),
             capture: CapturePolicy::default(),
+            authorization: Arc::default(),
             workload_name: text(name),
             canonical_service: text(name),
             canonical_revision: text(version),

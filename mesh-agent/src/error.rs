@@ -100,6 +100,16 @@ pub const fn grpc_of(status: StatusCode) -> u32 {
 }
 
 impl Kind {
+    /// What a client is told in a body or `grpc-message`: nothing of endpoints or policies, which are the operator's to
+    /// know.
+    pub const fn told(self) -> &'static str {
+        match self {
+            // Envoy's words.
+            Self::Denied => "RBAC: access denied",
+            kind => kind.row().word,
+        }
+    }
+
     /// Everything the outside sees of this kind.
     pub const fn row(self) -> Row {
         use Side::{Downstream, Mesh, Upstream};

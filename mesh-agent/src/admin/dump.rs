@@ -11,10 +11,10 @@ use serde_json::{Value, json};
 mod tests;
 
 use crate::state::snapshot::{
-    Abort, Backend, CapturePolicy, Cluster, CorsPolicy, Exclusions, Fault, HeaderMatch, HeaderOp, HttpRoute,
-    Mirror, PathRewrite, Percentage, Protocol, RequestMatch, RetryOn, RetryPolicy, Rewrite, RouteAction,
-    Service, ServicePort, Snapshot, SniHost, StreamMatch, StreamRoute, StringMatch, Visibility,
-    WeightedBackend, WhenAgentIsDown, Workload,
+    Abort, Applied, Authorization, Backend, CapturePolicy, Cluster, CorsPolicy, Exclusions, Fault,
+    HeaderMatch, HeaderOp, HttpRoute, Mirror, PathRewrite, Percentage, Policy, Protocol, RequestMatch,
+    RetryOn, RetryPolicy, Rewrite, RouteAction, Service, ServicePort, Snapshot, SniHost, StreamMatch,
+    StreamRoute, StringMatch, Visibility, WeightedBackend, WhenAgentIsDown, Workload,
 };
 
 /// The whole snapshot.
@@ -42,9 +42,32 @@ fn workload(w: &Workload) -> Value {
         "enrolled": w.enrolled,
         "netns": w.netns,
         "capture": capture(&w.capture),
+        "authorization": authorization(&w.authorization),
         "workload_name": *w.workload_name,
         "canonical_service": *w.canonical_service,
         "canonical_revision": *w.canonical_revision,
+    })
+}
+
+/// The policies that select a pod, by what they do; each as `NAMESPACE/NAME`, with its ports where it has its own.
+fn authorization(all: &Authorization) -> Value {
+    let names = |applied: &[Applied]| {
+        let name = |one: &Applied| {
+            let Policy { namespace, name, action, rules, .. } = &*one.policy;
+            json!({
+                "policy": format!("{namespace}/{name}"),
+                "action": action.word(),
+                "rules": rules.len(),
+                "ports": one.ports,
+            })
+        };
+        applied.iter().map(name).collect::<Vec<_>>()
+    };
+    json!({
+        "custom": names(&all.custom),
+        "deny": names(&all.deny),
+        "allow": names(&all.allow),
+        "not_enforced": names(&all.noted),
     })
 }
 

@@ -107,6 +107,7 @@ pub(super) mod tests {
             enrolled: true,
             netns: None,
             capture: CapturePolicy::default(),
+            authorization: Arc::default(),
             workload_name: text("a"),
             canonical_service: text("a"),
             canonical_revision: text("latest"),

@@ -1,10 +1,22 @@
 //! Who may talk to whom.
 //!
-//! The only place that makes a [`Permit`], and without a permit there is no lease and no hand-over to an app. This
-//! version has one rule of its own: the mesh's ports are never a destination. Tested below.
+//! The only place that makes a [`Permit`], and without a permit there is no lease and no hand-over to an app. The mesh's
+//! ports are never a destination; what else is refused, the authorization policies say that select the destination's
+//! pod, at the destination's node, for each connection and each request (`authorization.rs`). Tested below and in
+//! `tests/`; in the lab by `authorization.rs`.
+
+mod authorization;
+mod matching;
+mod path;
+#[cfg(test)]
+mod tests;
 
 use std::net::SocketAddr;
 
+pub use self::{
+    authorization::{Asked, Head, Ruling, connection, opaque, request},
+    path::{Malformed, normalise},
+};
 use crate::{
     error::{Error, Kind, Result},
     state::snapshot::Workload,
@@ -20,13 +32,14 @@ pub struct Permit {
     _private: (),
 }
 
-/// Whether a pod may open a connection or send a request to this endpoint; `workload` is the endpoint's pod.
+/// Whether a pod may open a connection or send a request to this endpoint of another node, or outside the mesh;
+/// `workload` is the endpoint's pod.
 pub fn outbound(workload: Option<&Workload>, endpoint: SocketAddr) -> Result<Permit> {
     refuse_mesh_ports(workload.is_some_and(|w| w.enrolled), endpoint)
 }
 
-/// Whether a connection or request may be handed to the pod's app.
-pub fn inbound(destination: SocketAddr) -> Result<Permit> {
+/// Whether anything at all may be handed to the pod's app.
+fn inbound(destination: SocketAddr) -> Result<Permit> {
     refuse_mesh_ports(true, destination)
 }
 
@@ -38,19 +51,4 @@ fn refuse_mesh_ports(enrolled: bool, destination: SocketAddr) -> Result<Permit> 
         ));
     }
     Ok(Permit { _private: () })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_meshs_own_ports_are_refused_at_enrolled_pods_only() {
-        for port in MESH_PORTS {
-            let at = SocketAddr::from(([10, 0, 0, 1], port));
-            assert_eq!(inbound(at).map_err(|e| e.kind).err(), Some(Kind::IllegalDestination));
-            assert!(outbound(None, at).is_ok());
-        }
-        assert!(inbound(SocketAddr::from(([10, 0, 0, 1], 9080))).is_ok());
-    }
 }

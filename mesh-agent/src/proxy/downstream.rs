@@ -1,4 +1,5 @@
-//! An HTTP connection of a pod's app, in either version: its requests one by one, until it ends.
+//! An HTTP connection of a pod's app, or to one where policy asks about requests, in either version: its requests one by
+//! one, until it ends.
 //!
 //! Promises: a connection on which nothing moves is closed, each thing it waits for having its own limit; a refusal of
 //! bytes is answered and counted as any request is; when the pod drains, what is under way is finished and nothing new is
@@ -7,6 +8,7 @@
 use std::{
     convert::Infallible,
     future::poll_fn,
+    net::SocketAddr,
     pin::{Pin, pin},
     sync::Arc,
     task::{Context, Poll},
@@ -19,13 +21,16 @@ use ::http::{
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::TokioIo;
 use tokio::{
-    net::TcpStream,
+    io::{AsyncRead, AsyncWrite},
     time::{Instant, Sleep},
 };
 
 use super::{
+    Mesh,
     exchange::{Client, Reported},
     http::{self, Answered},
+    inbound::Inbound,
+    inspected,
     outbound::Outbound,
     unsent::{Unsent, Watched},
 };
@@ -38,7 +43,7 @@ use crate::{
     http2::{self, ReadAlong, Reply, ServerStream, StreamRefusal},
     report::Side,
     state::snapshot::{Cluster, Protocol},
-    upstream::Io,
+    upstream::{Io, Pod},
 };
 
 /// HTTP/2 towards apps: windows in bytes.
@@ -60,26 +65,71 @@ const MAX_HEADERS: usize = 100;
 const BUFFER_SLACK: usize = 8 << 10;
 
 /// Serves requests until the client is done or the pod drains.
-pub(super) async fn serve(
-    outbound: Arc<Outbound>,
-    client: Prefixed<TcpStream>,
-    version: Protocol,
-    cluster: Arc<Cluster>,
-) -> Result<()> {
+pub(super) async fn serve<S>(server: Server, client: Prefixed<S>, version: Protocol) -> Result<()>
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
     match version {
-        Protocol::Http2 => serve_http2(outbound, client, cluster).await,
-        Protocol::Http1 | Protocol::Opaque => serve_http1(outbound, client, cluster).await,
+        Protocol::Http2 => serve_http2(server, client).await,
+        Protocol::Http1 | Protocol::Opaque => serve_http1(server, client).await,
+    }
+}
+
+/// Who answers the requests of a connection.
+#[derive(Clone)]
+pub(super) enum Server {
+    /// They are routed: a pod's app has dialled a service.
+    Outbound(Arc<Outbound>, Arc<Cluster>),
+    /// They are for the app of a pod, at this address.
+    Inbound(Arc<Inbound>, SocketAddr),
+}
+
+impl Server {
+    fn mesh(&self) -> &Mesh {
+        match self {
+            Self::Outbound(outbound, _) => &outbound.mesh,
+            Self::Inbound(inbound, _) => &inbound.mesh,
+        }
+    }
+
+    fn pod(&self) -> &Pod {
+        match self {
+            Self::Outbound(outbound, _) => &outbound.pod,
+            Self::Inbound(inbound, _) => &inbound.pod,
+        }
+    }
+
+    fn refused(&self, error: &Error) {
+        match self {
+            Self::Outbound(outbound, _) => {
+                let (client, dialled) = (outbound.ends.client, Some(outbound.ends.original_dst));
+                let workload = outbound.pod.workload();
+                outbound.mesh.reporter.refused(Side::Source, &workload, client, dialled, error);
+            }
+            Self::Inbound(inbound, app) => inbound.refused(Some(*app), error),
+        }
+    }
+
+    async fn answer(&self, request: Request<Body>, client: Client, refused: Option<Error>) -> Answered {
+        match self {
+            Self::Outbound(outbound, cluster) => {
+                http::answer(outbound, Arc::clone(cluster), request, client, refused).await
+            }
+            // Boxed: few connections need the room.
+            Self::Inbound(inbound, app) => {
+                Box::pin(inspected::answer(inbound, *app, request, client, refused)).await
+            }
+        }
     }
 }
 
 // === HTTP/2 ===
 
-async fn serve_http2(
-    outbound: Arc<Outbound>,
-    client: Prefixed<TcpStream>,
-    cluster: Arc<Cluster>,
-) -> Result<()> {
-    let limits = outbound.mesh.limits;
+async fn serve_http2<S>(server: Server, client: Prefixed<S>) -> Result<()>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let limits = server.mesh().limits;
     let mut builder = h2::server::Builder::new();
     builder
         .initial_window_size(STREAM_WINDOW)
@@ -94,12 +144,12 @@ async fn serve_http2(
         idle: limits.idle(),
         flush: limits.flush_timeout,
     };
-    let drain = outbound.pod.drain.clone();
-    let telling = Arc::clone(&outbound);
+    let drain = server.pod().drain.clone();
+    let telling = server.clone();
     let (client, unsent) = Watched::new(client);
     let (io, along) = ReadAlong::new(client, move |refusal| telling.stream_refused(refusal));
     let handle = |request, stream: ServerStream| {
-        let (outbound, cluster) = (Arc::clone(&outbound), Arc::clone(&cluster));
+        let server = server.clone();
         let asking = Client {
             version: Protocol::Http2,
             activity: stream.activity(),
@@ -107,8 +157,8 @@ async fn serve_http2(
             turn: None,
         };
         async move {
-            let stall = outbound.mesh.limits.stall();
-            stream.run(reply(outbound, cluster, request, asking), stall).await;
+            let stall = server.mesh().limits.stall();
+            stream.run(reply(server, request, asking), stall).await;
         }
     };
     // What it breaks off sees its streams broken, and is reported.
@@ -118,17 +168,17 @@ async fn serve_http2(
         () = along.head_late(limits.request_head_timeout) => return Err(Refusal::HeadTimeout.into()),
     };
     match served {
-        Ok(http2::Ended::Idle) => outbound.mesh.reporter.idle_closed(&outbound.pod.workload()),
+        Ok(http2::Ended::Idle) => server.mesh().reporter.idle_closed(&server.pod().workload()),
         Ok(http2::Ended::Done) => {}
         Err(error) => only_if_abusive(error)?,
     }
     Ok(())
 }
 
-impl Outbound {
+impl Server {
     /// Nothing is known of the request: it is counted as what is refused before it is one.
     fn stream_refused(&self, refusal: StreamRefusal) {
-        let limits = self.mesh.limits;
+        let limits = self.mesh().limits;
         let error = match refusal {
             StreamRefusal::HeaderList => Error::new(
                 Kind::HeadTooLarge,
@@ -145,18 +195,12 @@ impl Outbound {
                 Error::new(Kind::BadRequest, format!("the stream is no HTTP/2 request: {reason}"))
             }
         };
-        let (client, dialled) = (self.ends.client, Some(self.ends.original_dst));
-        self.mesh.reporter.refused(Side::Source, &self.pod.workload(), client, dialled, &error);
+        self.refused(&error);
     }
 }
 
-async fn reply(
-    outbound: Arc<Outbound>,
-    cluster: Arc<Cluster>,
-    request: Request<Body>,
-    client: Client,
-) -> Reply<Reported> {
-    match http::answer(&outbound, cluster, request, client, None).await {
+async fn reply(server: Server, request: Request<Body>, client: Client) -> Reply<Reported> {
+    match server.answer(request, client, None).await {
         Answered::Response(response) => Reply::Response(response),
         Answered::Switch(head, taker) => {
             let take = move |stream| {
@@ -182,12 +226,11 @@ fn only_if_abusive(error: Error) -> Result<()> {
 
 // === HTTP/1 ===
 
-async fn serve_http1(
-    outbound: Arc<Outbound>,
-    client: Prefixed<TcpStream>,
-    cluster: Arc<Cluster>,
-) -> Result<()> {
-    let limits = outbound.mesh.limits;
+async fn serve_http1<S>(server: Server, client: Prefixed<S>) -> Result<()>
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    let limits = server.mesh().limits;
     let bounds = Limits {
         head_bytes: limits.max_request_head_bytes as usize,
         headers: limits.max_request_headers as usize,
@@ -196,7 +239,7 @@ async fn serve_http1(
     let (client, unsent) = Watched::new(client);
     let (edge, gate) = Edge::new(client, bounds);
     let activity = Arc::new(Activity::default());
-    let (shared, told, moving) = (Arc::clone(&outbound), Arc::clone(&gate), Arc::clone(&activity));
+    let (shared, told, moving) = (server.clone(), Arc::clone(&gate), Arc::clone(&activity));
     let answer = service_fn(move |request| {
         // Both now, before hyper reads on.
         let (refused, turn) = (told.next_request().map(Error::from), told.turn());
@@ -206,12 +249,12 @@ async fn serve_http1(
             inform: Arc::clone(&told) as Arc<dyn Inform>,
             turn: Some(turn),
         };
-        answer(Arc::clone(&shared), Arc::clone(&cluster), Arc::clone(&told), request, client, refused)
+        answer(shared.clone(), Arc::clone(&told), request, client, refused)
     });
     let served = builder(bounds).serve_connection(TokioIo::new(edge), answer);
     let mut connection = pin!(served.with_upgrades());
     let mut watch = Watch::new(&gate, &activity, &unsent, &limits);
-    let mut draining = pin!(outbound.pod.drain.started());
+    let mut draining = pin!(server.pod().drain.started());
     let mut drained = false;
     let ended = poll_fn(|cx| {
         if !drained && draining.as_mut().poll(cx).is_ready() {
@@ -226,12 +269,12 @@ async fn serve_http1(
     })
     .await;
     match watch.reached {
-        Some(Limit::Idle) => outbound.mesh.reporter.idle_closed(&outbound.pod.workload()),
+        Some(Limit::Idle) => server.mesh().reporter.idle_closed(&server.pod().workload()),
         Some(Limit::Unsent) => return Err(takes_nothing(&limits)),
         _ => {}
     }
     if let Err(error) = ended {
-        tracing::debug!(client = %outbound.ends.client, %error, "connection of a client ended early");
+        tracing::debug!(pod = %server.pod().workload().name, %error, "connection of a client ended early");
     }
     Ok(())
 }
@@ -247,8 +290,7 @@ fn builder(bounds: Limits) -> http1::Builder {
 }
 
 async fn answer(
-    outbound: Arc<Outbound>,
-    cluster: Arc<Cluster>,
+    server: Server,
     gate: Arc<Gate>,
     mut request: Request<Incoming>,
     client: Client,
@@ -256,7 +298,7 @@ async fn answer(
 ) -> std::result::Result<Response<Reported>, Infallible> {
     let may_switch = request.method() == Method::CONNECT || request.headers().contains_key(UPGRADE);
     let upgrade = may_switch.then(|| hyper::upgrade::on(&mut request));
-    let answered = http::answer(&outbound, cluster, request.map(Body::from), client, refused).await;
+    let answered = server.answer(request.map(Body::from), client, refused).await;
     Ok(match (answered, upgrade) {
         (Answered::Switch(head, taker), Some(upgrade)) => {
             gate.switched(true);
@@ -271,7 +313,7 @@ async fn answer(
         (Answered::Switch(head, _), None) => head.map(|()| Reported::silent(Body::Empty)),
         (Answered::Response(mut response), _) => {
             gate.switched(false);
-            if outbound.pod.drain.is_leaving() {
+            if server.pod().drain.is_leaving() {
                 // Closed without a word, it might cross the client's next request.
                 response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
             }

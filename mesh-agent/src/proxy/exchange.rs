@@ -183,13 +183,13 @@ impl Exchange {
         let (mut parts, ()) = http::Response::new(()).into_parts();
         let row = error.kind.row();
         let body = if self.grpc {
-            say_grpc(&mut parts, row.grpc, row.word.as_bytes());
+            say_grpc(&mut parts, row.grpc, error.kind.told().as_bytes());
             Body::Empty
         } else {
             parts.status = row.http;
             set(&mut parts.headers, "content-type", "text/plain");
             // The detail names endpoints and policies: it is the operator's, in the log, not the client's.
-            Body::from(Bytes::from_static(row.word.as_bytes()))
+            Body::from(Bytes::from_static(error.kind.told().as_bytes()))
         };
         // Our own answer is whole; the time that was the endpoint's does not cut it off.
         self.deadline = None;

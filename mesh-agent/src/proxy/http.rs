@@ -67,7 +67,9 @@ pub(super) async fn answer(
             let (head, body) = response.into_parts();
             Answered::Response(exchange.respond(head, body))
         }
-        Ok(Made::Switch(agreed)) => upgrade::carry(outbound, exchange, agreed),
+        Ok(Made::Switch(agreed)) => {
+            upgrade::carry(Arc::clone(outbound), &outbound.pod.drain, exchange, agreed)
+        }
         Err(error) => {
             // What broke the body off is what went wrong, whatever it led to behind.
             let refused = exchange.client.turn.as_ref().and_then(Turn::body_refusal);
@@ -156,7 +158,7 @@ fn routes(
 }
 
 /// What the connection it came on has not bounded yet (HTTP/2).
-fn within(limits: &HttpLimits, parts: &request::Parts) -> Result<()> {
+pub(super) fn within(limits: &HttpLimits, parts: &request::Parts) -> Result<()> {
     let target = parts.uri.path_and_query().map_or(0, |target| target.as_str().len());
     if target > limits.max_request_target_bytes as usize {
         let text = format!("the target has {target} bytes, {} are allowed", limits.max_request_target_bytes);

@@ -2,7 +2,7 @@
 //!
 //! Reads top to bottom. Mesh (port 15008): accept → identify by mTLS → each stream of the connection is a tunnel or a
 //! native request → permit → hand over to the app → report. Plaintext (port 15006): accept → permit → hand over →
-//! report; the peer has no identity.
+//! report; the peer has no identity. Where requests decide what is permitted, bytes are read first (`inspected.rs`).
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -12,7 +12,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use super::{
     Ends, Mesh, admit, assert_small,
     exchange::{Client, Exchange, Reported, Sides},
-    headers, next, pod_name, vouched,
+    headers, inspected, next, pod_name, vouched,
 };
 use crate::{
     body::Body,
@@ -21,7 +21,7 @@ use crate::{
     error::{Error, Kind, Result},
     http2::{Reply, ServerStream},
     identity::SpiffeId,
-    policy::{self, Permit},
+    policy::{Permit, Ruling},
     report::{FlowGuard, FlowKey, Peer, RequestProtocol, Security, Side, TcpLabels},
     state::snapshot::{Protocol, Workload},
     tunnel::{self, MeshStream, Tunnel},
@@ -29,7 +29,7 @@ use crate::{
 };
 
 /// Time for the app inside the pod to accept a connection.
-const APP_CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+pub(super) const APP_CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Largest future of one connection, bytes.
 const CONNECTION_FUTURE: usize = 12 << 10;
@@ -69,18 +69,18 @@ async fn connection(mesh: Arc<Mesh>, pod: Arc<Pod>, listener: Listener, captured
 
 /// What every stream of one inbound connection shares.
 #[derive(Debug)]
-struct Inbound {
-    mesh: Arc<Mesh>,
-    pod: Arc<Pod>,
-    workload: Arc<Workload>,
-    source: Peer,
-    ends: Ends,
+pub(super) struct Inbound {
+    pub mesh: Arc<Mesh>,
+    pub pod: Arc<Pod>,
+    pub workload: Arc<Workload>,
+    pub source: Peer,
+    pub ends: Ends,
     flow: FlowGuard,
 }
 
 impl Inbound {
     /// `identity` is what the peer proved. The pod at its address is taken for the source only when that is its identity.
-    fn new(mesh: Arc<Mesh>, pod: Arc<Pod>, ends: Ends, identity: Option<SpiffeId>) -> Self {
+    pub fn new(mesh: Arc<Mesh>, pod: Arc<Pod>, ends: Ends, identity: Option<SpiffeId>) -> Self {
         let workload = pod.workload();
         let by_address = mesh.snapshot().workload_at(ends.client.ip()).cloned();
         let by_address =
@@ -96,7 +96,7 @@ impl Inbound {
     }
 
     /// `app`: what was asked for within the connection.
-    fn refused(&self, app: Option<SocketAddr>, error: &Error) {
+    pub fn refused(&self, app: Option<SocketAddr>, error: &Error) {
         let dialled = Some(app.unwrap_or(self.ends.original_dst));
         self.mesh.reporter.refused(Side::Destination, &self.workload, self.ends.client, dialled, error);
     }
@@ -154,8 +154,15 @@ async fn serve_stream(inbound: Arc<Inbound>, stream: MeshStream) {
 async fn tunnelled(inbound: Arc<Inbound>, tunnel: Tunnel) {
     let destination = tunnel.destination;
     let inbound = inbound.told(tunnel.client());
-    let opened = match policy::inbound(destination) {
-        Ok(permit) => hand_over(&inbound, &permit, destination).await,
+    let opened = match inbound.may_connect(destination) {
+        Ok(Ruling::Permitted(permit)) => hand_over(&inbound, &permit, destination).await,
+        Ok(Ruling::BytesDecide) => {
+            if let Ok(stream) = tunnel.accept() {
+                // Boxed: few tunnels need the room.
+                Box::pin(inspected::serve(inbound, stream, destination)).await;
+            }
+            return;
+        }
         Err(error) => Err(error),
     };
     match opened {
@@ -204,7 +211,12 @@ async fn native(
     stream.run(answer, stall).await;
 }
 
-fn begin(inbound: &Inbound, parts: &http::request::Parts, app: SocketAddr, client: Client) -> Exchange {
+pub(super) fn begin(
+    inbound: &Inbound,
+    parts: &http::request::Parts,
+    app: SocketAddr,
+    client: Client,
+) -> Exchange {
     let (reporter, source) = (&inbound.mesh.reporter, inbound.source.clone());
     let mut exchange = Exchange::begin(reporter, Sides::Destination, source, inbound.ends, client, parts);
     exchange.destination = vouched(&inbound.workload);
@@ -232,8 +244,8 @@ async fn answer(
     message::strip_hop_by_hop(&mut parts.headers);
     let own = &inbound.workload.identity;
     message::client_certificate(&mut parts.headers, inbound.source.identity.as_ref(), own);
-    let request = Request::from_parts(parts, body.metered(Arc::clone(&exchange.request)));
-    let sent = match policy::inbound(app) {
+    let mut request = Request::from_parts(parts, body.metered(Arc::clone(&exchange.request)));
+    let sent = match inbound.may_request(app, &mut request) {
         Ok(permit) => tries(inbound, &permit, &mut exchange, request, app, protocol).await,
         Err(error) => Err(error),
     };
@@ -252,7 +264,7 @@ async fn answer(
 
 /// A request without a body that the app has not looked at is sent again (Istio's default for inbound traffic:
 /// `reset-before-request`, twice, gRPC apart).
-async fn tries(
+pub(super) async fn tries(
     inbound: &Inbound,
     permit: &Permit,
     exchange: &mut Exchange,
@@ -292,21 +304,36 @@ async fn send_to_app(
     inbound.pod.send_to_app(&to, request, inbound.ends.client, &exchange.client.inform).await
 }
 
-async fn hand_over(inbound: &Inbound, _permit: &Permit, app: SocketAddr) -> Result<tokio::net::TcpStream> {
+pub(super) async fn hand_over(
+    inbound: &Inbound,
+    _permit: &Permit,
+    app: SocketAddr,
+) -> Result<tokio::net::TcpStream> {
     inbound.pod.open_app(app, inbound.ends.client, APP_CONNECT_TIMEOUT).await
 }
 
 async fn plaintext_connection(mesh: Arc<Mesh>, pod: Arc<Pod>, captured: Captured) -> Result<()> {
     let ends = Ends::from(&captured);
-    let permit = policy::inbound(ends.original_dst)?;
     let inbound = Inbound::new(mesh, pod, ends, None);
-    let app = hand_over(&inbound, &permit, ends.original_dst).await?;
-    copy_to_app(&inbound, captured.stream, app, ends.original_dst).await;
+    match inbound.may_connect(ends.original_dst)? {
+        Ruling::Permitted(permit) => {
+            let app = hand_over(&inbound, &permit, ends.original_dst).await?;
+            copy_to_app(&inbound, captured.stream, app, ends.original_dst).await;
+        }
+        Ruling::BytesDecide => {
+            // Boxed: few connections need the room.
+            Box::pin(inspected::serve(Arc::new(inbound), captured.stream, ends.original_dst)).await;
+        }
+    }
     Ok(())
 }
 
-async fn copy_to_app<C>(inbound: &Inbound, client: C, app: tokio::net::TcpStream, destination: SocketAddr)
-where
+pub(super) async fn copy_to_app<C>(
+    inbound: &Inbound,
+    client: C,
+    app: tokio::net::TcpStream,
+    destination: SocketAddr,
+) where
     C: AsyncRead + AsyncWrite + Unpin,
 {
     let guard = inbound.mesh.reporter.connection(TcpLabels {

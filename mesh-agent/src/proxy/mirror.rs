@@ -14,13 +14,14 @@ use tokio::time::timeout;
 use super::{
     Mesh, headers,
     outbound::Outbound,
+    permits,
     tries::{Sendable, UnderWay},
 };
 use crate::{
     balance,
     body::{Body, Follow, Inform},
     error::{Error, Kind, Result},
-    policy, route,
+    route,
     state::snapshot::{Backend, Cluster, HttpRoute, Mirror},
     upstream::{self, Destination, Pod},
 };
@@ -82,7 +83,7 @@ async fn one(
     pod: &Pod,
     client: SocketAddr,
     cluster: &Arc<Cluster>,
-    request: Request<Body>,
+    mut request: Request<Body>,
     grpc: bool,
 ) -> Result<()> {
     let Some(chosen) = balance::choose(cluster, &[]) else {
@@ -90,7 +91,9 @@ async fn one(
     };
     let endpoint = &chosen.endpoint;
     let via = upstream::via(&mesh.pods, &mesh.node, endpoint)?;
-    let permit = policy::outbound(endpoint.workload.as_deref(), endpoint.address)?;
+    let own = pod.workload();
+    let from = permits::From { identity: Some(&own.identity), client };
+    let permit = permits::request_to(mesh, from, &via, endpoint, &mut request)?;
     let destination = Destination {
         address: endpoint.address,
         via: &via,

@@ -9,8 +9,10 @@ mod exchange;
 mod headers;
 mod http;
 pub mod inbound;
+mod inspected;
 mod mirror;
 pub mod outbound;
+mod permits;
 mod tries;
 mod unsent;
 mod upgrade;
@@ -22,7 +24,7 @@ use tokio::sync::OwnedSemaphorePermit;
 
 use crate::{
     capture::{Captured, Listener, Refused},
-    config::HttpLimits,
+    config::{HttpLimits, PathNormalization},
     error::{Error, Kind},
     report::{FlowFacts, Peer, Reporter, RequestProtocol, Security, Side},
     state::snapshot::{Endpoint, Snapshot, Workload},
@@ -42,6 +44,8 @@ pub struct Mesh {
     pub reporter: Arc<Reporter>,
     /// What apps may ask for over HTTP.
     pub limits: HttpLimits,
+    /// What becomes of a path before policy is asked about it.
+    pub path_normalization: PathNormalization,
     /// How long a carrier connection stands before it is made anew.
     pub carrier_interval: Duration,
 }

@@ -12,14 +12,19 @@ use tokio::{
     time::timeout,
 };
 
-use super::{Ends, Mesh, admit, assert_small, downstream, learn_end, next, pod_name, vouched};
+use super::{
+    Ends, Mesh, admit, assert_small,
+    downstream::{self, Server},
+    inbound::Inbound,
+    inspected, learn_end, next, permits, pod_name, vouched,
+};
 use crate::{
     balance::{self, Chosen},
     capture::{Captured, Listener},
     copy::{self, Moved},
     detect::{self, Prefixed},
     error::{Error, Kind, Result},
-    policy,
+    policy::Ruling,
     report::{FlowGuard, FlowKey, Peer, RequestProtocol, Side, TcpLabels},
     route::{self, StreamFacts},
     state::snapshot::{Backend, Cluster, Endpoint, Protocol, Snapshot, StreamRoute, Workload},
@@ -31,6 +36,9 @@ const SERVER_FIRST_AFTER: Duration = Duration::from_millis(50);
 
 /// Time to connect where no DestinationRule says another (Istio's default).
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What a pipe between two ends of one pass holds, bytes.
+const PIPE: usize = 64 << 10;
 
 /// Largest future of one connection, bytes: idle connections must be cheap.
 const CONNECTION_FUTURE: usize = 6 << 10;
@@ -147,7 +155,10 @@ impl Outbound {
                 self.copy(client, server, Some(cluster)).await
             }
             // Boxed: an opaque connection need not pay for the room of an HTTP one.
-            version => Box::pin(downstream::serve(Arc::clone(self), client, version, port.cluster)).await,
+            version => {
+                let server = Server::Outbound(Arc::clone(self), port.cluster);
+                Box::pin(downstream::serve(server, client, version)).await
+            }
         }
     }
 
@@ -263,7 +274,7 @@ impl Outbound {
         connect_timeout: Duration,
     ) -> Result<Opened> {
         let via = upstream::via(&self.mesh.pods, &self.mesh.node, &endpoint)?;
-        let permit = policy::outbound(endpoint.workload.as_deref(), endpoint.address)?;
+        let ruling = permits::connection_to(&self.mesh, self.asks(), &via, &endpoint)?;
         let destination = Destination {
             address: endpoint.address,
             via: &via,
@@ -273,6 +284,13 @@ impl Outbound {
         };
         // Known even if nothing comes of it.
         self.flow.learn(|facts| learn_end(facts, &endpoint, &via, RequestProtocol::Tcp));
+        let permit = match ruling {
+            Ruling::Permitted(permit) => permit,
+            Ruling::BytesDecide => {
+                let stream = self.open_inspected(&destination).await?;
+                return Ok(Opened { stream, endpoint, via, received: 0, _in_flight: chosen, _flow: None });
+            }
+        };
         // Boxed: dialling is over soon, copying lasts.
         let stream = Box::pin(self.pod.open(&permit, &destination, self.shown)).await?;
         let passed = || {
@@ -281,6 +299,26 @@ impl Outbound {
         };
         let flow = matches!(via, Via::Local(_)).then(passed).flatten();
         Ok(Opened { stream, endpoint, via, received: 0, _in_flight: chosen, _flow: flow })
+    }
+
+    /// The other end of a pass within the node, where the bytes decide what is permitted: what another node's agent does
+    /// with a tunnel is done here with a pipe.
+    async fn open_inspected(&self, to: &Destination<'_>) -> Result<UpstreamStream> {
+        let Via::Local(pod) = to.via else {
+            return Err(Error::new(Kind::Denied, "bytes are read at the node of the pod they are for"));
+        };
+        Box::pin(self.pod.pass(to)).await?;
+        let (near, far) = tokio::io::duplex(PIPE);
+        let ends = Ends { client: self.shown, original_dst: to.address };
+        let (mesh, source) = (Arc::clone(&self.mesh), self.source.identity.clone());
+        let inbound = Arc::new(Inbound::new(mesh, Arc::clone(pod), ends, source));
+        pod.drain.spawn(inspected::serve(inbound, far, to.address));
+        Ok(UpstreamStream::Pipe(near))
+    }
+
+    /// Who asks, where policy is asked.
+    pub(super) fn asks(&self) -> permits::From<'_> {
+        permits::From { identity: self.source.identity.as_ref(), client: self.shown }
     }
 
     /// In a pass within the node nobody else knows what the app's end of the connection is for.
@@ -321,8 +359,9 @@ impl Outbound {
             original_dst: self.ends.original_dst,
             endpoint: Some(server.endpoint.address),
         };
-        // One pass does the work of both nodes, so it reports as both.
-        let passed = matches!(server.via, Via::Local(_))
+        // One pass does the work of both nodes, so it reports as both; where the bytes are read, their reader does.
+        let read = matches!(server.stream, UpstreamStream::Pipe(_));
+        let passed = (matches!(server.via, Via::Local(_)) && !read)
             .then(|| TcpLabels { side: Side::Destination, ..labels.clone() });
         let guards: Vec<_> = [Some(labels), passed]
             .into_iter()

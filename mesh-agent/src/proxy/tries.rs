@@ -18,7 +18,7 @@ use super::{
     exchange::{Exchange, Sides},
     headers, learn_end,
     outbound::Outbound,
-    vouched,
+    permits, vouched,
 };
 use crate::{
     balance,
@@ -222,11 +222,12 @@ pub(super) struct Picked {
     pub permit: policy::Permit,
 }
 
-/// Chooses an endpoint of the cluster and notes it in the exchange.
+/// Chooses an endpoint of the cluster for a request, and notes it in the exchange.
 pub(super) fn pick(
     outbound: &Outbound,
     exchange: &mut Exchange,
     cluster: &Cluster,
+    request: &mut Request<Body>,
     tried: &[SocketAddr],
 ) -> Result<Picked> {
     let Some(chosen) = balance::choose(cluster, tried) else {
@@ -239,7 +240,7 @@ pub(super) fn pick(
     exchange.endpoint = Some(endpoint.address);
     let via = upstream::via(&outbound.mesh.pods, &outbound.mesh.node, &endpoint)?;
     note(outbound, exchange, &endpoint, &via);
-    let permit = policy::outbound(endpoint.workload.as_deref(), endpoint.address)?;
+    let permit = permits::request_to(&outbound.mesh, outbound.asks(), &via, &endpoint, request)?;
     Ok(Picked { endpoint, via, permit })
 }
 
@@ -248,11 +249,11 @@ async fn one(
     exchange: &mut Exchange,
     cluster: &Arc<Cluster>,
     protocol: Protocol,
-    request: Request<Body>,
+    mut request: Request<Body>,
     tried: &[SocketAddr],
     limit: Option<Instant>,
 ) -> Result<Response<Body>> {
-    let Picked { endpoint, via, permit } = pick(outbound, exchange, cluster, tried)?;
+    let Picked { endpoint, via, permit } = pick(outbound, exchange, cluster, &mut request, tried)?;
     let service = exchange.cluster.as_ref().map(|cluster| &cluster.host);
     let passed = || outbound.passed_flow(&endpoint, service.cloned(), exchange.protocol());
     let destination = Destination {

@@ -15,6 +15,7 @@ use super::{
 use crate::{
     body::Body,
     copy::{self, Moved},
+    drain::Drain,
     error::{Error, Kind, Result},
     state::snapshot::Cluster,
     upstream::{Destination, Io, Switch, Switched},
@@ -39,8 +40,8 @@ pub(super) async fn ask(
 ) -> Result<Made> {
     request.headers_mut().insert(headers::ATTEMPT_COUNT, HeaderValue::from(1u32));
     let key = request.headers().get(SEC_WEBSOCKET_KEY).cloned();
-    let request = request.map(|body| body.metered(Arc::clone(&exchange.request)));
-    let Picked { endpoint, via, permit } = tries::pick(outbound, exchange, cluster, &[])?;
+    let mut request = request.map(|body| body.metered(Arc::clone(&exchange.request)));
+    let Picked { endpoint, via, permit } = tries::pick(outbound, exchange, cluster, &mut request, &[])?;
     let destination = Destination {
         address: endpoint.address,
         via: &via,
@@ -59,7 +60,7 @@ pub(super) async fn ask(
     }
 }
 
-fn agree(
+pub(super) fn agree(
     exchange: &Exchange,
     head: Response<()>,
     endpoint: Box<dyn Io>,
@@ -70,13 +71,17 @@ fn agree(
 }
 
 /// Tells the client, and moves bytes until both sides are done; reports then.
-pub(super) fn carry(outbound: &Arc<Outbound>, exchange: Exchange, agreed: Agreed) -> Answered {
+/// `connection` is kept until then: its place and its facts, for the HTTP connection it was has ended.
+pub(super) fn carry<C: Send + Sync + 'static>(
+    connection: Arc<C>,
+    drain: &Drain,
+    exchange: Exchange,
+    agreed: Agreed,
+) -> Answered {
     let Agreed { head, endpoint } = agreed;
     let (taker, taken) = oneshot::channel::<Box<dyn Io>>();
     let status = head.status();
-    // Keeps the connection's place and its facts: the HTTP connection it was has ended.
-    let connection = Arc::clone(outbound);
-    outbound.pod.drain.spawn(async move {
+    drain.spawn(async move {
         let _connection = connection;
         let Ok(client) = taken.await else {
             let gone = Error::new(Kind::DownstreamReset, "the client left before the protocol was switched");

@@ -11,7 +11,10 @@ use std::{
 use prometheus_client::encoding::{EncodeLabel as _, EncodeLabelSet, LabelSetEncoder};
 
 use super::{GaveUp, Peer, RequestOutcome, RequestProtocol, Security, Side};
-use crate::state::snapshot::{Cluster, Workload};
+use crate::{
+    error::Kind,
+    state::snapshot::{Cluster, Workload},
+};
 
 /// Highest status number gRPC defines (`UNAUTHENTICATED`); others come from peers and would be endless series.
 const LAST_GRPC_STATUS: u32 = 16;
@@ -107,7 +110,9 @@ impl Flags {
 
     /// The flags of a request.
     pub fn of(outcome: &RequestOutcome<'_>) -> Self {
-        Self { delay: outcome.delay_injected, gave_up: outcome.gave_up, ..Self::new(outcome.error) }
+        // Of a request that policy refuses Envoy has a status and a detail, and no flag.
+        let failed = outcome.error.filter(|error| error.kind != Kind::Denied);
+        Self { delay: outcome.delay_injected, gave_up: outcome.gave_up, ..Self::new(failed) }
     }
 }
 

@@ -83,6 +83,7 @@ pub(super) struct Metrics {
     routes: Family<RouteLabels, Counter>,
     over_budget: Family<ClusterLabels, Counter>,
     mirrored: Family<MirrorLabels, Counter>,
+    policy_dry_run: Family<[(&'static str, String); 3], Counter>,
     pub config_problems: Gauge,
     pub config_revision: Gauge<u64, AtomicU64>,
     pub enrolled_pods: Gauge,
@@ -132,6 +133,7 @@ impl Metrics {
             routes: Family::default(),
             over_budget: Family::default(),
             mirrored: Family::default(),
+            policy_dry_run: Family::default(),
             config_problems: Gauge::default(),
             config_revision: Gauge::default(),
             enrolled_pods: Gauge::default(),
@@ -203,6 +205,11 @@ impl Metrics {
             "mesh_mirrored_requests",
             "Copies of requests sent to mirrors, by what became of them",
             self.mirrored.clone(),
+        );
+        self.registry.register(
+            "mesh_policy_dry_run",
+            "Connections and requests that a policy which is not enforced has something to say about",
+            self.policy_dry_run.clone(),
         );
         self.register_state();
     }
@@ -318,6 +325,12 @@ impl Metrics {
             request_bytes: self.request_bytes.get_or_create_owned(&labels),
             response_bytes: self.response_bytes.get_or_create_owned(&labels),
         }
+    }
+
+    /// Counts what a policy that is not enforced has to say.
+    pub fn noted(&self, action: &'static str, result: &'static str, policy: String) {
+        let labels = [("action", action.to_owned()), ("result", result.to_owned()), ("policy", policy)];
+        self.policy_dry_run.get_or_create(&labels).inc();
     }
 
     /// Counts one refused connection.

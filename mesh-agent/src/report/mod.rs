@@ -10,6 +10,7 @@ mod flows;
 mod inherited;
 mod labels;
 mod metrics;
+mod policy;
 #[cfg(test)]
 mod samples;
 
@@ -30,6 +31,7 @@ pub use self::{
     connection::{ConnectionGuard, TcpLabels},
     facts::{FlowGuard, FlowKey, KEPT, KnownFlow},
     flows::{Clock, Context, Direction, FindFacts, FlowView, Protection, Verdict, join, socket_addr},
+    policy::PolicyNote,
 };
 use self::{access_log::Log, facts::FactsTable, inherited::Inherited, labels::Flags, metrics::Metrics};
 use crate::{

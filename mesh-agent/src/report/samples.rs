@@ -32,6 +32,7 @@ pub fn workload(name: &str, host: u8) -> Arc<Workload> {
         enrolled: true,
         netns: None,
         capture: CapturePolicy::default(),
+        authorization: Arc::default(),
         workload_name: name.into(),
         canonical_service: name.into(),
         canonical_revision: "v1".into(),

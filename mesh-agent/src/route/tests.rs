@@ -13,7 +13,7 @@ use crate::{
     identity::SpiffeId,
     source::read_text,
     state::{
-        compile::{Netns, Settings, compile},
+        compile::{Settings, compile},
         snapshot::{
             Backend, CapturePolicy, HeaderOp, HeaderOps, HttpRoute, PathRewrite, Redirect, RedirectPort,
             RequestMatch, Rewrite, StringMatch, Workload,
@@ -36,6 +36,7 @@ fn source() -> Workload {
         enrolled: true,
         netns: None,
         capture: CapturePolicy::default(),
+        authorization: Arc::default(),
         workload_name: "client".into(),
         canonical_service: "client".into(),
         canonical_revision: "latest".into(),
@@ -60,7 +61,7 @@ fn routes(http: &str) -> Arc<[Arc<HttpRoute>]> {
     );
     let (objects, problems) = read_text(&text);
     assert_eq!(problems, [], "{text}");
-    let settings = Settings { trust_domain: "cluster.local".into(), netns: Netns::Annotation };
+    let settings = Settings::default();
     let (snapshot, problems) = compile(&objects, None, &settings);
     assert_eq!(problems, []);
     Arc::clone(&snapshot.services["a.default.svc.cluster.local"].port_for("default", 80).unwrap().routes)

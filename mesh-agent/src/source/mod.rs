@@ -25,7 +25,7 @@ use tokio::sync::{Notify, watch};
 use self::{directory::Directory, watcher::Watcher};
 use crate::state::{
     Problem,
-    compile::{self, Netns, Settings},
+    compile::{self, Settings},
     resource::Objects,
     snapshot::Snapshot,
 };
@@ -72,10 +72,9 @@ pub struct Counts {
 ///
 /// # Errors
 /// When the directory cannot be read or watched. Broken manifests are no error: they are problems.
-pub async fn directory(dir: PathBuf, trust_domain: Arc<str>) -> anyhow::Result<Source> {
+pub async fn directory(dir: PathBuf, settings: Settings) -> anyhow::Result<Source> {
     // Watched before it is read: what changes in between is read twice rather than never.
     let watcher = Watcher::new(dir.clone()).with_context(|| format!("--config {}", dir.display()))?;
-    let settings = Settings { trust_domain, netns: Netns::Annotation };
     let mut state = State {
         directory: Directory::new(dir.clone()),
         settings,

@@ -35,7 +35,7 @@ fn put(dir: &Path, name: &str, text: &str) -> PathBuf {
 }
 
 async fn start(dir: &Path) -> Source {
-    directory(dir.to_owned(), "cluster.local".into()).await.unwrap()
+    directory(dir.to_owned(), Settings::default()).await.unwrap()
 }
 
 fn hosts(snapshot: &Snapshot) -> Vec<String> {
@@ -69,10 +69,10 @@ fn first_route(source: &Source) -> String {
 async fn a_missing_directory_is_named() {
     let dir = tempfile::tempdir().unwrap();
     let missing = dir.path().join("nowhere");
-    let error = directory(missing.clone(), "cluster.local".into()).await.unwrap_err();
+    let error = directory(missing.clone(), Settings::default()).await.unwrap_err();
     assert!(format!("{error:#}").contains(missing.to_str().unwrap()), "{error:#}");
     let file = put(dir.path(), "a.yaml", "");
-    assert!(directory(file, "cluster.local".into()).await.is_err());
+    assert!(directory(file, Settings::default()).await.is_err());
 }
 
 #[tokio::test]

@@ -12,13 +12,16 @@ use super::snapshot::{Percentage, RetryBudget, RetryOn, RetryPolicy};
 /// DNS suffix of service host names: `NAME.NAMESPACE.svc.cluster.local` (Kubernetes' default cluster domain).
 pub const CLUSTER_DOMAIN: &str = "cluster.local";
 
+/// Trust domain of identities (Istio).
+pub const TRUST_DOMAIN: &str = "cluster.local";
+
 /// Namespace of an object that names none (Kubernetes).
 pub const NAMESPACE: &str = "default";
 
 /// Service account of a pod that names none (Kubernetes).
 pub const SERVICE_ACCOUNT: &str = "default";
 
-/// Namespace whose `DestinationRules` hold for the whole mesh (Istio's `rootNamespace`).
+/// Namespace whose `DestinationRules` and policies hold for the whole mesh (Istio's `rootNamespace`).
 pub const ROOT_NAMESPACE: &str = "istio-system";
 
 /// Tries after the first where a route has no `retries` (Istio).

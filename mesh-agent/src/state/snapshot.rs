@@ -14,12 +14,17 @@ use std::{
 
 use crate::identity::SpiffeId;
 
+mod authorization;
 mod capture;
 mod cluster;
 mod http;
 mod retry;
 mod stream;
 
+pub use self::authorization::{
+    Action, Applied, Authorization, Clause, Listed, PathMatch, Policy, Rule, ServiceAccount, TemplatePart,
+    TextMatch,
+};
 pub use self::capture::{CapturePolicy, Exclusions, PortRange, WhenAgentIsDown};
 pub use self::cluster::{Balancing, Cluster, ClusterState, Endpoint, EndpointState};
 pub use self::http::{
@@ -60,7 +65,7 @@ impl Snapshot {
 }
 
 /// A pod as the mesh sees it.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Workload {
     /// Namespace of the pod.
     pub namespace: Arc<str>,
@@ -80,6 +85,8 @@ pub struct Workload {
     pub netns: Option<PathBuf>,
     /// What its annotations ask of its capture.
     pub capture: CapturePolicy,
+    /// The authorization policies that select it.
+    pub authorization: Arc<Authorization>,
     /// Metric label `*_workload`: the controller's name (owner reference, Deployment rather than `ReplicaSet`), else
     /// the pod's name.
     pub workload_name: Arc<str>,

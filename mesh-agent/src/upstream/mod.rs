@@ -185,6 +185,17 @@ impl Pod {
         }
     }
 
+    /// Whether the network lets this pod's bytes pass to a destination on this node.
+    ///
+    /// # Errors
+    /// Those of dialling, where it does not.
+    pub async fn pass(&self, to: &Destination<'_>) -> Result<()> {
+        match to.via {
+            Via::Local(pod) => self.carried(pod, to.address.ip(), to.connect_timeout).await,
+            Via::Mesh(_) | Via::Plain => Ok(()),
+        }
+    }
+
     /// Dials the app of this pod; it is shown the client's address.
     pub async fn open_app(
         &self,

@@ -7,7 +7,7 @@ use std::{
 };
 
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf},
     net::TcpStream,
 };
 
@@ -20,6 +20,8 @@ pub enum UpstreamStream {
     Tcp(TcpStream),
     /// A tunnel to another node.
     Tunnel(ByteStream),
+    /// To this agent's own other half, which reads the bytes before it hands them to the app of a pod.
+    Pipe(DuplexStream),
 }
 
 impl AsyncRead for UpstreamStream {
@@ -31,6 +33,7 @@ impl AsyncRead for UpstreamStream {
         match self.get_mut() {
             Self::Tcp(stream) => Pin::new(stream).poll_read(cx, buffer),
             Self::Tunnel(stream) => Pin::new(stream).poll_read(cx, buffer),
+            Self::Pipe(stream) => Pin::new(stream).poll_read(cx, buffer),
         }
     }
 }
@@ -40,6 +43,7 @@ impl AsyncWrite for UpstreamStream {
         match self.get_mut() {
             Self::Tcp(stream) => Pin::new(stream).poll_write(cx, data),
             Self::Tunnel(stream) => Pin::new(stream).poll_write(cx, data),
+            Self::Pipe(stream) => Pin::new(stream).poll_write(cx, data),
         }
     }
 
@@ -47,6 +51,7 @@ impl AsyncWrite for UpstreamStream {
         match self.get_mut() {
             Self::Tcp(stream) => Pin::new(stream).poll_flush(cx),
             Self::Tunnel(stream) => Pin::new(stream).poll_flush(cx),
+            Self::Pipe(stream) => Pin::new(stream).poll_flush(cx),
         }
     }
 
@@ -54,6 +59,7 @@ impl AsyncWrite for UpstreamStream {
         match self.get_mut() {
             Self::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
             Self::Tunnel(stream) => Pin::new(stream).poll_shutdown(cx),
+            Self::Pipe(stream) => Pin::new(stream).poll_shutdown(cx),
         }
     }
 }

@@ -135,15 +135,40 @@ impl Pod {
         }
         let bytes = Destination { protocol: Protocol::Opaque, ..*to };
         let stream = self.open(permit, &bytes, client).await?;
-        match to.protocol {
-            Protocol::Http2 if body.is_end_stream() => by_connect(stream, to.address, parts, wanted).await,
-            Protocol::Http2 => Err(Error::new(
-                Kind::BadRequest,
-                "a request with a body cannot ask for another protocol over HTTP/2 (RFC 8441 §4)",
-            )),
-            Protocol::Http1 | Protocol::Opaque => {
-                by_upgrade(stream, to.address, Request::from_parts(parts, body), wanted).await
-            }
+        ask(stream, to, Request::from_parts(parts, body), wanted).await
+    }
+
+    /// The same, of the app of this pod; it is shown the client's address.
+    ///
+    /// # Errors
+    /// Those of [`Pod::switch`].
+    pub async fn switch_to_app(
+        &self,
+        to: &Destination<'_>,
+        request: Request<Body>,
+        wanted: &Switch,
+        client: SocketAddr,
+    ) -> Result<Switched> {
+        let stream = self.open_app(to.address, client, to.connect_timeout).await?;
+        ask(UpstreamStream::Tcp(stream), to, request, wanted).await
+    }
+}
+
+async fn ask(
+    stream: UpstreamStream,
+    to: &Destination<'_>,
+    request: Request<Body>,
+    wanted: &Switch,
+) -> Result<Switched> {
+    let (parts, body) = request.into_parts();
+    match to.protocol {
+        Protocol::Http2 if body.is_end_stream() => by_connect(stream, to.address, parts, wanted).await,
+        Protocol::Http2 => Err(Error::new(
+            Kind::BadRequest,
+            "a request with a body cannot ask for another protocol over HTTP/2 (RFC 8441 §4)",
+        )),
+        Protocol::Http1 | Protocol::Opaque => {
+            by_upgrade(stream, to.address, Request::from_parts(parts, body), wanted).await
         }
     }
 }

@@ -9,7 +9,7 @@ use mesh_agent::{
     source::read_text,
     state::{
         Problem,
-        compile::{Netns, Settings, compile},
+        compile::{Settings, compile},
         snapshot::{Backend, Cluster, HttpRoute, RequestMatch, RouteAction, ServicePort, Snapshot, Workload},
     },
 };
@@ -53,7 +53,7 @@ fn check(world: &World, file: &File, case: &Case, wrong: &mut Wrong) -> Result<(
         return Ok(());
     }
     ensure!(refused.is_empty(), "refused: {}", lines(&refused));
-    let settings = Settings { trust_domain: "cluster.local".into(), netns: Netns::Annotation };
+    let settings = Settings::default();
     let (snapshot, problems) = compile(&objects, None, &settings);
     let as_expected = problems.len() == case.problems.len()
         && problems.iter().zip(&case.problems).all(|(found, part)| found.to_string().contains(part.as_str()));

@@ -16,7 +16,7 @@ pub fn run(input: &[u8]) {
         return;
     }
     for netns in [Netns::Annotation, Netns::Runtime] {
-        let settings = Settings { trust_domain: "cluster.local".into(), netns };
+        let settings = Settings { netns, ..Settings::default() };
         let (first, problems) = compile(&objects, None, &settings);
         let (second, again) = compile(&objects, Some(&first), &settings);
         assert_eq!(problems, again, "the same objects have the same problems");

@@ -332,6 +332,7 @@ pub fn workload_as(netns: PathBuf, ips: &[&str], capture: CapturePolicy) -> Resu
         enrolled: true,
         netns: Some(netns),
         capture,
+        authorization: Arc::default(),
         workload_name: Arc::clone(&name),
         canonical_service: name,
         canonical_revision: "latest".into(),

@@ -54,6 +54,7 @@ const NOUNS: &[(&str, &[&str])] = &[
             "ctl::Output",
             "error",
             "report::AccessLog",
+            "state::defaults",
         ],
     ),
     ("state", &["error", "identity::SpiffeId"]),

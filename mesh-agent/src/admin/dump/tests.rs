@@ -162,6 +162,7 @@ fn a_pod_of_two_addresses_is_shown_once_and_order_is_fixed() {
             enrolled: false,
             netns: None,
             capture: CapturePolicy::default(),
+            authorization: Arc::default(),
             workload_name: name.into(),
             canonical_service: name.into(),
             canonical_revision: "latest".into(),

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Problems, hosts::Hosts, resolve, services::Definitions};
+use super::{Problems, Settings, hosts::Hosts, resolve, services::Definitions};
 use crate::state::{
     defaults,
     resource::{
@@ -71,6 +71,8 @@ pub(super) struct DestinationRules<'a> {
     by_namespace: BTreeMap<&'a str, Hosts<Vec<&'a DestinationRule>>>,
     /// For whom the rules of a host may come to something else than for everybody.
     special: Hosts<BTreeSet<Special<'a>>>,
+    /// The root namespace.
+    root: &'a str,
 }
 
 /// A client's namespace for which a rule is special.
@@ -86,7 +88,12 @@ struct Special<'a> {
 
 impl<'a> DestinationRules<'a> {
     /// Looks through all rules, oldest first.
-    pub fn index(objects: &'a Objects, services: &Definitions<'_>, problems: &mut Problems<'_>) -> Self {
+    pub fn index(
+        objects: &'a Objects,
+        settings: &'a Settings,
+        services: &Definitions<'_>,
+        problems: &mut Problems<'_>,
+    ) -> Self {
         let mut rules: Vec<&DestinationRule> = objects
             .values()
             .filter_map(|object| match &object.resource {
@@ -95,7 +102,8 @@ impl<'a> DestinationRules<'a> {
             })
             .collect();
         rules.sort_by_key(|rule| (rule.created.is_none(), &rule.created, &rule.name, &rule.namespace));
-        let mut index = Self { by_namespace: BTreeMap::new(), special: Hosts::default() };
+        let root = &*settings.root_namespace;
+        let mut index = Self { by_namespace: BTreeMap::new(), special: Hosts::default(), root };
         for rule in rules {
             let host = resolve(&rule.host, &rule.namespace);
             report(rule, &host, services, problems);
@@ -114,7 +122,7 @@ impl<'a> DestinationRules<'a> {
     /// The namespaces of clients that may see other rules of this host than everybody does. Those who see the same
     /// may be among them, never the other way round.
     pub fn special(&self, host: &str, namespace: &str) -> BTreeSet<&'a str> {
-        let root = defaults::ROOT_NAMESPACE;
+        let root = self.root;
         // Everybody looks into two namespaces, where `exportTo` decides; a client into its own besides, where it does
         // not.
         let counts = |special: &Special<'_>| {
@@ -127,7 +135,7 @@ impl<'a> DestinationRules<'a> {
 
     /// The rule for a service: Istio's three steps. Without a client's namespace, what everybody sees.
     pub fn find(&self, client: Option<&str>, host: &str, namespace: &str) -> Option<Merged<'a>> {
-        let root = defaults::ROOT_NAMESPACE;
+        let root = self.root;
         let own = client.and_then(|client| {
             // In the root namespace are rules for everybody, which must not come before those of the services.
             self.first(client, host, |rule| client != root || is_private(rule), |_| true)

@@ -174,7 +174,7 @@ pub(super) fn port_number(number: i32) -> Option<u16> {
 
 /// Where the app listens: the service's own number when nothing else is said, else a number, else the number of
 /// the container port with that name.
-fn target_port(port: &ServicePort, pod: &Pod) -> Option<u16> {
+pub(super) fn target_port(port: &ServicePort, pod: &Pod) -> Option<u16> {
     let name = match &port.target_port {
         None | Some(IntOrString::Int(0)) => return port_number(port.port),
         Some(IntOrString::Int(number)) => return port_number(*number),

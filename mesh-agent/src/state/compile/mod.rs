@@ -7,6 +7,7 @@
 use std::{collections::HashMap, sync::Arc};
 
 use self::{
+    authorization::Authorizations,
     clusters::Clusters,
     destination_rules::DestinationRules,
     destinations::Destinations,
@@ -16,11 +17,12 @@ use self::{
     workloads::Pods,
 };
 use super::{
-    Problem,
+    Problem, defaults,
     resource::{ObjectKey, Objects},
     snapshot::{Service, ServicePort, Snapshot},
 };
 
+mod authorization;
 mod clusters;
 mod delegates;
 mod destination_rules;
@@ -42,8 +44,20 @@ mod workloads;
 pub struct Settings {
     /// Trust domain of identities.
     pub trust_domain: Arc<str>,
+    /// Namespace whose policies and rules are the whole mesh's (Istio's `rootNamespace`).
+    pub root_namespace: Arc<str>,
     /// Where pods' network namespaces come from.
     pub netns: Netns,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            trust_domain: defaults::TRUST_DOMAIN.into(),
+            root_namespace: defaults::ROOT_NAMESPACE.into(),
+            netns: Netns::Annotation,
+        }
+    }
 }
 
 /// Where pods' network namespaces come from.
@@ -62,9 +76,10 @@ pub fn compile(
     settings: &Settings,
 ) -> (Snapshot, Vec<Problem>) {
     let mut problems = Problems::new(objects);
-    let pods = Pods::index(objects, previous, settings, &mut problems);
+    let mut authorizations = Authorizations::index(objects, settings, &mut problems);
+    let pods = Pods::index(objects, previous, settings, &mut authorizations, &mut problems);
     let definitions = Definitions::index(objects, &pods, &mut problems);
-    let rules = DestinationRules::index(objects, &definitions, &mut problems);
+    let rules = DestinationRules::index(objects, settings, &definitions, &mut problems);
     let virtual_services = VirtualServices::index(objects, &definitions, &mut problems);
     let views = Views::index(&definitions, &rules, &pods);
     let mut clusters = Clusters::new(&definitions, &rules, &views, previous);

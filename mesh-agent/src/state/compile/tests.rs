@@ -1,6 +1,7 @@
 //! YAML in, snapshot and problems out.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+mod authorization;
 mod bookinfo;
 mod delegates;
 mod endpoints;
@@ -20,7 +21,7 @@ use crate::{
 };
 
 fn settings() -> Settings {
-    Settings { trust_domain: "cluster.local".into(), netns: Netns::Annotation }
+    Settings::default()
 }
 
 /// Compiles a text whose objects are all accepted.

@@ -14,13 +14,13 @@ use k8s_openapi::{
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
 
-use super::{Netns, Problems, Settings};
+use super::{Netns, Problems, Settings, authorization::Authorizations};
 use crate::{
     identity::SpiffeId,
     state::{
         defaults,
         resource::{ObjectKey, Objects, Resource, pod},
-        snapshot::{Snapshot, Workload},
+        snapshot::{Authorization, Snapshot, Workload},
     },
 };
 
@@ -72,6 +72,7 @@ impl<'a> Pods<'a> {
         objects: &'a Objects,
         previous: Option<&Snapshot>,
         settings: &Settings,
+        authorizations: &mut Authorizations<'_>,
         problems: &mut Problems<'_>,
     ) -> Self {
         let mut pods = Self { workloads: HashMap::new(), by_namespace: HashMap::new() };
@@ -81,7 +82,9 @@ impl<'a> Pods<'a> {
             let Resource::Pod(pod) = &object.resource else { continue };
             let Some(entry) = running(key, pod, settings, problems) else { continue };
             if !host_network(pod) && !entry.ips.is_empty() {
-                let workload = keep(workload(&entry, objects, settings, problems), previous);
+                let authorization = authorizations.of(key, pod);
+                let workload = workload(&entry, objects, settings, authorization, problems);
+                let workload = keep(workload, previous);
                 for ip in &entry.ips {
                     if let Some(other) = owners.insert(*ip, key) {
                         shared.push(*ip);
@@ -166,6 +169,7 @@ fn workload(
     entry: &PodEntry<'_>,
     objects: &Objects,
     settings: &Settings,
+    authorization: Arc<Authorization>,
     problems: &mut Problems<'_>,
 ) -> Workload {
     let meta = &entry.pod.metadata;
@@ -200,6 +204,7 @@ fn workload(
         netns,
         // Checked when the pod was read.
         capture: pod::capture_policy(meta.annotations.as_ref()).unwrap_or_default(),
+        authorization,
         canonical_service: service.unwrap_or(workload_name).into(),
         canonical_revision: revision.unwrap_or("latest").into(),
         workload_name: workload_name.into(),

@@ -14,12 +14,14 @@ use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
 use self::{
+    authorization_policy::AuthorizationPolicy,
     destination_rule::DestinationRule,
     field::{Checked, FieldError, under},
     virtual_service::VirtualService,
 };
 use super::{Problem, defaults};
 
+pub mod authorization_policy;
 pub mod destination_rule;
 mod duration;
 pub mod export_to;
@@ -86,6 +88,8 @@ pub enum Resource {
     VirtualService(Box<VirtualService>),
     /// Istio's `DestinationRule`.
     DestinationRule(Box<DestinationRule>),
+    /// Istio's `AuthorizationPolicy`.
+    AuthorizationPolicy(Box<AuthorizationPolicy>),
     /// A kind that belongs in manifests and that nothing is compiled from yet: Node, `ServiceAccount`, Secret,
     /// `ConfigMap`. It was checked, and its content is not kept.
     Accepted,
@@ -179,7 +183,10 @@ fn resource(header: &Header<'_>, value: &Value) -> Checked<Resource> {
         (
             "networking.istio.io/v1alpha3" | "networking.istio.io/v1beta1" | "networking.istio.io/v1",
             "VirtualService" | "DestinationRule",
-        ) => istio(header, value),
+        )
+        | ("security.istio.io/v1beta1" | "security.istio.io/v1", "AuthorizationPolicy") => {
+            istio(header, value)
+        }
         (api_version, kind) => {
             let group = api_version.split_once('/').map_or("", |(group, _)| group);
             let ours = group.ends_with("istio.io") || group == "gateway.networking.k8s.io";
@@ -238,10 +245,20 @@ fn istio(header: &Header<'_>, value: &Value) -> Checked<Resource> {
     let created = envelope.metadata.creation_timestamp;
     let annotations = envelope.metadata.annotations.unwrap_or_default();
     let (key, spec) = (&header.key, &envelope.spec);
-    if &*key.kind == "VirtualService" {
-        let checked = virtual_service::check(key, created, &annotations, spec).map_err(under("spec"))?;
-        return Ok(Resource::VirtualService(Box::new(checked)));
-    }
-    let checked = destination_rule::check(key, created, spec).map_err(under("spec"))?;
-    Ok(Resource::DestinationRule(Box::new(checked)))
+    let under_spec = under("spec");
+    Ok(match &*key.kind {
+        "VirtualService" => {
+            let checked = virtual_service::check(key, created, &annotations, spec).map_err(under_spec)?;
+            Resource::VirtualService(Box::new(checked))
+        }
+        "AuthorizationPolicy" => {
+            let dry_run = authorization_policy::dry_run(&annotations).map_err(under("metadata"))?;
+            let checked = authorization_policy::check(key, dry_run, spec).map_err(under_spec)?;
+            Resource::AuthorizationPolicy(Box::new(checked))
+        }
+        _ => {
+            let checked = destination_rule::check(key, created, spec).map_err(under_spec)?;
+            Resource::DestinationRule(Box::new(checked))
+        }
+    })
 }

@@ -1,0 +1,286 @@
+//! What authorization policies say of a connection or request.
+//!
+//! Asked in Istio's order: what a CUSTOM or DENY policy matches is refused; where there are ALLOW policies, one of them
+//! has to match. Looks only at the policies that select the pod, allocates nothing until it refuses, and believes only
+//! what the kernel or a verified certificate says of who asks.
+//!
+//! Of a connection, what only requests have is not known. While its bytes may still turn out to be requests, that is said
+//! ([`Ruling::BytesDecide`]); once they have not, an ALLOW rule that asks for it does not hold, and a DENY rule holds
+//! whatever it asks for, as in Istio. So what is permitted as bytes would have been permitted as any request too.
+
+use std::net::{IpAddr, SocketAddr};
+
+use http::{HeaderMap, Method};
+
+use super::{Permit, inbound, matching};
+use crate::{
+    error::{Error, Kind, Result},
+    identity::SpiffeId,
+    report::{PolicyNote, Reporter},
+    state::snapshot::{Action, Applied, Authorization, Clause, Policy, Rule, Workload},
+};
+
+/// Who asks for what.
+#[derive(Debug, Clone, Copy)]
+pub struct Asked<'a> {
+    /// The pod that is asked, with the policies that select it.
+    pub workload: &'a Workload,
+    /// Where its app listens.
+    pub destination: SocketAddr,
+    /// Who asks, as a verified certificate or the kernel says.
+    pub source: Option<&'a SpiffeId>,
+    /// Where the connection comes from.
+    pub client: SocketAddr,
+}
+
+/// The head of a request, as policies see it.
+#[derive(Debug, Clone, Copy)]
+pub struct Head<'a> {
+    /// Its method.
+    pub method: &'a Method,
+    /// Its host, with the port if it names one.
+    pub authority: &'a str,
+    /// Its path in its normal form, without the query.
+    pub path: &'a str,
+    /// Its headers.
+    pub headers: &'a HeaderMap,
+}
+
+/// What is said of a connection before its bytes are looked at.
+#[derive(Debug)]
+pub enum Ruling {
+    /// Whatever the bytes are, they may pass.
+    Permitted(Permit),
+    /// The requests in it, or its server name, decide.
+    BytesDecide,
+}
+
+/// Whether a connection may be handed to the pod's app, going by what is known before its first byte.
+///
+/// # Errors
+/// [`Kind::Denied`], [`Kind::IllegalDestination`].
+pub fn connection(asked: &Asked<'_>, reporter: &Reporter) -> Result<Ruling> {
+    let permit = inbound(asked.destination)?;
+    let facts = Facts { asked, bytes: Bytes::Unread };
+    match verdict(&asked.workload.authorization, &facts) {
+        Verdict::Open => Ok(Ruling::BytesDecide),
+        decided => {
+            note(&facts, reporter);
+            decided.settle(permit).map(Ruling::Permitted)
+        }
+    }
+}
+
+/// The same for a connection whose bytes are no requests; `server_name` is what its `ClientHello` says.
+///
+/// # Errors
+/// [`Kind::Denied`], [`Kind::IllegalDestination`].
+pub fn opaque(asked: &Asked<'_>, server_name: Option<&str>, reporter: &Reporter) -> Result<Permit> {
+    decide(asked, Bytes::Opaque { server_name }, reporter)
+}
+
+/// Whether a request may be handed to the pod's app.
+///
+/// # Errors
+/// [`Kind::Denied`], [`Kind::IllegalDestination`].
+pub fn request(asked: &Asked<'_>, head: &Head<'_>, reporter: &Reporter) -> Result<Permit> {
+    decide(asked, Bytes::Request(head), reporter)
+}
+
+fn decide(asked: &Asked<'_>, bytes: Bytes<'_>, reporter: &Reporter) -> Result<Permit> {
+    let permit = inbound(asked.destination)?;
+    let facts = Facts { asked, bytes };
+    note(&facts, reporter);
+    verdict(&asked.workload.authorization, &facts).settle(permit)
+}
+
+/// What rules are held against.
+#[derive(Clone, Copy)]
+pub(super) struct Facts<'a> {
+    pub asked: &'a Asked<'a>,
+    pub bytes: Bytes<'a>,
+}
+
+impl Facts<'_> {
+    pub fn source_ip(&self) -> IpAddr {
+        self.asked.client.ip().to_canonical()
+    }
+}
+
+/// How far the bytes of a connection are known.
+#[derive(Clone, Copy)]
+pub(super) enum Bytes<'a> {
+    /// Not at all.
+    Unread,
+    /// They are no requests.
+    Opaque { server_name: Option<&'a str> },
+    /// This request is what is asked about.
+    Request(&'a Head<'a>),
+}
+
+/// What policies come to.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Verdict<'a> {
+    Allowed,
+    /// By this rule; by none where no ALLOW policy matches.
+    Denied(Option<(&'a Policy, usize)>),
+    /// More has to be known.
+    Open,
+}
+
+impl Verdict<'_> {
+    fn settle(self, permit: Permit) -> Result<Permit> {
+        match self {
+            Self::Allowed => Ok(permit),
+            Self::Denied(by) => Err(Error::new(Kind::Denied, detail(by))),
+            Self::Open => Err(Error::new(Kind::Denied, detail(None))),
+        }
+    }
+}
+
+/// What Envoy says of it in its access log.
+fn detail(by: Option<(&Policy, usize)>) -> String {
+    match by {
+        Some((policy, rule)) => {
+            let Policy { namespace, name, .. } = policy;
+            format!("rbac_access_denied_matched_policy[ns[{namespace}]-policy[{name}]-rule[{rule}]]")
+        }
+        None => "rbac_access_denied_matched_policy[none]".to_owned(),
+    }
+}
+
+/// Whether something holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Holds {
+    Yes,
+    No,
+    /// That is not known yet.
+    Open,
+}
+
+/// What the enforced policies say.
+pub(super) fn verdict<'a>(all: &'a Authorization, facts: &Facts<'_>) -> Verdict<'a> {
+    let port = facts.asked.destination.port();
+    let about = |applied: &'a [Applied]| applied.iter().filter(move |one| one.is_about(port));
+    let mut open = false;
+    for applied in about(&all.custom).chain(about(&all.deny)) {
+        let found = matched(&applied.policy, facts);
+        if let Some((rule, Holds::Yes)) = found {
+            return Verdict::Denied(Some((&applied.policy, rule)));
+        }
+        open |= found.is_some();
+    }
+    match allowed(about(&all.allow).map(|applied| &*applied.policy), facts) {
+        Holds::No => Verdict::Denied(None),
+        Holds::Yes if !open => Verdict::Allowed,
+        Holds::Yes | Holds::Open => Verdict::Open,
+    }
+}
+
+/// Whether one of the policies matches; where there are none, that is as if one did.
+fn allowed<'a>(policies: impl Iterator<Item = &'a Policy>, facts: &Facts<'_>) -> Holds {
+    let mut sum = None;
+    for policy in policies {
+        match matched(policy, facts) {
+            Some((_, Holds::Yes)) => return Holds::Yes,
+            Some(_) => sum = Some(Holds::Open),
+            None => sum = sum.or(Some(Holds::No)),
+        }
+    }
+    sum.unwrap_or(Holds::Yes)
+}
+
+/// The first of the policy's rules that holds, else the first that may.
+fn matched(policy: &Policy, facts: &Facts<'_>) -> Option<(usize, Holds)> {
+    let mut open = None;
+    for (place, rule) in policy.rules.iter().enumerate() {
+        match holds(policy.action, rule, facts) {
+            Holds::Yes => return Some((place, Holds::Yes)),
+            Holds::Open => open = open.or(Some((place, Holds::Open))),
+            Holds::No => {}
+        }
+    }
+    open
+}
+
+fn holds(action: Action, rule: &Rule, facts: &Facts<'_>) -> Holds {
+    let opaque = matches!(facts.bytes, Bytes::Opaque { .. });
+    if opaque && rule.http && action == Action::Allow {
+        return Holds::No;
+    }
+    let one_of = |alternatives: &[Box<[Clause]>]| {
+        let mut sum = if alternatives.is_empty() { Holds::Yes } else { Holds::No };
+        for clauses in alternatives {
+            match all_of(clauses, facts) {
+                Holds::Yes => return Holds::Yes,
+                Holds::Open => sum = Holds::Open,
+                Holds::No => {}
+            }
+        }
+        sum
+    };
+    let mut sum = all_of(&rule.when, facts);
+    for part in [&rule.from, &rule.to] {
+        if sum == Holds::No {
+            return sum;
+        }
+        sum = both(sum, one_of(part));
+    }
+    match sum {
+        // Nothing more will be known: whoever refuses does not look at it.
+        Holds::Open if opaque => Holds::Yes,
+        sum => sum,
+    }
+}
+
+fn all_of(clauses: &[Clause], facts: &Facts<'_>) -> Holds {
+    let mut sum = Holds::Yes;
+    for clause in clauses {
+        sum = both(sum, matching::holds(clause, facts));
+        if sum == Holds::No {
+            break;
+        }
+    }
+    sum
+}
+
+const fn both(one: Holds, other: Holds) -> Holds {
+    match (one, other) {
+        (Holds::No, _) | (_, Holds::No) => Holds::No,
+        (Holds::Open, _) | (_, Holds::Open) => Holds::Open,
+        (Holds::Yes, Holds::Yes) => Holds::Yes,
+    }
+}
+
+/// Tells of what is only tried or audited, as far as it is certain.
+fn note(facts: &Facts<'_>, reporter: &Reporter) {
+    let Asked { workload, destination, client, source } = *facts.asked;
+    if workload.authorization.noted.is_empty() {
+        return;
+    }
+    let tell = |action: Action, by: Option<(&Policy, usize)>, allowed: bool| {
+        reporter.noted(&PolicyNote { pod: workload, client, destination, source, action, by, allowed });
+    };
+    let about = || {
+        let noted = workload.authorization.noted.iter().filter(|one| one.is_about(destination.port()));
+        noted.map(|one| &*one.policy)
+    };
+    for policy in about().filter(|policy| policy.action != Action::Allow) {
+        if let Some((rule, Holds::Yes)) = matched(policy, facts) {
+            tell(policy.action, Some((policy, rule)), policy.action == Action::Audit);
+        }
+    }
+    let mut tried = about().filter(|policy| policy.action == Action::Allow).peekable();
+    if tried.peek().is_none() {
+        return;
+    }
+    let mut open = false;
+    let by = tried.find_map(|policy| {
+        let (rule, holds) = matched(policy, facts)?;
+        open |= holds == Holds::Open;
+        (holds == Holds::Yes).then_some((policy, rule))
+    });
+    if by.is_some() || !open {
+        tell(Action::Allow, by, by.is_some());
+    }
+}

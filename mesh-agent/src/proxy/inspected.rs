@@ -1,0 +1,178 @@
+//! Bytes that come to a pod where policy asks for what only requests have: they are read as HTTP, and each request is
+//! judged.
+//!
+//! Reads top to bottom: detect → HTTP: permit, hand over and report request by request → anything else: permit by what a
+//! connection has, which refuses wherever requests decide, hand over, report. Plaintext, tunnels of other meshes and
+//! connections between pods of one node alike. Tested in the lab (`tests/tests/authorization.rs`).
+
+use std::{net::SocketAddr, sync::Arc};
+
+use http::{HeaderMap, Request, Response, StatusCode};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    time::timeout,
+};
+
+use super::{
+    downstream::{self, Server},
+    exchange::{Client, Exchange},
+    http::{self as requests, Answered, Made},
+    inbound::{self, Inbound},
+    upgrade,
+};
+use crate::{
+    body::Body,
+    detect::{self, Prefixed},
+    error::{Error, Kind, Result},
+    http1::Turn,
+    policy::Permit,
+    state::snapshot::Protocol,
+    tunnel,
+    upstream::{Destination, Switch, Switched, Via, message},
+};
+
+/// Serves a connection to this address of the pod, until it ends.
+pub(super) async fn serve<S>(inbound: Arc<Inbound>, client: S, app: SocketAddr)
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    let mut client = Prefixed::new(client);
+    let served = match protocol(&inbound, &mut client).await {
+        Ok(Protocol::Opaque) => opaque(&inbound, client, app).await,
+        Ok(version) => {
+            let server = Server::Inbound(Arc::clone(&inbound), app);
+            downstream::serve(server, client, version).await
+        }
+        Err(error) => Err(error),
+    };
+    if let Err(error) = served {
+        inbound.refused(Some(app), &error);
+    }
+}
+
+/// Who says nothing for too long sends no requests.
+async fn protocol<S>(inbound: &Inbound, client: &mut Prefixed<S>) -> Result<Protocol>
+where
+    S: AsyncRead + Unpin,
+{
+    match timeout(inbound.mesh.limits.detection_timeout, detect::by_first_bytes(client)).await {
+        Ok(Ok(protocol)) => Ok(protocol),
+        Ok(Err(error)) => Err(gone(&error)),
+        Err(_) => Ok(Protocol::Opaque),
+    }
+}
+
+async fn opaque<S>(inbound: &Inbound, mut client: Prefixed<S>, app: SocketAddr) -> Result<()>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let limit = inbound.mesh.limits.detection_timeout;
+    let name = match timeout(limit, detect::server_name(&mut client)).await {
+        Ok(name) => name.map_err(|error| gone(&error))?,
+        Err(_) => None,
+    };
+    let permit = inbound.may_pass(app, name.as_deref())?;
+    let server = inbound::hand_over(inbound, &permit, app).await?;
+    inbound::copy_to_app(inbound, client, server, app).await;
+    Ok(())
+}
+
+fn gone(error: &std::io::Error) -> Error {
+    Error::new(Kind::DownstreamReset, format!("client went away: {error}"))
+}
+
+/// Answers one request. `refused`: what the connection it came on found wrong with it.
+pub(super) async fn answer(
+    inbound: &Arc<Inbound>,
+    app: SocketAddr,
+    request: Request<Body>,
+    client: Client,
+    refused: Option<Error>,
+) -> Answered {
+    let (parts, body) = request.into_parts();
+    let mut exchange = inbound::begin(inbound, &parts, app, client);
+    let made = match refused {
+        Some(error) => {
+            exchange.unread();
+            Err(error)
+        }
+        None => forward(inbound, &mut exchange, Request::from_parts(parts, body), app).await,
+    };
+    match made {
+        Ok(Made::Response(response)) => {
+            let (head, body) = response.into_parts();
+            Answered::Response(exchange.respond(head, body))
+        }
+        Ok(Made::Switch(agreed)) => upgrade::carry(Arc::clone(inbound), &inbound.pod.drain, exchange, agreed),
+        Err(error) => {
+            let refused = exchange.client.turn.as_ref().and_then(Turn::body_refusal);
+            Answered::Response(exchange.refuse(refused.map_or(error, Error::from)))
+        }
+    }
+}
+
+async fn forward(
+    inbound: &Arc<Inbound>,
+    exchange: &mut Exchange,
+    request: Request<Body>,
+    app: SocketAddr,
+) -> Result<Made> {
+    let (mut parts, body) = request.into_parts();
+    requests::within(&inbound.mesh.limits, &parts)?;
+    let (version, wanted) = (exchange.client.version, Switch::asked(&parts));
+    let expects = message::expects_continue(version, &parts.headers);
+    message::normalise(&mut parts, app)?;
+    message::strip_hop_by_hop(&mut parts.headers);
+    tunnel::strip_mesh_headers(&mut parts.headers);
+    let (source, own) = (inbound.source.identity.as_ref(), &inbound.workload.identity);
+    message::client_certificate(&mut parts.headers, source, own);
+    exchange.authority = parts.uri.authority().map(ToString::to_string).unwrap_or_default();
+    let mut request = Request::from_parts(parts, body.metered(Arc::clone(&exchange.request)));
+    let permit = inbound.may_request(app, &mut request)?;
+    if expects {
+        exchange.client.inform.inform(StatusCode::CONTINUE, &HeaderMap::new());
+    }
+    let response = if let Some(wanted) = wanted {
+        // Boxed: rare.
+        match Box::pin(switch(inbound, &permit, exchange, request, app, &wanted)).await? {
+            Made::Response(response) => response,
+            switched @ Made::Switch(_) => return Ok(switched),
+        }
+    } else {
+        let (response, lease) = inbound::tries(inbound, &permit, exchange, request, app, version).await?;
+        exchange.lease = Some(lease);
+        response
+    };
+    let (mut head, body) = response.into_parts();
+    message::for_client(&mut head.headers, head.status);
+    tunnel::strip_mesh_headers(&mut head.headers);
+    (head.version, head.extensions) = (http::Version::default(), http::Extensions::new());
+    Ok(Made::Response(Response::from_parts(head, body)))
+}
+
+/// A request for another protocol; from the app's yes on there are only bytes.
+async fn switch(
+    inbound: &Inbound,
+    _permit: &Permit,
+    exchange: &mut Exchange,
+    request: Request<Body>,
+    app: SocketAddr,
+    wanted: &Switch,
+) -> Result<Made> {
+    let key = request.headers().get(http::header::SEC_WEBSOCKET_KEY).cloned();
+    let via = Via::Local(Arc::clone(&inbound.pod));
+    let to = Destination {
+        address: app,
+        via: &via,
+        protocol: exchange.client.version,
+        connect_timeout: inbound::APP_CONNECT_TIMEOUT,
+        flow: None,
+    };
+    let client = inbound.ends.client;
+    match inbound.pod.switch_to_app(&to, request, wanted, client).await? {
+        Switched::Answered(response) => Ok(Made::Response(response)),
+        Switched::Agreed(head, bytes) => {
+            Ok(Made::Switch(upgrade::agree(exchange, head, bytes, wanted, key.as_ref())))
+        }
+    }
+}

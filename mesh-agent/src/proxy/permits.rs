@@ -1,0 +1,114 @@
+//! Asking policy, at the end of the destination's pod: for a connection, and for each request.
+//!
+//! Whatever way a connection or request comes to a pod of this node, one of these is asked before the app is dialled.
+//! What policy has judged of a path is what the app is given.
+
+use std::net::SocketAddr;
+
+use http::{
+    Request, Uri,
+    uri::{Parts, PathAndQuery},
+};
+
+use super::{Mesh, inbound::Inbound};
+use crate::{
+    body::Body,
+    error::{Error, Kind, Result},
+    identity::SpiffeId,
+    policy::{self, Asked, Head, Permit, Ruling},
+    state::snapshot::Endpoint,
+    upstream::Via,
+};
+
+/// Who asks, from where.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct From<'a> {
+    pub identity: Option<&'a SpiffeId>,
+    pub client: SocketAddr,
+}
+
+/// Whether a connection may go to an endpoint, as far as that is this node's to say.
+pub(super) fn connection_to(mesh: &Mesh, from: From<'_>, via: &Via, endpoint: &Endpoint) -> Result<Ruling> {
+    let Via::Local(pod) = via else {
+        let permit = policy::outbound(endpoint.workload.as_deref(), endpoint.address)?;
+        return Ok(Ruling::Permitted(permit));
+    };
+    let workload = pod.workload();
+    let From { identity: source, client } = from;
+    let asked = Asked { workload: &workload, destination: endpoint.address, source, client };
+    policy::connection(&asked, &mesh.reporter)
+}
+
+/// Whether a request may go to an endpoint, as far as that is this node's to say.
+pub(super) fn request_to(
+    mesh: &Mesh,
+    from: From<'_>,
+    via: &Via,
+    endpoint: &Endpoint,
+    request: &mut Request<Body>,
+) -> Result<Permit> {
+    let Via::Local(pod) = via else {
+        return policy::outbound(endpoint.workload.as_deref(), endpoint.address);
+    };
+    let workload = pod.workload();
+    let From { identity: source, client } = from;
+    let asked = Asked { workload: &workload, destination: endpoint.address, source, client };
+    of_request(mesh, &asked, request)
+}
+
+impl Inbound {
+    /// Whether a connection may go to this address of the pod.
+    pub(super) fn may_connect(&self, app: SocketAddr) -> Result<Ruling> {
+        self.ask(app, |asked| policy::connection(asked, &self.mesh.reporter))
+    }
+
+    /// The same for a connection that carries no requests.
+    pub(super) fn may_pass(&self, app: SocketAddr, server_name: Option<&str>) -> Result<Permit> {
+        self.ask(app, |asked| policy::opaque(asked, server_name, &self.mesh.reporter))
+    }
+
+    /// Whether a request may go to this address of the pod.
+    pub(super) fn may_request(&self, app: SocketAddr, request: &mut Request<Body>) -> Result<Permit> {
+        self.ask(app, |asked| of_request(&self.mesh, asked, request))
+    }
+
+    /// The policies are those of now, however old the connection is.
+    fn ask<T>(&self, app: SocketAddr, ask: impl FnOnce(&Asked<'_>) -> Result<T>) -> Result<T> {
+        let workload = self.pod.workload();
+        let (source, client) = (self.source.identity.as_ref(), self.ends.client);
+        ask(&Asked { workload: &workload, destination: app, source, client })
+    }
+}
+
+fn of_request(mesh: &Mesh, asked: &Asked<'_>, request: &mut Request<Body>) -> Result<Permit> {
+    if asked.workload.authorization.reads_paths {
+        settle_path(mesh, request)?;
+    }
+    let head = Head {
+        method: request.method(),
+        authority: request.uri().authority().map_or("", |authority| authority.as_str()),
+        path: request.uri().path(),
+        headers: request.headers(),
+    };
+    policy::request(asked, &head, &mesh.reporter)
+}
+
+/// Brings the path into the form in which it is judged.
+fn settle_path(mesh: &Mesh, request: &mut Request<Body>) -> Result<()> {
+    let bad = |why: String| Error::new(Kind::BadRequest, why);
+    let path = request.uri().path();
+    let normal =
+        policy::normalise(path, mesh.path_normalization).map_err(|malformed| bad(malformed.to_string()))?;
+    if *normal == *path {
+        return Ok(());
+    }
+    let target = match request.uri().query() {
+        Some(query) => format!("{normal}?{query}"),
+        None => normal.into_owned(),
+    };
+    let target = PathAndQuery::try_from(target).map_err(|error| bad(format!("the path: {error}")))?;
+    let mut parts: Parts = std::mem::take(request.uri_mut()).into_parts();
+    parts.path_and_query = Some(target);
+    *request.uri_mut() = Uri::from_parts(parts).map_err(|error| bad(format!("the path: {error}")))?;
+    Ok(())
+}

@@ -1,0 +1,120 @@
+//! Which policies select which pods.
+
+use super::*;
+use crate::state::snapshot::{Applied, Workload};
+
+fn policy(place: &str, spec: &str) -> String {
+    let (namespace, name) = place.split_once('/').unwrap();
+    format!(
+        "---\n{{apiVersion: security.istio.io/v1, kind: AuthorizationPolicy, \
+         metadata: {{name: {name}, namespace: {namespace}}}, spec: {spec}}}\n"
+    )
+}
+
+/// The policies of a pod, in the order in which they are asked, with their ports.
+fn policies(workload: &Workload) -> Vec<String> {
+    let all = &workload.authorization;
+    let name = |one: &Applied| {
+        let ports = one.ports.as_ref().map_or(String::new(), |ports| format!(" {ports:?}"));
+        format!("{} {}/{}{ports}", one.policy.action.word(), one.policy.namespace, one.policy.name)
+    };
+    [&all.custom, &all.deny, &all.allow].into_iter().flatten().map(name).collect()
+}
+
+fn of(snapshot: &Snapshot, ip: &str) -> Vec<String> {
+    policies(snapshot.workload_at(ip.parse().unwrap()).unwrap())
+}
+
+#[test]
+fn a_pod_has_those_policies_that_select_it() {
+    let text = [
+        pod("app", "web", "v1", "10.0.0.1"),
+        pod("app", "web", "v2", "10.0.0.2"),
+        pod("app", "db", "v1", "10.0.0.3"),
+        pod("other", "web", "v1", "10.0.0.4"),
+        policy("app/all", "{}"),
+        policy("app/v1", "{action: DENY, rules: [{}], selector: {matchLabels: {version: v1, app: web}}}"),
+        policy("istio-system/mesh", "{action: DENY, rules: [{}]}"),
+        policy("istio-system/dbs", "{selector: {matchLabels: {app: db}}}"),
+        policy("other/none", "{selector: {matchLabels: {app: mail}}}"),
+    ]
+    .concat();
+    let (snapshot, problems) = build(&text);
+    assert_problems(&problems, &[]);
+    assert_eq!(of(&snapshot, "10.0.0.1"), ["DENY app/v1", "DENY istio-system/mesh", "ALLOW app/all"]);
+    assert_eq!(of(&snapshot, "10.0.0.2"), ["DENY istio-system/mesh", "ALLOW app/all"]);
+    assert_eq!(
+        of(&snapshot, "10.0.0.3"),
+        ["DENY istio-system/mesh", "ALLOW app/all", "ALLOW istio-system/dbs"]
+    );
+    assert_eq!(of(&snapshot, "10.0.0.4"), ["DENY istio-system/mesh"]);
+
+    // Another root namespace, another mesh.
+    let (objects, _) = read_text(&text);
+    let settings = Settings { root_namespace: "app".into(), ..settings() };
+    let (snapshot, _) = compile(&objects, None, &settings);
+    assert_eq!(of(&snapshot, "10.0.0.4"), ["DENY app/v1", "ALLOW app/all"]);
+}
+
+#[test]
+fn a_policy_for_a_service_is_about_its_pods_and_their_ports() {
+    let text = [
+        pod("app", "web", "v1", "10.0.0.1"),
+        pod("app", "db", "v1", "10.0.0.3"),
+        service("app", "web", "{name: a, port: 80, targetPort: 8080}, {name: b, port: 81}"),
+        "---\n{apiVersion: v1, kind: Service, metadata: {name: bare, namespace: app}, spec: {ports: [{port: 1}]}}\n"
+            .to_owned(),
+        policy("app/web", "{targetRefs: [{kind: Service, name: web}]}"),
+        policy("app/gone", "{targetRefs: [{kind: Service, name: gone}]}"),
+        policy("app/bare", "{targetRefs: [{kind: Service, name: bare}]}"),
+    ]
+    .concat();
+    let (snapshot, problems) = build(&text);
+    assert_eq!(of(&snapshot, "10.0.0.1"), ["ALLOW app/web [81, 8080]"]);
+    assert_eq!(of(&snapshot, "10.0.0.3"), [""; 0]);
+    assert_problems(
+        &problems,
+        &[
+            "AuthorizationPolicy app/bare: spec.targetRefs[0].name: Service app/bare has no selector",
+            "AuthorizationPolicy app/gone: spec.targetRefs[0].name: there is no Service app/gone",
+        ],
+    );
+}
+
+#[test]
+fn a_custom_policy_is_a_problem_and_refuses() {
+    let custom = policy("app/ext", "{action: CUSTOM, provider: {name: opa}, rules: [{}]}");
+    let (snapshot, problems) = build(&[pod("app", "web", "v1", "10.0.0.1"), custom].concat());
+    assert_eq!(of(&snapshot, "10.0.0.1"), ["CUSTOM app/ext"]);
+    assert_problems(
+        &problems,
+        &["AuthorizationPolicy app/ext: spec.action: the provider \"opa\" is not asked"],
+    );
+}
+
+#[test]
+fn cluster_local_is_the_meshs_own_trust_domain() {
+    let rule = "{rules: [{from: [{source: {principals: [cluster.local/ns/a/sa/x, other/ns/a/sa/x]}}]}]}";
+    let (objects, _) = read_text(&[pod("app", "web", "v1", "10.0.0.1"), policy("app/p", rule)].concat());
+    let settings = Settings { trust_domain: "corp".into(), ..settings() };
+    let (snapshot, _) = compile(&objects, None, &settings);
+    let workload = snapshot.workload_at("10.0.0.1".parse().unwrap()).unwrap();
+    let text = format!("{:?}", workload.authorization.allow);
+    assert!(text.contains("corp/ns/a/sa/x") && text.contains("other/ns/a/sa/x"), "{text}");
+    assert!(!text.contains("cluster.local"), "{text}");
+}
+
+/// Pods that the same policies select share what is made of them, and keep it while nothing changes.
+#[test]
+fn what_is_made_of_policies_is_shared_and_kept() {
+    let text =
+        [pod("app", "web", "v1", "10.0.0.1"), pod("app", "web", "v2", "10.0.0.2"), policy("app/all", "{}")]
+            .concat();
+    let (first, _) = build(&text);
+    let at = |snapshot: &Snapshot, ip: &str| Arc::clone(snapshot.workload_at(ip.parse().unwrap()).unwrap());
+    assert!(Arc::ptr_eq(&at(&first, "10.0.0.1").authorization, &at(&first, "10.0.0.2").authorization));
+    let (second, _) = build_on(&text, Some(&first));
+    assert!(Arc::ptr_eq(&at(&first, "10.0.0.1"), &at(&second, "10.0.0.1")));
+    let (third, _) = build_on(&[text, policy("app/more", "{}")].concat(), Some(&second));
+    assert!(!Arc::ptr_eq(&at(&second, "10.0.0.1"), &at(&third, "10.0.0.1")));
+}

@@ -1,0 +1,73 @@
+//! One entry of `when`: an attribute by its key, and its values.
+
+use serde::Deserialize;
+
+use super::{
+    super::{
+        field::{Checked, FieldError, under},
+        string_match::header_name,
+    },
+    rule::{self, Owner, values},
+};
+use crate::state::snapshot::{Clause, Listed};
+
+const HEADER: &str = "request.headers[";
+
+/// Attributes of a token, by the beginning of their key.
+const TOKEN: [&str; 3] = ["request.auth.principal", "request.auth.audiences", "request.auth.presenter"];
+const CLAIMS: &str = "request.auth.claims[";
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct WireCondition {
+    key: Option<String>,
+    values: Option<Vec<String>>,
+    not_values: Option<Vec<String>>,
+}
+
+impl WireCondition {
+    pub(super) fn check(self, owner: Owner<'_>) -> Checked<Clause> {
+        let key = self.key.unwrap_or_default();
+        if key.is_empty() {
+            return Err(FieldError::new("key", "is required"));
+        }
+        if self.values.is_none() && self.not_values.is_none() {
+            return Err(FieldError::new("values", "at least one of values and notValues is required"));
+        }
+        let listed = Written(self.values, self.not_values);
+        Ok(match &*key {
+            "source.ip" | "remote.ip" => Clause::SourceIp(listed.read(rule::subnet)?),
+            "destination.ip" => Clause::DestinationIp(listed.read(rule::subnet)?),
+            "destination.port" => Clause::Port(listed.read(rule::port)?),
+            "source.principal" => Clause::Principal(listed.read(rule::text)?),
+            "source.namespace" => Clause::Namespace(listed.read(rule::text)?),
+            "source.trustDomain" => Clause::TrustDomain(listed.read(rule::text)?),
+            "source.serviceAccount" => {
+                Clause::ServiceAccount(listed.read(|value| rule::account(owner, value))?)
+            }
+            "connection.sni" => Clause::Sni(listed.read(rule::text)?),
+            key if TOKEN.contains(&key) || claim(key) => rule::token(&listed.read(rule::text)?),
+            key => {
+                let name = key.strip_prefix(HEADER).and_then(|rest| rest.strip_suffix(']'));
+                let unknown = || format!("{key:?} is not an attribute of a connection or request");
+                let name = name.ok_or_else(|| FieldError::new("key", unknown()))?;
+                let name = header_name(name).map_err(under("key"))?;
+                Clause::Header(name, listed.read(rule::text)?)
+            }
+        })
+    }
+}
+
+/// Whether it is `request.auth.claims[a][b]` with names in its brackets.
+fn claim(key: &str) -> bool {
+    let Some(rest) = key.strip_prefix(CLAIMS).and_then(|rest| rest.strip_suffix(']')) else { return false };
+    rest.split("][").all(|name| !name.is_empty() && !name.contains(['[', ']']))
+}
+
+struct Written(Option<Vec<String>>, Option<Vec<String>>);
+
+impl Written {
+    fn read<T>(self, read: impl Fn(&str) -> Checked<T>) -> Checked<Listed<T>> {
+        Ok(Listed { any_of: values("values", self.0, &read)?, none_of: values("notValues", self.1, &read)? })
+    }
+}
