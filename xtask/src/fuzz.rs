@@ -20,8 +20,12 @@ use crate::setup;
 use crate::workspace;
 
 /// Directory below `tests/fuzz/seeds`, and program.
-const TARGETS: [(&str, &str); 3] =
-    [("detection", "fuzz-detection"), ("http1_edge", "fuzz-http1-edge"), ("config", "fuzz-config")];
+const TARGETS: [(&str, &str); 4] = [
+    ("detection", "fuzz-detection"),
+    ("http1_edge", "fuzz-http1-edge"),
+    ("config", "fuzz-config"),
+    ("path", "fuzz-path"),
+];
 
 /// What lets libFuzzer see which code an input reaches, and what it was compared with. Optimisation that merges
 /// functions or strips sections would lose the counters, hence one unit per crate (`[profile.fuzz]`).

@@ -6,6 +6,7 @@
 pub mod config;
 pub mod detection;
 pub mod http1_edge;
+pub mod path;
 
 #[cfg(test)]
 mod tests {
@@ -29,6 +30,11 @@ mod tests {
     #[test]
     fn http1_edge() -> io::Result<()> {
         seeds("http1_edge", super::http1_edge::run)
+    }
+
+    #[test]
+    fn path() -> io::Result<()> {
+        seeds("path", super::path::run)
     }
 
     #[test]
