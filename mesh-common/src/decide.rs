@@ -129,6 +129,22 @@ pub const fn inbound(local: &Addr, captured: bool, excluded: bool) -> Inbound {
     }
 }
 
+/// Who gets a connection that comes in by an inner interface of the pod. `guest`: it was on its way out of the pod; else it
+/// was for the pod itself, which is nobody else's affair.
+#[inline(always)]
+pub const fn from_inner(guest: bool) -> Inbound {
+    if guest { Inbound::Listener(listener::OUTBOUND) } else { Inbound::Pass }
+}
+
+/// Whether a connection that the agent's outbound listener has accepted is one of the pod's guests, which dialled `local`
+/// itself. A captured connection goes to an address of the pod's or comes from where it goes to; and what was not
+/// steered has dialled the listener's own port.
+#[inline(always)]
+pub const fn is_guests(pod: &PodAddrs, local: &Addr, remote: &Addr) -> bool {
+    let pods = local.same_ip(&Addr::v4(pod.v4, 0)) || local.same_ip(&Addr::v6(pod.v6, 0));
+    local.port != port::OUTBOUND && !pods && !is_own(local, remote)
+}
+
 /// Who gets a connection whose listener of the agent's is gone, in a pod with these bits of [`policy`]: the app, where
 /// the pod wants that of plaintext. Never what was captured from inside: it goes to a port that is not the one dialled.
 #[inline(always)]
@@ -169,12 +185,16 @@ pub mod tcp {
     pub const FIN_WAIT1: u8 = 4;
     /// Our FIN was acknowledged.
     pub const FIN_WAIT2: u8 = 5;
+    /// Closed; late segments are still answered.
+    pub const TIME_WAIT: u8 = 6;
     /// The end.
     pub const CLOSE: u8 = 7;
     /// The peer's FIN came.
     pub const CLOSE_WAIT: u8 = 8;
     /// The peer's FIN came first, ours is on its way.
     pub const LAST_ACK: u8 = 9;
+    /// A listener.
+    pub const LISTEN: u8 = 10;
     /// Both FINs crossed.
     pub const CLOSING: u8 = 11;
 }
@@ -337,6 +357,21 @@ mod tests {
         assert!(is_own(&local, &Addr { port: 1, ..local }));
         assert!(is_own(&local, &Addr::v4([127, 3, 2, 1], 9)));
         assert!(!is_own(&local, &Addr::v4([10, 0, 0, 8], 8080)));
+    }
+
+    #[test]
+    fn a_guests_connection_is_told_by_where_it_goes() {
+        let (guest, far) = (Addr::v4([172, 17, 0, 2], 40_000), Addr::v4([10, 96, 0, 1], 80));
+        assert!(is_guests(&POD, &far, &guest));
+        assert!(!is_guests(&POD, &Addr { port: port::OUTBOUND, ..far }, &guest), "the listener itself");
+        assert!(
+            !is_guests(&POD, &Addr::v4(POD.v4, 5000), &Addr::v4([10, 0, 0, 8], 9)),
+            "another of its addresses"
+        );
+        assert!(!is_guests(&POD, &Addr::v6(POD.v6, 5000), &v6(0xfd, 1)));
+        assert!(!is_guests(&POD, &far, &Addr { port: 9, ..far }), "bound to another address");
+        assert_eq!(from_inner(true), Inbound::Listener(listener::OUTBOUND));
+        assert_eq!(from_inner(false), Inbound::Pass);
     }
 
     #[test]

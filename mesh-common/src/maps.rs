@@ -37,6 +37,11 @@ pub const POD_CLIENTS: &str = "POD_CLIENTS";
 pub const POD_FLOWS: &str = "POD_FLOWS";
 /// Of a pod: flows seen as packets only, [`PacketKey`] → [`crate::flow::FlowRecord`].
 pub const POD_PACKET_FLOWS: &str = "POD_PACKET_FLOWS";
+/// Of a pod: its inner interfaces, by index: those that lead to nested containers and virtual machines, not out of it.
+pub const INNER_LINKS: &str = "INNER_LINKS";
+/// Of a pod: connections of its guests (what is behind its inner interfaces) that are being handed to the agent,
+/// [`Tuple`] → when the last SYN came (`CLOCK_MONOTONIC`, ns). Needed until the connection has its socket.
+pub const POD_GUESTS: &str = "POD_GUESTS";
 /// Of a pod: the agent's listeners in it, indexed by [`listener`].
 pub const LISTENERS: &str = "LISTENERS";
 /// Read-only global of the programs of one pod: its network namespace cookie (`u64`).
@@ -57,14 +62,15 @@ pub const SHARED: [&str; 11] = [
     STEERING,
 ];
 /// Maps that exist once for each pod.
-pub const OF_A_POD: [&str; 5] = [POD_ORIGINAL_DST, POD_CLIENTS, POD_FLOWS, POD_PACKET_FLOWS, LISTENERS];
+pub const OF_A_POD: [&str; 7] =
+    [POD_ORIGINAL_DST, POD_CLIENTS, POD_FLOWS, POD_PACKET_FLOWS, LISTENERS, INNER_LINKS, POD_GUESTS];
 
 /// How every map and program of ours is called in the object, before the agent that loads it puts the mark of its
 /// instance there: `m000000_NAME`. The kernel keeps 15 characters of a name.
 pub const UNMARKED: &str = "m000000_";
 
 /// What follows the mark in the kernel's name of each map.
-pub const KERNEL_NAMES: [(&str, &str); 16] = [
+pub const KERNEL_NAMES: [(&str, &str); 18] = [
     (PODS, "pods"),
     (SOCKETS, "sockets"),
     (ORIGINAL_DST, "origdst"),
@@ -81,6 +87,8 @@ pub const KERNEL_NAMES: [(&str, &str); 16] = [
     (POD_FLOWS, "pod_flw"),
     (POD_PACKET_FLOWS, "pod_pkt"),
     (LISTENERS, "listen"),
+    (INNER_LINKS, "inner"),
+    (POD_GUESTS, "guests"),
 ];
 
 /// Pods of one node. Kubernetes stops at 110 by default, large nodes at 1000.
@@ -93,6 +101,10 @@ pub const CLIENTS_CAPACITY: usize = 65_536;
 pub const FLOWS_CAPACITY: usize = 32_768;
 /// Packet flows of a pod in the table.
 pub const PACKET_FLOWS_CAPACITY: usize = 16_384;
+/// Inner interfaces of a pod.
+pub const INNER_LINKS_CAPACITY: usize = 256;
+/// Connections of a pod's guests that have no socket yet; the oldest gives way.
+pub const GUESTS_CAPACITY: usize = 1024;
 /// Ranges of ports that a pod may exclude, for each direction.
 pub const EXCLUDED_PORTS_CAPACITY: usize = 64;
 /// Subnets that a pod may exclude, for each direction.
@@ -113,6 +125,10 @@ pub const REFRESH_NS: u64 = 250_000_000;
 /// be a captured connection that has no entry. The same for [`POD_CLIENTS`] and connections from loopback to the pod's
 /// address. Nanoseconds.
 pub const FULL_NS: u64 = 1_000_000_000;
+
+/// The mark of packets of a pod's guests that are the agent's, between the interface they come in by and their route.
+/// It means something on that interface alone, and nothing on any wire.
+pub const GUEST_MARK: u32 = 0x6d65_7368;
 
 /// The agent's ports inside a pod's network namespace.
 pub mod port {

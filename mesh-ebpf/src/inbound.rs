@@ -13,7 +13,10 @@ use mesh_common::{
     maps::{Entry, Tuple, port},
 };
 
-use crate::maps::{LISTENERS, NETNS_COOKIE, POD_CLIENTS, POD_ORIGINAL_DST, POLICIES, excludes_inbound, join};
+use crate::maps::{
+    INNER_LINKS, LISTENERS, NETNS_COOKIE, POD_CLIENTS, POD_GUESTS, POD_ORIGINAL_DST, POLICIES,
+    excludes_inbound, join,
+};
 
 const SK_DROP: u32 = 0;
 const SK_PASS: u32 = 1;
@@ -26,7 +29,7 @@ const AF_INET: u32 = 2;
 pub fn m000000_inbound(ctx: SkLookupContext) -> u32 {
     let l = ctx.lookup;
     // SAFETY: context fields; volatile so that each is read on its own, as the verifier wants it.
-    let (protocol, family, remote4, local4, remote_port, local_port) = unsafe {
+    let (protocol, family, remote4, local4, remote_port, local_port, interface) = unsafe {
         (
             read_volatile(&raw const (*l).protocol),
             read_volatile(&raw const (*l).family),
@@ -34,6 +37,7 @@ pub fn m000000_inbound(ctx: SkLookupContext) -> u32 {
             read_volatile(&raw const (*l).local_ip4),
             read_volatile(&raw const (*l).remote_port),
             read_volatile(&raw const (*l).local_port),
+            read_volatile(&raw const (*l).ingress_ifindex),
         )
     };
     // SAFETY: as above.
@@ -68,6 +72,9 @@ pub fn m000000_inbound(ctx: SkLookupContext) -> u32 {
     let captured = unsafe { POD_ORIGINAL_DST.get(&tuple) }.is_some();
     let choice = if decide::is_own(&dst, &src) {
         decide::own(captured, !captured && may_be_missing(&tuple))
+    } else if !captured && is_inner(interface) {
+        // SAFETY: only whether there is an entry counts.
+        decide::from_inner(unsafe { POD_GUESTS.get(&tuple) }.is_some())
     } else {
         decide::inbound(&dst, captured, dst.port != port::MESH && excluded(dst.port, &src))
     };
@@ -86,6 +93,13 @@ pub fn m000000_inbound(ctx: SkLookupContext) -> u32 {
 #[inline(always)]
 const fn verdict(choice: Inbound) -> u32 {
     if matches!(choice, Inbound::Pass) { SK_PASS } else { SK_DROP }
+}
+
+/// Whether what is behind this interface is inside the pod.
+#[inline(always)]
+fn is_inner(interface: u32) -> bool {
+    // SAFETY: only whether there is an entry counts.
+    unsafe { INNER_LINKS.get(&interface) }.is_some()
 }
 
 /// Whether the pod excludes its port or the address that dials it.

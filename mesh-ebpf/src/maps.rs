@@ -4,7 +4,7 @@
 use aya_ebpf::{
     Global,
     bindings::bpf_map_type::BPF_MAP_TYPE_SK_STORAGE,
-    btf_maps::{HashMap, HashOfMaps, LpmTrie, PerCpuArray, RingBuf, SockMap, lpm_trie::Key},
+    btf_maps::{HashMap, HashOfMaps, LpmTrie, LruHashMap, PerCpuArray, RingBuf, SockMap, lpm_trie::Key},
     helpers::generated::{bpf_map_lookup_elem, bpf_sk_release, bpf_sk_storage_get},
     macros::btf_map,
 };
@@ -14,15 +14,16 @@ use mesh_common::{
     flow::{FlowRecord, direction},
     maps::{
         CLIENTS_CAPACITY, CLOSED_BYTES, CidrKey, CidrOf, EXCLUDED_CIDRS_CAPACITY, Entry, FLOWS_CAPACITY,
-        NO_PREALLOC, ORIGINAL_DST_CAPACITY, PACKET_FLOWS_CAPACITY, PODS_CAPACITY, PacketKey, PodAddrs,
-        PodPolicy, STORAGE_FLAGS, SocketFacts, Tuple, counter, listener, policy,
+        GUESTS_CAPACITY, INNER_LINKS_CAPACITY, NO_PREALLOC, ORIGINAL_DST_CAPACITY, PACKET_FLOWS_CAPACITY,
+        PODS_CAPACITY, PacketKey, PodAddrs, PodPolicy, STORAGE_FLAGS, SocketFacts, Tuple, counter, listener,
+        policy,
     },
 };
 
 type OriginalDsts = HashMap<Tuple, Entry, ORIGINAL_DST_CAPACITY, NO_PREALLOC>;
 type Clients = HashMap<Tuple, Entry, CLIENTS_CAPACITY, NO_PREALLOC>;
 type Flows = HashMap<u64, FlowRecord, FLOWS_CAPACITY, NO_PREALLOC>;
-type Listeners = SockMap<{ listener::COUNT }>;
+pub type Listeners = SockMap<{ listener::COUNT }>;
 type PacketFlows = HashMap<PacketKey, FlowRecord, PACKET_FLOWS_CAPACITY, NO_PREALLOC>;
 
 #[btf_map(name = "m000000_pods")]
@@ -60,6 +61,11 @@ pub static POD_FLOWS: Flows = HashMap::new();
 pub static POD_PACKET_FLOWS: PacketFlows = HashMap::new();
 #[btf_map(name = "m000000_listen")]
 pub static LISTENERS: Listeners = SockMap::new();
+
+#[btf_map(name = "m000000_inner")]
+pub static INNER_LINKS: HashMap<u32, u32, INNER_LINKS_CAPACITY, NO_PREALLOC> = HashMap::new();
+#[btf_map(name = "m000000_guests")]
+pub static POD_GUESTS: LruHashMap<Tuple, u64, GUESTS_CAPACITY> = LruHashMap::new();
 
 /// Network namespace cookie of the pod a program instance is for.
 #[unsafe(no_mangle)]
@@ -148,7 +154,12 @@ fn in_cidrs(direction: u8, netns: u64, addr: &Addr) -> bool {
 #[inline(always)]
 pub fn agent_is_gone(netns: u64) -> bool {
     // SAFETY: inner maps are freed after the programs that hold them have ended.
-    let Some(listeners) = (unsafe { STEERING.get(&netns) }) else { return false };
+    unsafe { STEERING.get(&netns) }.is_some_and(listener_is_gone)
+}
+
+/// Whether the agent's outbound listener has left this map of a pod's.
+#[inline(always)]
+pub fn listener_is_gone(listeners: &Listeners) -> bool {
     let index = listener::OUTBOUND;
     // SAFETY: the verifier knows that what is found in a map of sockets is a socket, and has it given back.
     unsafe {

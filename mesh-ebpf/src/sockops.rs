@@ -165,7 +165,11 @@ fn accepted(ctx: SockOpsContext, sk: *mut bpf_sock) {
             facts.kind = kind::ACCEPTED;
             // SAFETY: inner maps are freed after the programs that hold them have ended.
             let entry = unsafe { ORIGINAL_DST.get_value(&netns(ctx), &tuple) };
-            facts.addr = entry.map_or(Addr::default(), |entry| entry.addr);
+            facts.addr = match entry {
+                Some(entry) => entry.addr,
+                None if is_guests(ctx, &tuple) => local,
+                None => Addr::default(),
+            };
             watch(ctx, BPF_SOCK_OPS_RTT_CB_FLAG);
             return;
         }
@@ -198,6 +202,13 @@ fn accepted(ctx: SockOpsContext, sk: *mut bpf_sock) {
     };
     facts.addr = client.unwrap_or(remote);
     begin(ctx, facts, 0, now());
+}
+
+/// Whether a guest of the pod has dialled `tuple.dst`, which is why the listener has it.
+#[inline(always)]
+fn is_guests(ctx: &SockOpsContext, tuple: &Tuple) -> bool {
+    // SAFETY: an entry is replaced as a whole and freed after the programs that hold it have ended.
+    unsafe { PODS.get(&netns(ctx)) }.is_some_and(|pod| decide::is_guests(pod, &tuple.dst, &tuple.src))
 }
 
 /// Whether the pod takes this connection past the agent. (`inbound.rs` has decided so when its SYN came.)

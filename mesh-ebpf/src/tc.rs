@@ -1,7 +1,7 @@
-//! TCX on the pod's inner interfaces: counts the flows no socket hook sees: UDP, other IP protocols, and TCP that
+//! TCX on the pod's interfaces: counts the flows no socket hook sees: UDP, other IP protocols, and TCP that
 //! has no socket in the pod (nested containers and virtual machines). Everything else is left at once.
 //!
-//! Never drops, marks or redirects a packet. Tested in the lab.
+//! Never drops, marks or redirects a packet: `guests.rs` does. Tested in the lab.
 
 use aya_ebpf::{
     EbpfContext as _,
@@ -20,10 +20,10 @@ use mesh_common::{
 use crate::maps::{NETNS_COOKIE, POD_PACKET_FLOWS, count};
 
 /// The next program decides; ours only counts.
-const TCX_NEXT: i32 = -1;
+pub const TCX_NEXT: i32 = -1;
 const ETH_P_IP: u16 = 0x0800;
 const ETH_P_IPV6: u16 = 0x86dd;
-const TCP: u8 = IPPROTO_TCP as u8;
+pub const TCP: u8 = IPPROTO_TCP as u8;
 const UDP: u8 = 17;
 const SCTP: u8 = 132;
 const IPV6_HEADER: u32 = 40;
@@ -45,18 +45,46 @@ pub fn m000000_ingress(ctx: TcContext) -> i32 {
     TCX_NEXT
 }
 
+/// What a packet says beside its addresses.
+pub struct Packet {
+    /// Bytes of the IP header.
+    pub header: u32,
+    /// IP bytes of the packet, or of all those it stands for.
+    pub bytes: u64,
+    /// How many it stands for.
+    pub packets: u64,
+    /// It begins with a transport header: not a later fragment.
+    pub first: bool,
+}
+
 /// What the IP header of a packet says beside the addresses.
 struct Ip {
     header: u32,
     total: u64,
-    /// It begins with a transport header: not a later fragment.
     first: bool,
 }
 
-/// What a packet says, on its way into the flow's record. (Passed by reference and filled in place: the stack of a
-/// kernel program has 512 bytes.)
 #[inline(always)]
 fn account(ctx: &TcContext, sent: bool, has_socket: bool) -> Option<()> {
+    let mut key = PacketKey::default();
+    let packet = read(ctx, sent, &mut key)?;
+    if key.protocol == TCP && has_socket {
+        return None;
+    }
+    let flow = match POD_PACKET_FLOWS.get_ptr_mut(&key) {
+        Some(flow) => flow,
+        // Incoming TCP is a socket's unless the answers have shown otherwise.
+        None if key.protocol == TCP && !sent => return None,
+        None => begin(&key, if sent { direction::OUTBOUND } else { direction::INBOUND }, verdict::BYPASSED)?,
+    };
+    add(flow, sent, &packet);
+    Some(())
+}
+
+/// Reads a packet that its local end has sent, or receives. (The key is passed by reference and filled in place: the
+/// stack of a kernel program has 512 bytes.)
+#[inline(always)]
+pub fn read(ctx: &TcContext, sent: bool, key: &mut PacketKey) -> Option<Packet> {
     let skb = ctx.skb.skb;
     // SAFETY: context fields.
     let (ethertype, segments, len) = unsafe {
@@ -66,15 +94,11 @@ fn account(ctx: &TcContext, sent: bool, has_socket: bool) -> Option<()> {
             read_volatile(&raw const (*skb).len),
         )
     };
-    let mut key = PacketKey::default();
     let ip = match u16::from_be(ethertype as u16) {
-        ETH_P_IP => ipv4(ctx, len, sent, &mut key)?,
-        ETH_P_IPV6 => ipv6(ctx, len, sent, &mut key)?,
+        ETH_P_IP => ipv4(ctx, len, sent, key)?,
+        ETH_P_IPV6 => ipv6(ctx, len, sent, key)?,
         _ => return None,
     };
-    if key.protocol == TCP && has_socket {
-        return None;
-    }
     if ip.first && matches!(key.protocol, TCP | UDP | SCTP) {
         let [source, destination] = load::<[u16; 2]>(ctx, ip.header).unwrap_or_default().map(u16::from_be);
         (key.local.port, key.remote.port) = if sent { (source, destination) } else { (destination, source) };
@@ -87,18 +111,12 @@ fn account(ctx: &TcContext, sent: bool, has_socket: bool) -> Option<()> {
         _ => 0,
     };
     let bytes = ip.total + (packets - 1) * (u64::from(ip.header) + transport);
-    let flow = match POD_PACKET_FLOWS.get_ptr_mut(&key) {
-        Some(flow) => flow,
-        // Incoming TCP is a socket's unless the answers have shown otherwise.
-        None if key.protocol == TCP && !sent => return None,
-        None => begin(&key, sent)?,
-    };
-    add(flow, sent, bytes, packets);
-    Some(())
+    Some(Packet { header: ip.header, bytes, packets, first: ip.first })
 }
 
+/// The flow begins: its record. `None` when the table is full.
 #[inline(always)]
-fn begin(key: &PacketKey, sent: bool) -> Option<*mut FlowRecord> {
+pub fn begin(key: &PacketKey, direction: u8, verdict: u8) -> Option<*mut FlowRecord> {
     // SAFETY: the helper takes nothing.
     let now = unsafe { bpf_ktime_get_ns() };
     let record = FlowRecord {
@@ -106,8 +124,8 @@ fn begin(key: &PacketKey, sent: bool) -> Option<*mut FlowRecord> {
         start_ns: now,
         local: key.local,
         remote: key.remote,
-        direction: if sent { direction::OUTBOUND } else { direction::INBOUND },
-        verdict: verdict::BYPASSED,
+        direction,
+        verdict,
         protocol: key.protocol,
         ..FlowRecord::default()
     };
@@ -121,8 +139,10 @@ fn begin(key: &PacketKey, sent: bool) -> Option<*mut FlowRecord> {
     flow
 }
 
+/// Counts a packet.
 #[inline(always)]
-fn add(flow: *mut FlowRecord, sent: bool, bytes: u64, packets: u64) {
+pub fn add(flow: *mut FlowRecord, sent: bool, packet: &Packet) {
+    let (bytes, packets) = (packet.bytes, packet.packets);
     // SAFETY: an entry of the map, freed after the programs that hold it have ended; other CPUs add at the same time.
     unsafe {
         (*flow).last_seen_ns = bpf_ktime_get_ns();
@@ -183,7 +203,7 @@ fn ipv6(ctx: &TcContext, len: u32, sent: bool, key: &mut PacketKey) -> Option<Ip
 
 /// Bytes of the packet from its IP header on, whatever the link layer is. `T` is made of integers alone.
 #[inline(always)]
-fn load<T: Default>(ctx: &TcContext, offset: u32) -> Option<T> {
+pub fn load<T: Default>(ctx: &TcContext, offset: u32) -> Option<T> {
     let mut to = T::default();
     load_into(ctx, offset, &mut to)?;
     Some(to)

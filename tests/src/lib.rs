@@ -36,6 +36,7 @@ pub mod clients;
 mod eventually;
 mod fetch;
 pub mod foreign;
+mod guest;
 mod hello;
 mod lab;
 mod manifest;
@@ -56,6 +57,7 @@ pub mod wire;
 
 pub use agent::{Agent, AgentBuilder, fields};
 pub use eventually::{PATIENCE, eventually, eventually_within};
+pub use guest::{Behind, Guest};
 pub use hello::client_hello;
 pub use lab::{Lab, unique};
 pub use node::Node;

@@ -210,6 +210,21 @@ impl Pod {
         &self.inner.cgroup
     }
 
+    /// A network namespace of a guest of this pod, whose processes are this pod's.
+    pub(crate) fn with_guest(&self, name: &str, addresses: Addresses) -> Result<Self> {
+        let Self { node, inner } = self;
+        let guest = Arc::new(PodInner {
+            name: name.to_owned(),
+            namespace: inner.namespace.clone(),
+            number: inner.number,
+            addresses,
+            netns: Netns::create(&format!("{}-{name}", inner.netns.name()))?,
+            cgroup: inner.cgroup.clone(),
+        });
+        lock(&node.inner.pods).push(Arc::clone(&guest));
+        Ok(Self { node: node.clone(), inner: guest })
+    }
+
     /// Starts a process in the pod. It lives until it ends, is stopped, or the lab goes.
     pub fn spawn(&self, command: Command) -> Result<Process> {
         let Self { node, inner } = self;

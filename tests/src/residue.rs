@@ -15,6 +15,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use mesh_agent::capture::{
     Mark,
+    rules_and_routes_in,
     residue::{Trace, Whose},
 };
 use nix::{
@@ -62,6 +63,13 @@ pub enum Leftover {
     },
     /// Something that carries the mark of an agent's instance, wherever it is attached, pinned or held.
     Marked(Trace),
+    /// Rules and routes of the mesh in a network namespace.
+    Routes {
+        /// The network namespace.
+        netns: PathBuf,
+        /// What there is.
+        what: String,
+    },
 }
 
 impl fmt::Display for Leftover {
@@ -81,6 +89,7 @@ impl fmt::Display for Leftover {
                 let instance = instance.map_or_else(String::new, |mark| mark.to_string());
                 write!(f, "of the agent {instance}: {} {} {what}", kind.word(), id.unwrap_or_default())
             }
+            Self::Routes { netns, what } => write!(f, "{what} in {}", netns.display()),
         }
     }
 }
@@ -112,6 +121,7 @@ pub(crate) fn of_agents(footprint: &Footprint) -> Result<Vec<Leftover>> {
         for (interface, programs) in bpf::tcx_programs(netns)? {
             found.push(Leftover::Tcx { netns: netns.clone(), interface, programs });
         }
+        found.extend(routes(netns)?);
     }
     Ok(found)
 }
@@ -121,7 +131,14 @@ fn marked(whose: &Whose) -> Result<impl Iterator<Item = Leftover>> {
     Ok(mesh_agent::capture::residue::find(whose, &[])?.into_iter().map(Leftover::Marked))
 }
 
-/// What agents have left in a network namespace that still stands: links, and programs on its interfaces.
+/// The mesh's rules and routes in a network namespace.
+fn routes(netns: &Path) -> Result<impl Iterator<Item = Leftover>> {
+    let left = rules_and_routes_in(netns).with_context(|| format!("routes in {}", netns.display()))?;
+    let netns = netns.to_owned();
+    Ok(left.into_iter().map(move |what| Leftover::Routes { netns: netns.clone(), what }))
+}
+
+/// What agents have left in a network namespace that still stands: links, programs on its interfaces, rules and routes.
 pub fn in_netns(netns: &Path) -> Result<Vec<Leftover>> {
     let inode = fs::metadata(netns).with_context(|| format!("looking at {}", netns.display()))?.ino();
     let links = bpf::links_to(&HashSet::new(), &HashSet::from([inode]))?;
@@ -129,6 +146,7 @@ pub fn in_netns(netns: &Path) -> Result<Vec<Leftover>> {
     for (interface, programs) in bpf::tcx_programs(netns)? {
         found.push(Leftover::Tcx { netns: netns.to_owned(), interface, programs });
     }
+    found.extend(routes(netns)?);
     Ok(found)
 }
 
@@ -221,7 +239,11 @@ fn remove(leftover: &Leftover) -> Result<()> {
             umount2(path, MntFlags::MNT_DETACH).with_context(|| format!("unmounting {}", path.display()))
         }
         // Processes end with their cgroup; links and programs go with pins and namespaces.
-        Leftover::Process { .. } | Leftover::Link(_) | Leftover::Tcx { .. } | Leftover::Marked(_) => Ok(()),
+        Leftover::Process { .. }
+        | Leftover::Link(_)
+        | Leftover::Tcx { .. }
+        | Leftover::Routes { .. }
+        | Leftover::Marked(_) => Ok(()),
     }
 }
 

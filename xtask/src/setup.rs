@@ -52,6 +52,9 @@ pub const BUILD: [Package; 4] = [
 /// What the lab needs besides: `ip` makes its network namespaces and links.
 pub const LAB: [Package; 1] = [Package { name: "iproute2", sign: Sign::Program("ip") }];
 
+/// What gives guests of pods the pod's address, in lab tests.
+pub const NAT: [Package; 1] = [Package { name: "iptables", sign: Sign::Program("iptables") }];
+
 /// The clients of the real world that lab tests run inside pods. Python is Debian's own, whatever else is in PATH.
 pub const CLIENTS: [Package; 7] = [
     Package { name: "curl", sign: Sign::Program("curl") },

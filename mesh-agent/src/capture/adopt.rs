@@ -18,9 +18,9 @@ use aya::maps::MapInfo;
 use mesh_common::{
     flow::FlowRecord,
     maps::{
-        CLIENTS, CLOSED, COUNTERS, CidrOf, EXCLUDED_CIDRS, Entry, FLOWS, LISTENERS, ORIGINAL_DST,
-        PACKET_FLOWS, POD_CLIENTS, POD_FLOWS, POD_ORIGINAL_DST, POD_PACKET_FLOWS, PODS, POLICIES, PacketKey,
-        PodAddrs, PodPolicy, SOCKETS, STEERING, SocketFacts, Tuple,
+        CLIENTS, CLOSED, COUNTERS, CidrOf, EXCLUDED_CIDRS, Entry, FLOWS, INNER_LINKS, LISTENERS,
+        ORIGINAL_DST, PACKET_FLOWS, POD_CLIENTS, POD_FLOWS, POD_GUESTS, POD_ORIGINAL_DST, POD_PACKET_FLOWS,
+        PODS, POLICIES, PacketKey, PodAddrs, PodPolicy, SOCKETS, STEERING, SocketFacts, Tuple,
     },
 };
 use tokio::net::TcpListener;
@@ -28,6 +28,7 @@ use tokio::net::TcpListener;
 use super::{
     Net, PodNet, cgroup,
     enrol::{self, Capture, Cgroups, Enrolled, Flows, pod_addrs},
+    guests::Guests,
     kernel::{Facts, KernelNet},
     links::{BpfDir, detach_others},
     loader::{self, CaptureConfig, Loading, Object},
@@ -85,8 +86,9 @@ impl Capture {
     /// them too; the kernel's buffers are read no more. Open connections stay.
     pub async fn let_go(&self) {
         self.dir.let_go();
-        for net in self.enrolled() {
-            net.close();
+        for pod in self.shared.pods().values() {
+            pod.guests.close();
+            pod.net.close();
         }
         self.stop_reading().await;
     }
@@ -157,7 +159,9 @@ impl Capture {
 
     fn take_in(&self, pod: Adopted) -> Result<()> {
         let Adopted { net, cookie, mut addrs, flows, mut object } = pod;
-        self.shared.pods().insert(cookie, Enrolled { net: Arc::clone(&net), flows });
+        let guests = Guests::of(&mut object, &self.dir, cookie)?;
+        let enrolled = Enrolled { net: Arc::clone(&net), flows, guests: Arc::clone(&guests) };
+        self.shared.pods().insert(cookie, enrolled);
         let mut pods = self.pods_map()?;
         // What the kernel has found out stays known.
         addrs.low_ports = pods.get(&cookie, 0).map_or(0, |before| before.low_ports);
@@ -166,8 +170,10 @@ impl Capture {
         let Net::Kernel(kernel) = &net.net else { return Ok(()) };
         let links = self.dir.pod(cookie);
         enrol::attach(&mut object, kernel.netns(), &links)?;
-        let known = ["inbound", "egress-", "ingress-"];
-        detach_others(&links, |pinned| known.iter().any(|name| pinned.starts_with(name)))
+        let known = ["inbound", "egress-", "ingress-", "from-guest-", "to-guest-"];
+        detach_others(&links, |pinned| known.iter().any(|name| pinned.starts_with(name)))?;
+        guests.follow(&net);
+        Ok(())
     }
 }
 
@@ -205,13 +211,15 @@ fn shared_layout() -> [Layout; 11] {
     ]
 }
 
-fn pod_layout() -> [Layout; 5] {
+fn pod_layout() -> [Layout; 7] {
     [
         (POD_ORIGINAL_DST, size_of::<Tuple>(), size_of::<Entry>()),
         (POD_CLIENTS, size_of::<Tuple>(), size_of::<Entry>()),
         (POD_FLOWS, size_of::<u64>(), size_of::<FlowRecord>()),
         (POD_PACKET_FLOWS, size_of::<PacketKey>(), size_of::<FlowRecord>()),
         (LISTENERS, size_of::<u32>(), size_of::<u32>()),
+        (INNER_LINKS, size_of::<u32>(), size_of::<u32>()),
+        (POD_GUESTS, size_of::<Tuple>(), size_of::<u64>()),
     ]
 }
 

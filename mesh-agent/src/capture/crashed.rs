@@ -16,6 +16,7 @@ use mesh_common::maps::{PODS, PodAddrs};
 
 use super::{
     enrol::{Capture, missing_is_fine},
+    guests,
     links::{self, BpfDir, detach_agent, detach_all, list, make},
 };
 
@@ -60,6 +61,7 @@ impl BpfDir {
                 missing_is_fine(pods.remove(&cookie)).with_context(|| format!("map {}", path.display()))?;
             }
             detach_all(&crashed.join(links::PODS).join(cookie.to_string()))?;
+            guests::forget(&crashed.join(links::GUESTS).join(cookie.to_string()))?;
         }
         Ok(())
     }

@@ -32,6 +32,7 @@ use tokio::{net::TcpListener, task::AbortHandle};
 use super::{
     Listener, Net, PodNet, cgroup,
     flows::Reading,
+    guests::{self, Guests},
     kernel::{Facts, KernelNet},
     links::{BpfDir, detach_all, make, pin, replace, unpin_all},
     loader::{self, CaptureConfig, EbpfLog, Loading, Object},
@@ -81,6 +82,7 @@ pub(super) struct Shared {
 pub(super) struct Enrolled {
     pub(super) net: Arc<PodNet>,
     pub(super) flows: Arc<Flows>,
+    pub(super) guests: Arc<Guests>,
 }
 
 /// The tables of one pod's flows.
@@ -203,6 +205,7 @@ impl Capture {
         match made {
             Ok(pod) => {
                 let net = Arc::clone(&pod.net);
+                pod.guests.follow(&net);
                 pods.insert(cookie, pod);
                 self.take_from_crashed(cookie);
                 Ok(net)
@@ -233,11 +236,12 @@ impl Capture {
         let links = self.dir.pod(cookie);
         make(&links)?;
         attach(&mut object, &netns, &links)?;
+        let guests = Guests::of(&mut object, &self.dir, cookie)?;
 
         let listeners = sockets.map(|socket| TcpListener::from_std(socket.into()));
         let [outbound, inbound, mesh] = listeners;
         let net = Net::Kernel(KernelNet::new(netns, facts));
-        Ok(Enrolled { net: PodNet::new(workload, [outbound?, inbound?, mesh?], net), flows })
+        Ok(Enrolled { net: PodNet::new(workload, [outbound?, inbound?, mesh?], net), flows, guests })
     }
 
     /// Lists the pod's own maps under its cookie, where the programs of the node look for them, unless they are listed.
@@ -280,7 +284,7 @@ impl Capture {
         let mut pods = self.shared.pods();
         match pods.entry(cookie) {
             hash_map::Entry::Occupied(entry) if std::ptr::eq(&raw const *entry.get().net, pod) => {
-                entry.remove();
+                entry.remove().guests.close();
             }
             _ => return Ok(()),
         }
@@ -294,13 +298,14 @@ impl Capture {
     pub(super) fn take_away(&self, cookie: u64) -> Result<()> {
         let captured = self.pods_map().and_then(|mut map| missing_is_fine(map.remove(&cookie)));
         let links = detach_all(&self.dir.pod(cookie));
+        let routes = guests::leave(&self.dir.guests().join(cookie.to_string()));
         let policy = self.forget_policy(cookie);
         let tables = [ORIGINAL_DST, CLIENTS, FLOWS, PACKET_FLOWS, STEERING].map(|name| {
             let mut map: HashOfMaps<MapData, u64, MapData> = loader::open(&self.dir, name)?;
             missing_is_fine(map.remove(&cookie)).with_context(|| format!("map {name}"))
         });
         let pins = unpin_all(&self.dir.maps_of(cookie));
-        captured.and(links).and(policy).and(tables.into_iter().collect::<Result<()>>()).and(pins)
+        captured.and(links).and(routes).and(policy).and(tables.into_iter().collect::<Result<()>>()).and(pins)
     }
 
     /// Pods enrolled now.

@@ -1,7 +1,7 @@
 //! What the agent leaves in bpffs while it runs, and taking it away.
 //!
 //! Maps and links are pinned under `BPF_DIR`: `maps/NAME`, `links/NAME`, and for each pod `pod-maps/COOKIE/NAME` and
-//! `pods/COOKIE/NAME` (its links). They outlive a crash, so that pods fail closed rather than open, and pass from an
+//! `pods/COOKIE/NAME` (its links); `guests/COOKIE` leads to the namespace of a pod that has rules and routes. They outlive a crash, so that pods fail closed rather than open, and pass from an
 //! agent to its successor, one of the two owning the directory at any time. Nothing outside the directory is ever
 //! removed. Tested in the lab.
 
@@ -24,10 +24,14 @@ use anyhow::{Context as _, Result, bail};
 use aya::programs::links::FdLink;
 use nix::sys::statfs::{FsType, statfs};
 
+use super::{guests, netns::Netns};
+
 /// Under an agent's directory: its shared maps, the node's links, and the links of each pod by its cookie.
 pub(super) const MAPS: &str = "maps";
 pub(super) const LINKS: &str = "links";
 pub(super) const PODS: &str = "pods";
+/// And where the pods with rules and routes in their namespace are written down, by their cookie.
+pub(super) const GUESTS: &str = "guests";
 
 /// `BPF_FS_MAGIC`.
 const BPF_FS: FsType = FsType(0xcafe_4a11);
@@ -157,7 +161,7 @@ impl BpfDir {
     /// Takes away what this agent has made, and nothing of one that crashed before it.
     fn forget_own(&self) -> Result<()> {
         detach_agent(&self.path)?;
-        for own in [self.maps(), self.pods(), self.pod_maps()] {
+        for own in [self.maps(), self.pods(), self.pod_maps(), self.guests()] {
             unpin_all(&own)?;
         }
         Ok(())
@@ -187,6 +191,10 @@ impl BpfDir {
     /// The maps of the pod in the network namespace with this cookie.
     pub(super) fn maps_of(&self, cookie: u64) -> PathBuf {
         self.pod_maps().join(cookie.to_string())
+    }
+
+    pub(super) fn guests(&self) -> PathBuf {
+        self.path.join(GUESTS)
     }
 
     fn pod_maps(&self) -> PathBuf {
@@ -247,13 +255,14 @@ pub(super) fn detach_all(dir: &Path) -> Result<()> {
     }
 }
 
-/// Detaches every link of an agent whose things are in this directory: the node's, and those of its pods.
+/// Detaches every link of an agent whose things are in this directory: the node's, and those of its pods, whose rules and
+/// routes go then.
 pub(super) fn detach_agent(dir: &Path) -> Result<()> {
     detach_all(&dir.join(LINKS))?;
     for pod in list(&dir.join(PODS))? {
         detach_all(&pod)?;
     }
-    Ok(())
+    guests::leave_all(&dir.join(GUESTS))
 }
 
 /// The paths in a directory; none where there is no directory.
@@ -284,6 +293,59 @@ pub(super) fn replace(path: &Path, program: BorrowedFd<'_>) -> Result<bool> {
         }
         Err(error) => Err(error).with_context(|| format!("cannot replace the program of {}", path.display())),
     }
+}
+
+/// Which packets of an interface a program sees.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Hook {
+    /// Those that come in.
+    Ingress,
+    /// Those that go out.
+    Egress,
+}
+
+/// Attaches a program to an interface of the namespace, after those that are there (TCX, Linux 6.6), and pins its link. A
+/// link that is there already is given the program instead.
+pub(super) fn attach_tcx(
+    netns: &Netns,
+    program: BorrowedFd<'_>,
+    interface: u32,
+    hook: Hook,
+    pinned: &Path,
+) -> Result<()> {
+    if replace(pinned, program)? {
+        return Ok(());
+    }
+    let hook = match hook {
+        Hook::Ingress => libbpf_sys::BPF_TCX_INGRESS,
+        Hook::Egress => libbpf_sys::BPF_TCX_EGRESS,
+    };
+    let path = CString::new(pinned.as_os_str().as_bytes())?;
+    let link = netns.enter(|| {
+        #[expect(
+            unsafe_code,
+            reason = "the loader library attaches no program that it has not loaded itself"
+        )]
+        // SAFETY: an open descriptor, an index, and no options; a descriptor that is not negative is ours, and closed by
+        // its owner here.
+        unsafe {
+            let fd = libbpf_sys::bpf_link_create(
+                program.as_raw_fd(),
+                interface.cast_signed(),
+                hook,
+                std::ptr::null(),
+            );
+            if fd < 0 { Err(io::Error::last_os_error()) } else { Ok(OwnedFd::from_raw_fd(fd)) }
+        }
+    });
+    let link = link.context("the kernel does not attach a program to it")?;
+    #[expect(unsafe_code, reason = "as above")]
+    // SAFETY: `path` is a C string, and the descriptor is open for the length of the call.
+    let failed = unsafe { libbpf_sys::bpf_obj_pin(link.as_raw_fd(), path.as_ptr()) };
+    if failed < 0 {
+        return Err(io::Error::last_os_error()).with_context(|| format!("cannot pin {}", pinned.display()));
+    }
+    Ok(())
 }
 
 /// What the link was attached to is gone.

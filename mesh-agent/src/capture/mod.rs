@@ -16,6 +16,7 @@ pub mod descriptors;
 mod enrol;
 mod fixed;
 mod flows;
+mod guests;
 pub mod inspect;
 mod instance;
 mod kernel;
@@ -27,6 +28,7 @@ pub mod objects;
 mod policy;
 mod prove;
 pub mod residue;
+mod rtnetlink;
 mod sockets;
 mod tables;
 
@@ -49,6 +51,7 @@ pub use self::{
     adopt::{Adopted, OfferedPod},
     enrol::Capture,
     instance::Mark,
+    guests::rules_and_routes_in,
     links::clean,
     live::bring_up_to_date,
     loader::{CaptureConfig, EbpfLog},

@@ -1,7 +1,7 @@
 //! What of ours is in the kernel: programs, links, maps, pins, processes that hold any of them, and their listeners.
 //!
 //! Promises to find what carries a mark ([`Mark`]) by the kernel's own lists, whether or not it is pinned, and to tell one
-//! instance's from another's. Namespaces have no other trace: no rule, route or sysctl is ever set. Never takes for
+//! instance's from another's. (Rules and routes of pods with guests carry no mark: `guests.rs` finds those.) Never takes for
 //! ours what merely has the name of one of our maps. Tested in `tests/tests/no_residue.rs`; the lab ends each test with it.
 
 use std::{
