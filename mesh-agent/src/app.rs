@@ -388,6 +388,7 @@ async fn report_losses(capture: Weak<Capture>, mut losses: Losses, reporter: Arc
             match reason.outcome {
                 Outcome::Refused => reporter.refused_in_kernel(reason.word, count),
                 Outcome::Lost => reporter.lost_in_kernel(reason.word, count),
+                Outcome::Dropped => reporter.dropped_in_kernel(reason.word, count),
             }
         }
     }

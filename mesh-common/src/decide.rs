@@ -5,7 +5,7 @@
 
 use crate::{
     addr::Addr,
-    maps::{EXCLUDED_PORTS_CAPACITY, FULL_NS, PodAddrs, Ports, listener, policy, port},
+    maps::{EXCLUDED_PORTS_CAPACITY, FULL_NS, PodAddrs, Ports, kind, listener, policy, port},
 };
 
 /// IP protocol number of TCP.
@@ -150,6 +150,28 @@ pub const fn is_guests(pod: &PodAddrs, local: &Addr, remote: &Addr) -> bool {
 #[inline(always)]
 pub const fn without_agent(index: u32, flags: u8) -> Inbound {
     if flags & policy::OPEN != 0 && index == listener::INBOUND { Inbound::Pass } else { Inbound::Refuse }
+}
+
+/// Whether a TCP segment may leave a pod whose egress is restricted. `socket`: the state of the socket in the pod that has
+/// exactly these ends, and what is known of it ([`kind`]); `bare`: the segment has no payload; `tcp_flags`: of its
+/// header; `flags`: the pod's bits of [`policy`].
+///
+/// Every socket of an enrolled pod is either the agent's, has accepted, is excluded, or was left alone by the hooks; the last
+/// alone has no business outside. What has no socket may only refuse or answer (a reset; a SYN-ACK, which under SYN
+/// cookies has none yet).
+#[inline(always)]
+pub const fn may_leave(socket: Option<(u8, u8)>, tcp_flags: u8, bare: bool, flags: u8) -> bool {
+    const SYN: u8 = 2;
+    const RST: u8 = 4;
+    const ACK: u8 = 16;
+    match socket {
+        None | Some((tcp::LISTEN, _)) => {
+            bare && (tcp_flags & RST != 0 || tcp_flags & (SYN | ACK) == SYN | ACK)
+        }
+        // While there is no agent such a pod's connections pass, and then stay.
+        Some((_, kind::PASSING)) => flags & policy::OPEN != 0,
+        Some(_) => true,
+    }
 }
 
 /// Whether the port is in one of these ranges.
@@ -382,6 +404,33 @@ mod tests {
         assert_eq!(without_agent(listener::INBOUND, policy::OPEN), Inbound::Pass);
         assert_eq!(without_agent(listener::OUTBOUND, policy::OPEN), Inbound::Refuse);
         assert_eq!(without_agent(listener::MESH, policy::OPEN), Inbound::Refuse);
+    }
+
+    #[test]
+    fn where_egress_is_restricted_only_known_sockets_speak() {
+        const SYN: u8 = 2;
+        const RST: u8 = 4;
+        const ACK: u8 = 16;
+        for nobody in [None, Some((tcp::LISTEN, kind::NONE))] {
+            for (flags, bare, leaves) in [
+                (SYN, true, false),
+                (ACK, true, false),
+                (ACK, false, false),
+                (RST, true, true),
+                (RST | ACK, true, true),
+                (RST, false, false),
+                (SYN | ACK, true, true),
+                (SYN | ACK, false, false),
+            ] {
+                assert_eq!(may_leave(nobody, flags, bare, policy::OPEN), leaves, "{flags} {bare}");
+            }
+        }
+        for kind in [kind::DIALLER, kind::LISTENER, kind::APP, kind::EXCLUDED, kind::NONE] {
+            assert!(may_leave(Some((tcp::ESTABLISHED, kind)), ACK, false, 0));
+            assert!(may_leave(Some((tcp::SYN_SENT, kind)), SYN, true, 0));
+        }
+        assert!(!may_leave(Some((tcp::SYN_SENT, kind::PASSING)), SYN, true, 0));
+        assert!(may_leave(Some((tcp::ESTABLISHED, kind::PASSING)), ACK, false, policy::OPEN));
     }
 
     #[test]

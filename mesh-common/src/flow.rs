@@ -69,6 +69,8 @@ pub mod verdict {
     pub const FAILED: u8 = 3;
     /// Left alone because the pod excludes its port or its address from capture.
     pub const EXCLUDED: u8 = 4;
+    /// Dropped: sent around the agent by a pod whose egress is restricted.
+    pub const LEAKED: u8 = 5;
 }
 
 #[cfg(feature = "user")]

@@ -46,6 +46,8 @@ pub const POD_GUESTS: &str = "POD_GUESTS";
 pub const LISTENERS: &str = "LISTENERS";
 /// Read-only global of the programs of one pod: its network namespace cookie (`u64`).
 pub const NETNS_COOKIE: &str = "NETNS_COOKIE";
+/// Read-only global of the guard of one pod: the number that the pod's network namespace has in the agent's (`u64`).
+pub const NETNS_NUMBER: &str = "NETNS_NUMBER";
 
 /// Maps that all programs of one agent share, pinned under these names.
 pub const SHARED: [&str; 11] = [
@@ -164,8 +166,10 @@ pub mod counter {
     pub const CLOSED_FULL: u32 = 3;
     /// Connections refused because there was no memory to keep what they dialled.
     pub const NO_STORAGE: u32 = 4;
+    /// Packets dropped because a pod whose egress is restricted sent them around the agent.
+    pub const LEAKED: u32 = 5;
     /// How many there are.
-    pub const COUNT: usize = 5;
+    pub const COUNT: usize = 6;
 }
 
 /// Addresses of an enrolled pod.

@@ -10,11 +10,8 @@ use aya_ebpf::{
     EbpfContext as _,
     bindings::{
         BPF_FIB_LKUP_RET_FRAG_NEEDED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup,
-        bpf_sock_tuple,
     },
-    helpers::generated::{
-        bpf_fib_lookup as fib_lookup, bpf_ktime_get_ns, bpf_sk_release, bpf_skc_lookup_tcp,
-    },
+    helpers::generated::{bpf_fib_lookup as fib_lookup, bpf_ktime_get_ns},
     macros::classifier,
     programs::TcContext,
 };
@@ -36,8 +33,6 @@ use crate::{
 
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
-/// `BPF_F_CURRENT_NETNS`
-const THIS_NETNS: u64 = u64::MAX;
 /// `BPF_FIB_LOOKUP_SKIP_NEIGH` (Linux 6.3): where it goes, whether or not the neighbour is known yet.
 const SKIP_NEIGH: u32 = 4;
 /// The byte of a TCP header with the flags, and two of them.
@@ -105,7 +100,7 @@ fn received(ctx: &TcContext) -> Option<()> {
 #[inline(always)]
 fn is_agents(ctx: &TcContext, tuple: &Tuple, flags: u8) -> bool {
     let opens = flags & (SYN | ACK) == SYN;
-    match socket_state(ctx, tuple) {
+    match tc::socket(ctx, tuple, tc::THIS_NETNS).map(|(state, _)| state) {
         // A new connection may have the ends of one that is over: it is decided anew.
         Some(tcp::TIME_WAIT) if opens => {}
         None | Some(tcp::LISTEN) => {}
@@ -135,41 +130,6 @@ fn is_captured(dst: &Addr) -> bool {
         && (pod.flags == 0
             || !(excludes_outbound(pod.flags, netns, dst)
                 || (pod.flags & policy::OPEN != 0 && listener_is_gone(&LISTENERS))))
-}
-
-/// The state of the socket in the pod that has these ends: a listener where there is none but one.
-#[inline(always)]
-fn socket_state(ctx: &TcContext, tuple: &Tuple) -> Option<u8> {
-    // SAFETY: integers alone.
-    let mut ends: bpf_sock_tuple = unsafe { zeroed() };
-    let (sport, dport) = (tuple.src.port.to_be(), tuple.dst.port.to_be());
-    let is_v4 = if let (Some(src), Some(dst)) = (tuple.src.as_v4(), tuple.dst.as_v4()) {
-        // SAFETY: writing a field of a union of integers.
-        let v4 = unsafe { &mut ends.__bindgen_anon_1.ipv4 };
-        (v4.saddr, v4.daddr) = (u32::from_ne_bytes(src), u32::from_ne_bytes(dst));
-        (v4.sport, v4.dport) = (sport, dport);
-        true
-    } else {
-        // SAFETY: as above.
-        let v6 = unsafe { &mut ends.__bindgen_anon_1.ipv6 };
-        (v6.saddr, v6.daddr) = (split(tuple.src.ip), split(tuple.dst.ip));
-        (v6.sport, v6.dport) = (sport, dport);
-        false
-    };
-    // SAFETY: the helper reads as many bytes; what it returns is given back, which the verifier checks.
-    unsafe {
-        let sk = if is_v4 {
-            bpf_skc_lookup_tcp(ctx.as_ptr(), &raw mut ends, 12, THIS_NETNS, 0)
-        } else {
-            bpf_skc_lookup_tcp(ctx.as_ptr(), &raw mut ends, 36, THIS_NETNS, 0)
-        };
-        if sk.is_null() {
-            return None;
-        }
-        let state = read_volatile(&raw const (*sk).state) as u8;
-        bpf_sk_release(sk.cast());
-        Some(state)
-    }
 }
 
 /// Whether the pod routes this out of itself: not to an address of its own, nor to another of its guests.

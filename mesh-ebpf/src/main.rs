@@ -3,7 +3,7 @@
 //! `connect.rs` sends the connections of enrolled pods to the agent, `sockops.rs` tells both ends what belongs
 //! together and counts flows, `peername.rs` tells apps the truth about their peers, `inbound.rs` steers what arrives
 //! at a pod, `tc.rs` counts packets no socket hook sees, `guests.rs` hands over the connections of nested containers and
-//! virtual machines. Never sends a packet of its own and never changes one.
+//! virtual machines, `guard.rs` drops what leaves around the agent. Never sends a packet of its own and never changes one.
 //! Built by `cargo xtask build-ebpf`; on any other target it is an empty program. Tested in the lab
 //! (`tests/tests/capture/`).
 #![cfg_attr(target_arch = "bpf", no_std, no_main, feature(asm_experimental_arch))]
@@ -25,6 +25,8 @@
 
 #[cfg(target_arch = "bpf")]
 mod connect;
+#[cfg(target_arch = "bpf")]
+mod guard;
 #[cfg(target_arch = "bpf")]
 mod guests;
 #[cfg(target_arch = "bpf")]

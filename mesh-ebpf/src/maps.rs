@@ -71,6 +71,10 @@ pub static POD_GUESTS: LruHashMap<Tuple, u64, GUESTS_CAPACITY> = LruHashMap::new
 #[unsafe(no_mangle)]
 pub static NETNS_COOKIE: Global<u64> = Global::new(0);
 
+/// The number of that pod's network namespace in the agent's, for its guard.
+#[unsafe(no_mangle)]
+pub static NETNS_NUMBER: Global<u64> = Global::new(0);
+
 /// Socket storage that sockets accepted by a listener inherit. (The library's own type has no flag for that.)
 #[repr(C)]
 pub struct SocketStorage {

@@ -1,32 +1,36 @@
 //! TCX on the pod's interfaces: counts the flows no socket hook sees: UDP, other IP protocols, and TCP that
 //! has no socket in the pod (nested containers and virtual machines). Everything else is left at once.
 //!
-//! Never drops, marks or redirects a packet: `guests.rs` does. Tested in the lab.
+//! Never drops, marks or redirects a packet: `guests.rs` marks, `guard.rs` drops. Tested in the lab.
 
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::bpf_hdr_start_off::BPF_HDR_START_NET,
-    helpers::generated::{bpf_ktime_get_ns, bpf_skb_load_bytes_relative},
+    bindings::{bpf_hdr_start_off::BPF_HDR_START_NET, bpf_sock_tuple},
+    helpers::generated::{
+        bpf_ktime_get_ns, bpf_sk_fullsock, bpf_sk_release, bpf_skb_load_bytes_relative, bpf_skc_lookup_tcp,
+    },
     macros::classifier,
     programs::TcContext,
 };
-use core::ptr::read_volatile;
+use core::{mem::zeroed, ptr::read_volatile};
 use mesh_common::{
     decide::IPPROTO_TCP,
     flow::{FlowRecord, direction, verdict},
-    maps::{PacketKey, counter},
+    maps::{PacketKey, Tuple, counter, kind},
 };
 
-use crate::maps::{NETNS_COOKIE, POD_PACKET_FLOWS, count};
+use crate::maps::{NETNS_COOKIE, POD_PACKET_FLOWS, SOCKETS, count, split};
 
 /// The next program decides; ours only counts.
 pub const TCX_NEXT: i32 = -1;
+/// `BPF_F_CURRENT_NETNS`
+pub const THIS_NETNS: u64 = u64::MAX;
 const ETH_P_IP: u16 = 0x0800;
 const ETH_P_IPV6: u16 = 0x86dd;
 pub const TCP: u8 = IPPROTO_TCP as u8;
 const UDP: u8 = 17;
 const SCTP: u8 = 132;
-const IPV6_HEADER: u32 = 40;
+pub const IPV6_HEADER: u32 = 40;
 /// Bytes of the headers of a segment that the kernel has merged into one packet, beside its IP header.
 const UDP_HEADER: u64 = 8;
 const TCP_HEADER: u64 = 20;
@@ -72,6 +76,9 @@ fn account(ctx: &TcContext, sent: bool, has_socket: bool) -> Option<()> {
         return None;
     }
     let flow = match POD_PACKET_FLOWS.get_ptr_mut(&key) {
+        // SAFETY: an entry of the map, freed after the programs that hold it have ended. What leaks is counted where it is
+        // dropped.
+        Some(flow) if unsafe { (*flow).verdict } == verdict::LEAKED => return None,
         Some(flow) => flow,
         // Incoming TCP is a socket's unless the answers have shown otherwise.
         None if key.protocol == TCP && !sent => return None,
@@ -162,6 +169,50 @@ unsafe fn xadd(to: *mut u64, value: u64) {
     // SAFETY: `to` is a field of a map value, aligned to eight bytes.
     unsafe {
         core::arch::asm!("lock *(u64 *)({to} + 0) += {value}", to = in(reg) to, value = in(reg) value, options(nostack));
+    }
+}
+
+/// The socket that has these ends (`src` is the other side's): its state and what is known of it. A listener where there is
+/// none but one.
+#[inline(always)]
+pub fn socket(ctx: &TcContext, tuple: &Tuple, netns: u64) -> Option<(u8, u8)> {
+    // SAFETY: integers alone.
+    let mut ends: bpf_sock_tuple = unsafe { zeroed() };
+    let (sport, dport) = (tuple.src.port.to_be(), tuple.dst.port.to_be());
+    let is_v4 = if let (Some(src), Some(dst)) = (tuple.src.as_v4(), tuple.dst.as_v4()) {
+        // SAFETY: writing a field of a union of integers.
+        let v4 = unsafe { &mut ends.__bindgen_anon_1.ipv4 };
+        (v4.saddr, v4.daddr) = (u32::from_ne_bytes(src), u32::from_ne_bytes(dst));
+        (v4.sport, v4.dport) = (sport, dport);
+        true
+    } else {
+        // SAFETY: as above.
+        let v6 = unsafe { &mut ends.__bindgen_anon_1.ipv6 };
+        (v6.saddr, v6.daddr) = (split(tuple.src.ip), split(tuple.dst.ip));
+        (v6.sport, v6.dport) = (sport, dport);
+        false
+    };
+    // SAFETY: the helper reads as many bytes; what it returns is given back, which the verifier checks.
+    unsafe {
+        let sk = if is_v4 {
+            bpf_skc_lookup_tcp(ctx.as_ptr(), &raw mut ends, 12, netns, 0)
+        } else {
+            bpf_skc_lookup_tcp(ctx.as_ptr(), &raw mut ends, 36, netns, 0)
+        };
+        if sk.is_null() {
+            return None;
+        }
+        let state = read_volatile(&raw const (*sk).state) as u8;
+        let mut known = kind::NONE;
+        // What is not yet or no longer a whole socket has no storage.
+        let whole = bpf_sk_fullsock(sk);
+        if !whole.is_null()
+            && let Some(facts) = SOCKETS.get(whole)
+        {
+            known = facts.kind;
+        }
+        bpf_sk_release(sk.cast());
+        Some((state, known))
     }
 }
 

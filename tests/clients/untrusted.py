@@ -294,7 +294,50 @@ def hold(host, processes, count, probe):
     return {"kept": kept, "during": during}
 
 
-VERBS = {verb.__name__: verb for verb in (options, dial, borrow, forged, replay, listen_on_hash, squat, bpf, network, flood, hold)}
+def checksum(data):
+    total = sum(struct.unpack(f"!{len(data) // 2}H", data[: len(data) & ~1])) + (data[-1] << 8 if len(data) % 2 else 0)
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return ~total & 0xFFFF
+
+
+def segment(source, destination, port, flags, payload, hidden):
+    """A TCP segment made by hand, in an IP packet; `hidden` behind options of IPv6."""
+    family = socket.AF_INET6 if ":" in source else socket.AF_INET
+    ends = socket.inet_pton(family, source) + socket.inet_pton(family, destination)
+    header = struct.pack("!HHIIBBHHH", 40000, port, 1, 1, 5 << 4, flags, 8192, 0, 0)
+    length = len(header) + len(payload)
+    pseudo = ends + (struct.pack("!BBH", 0, 6, length) if family == socket.AF_INET else struct.pack("!II", length, 6))
+    header = header[:16] + struct.pack("!H", checksum(pseudo + header + payload)) + header[18:]
+    if family == socket.AF_INET:
+        ip = struct.pack("!BBHHHBBH", 0x45, 0, 20 + length, 1, 0, 64, 6, 0) + ends
+        return 0x0800, ip[:10] + struct.pack("!H", checksum(ip)) + ip[12:] + header + payload
+    options = struct.pack("!BBBB4x", 6, 0, 1, 4) if hidden else b""
+    ip = struct.pack("!IHBB", 6 << 28, length + len(options), 60 if hidden else 6, 64) + ends
+    return 0x86DD, ip + options + header + payload
+
+
+def by_hand(source, destination, bypass, *segments):
+    """Sends segments, each `PORT:FLAGS:BYTES` (and `:hidden`), past the kernel's TCP, and where asked past its queues."""
+    SOL_PACKET, PACKET_QDISC_BYPASS = 263, 20
+    gateway = "fe80::1" if ":" in source else "169.254.1.1"
+    neighbour = subprocess.run(["ip", "neigh", "show", gateway, "dev", "eth0"], capture_output=True, text=True).stdout
+    mac = bytes.fromhex(re.search(r"lladdr (\S+)", neighbour).group(1).replace(":", ""))
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as packets:
+        packets.setsockopt(SOL_PACKET, PACKET_QDISC_BYPASS, int(bypass))
+        packets.bind(("eth0", 0))
+        own = packets.getsockname()[4]
+        for text in segments:
+            port, flags, size, *rest = text.split(":")
+            kind, packet = segment(source, destination, int(port), int(flags), b"x" * int(size), "hidden" in rest)
+            packets.send(mac + own + struct.pack("!H", kind) + packet)
+    return {"sent": len(segments)}
+
+
+VERBS = {
+    verb.__name__: verb
+    for verb in (options, dial, borrow, forged, replay, listen_on_hash, squat, bpf, network, flood, hold, by_hand)
+}
 
 if __name__ == "__main__":
     print(json.dumps(VERBS[sys.argv[1]](*sys.argv[2:])))

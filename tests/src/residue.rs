@@ -15,8 +15,8 @@ use std::{
 use anyhow::{Context as _, Result};
 use mesh_agent::capture::{
     Mark,
-    rules_and_routes_in,
     residue::{Trace, Whose},
+    rules_and_routes_in,
 };
 use nix::{
     fcntl::{Flock, FlockArg},

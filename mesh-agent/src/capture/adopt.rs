@@ -28,6 +28,7 @@ use tokio::net::TcpListener;
 use super::{
     Net, PodNet, cgroup,
     enrol::{self, Capture, Cgroups, Enrolled, Flows, pod_addrs},
+    guard,
     guests::Guests,
     kernel::{Facts, KernelNet},
     links::{BpfDir, detach_others},
@@ -170,10 +171,11 @@ impl Capture {
         let Net::Kernel(kernel) = &net.net else { return Ok(()) };
         let links = self.dir.pod(cookie);
         enrol::attach(&mut object, kernel.netns(), &links)?;
-        let known = ["inbound", "egress-", "ingress-", "from-guest-", "to-guest-"];
+        let known = ["inbound", "egress-", "ingress-", "from-guest-", "to-guest-", guard::PINS];
         detach_others(&links, |pinned| known.iter().any(|name| pinned.starts_with(name)))?;
         guests.follow(&net);
-        Ok(())
+        let restricted = net.workload.capture.restrict_egress;
+        self.guard(cookie, kernel.netns(), &net.workload.ips, restricted)
     }
 }
 

@@ -237,6 +237,7 @@ impl Capture {
         make(&links)?;
         attach(&mut object, &netns, &links)?;
         let guests = Guests::of(&mut object, &self.dir, cookie)?;
+        self.guard(cookie, &netns, &workload.ips, workload.capture.restrict_egress)?;
 
         let listeners = sockets.map(|socket| TcpListener::from_std(socket.into()));
         let [outbound, inbound, mesh] = listeners;

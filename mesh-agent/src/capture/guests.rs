@@ -183,7 +183,7 @@ impl Guests {
             routes.add_rule(name).context("a rule of its namespace")?;
             for (prefix, program, hook) in [(TO, &self.to, Hook::Egress), (FROM, &self.from, Hook::Ingress)] {
                 let pinned = self.links.join(format!("{prefix}{index}"));
-                links::attach_tcx(netns, program.as_fd(), *index, hook, &pinned)
+                links::attach_tcx(Some(netns), program.as_fd(), *index, hook, &pinned)
                     .with_context(|| format!("interface {name}"))?;
             }
         }
@@ -226,7 +226,7 @@ fn inner_interfaces(netns: &Netns, pods: &[IpAddr]) -> Result<Interfaces> {
     let links = routes.links().context("interfaces of its namespace")?;
     let addresses = routes.addresses().context("addresses of its namespace")?;
     let agents = File::open("/proc/self/ns/net").context("the agent's own network namespace")?;
-    let agents = routes.number_of(&agents).context("the agent's own network namespace")?;
+    let agents = routes.number_of(agents.as_fd()).context("the agent's own network namespace")?;
     let has_pods =
         |link: &Link| addresses.iter().any(|(index, ip)| *index == link.index && pods.contains(ip));
     let mut inner: Interfaces = links
@@ -315,7 +315,7 @@ mod tests {
     use super::*;
 
     fn link(kind: Option<InfoKind>, has_controller: bool, peer_netns: Option<i32>) -> Link {
-        Link { index: 7, name: "x".to_owned(), kind, has_controller, peer_netns }
+        Link { index: 7, name: "x".to_owned(), kind, has_controller, peer: 2, peer_netns }
     }
 
     #[test]

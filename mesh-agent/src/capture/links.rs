@@ -304,10 +304,10 @@ pub(super) enum Hook {
     Egress,
 }
 
-/// Attaches a program to an interface of the namespace, after those that are there (TCX, Linux 6.6), and pins its link. A
+/// Attaches a program to an interface of the namespace (`None`: the agent's own), after those that are there (TCX, Linux 6.6), and pins its link. A
 /// link that is there already is given the program instead.
 pub(super) fn attach_tcx(
-    netns: &Netns,
+    netns: Option<&Netns>,
     program: BorrowedFd<'_>,
     interface: u32,
     hook: Hook,
@@ -321,7 +321,7 @@ pub(super) fn attach_tcx(
         Hook::Egress => libbpf_sys::BPF_TCX_EGRESS,
     };
     let path = CString::new(pinned.as_os_str().as_bytes())?;
-    let link = netns.enter(|| {
+    let attach = || {
         #[expect(
             unsafe_code,
             reason = "the loader library attaches no program that it has not loaded itself"
@@ -337,7 +337,11 @@ pub(super) fn attach_tcx(
             );
             if fd < 0 { Err(io::Error::last_os_error()) } else { Ok(OwnedFd::from_raw_fd(fd)) }
         }
-    });
+    };
+    let link = match netns {
+        Some(netns) => netns.enter(attach),
+        None => attach(),
+    };
     let link = link.context("the kernel does not attach a program to it")?;
     #[expect(unsafe_code, reason = "as above")]
     // SAFETY: `path` is a C string, and the descriptor is open for the length of the call.

@@ -12,10 +12,12 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use aya::{
     Ebpf, EbpfLoader,
     maps::{Map, MapData},
-    programs::{CgroupAttachMode, CgroupSockAddr, Program, ProgramError, SockOps, links::FdLink},
+    programs::{
+        CgroupAttachMode, CgroupSockAddr, Program, ProgramError, SchedClassifier, SockOps, links::FdLink,
+    },
 };
 use aya_log::EbpfLogger;
-use mesh_common::maps::{NETNS_COOKIE, OF_A_POD, SHARED};
+use mesh_common::maps::{NETNS_COOKIE, NETNS_NUMBER, OF_A_POD, SHARED};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::{
     io::{Interest, unix::AsyncFd},
@@ -36,6 +38,9 @@ static OBJECT: &[u8] = &[];
 
 /// The log's ring buffer, as the log library names it.
 const LOG_MAP: &str = "AYA_LOGS";
+
+/// The program of pods whose egress is restricted.
+const GUARD: &str = "guard";
 
 /// How the kernel side is set up.
 #[derive(Debug, Clone)]
@@ -99,7 +104,7 @@ pub(super) struct Object {
 /// Loads the programs of the node. The shared maps are pinned on the way, or found where they are pinned.
 pub(super) fn load(dir: &BpfDir, with: &Loading) -> Result<Object> {
     raise_limits();
-    let mut node = load_object(dir, with, None)?;
+    let mut node = load_object(dir, with, None, 0)?;
     for (name, program) in node.ebpf.programs_mut() {
         let loaded = match program {
             Program::SockOps(program) => program.load(),
@@ -122,11 +127,14 @@ pub(super) fn load(dir: &BpfDir, with: &Loading) -> Result<Object> {
 /// Loads the programs of the pod in the network namespace with this cookie. Its maps are pinned on the way, or found
 /// where they are pinned.
 pub(super) fn load_pod(dir: &BpfDir, with: &Loading, cookie: u64) -> Result<Object> {
-    let mut pod = load_object(dir, with, Some(cookie))?;
+    let mut pod = load_object(dir, with, Some(cookie), 0)?;
+    let guard = pod.mark.name(GUARD);
     // Before any map is taken out and closed: until it is loaded a program knows its maps by their descriptors.
     for (name, program) in pod.ebpf.programs_mut() {
         let loaded = match program {
             Program::SkLookup(program) => program.load(),
+            // Few pods have one.
+            _ if name == guard => Ok(()),
             Program::SchedClassifier(program) => program.load(),
             _ => Ok(()),
         };
@@ -135,7 +143,15 @@ pub(super) fn load_pod(dir: &BpfDir, with: &Loading, cookie: u64) -> Result<Obje
     Ok(pod)
 }
 
-fn load_object(dir: &BpfDir, with: &Loading, pod: Option<u64>) -> Result<Object> {
+/// Loads the guard of a pod that [`load_pod`] was called for. `number`: of its network namespace in the agent's.
+pub(super) fn load_guard(dir: &BpfDir, with: &Loading, cookie: u64, number: u64) -> Result<Object> {
+    let mut object = load_object(dir, with, Some(cookie), number)?;
+    let guard: &mut SchedClassifier = program(&mut object, GUARD)?;
+    guard.load().with_context(|| format!("the kernel refuses the {GUARD} program"))?;
+    Ok(object)
+}
+
+fn load_object(dir: &BpfDir, with: &Loading, pod: Option<u64>, number: u64) -> Result<Object> {
     if OBJECT.is_empty() {
         bail!(
             "this agent was built without its kernel programs: run `cargo xtask build-ebpf` and build it again"
@@ -148,6 +164,7 @@ fn load_object(dir: &BpfDir, with: &Loading, pod: Option<u64>) -> Result<Object>
     let (pins, sizes): (Vec<_>, _) = (shared.chain(own).collect(), with.tables.sizes(mark));
     let mut loader = EbpfLoader::new();
     loader.override_global(aya_log::LEVEL, &level, true).override_global(NETNS_COOKIE, &cookie, true);
+    loader.override_global(NETNS_NUMBER, &number, true);
     for (name, entries) in &sizes {
         loader.map_max_entries(name, *entries);
     }

@@ -16,6 +16,7 @@ pub mod descriptors;
 mod enrol;
 mod fixed;
 mod flows;
+mod guard;
 mod guests;
 pub mod inspect;
 mod instance;
@@ -50,8 +51,8 @@ use tokio_util::sync::CancellationToken;
 pub use self::{
     adopt::{Adopted, OfferedPod},
     enrol::Capture,
-    instance::Mark,
     guests::rules_and_routes_in,
+    instance::Mark,
     links::clean,
     live::bring_up_to_date,
     loader::{CaptureConfig, EbpfLog},

@@ -55,7 +55,8 @@ impl Capture {
             let mut pods = self.pods_map()?;
             let mut addrs = pods.get(&cookie, 0).context("map PODS")?;
             addrs.flags = flags;
-            pods.insert(cookie, addrs, 0).context("map PODS")
+            pods.insert(cookie, addrs, 0).context("map PODS")?;
+            self.guard(cookie, net.netns(), &workload.ips, workload.capture.restrict_egress)
         })
     }
 

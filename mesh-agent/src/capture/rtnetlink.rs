@@ -5,10 +5,9 @@
 //! (`tests/tests/traffic_without_sockets.rs`).
 
 use std::{
-    fs::File,
     io::{self, Read as _},
     net::IpAddr,
-    os::fd::AsRawFd as _,
+    os::fd::{AsRawFd as _, BorrowedFd},
 };
 
 use mesh_common::maps::GUEST_MARK;
@@ -56,19 +55,19 @@ pub(super) struct Link {
     pub(super) kind: Option<InfoKind>,
     /// It is a port of another one, a bridge.
     pub(super) has_controller: bool,
+    /// The index of its other end, or of what it stands on; 0 without.
+    pub(super) peer: u32,
     /// Whose other end is in another namespace: that namespace's number in this one.
     pub(super) peer_netns: Option<i32>,
 }
 
-fn socket(netns: &Netns, kind: Type) -> io::Result<Socket> {
-    netns.enter(|| {
-        Socket::new(Domain::from(nix::libc::AF_NETLINK), kind.cloexec(), Some(Protocol::from(ROUTE)))
-    })
+fn socket(kind: Type) -> io::Result<Socket> {
+    Socket::new(Domain::from(nix::libc::AF_NETLINK), kind.cloexec(), Some(Protocol::from(ROUTE)))
 }
 
 /// A socket that becomes readable when an interface comes, changes or goes. To be called inside a tokio runtime.
 pub(super) fn watch(netns: &Netns) -> io::Result<AsyncFd<Socket>> {
-    let socket = socket(netns, Type::DGRAM.nonblocking())?;
+    let socket = netns.enter(|| socket(Type::DGRAM.nonblocking()))?;
     socket.bind(&groups(LINKS))?;
     #[expect(
         unsafe_code,
@@ -109,7 +108,12 @@ fn groups(groups: u32) -> SockAddr {
 
 impl RouteSocket {
     pub(super) fn open(netns: &Netns) -> io::Result<Self> {
-        socket(netns, Type::DGRAM).map(Self)
+        netns.enter(|| socket(Type::DGRAM)).map(Self)
+    }
+
+    /// In the agent's own namespace.
+    pub(super) fn here() -> io::Result<Self> {
+        socket(Type::DGRAM).map(Self)
     }
 
     /// Its interfaces, loopback too.
@@ -140,7 +144,7 @@ impl RouteSocket {
     }
 
     /// The number that another namespace has in this one, if it has one: no interface leads there else.
-    pub(super) fn number_of(&self, netns: &File) -> io::Result<Option<i32>> {
+    pub(super) fn number_of(&self, netns: BorrowedFd<'_>) -> io::Result<Option<i32>> {
         let mut request = NsidMessage::default();
         request.attributes.push(NsidAttribute::Fd(netns.as_raw_fd().cast_unsigned()));
         let answers = self.ask(Message::GetNsId(request), 0)?;
@@ -259,12 +263,14 @@ fn link_of(message: &LinkMessage) -> Link {
         name: String::new(),
         kind: None,
         has_controller: false,
+        peer: 0,
         peer_netns: None,
     };
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::IfName(name) => link.name.clone_from(name),
             LinkAttribute::Controller(_) => link.has_controller = true,
+            LinkAttribute::Link(index) => link.peer = *index,
             LinkAttribute::LinkNetNsId(number) => link.peer_netns = Some(*number),
             LinkAttribute::LinkInfo(infos) => {
                 link.kind = infos.iter().find_map(|info| match info {

@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use aya::maps::{MapData, PerCpuArray};
+use aya::maps::{MapData, MapError, PerCpuArray};
 use clap::{Args, value_parser};
 use mesh_common::maps::{
     CLIENTS_CAPACITY, COUNTERS, FLOWS_CAPACITY, ORIGINAL_DST_CAPACITY, PACKET_FLOWS_CAPACITY, POD_CLIENTS,
@@ -77,6 +77,8 @@ pub enum Outcome {
     Refused,
     /// A flow was not recorded or not reported; its connection was not touched.
     Lost,
+    /// A packet was dropped that had no business where it was.
+    Dropped,
 }
 
 /// One counter of the kernel's.
@@ -93,7 +95,7 @@ pub struct Reason {
 
 /// All counters of the kernel's, by their index.
 pub const REASONS: [Reason; counter::COUNT] = {
-    use Outcome::{Lost, Refused};
+    use Outcome::{Dropped, Lost, Refused};
     const fn reason(index: u32, outcome: Outcome, word: &'static str, advice: &'static str) -> Reason {
         Reason { index, outcome, word, advice }
     }
@@ -118,6 +120,12 @@ pub const REASONS: [Reason; counter::COUNT] = {
         ),
         reason(counter::CLOSED_FULL, Lost, "closed_flows_full", "more flows end than the agent can read"),
         reason(counter::NO_STORAGE, Refused, "no_memory", "the kernel has no memory for a socket's storage"),
+        reason(
+            counter::LEAKED,
+            Dropped,
+            "leaked",
+            "a pod with mesh.io/egress: restricted sends TCP around the agent; `meshctl flows` shows which, verdict leaked",
+        ),
     ]
 };
 
@@ -151,7 +159,12 @@ impl Losses {
     fn read(&self) -> Result<[u64; counter::COUNT]> {
         let mut sums = [0; counter::COUNT];
         for (sum, reason) in sums.iter_mut().zip(REASONS) {
-            *sum = self.counters.get(&reason.index, 0).context("map COUNTERS")?.iter().sum();
+            *sum = match self.counters.get(&reason.index, 0) {
+                Ok(counted) => counted.iter().sum(),
+                // The table is that of an older agent, which counted less.
+                Err(MapError::KeyNotFound) => 0,
+                Err(error) => return Err(error).context("map COUNTERS"),
+            };
         }
         Ok(sums)
     }
@@ -167,7 +180,14 @@ impl Losses {
             since[i] = (reason, now[i].saturating_sub(self.seen[i]));
             if let Some(count) = self.log[i].tell(since[i].1, Instant::now()) {
                 let Reason { outcome, word, advice, .. } = reason;
-                tracing::warn!(reason = word, count, ?outcome, advice, "the kernel had no room");
+                match outcome {
+                    Outcome::Dropped => {
+                        tracing::warn!(reason = word, count, advice, "packets around the agent were dropped");
+                    }
+                    Outcome::Refused | Outcome::Lost => {
+                        tracing::warn!(reason = word, count, ?outcome, advice, "the kernel had no room");
+                    }
+                }
             }
         }
         self.seen = now;

@@ -124,6 +124,8 @@ pub enum Verdict {
     Failed,
     /// Left alone because the pod excludes its port or address.
     Excluded,
+    /// Dropped: sent around the agent by a pod whose egress is restricted.
+    Leaked,
     /// A record of another version says something else.
     Unknown,
 }
@@ -136,6 +138,7 @@ impl Verdict {
             Self::Bypassed => "bypassed",
             Self::Failed => "failed",
             Self::Excluded => "excluded",
+            Self::Leaked => "leaked",
             Self::Unknown => "unknown",
         }
     }
@@ -312,6 +315,7 @@ fn verdict_of(value: u8) -> Verdict {
         verdict::BYPASSED => Verdict::Bypassed,
         verdict::FAILED => Verdict::Failed,
         verdict::EXCLUDED => Verdict::Excluded,
+        verdict::LEAKED => Verdict::Leaked,
         _ => Verdict::Unknown,
     }
 }

@@ -92,6 +92,7 @@ pub(super) struct Metrics {
     pub log_dropped: Counter,
     pub kernel_refusals: Family<[(&'static str, &'static str); 1], Counter>,
     pub kernel_lost: Family<[(&'static str, &'static str); 1], Counter>,
+    pub kernel_dropped: Family<[(&'static str, &'static str); 1], Counter>,
     certificates: Family<[(&'static str, String); 1], Gauge>,
     certified: Mutex<HashSet<String>>,
 }
@@ -142,6 +143,7 @@ impl Metrics {
             log_dropped: Counter::default(),
             kernel_refusals: Family::default(),
             kernel_lost: Family::default(),
+            kernel_dropped: Family::default(),
             certificates: Family::default(),
             certified: Mutex::default(),
         };
@@ -247,6 +249,11 @@ impl Metrics {
             "mesh_kernel_lost",
             "Flows not recorded or not reported by the kernel because a table was full",
             self.kernel_lost.clone(),
+        );
+        r.register(
+            "mesh_kernel_dropped_packets",
+            "Packets that the kernel dropped because they went around the agent",
+            self.kernel_dropped.clone(),
         );
         r.register(
             "mesh_certificates_expiry_seconds",

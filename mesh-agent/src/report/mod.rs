@@ -373,6 +373,12 @@ impl Reporter {
         self.metrics.kernel_lost.get_or_create(&[("reason", reason)]).inc_by(count);
     }
 
+    /// Packets that the kernel has dropped because they went around the agent, since the last call:
+    /// `mesh_kernel_dropped_packets_total`.
+    pub fn dropped_in_kernel(&self, reason: &'static str, count: u64) {
+        self.metrics.kernel_dropped.get_or_create(&[("reason", reason)]).inc_by(count);
+    }
+
     /// All certificates in use and when each expires: `mesh_certificates_expiry_seconds`, in seconds since 1970.
     pub fn set_certificates(&self, expiry: &[(SpiffeId, SystemTime)]) {
         self.metrics.set_certificates(expiry);

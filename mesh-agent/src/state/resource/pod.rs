@@ -19,6 +19,7 @@ const EXCLUDE_OUTBOUND_CIDRS: &str = "mesh.io/exclude-outbound-cidrs";
 const EXCLUDE_INBOUND_PORTS: &str = "mesh.io/exclude-inbound-ports";
 const EXCLUDE_INBOUND_CIDRS: &str = "mesh.io/exclude-inbound-cidrs";
 const WHEN_AGENT_IS_DOWN: &str = "mesh.io/when-agent-is-down";
+const EGRESS: &str = "mesh.io/egress";
 
 type Annotations = BTreeMap<String, String>;
 
@@ -44,6 +45,11 @@ pub fn capture_policy(annotations: Option<&Annotations>) -> Checked<CapturePolic
         "open" => Ok(WhenAgentIsDown::Open),
         _ => Err(wrong(WHEN_AGENT_IS_DOWN, format!("{word:?} is neither closed nor open"))),
     });
+    let restricted = value(EGRESS).map(|word| match word {
+        "restricted" => Ok(true),
+        "unrestricted" => Ok(false),
+        _ => Err(wrong(EGRESS, format!("{word:?} is neither restricted nor unrestricted"))),
+    });
     let policy = CapturePolicy {
         exclude_outbound: Exclusions {
             ports: named(EXCLUDE_OUTBOUND_PORTS).map_or(Ok(Vec::new()), ports)?,
@@ -54,6 +60,7 @@ pub fn capture_policy(annotations: Option<&Annotations>) -> Checked<CapturePolic
             cidrs: named(EXCLUDE_INBOUND_CIDRS).map_or(Ok(Vec::new()), cidrs)?,
         },
         when_agent_is_down: down.transpose()?,
+        restrict_egress: restricted.transpose()?.unwrap_or_default(),
     };
     if policy.exclude_inbound.ports.iter().any(|range| (range.first..=range.last).contains(&port::MESH)) {
         let message = format!("port {} is the mesh's own and cannot be excluded", port::MESH);
@@ -152,6 +159,8 @@ mod tests {
         assert_eq!(read.when_agent_is_down, Some(WhenAgentIsDown::Open));
         let closed = policy(&[(WHEN_AGENT_IS_DOWN, "closed")]).unwrap();
         assert_eq!(closed.when_agent_is_down, Some(WhenAgentIsDown::Closed));
+        assert!(!closed.restrict_egress && policy(&[(EGRESS, "restricted")]).unwrap().restrict_egress);
+        assert!(!policy(&[(EGRESS, "unrestricted")]).unwrap().restrict_egress);
     }
 
     #[test]
@@ -162,6 +171,7 @@ mod tests {
         let table = [
             (EXCLUDE_OUTBOUND_PORTS, "80,http", "\"http\""),
             (EXCLUDE_OUTBOUND_PORTS, "0", "\"0\""),
+            (EGRESS, "none", "\"none\""),
             (EXCLUDE_OUTBOUND_PORTS, "65536", "\"65536\""),
             (EXCLUDE_OUTBOUND_PORTS, "9-8", "\"9-8\""),
             (EXCLUDE_OUTBOUND_PORTS, "80,,81", "\"\""),

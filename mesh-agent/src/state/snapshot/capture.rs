@@ -13,6 +13,8 @@ pub struct CapturePolicy {
     pub exclude_inbound: Exclusions,
     /// What becomes of its connections while there is no agent; `None` leaves that to the node.
     pub when_agent_is_down: Option<WhenAgentIsDown>,
+    /// TCP that leaves around the agent is dropped.
+    pub restrict_egress: bool,
 }
 
 /// What is not captured: a connection that any of these holds.
