@@ -5,24 +5,23 @@
 //! and its pods are enrolled. Tested by the lab, which runs the real thing.
 
 mod clean;
+mod flows;
 mod listeners;
 mod succession;
 
 use std::{
-    collections::HashMap,
     io,
-    path::{Path, PathBuf},
+    path::Path,
     sync::{Arc, Weak},
     time::Duration,
 };
 
 use anyhow::{Context as _, Result, anyhow};
 use arc_swap::ArcSwap;
-use mesh_common::flow::FlowRecord;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
-    sync::{mpsc, watch},
+    sync::watch,
     task::JoinHandle,
 };
 use tokio_util::sync::CancellationToken;
@@ -30,23 +29,24 @@ use tracing_subscriber::{EnvFilter, layer::SubscriberExt as _, reload, util::Sub
 
 pub use self::clean::clean;
 use self::{
+    flows::{flows_of, report_flows},
     listeners::Listeners,
     succession::{Before, Leaving},
 };
 use crate::{
     admin::{self, CertificateView, LogLevel, Readiness, RunDir},
-    capture::{self, Capture, CaptureConfig, Losses, Outcome, inspect},
+    capture::{Capture, CaptureConfig, Losses, Outcome},
     config::NodeConfig,
     drain::Drain,
     enrolment::{Ended, Enrolment},
     handover::{self, Door, Offered, Place},
     identity::{Authority, CertificateInfo},
     proxy::Mesh,
-    report::{Clock, Context as FlowContext, FlowKey, FlowView, Reporter, join},
+    report::Reporter,
     source::{self, Source},
     state::{
         compile::{Netns, Settings},
-        snapshot::{Snapshot, Workload},
+        snapshot::Snapshot,
     },
     upstream::LocalPods,
 };
@@ -56,9 +56,6 @@ const CERTIFICATES_EVERY: Duration = Duration::from_secs(15);
 
 /// How often the kernel's counters of what it had no room for are read.
 const LOSSES_EVERY: Duration = Duration::from_secs(1);
-
-/// Ended flows joined at once.
-const CLOSED_AT_ONCE: usize = 1024;
 
 /// How long the end of the process waits for the last lines of the access log.
 const LAST_LINES: Duration = Duration::from_secs(1);
@@ -234,6 +231,8 @@ async fn serve_pods(
         reporter: Arc::clone(&reporter),
         limits: config.http,
         path_normalization: config.path_normalization,
+        direct: config.direct,
+        endpoints: capture.endpoints(),
         carrier_interval: config.carrier_interval,
     });
     let (snapshots, drain) = (source.snapshots.clone(), Drain::default());
@@ -245,7 +244,7 @@ async fn serve_pods(
     {
         return Ok(());
     }
-    tokio::spawn(report_closed_flows(capture.closed_flows()?, Arc::clone(&mesh)));
+    tokio::spawn(report_flows(capture.closed_flows()?, Arc::clone(&mesh)));
     drop(capture);
     let door = open_door(&listeners, &run_dir, config)?;
     let readiness = Readiness::default();
@@ -335,37 +334,6 @@ fn serve_operators(listeners: Listeners, state: admin::State, stop: &Cancellatio
     tokio::spawn(admin::serve_metrics(listeners.metrics, Arc::clone(&state.reporter), stop.clone()));
     tokio::spawn(admin::serve_readiness(listeners.readiness, state.readiness.clone(), stop.clone()));
     tokio::spawn(admin::serve_admin(listeners.admin, state, stop.clone()))
-}
-
-fn flows_of(bpf_dir: PathBuf, mesh: Arc<Mesh>) -> admin::Read<Result<Vec<FlowView>>> {
-    Arc::new(move || {
-        let mut records = inspect::read_flows(&bpf_dir)?;
-        capture::bring_up_to_date(&mut records, mesh.pods.all().values().map(|pod| &**pod.net()));
-        Ok(views(&records, &mesh))
-    })
-}
-
-fn views(records: &[FlowRecord], mesh: &Mesh) -> Vec<FlowView> {
-    let snapshot = mesh.snapshot();
-    let pods: HashMap<u64, Arc<Workload>> =
-        mesh.pods.all().values().filter_map(|pod| Some((pod.net().cookie()?, pod.workload()))).collect();
-    let context = FlowContext {
-        snapshot: &snapshot,
-        pod_of: &|cookie| pods.get(&cookie).cloned(),
-        facts: &|pod: &Workload, key: FlowKey| mesh.reporter.facts(pod, key),
-        clock: Clock::now(),
-    };
-    records.iter().map(|record| join(record, &context)).collect()
-}
-
-async fn report_closed_flows(mut closed: mpsc::Receiver<FlowRecord>, mesh: Arc<Mesh>) {
-    let mut records = Vec::new();
-    while closed.recv_many(&mut records, CLOSED_AT_ONCE).await > 0 {
-        for flow in views(&records, &mesh) {
-            mesh.reporter.flow_closed(flow);
-        }
-        records.clear();
-    }
 }
 
 /// What the kernel has no room for is seen in metrics and log. Ends with the process.

@@ -4,7 +4,7 @@ mod limits;
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 pub use self::limits::HttpLimits;
 use crate::{
@@ -95,6 +95,10 @@ pub struct NodeConfig {
     /// `mesh.io/when-agent-is-down` does not say: refused at once, or passed untouched
     #[arg(long, env = "MESH_WHEN_AGENT_IS_DOWN", value_enum, default_value_t = WhenAgentIsDown::Closed)]
     pub when_agent_is_down: WhenAgentIsDown,
+    /// Whether connections between pods of this node, to ports declared to carry bytes, run from app to app without the
+    /// agent where nothing asks for more (a pod says no with `mesh.io/direct: disabled`)
+    #[arg(long, env = "MESH_DIRECT", value_name = "BOOL", default_value_t = true, action = ArgAction::Set)]
+    pub direct: bool,
     /// Access log on stdout, one line per request or connection
     #[arg(long, env = "MESH_ACCESS_LOG", value_enum, default_value_t = AccessLogFormat::Text)]
     pub access_log: AccessLogFormat,

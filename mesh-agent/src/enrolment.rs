@@ -5,6 +5,7 @@
 //! over from the agent before, and handed over to the next (`enrolment/succession.rs`). Tested by the tables below and in
 //! the lab.
 
+mod direct;
 mod succession;
 
 use std::{
@@ -16,7 +17,7 @@ use std::{
 };
 
 use nix::sys::resource::{Resource, getrlimit};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 pub use self::succession::{Prepared, Served};
 use crate::{
@@ -46,6 +47,8 @@ pub struct Enrolment {
     failing: Failing,
     /// Device and inode of each enrolled pod's network namespace: a path may come to name another one.
     namespaces: HashMap<PodName, (u64, u64)>,
+    /// Told when pods have come or gone.
+    pods_changed: Arc<Notify>,
 }
 
 /// How the following of the configuration came to its end.
@@ -156,7 +159,8 @@ fn namespace_id(path: &Path) -> Option<(u64, u64)> {
 impl Enrolment {
     /// Nothing enrolled yet.
     pub fn new(mesh: Arc<Mesh>, capture: Arc<Capture>, authority: Arc<Authority>, drain: Drain) -> Self {
-        Self { mesh, capture, authority, drain, failing: Failing::default(), namespaces: HashMap::new() }
+        let (failing, namespaces, pods_changed) = (Failing::default(), HashMap::new(), Arc::default());
+        Self { mesh, capture, authority, drain, failing, namespaces, pods_changed }
     }
 
     /// What fails, for as long as this runs.
@@ -167,6 +171,23 @@ impl Enrolment {
     /// Follows the configuration, ready once its first round is done, until the agent drains; then lets every pod go,
     /// within `deadline`. A successor that calls at the door ends it too.
     pub async fn run(
+        self,
+        snapshots: watch::Receiver<Arc<Snapshot>>,
+        first_round: BlockReady,
+        deadline: Duration,
+        door: Door,
+    ) -> Ended {
+        let (mesh, capture) = (Arc::clone(&self.mesh), Arc::clone(&self.capture));
+        let direct = direct::keep(mesh, capture, snapshots.clone(), Arc::clone(&self.pods_changed));
+        let direct = tokio::spawn(direct);
+        let ended = self.follow_until(snapshots, first_round, deadline, door).await;
+        direct.abort();
+        // It holds the capture until it has ended.
+        let _ = direct.await;
+        ended
+    }
+
+    async fn follow_until(
         mut self,
         mut snapshots: watch::Receiver<Arc<Snapshot>>,
         first_round: BlockReady,
@@ -286,6 +307,7 @@ impl Enrolment {
         let pod = Arc::new(Pod::new(net, identity, self.drain.child(), limits));
         self.mesh.pods.insert(name.clone(), Arc::clone(&pod));
         self.namespaces.insert(name, id);
+        self.pods_changed.notify_one();
         tokio::spawn(outbound::serve(Arc::clone(&self.mesh), Arc::clone(&pod)));
         for listener in [Listener::Inbound, Listener::Mesh] {
             tokio::spawn(inbound::serve(Arc::clone(&self.mesh), Arc::clone(&pod), listener));
@@ -298,6 +320,7 @@ impl Enrolment {
         self.release(name, &pod);
         self.mesh.pods.remove(name);
         self.namespaces.remove(name);
+        self.pods_changed.notify_one();
         tracing::info!(pod = %name, "pod leaves the mesh");
         tokio::spawn(async move { pod.drain.finish(POD_DRAIN).await });
     }

@@ -3,6 +3,8 @@
 //! Each function takes what a hook has read and says what the hook is to do. Tested by the unit tests below and, in
 //! the kernel, by the lab's capture tests.
 
+pub mod direct;
+
 use crate::{
     addr::Addr,
     maps::{EXCLUDED_PORTS_CAPACITY, FULL_NS, PodAddrs, Ports, kind, listener, policy, port},
@@ -117,11 +119,12 @@ pub const fn own(captured: bool, full: bool) -> Inbound {
 }
 
 /// Who gets a connection to `local` that has no socket yet and comes from elsewhere. `captured`: it is one of the pod's own
-/// all the same, from another address of its. `excluded`: the pod excludes its port or where it comes from. The mesh's own
-/// port is never excluded: others send what they have there, encrypted.
+/// all the same, from another address of its. `passes`: it is a direct connection that the kernel has listed, or the pod
+/// excludes its port or where it comes from. The mesh's own port is never excluded: others send what they have there,
+/// encrypted.
 #[inline(always)]
-pub const fn inbound(local: &Addr, captured: bool, excluded: bool) -> Inbound {
-    match (local.port, captured, excluded) {
+pub const fn inbound(local: &Addr, captured: bool, passes: bool) -> Inbound {
+    match (local.port, captured, passes) {
         (_, true, _) => Inbound::Listener(listener::OUTBOUND),
         (port::MESH, ..) => Inbound::Listener(listener::MESH),
         (_, _, true) => Inbound::Pass,

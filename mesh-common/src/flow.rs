@@ -45,8 +45,8 @@ pub struct FlowRecord {
     pub protocol: u8,
     /// Last TCP state (`TCP_ESTABLISHED` = 1 … as in `include/net/tcp_states.h`).
     pub tcp_state: u8,
-    /// Always zero.
-    pub pad: u32,
+    /// Number of the endpoint that the kernel chose ([`crate::maps::ENDPOINTS`]); 0 where it chose none.
+    pub endpoint: u32,
 }
 
 const _: () = assert!(size_of::<FlowRecord>() == 9 * 8 + 8 + 40 + 8);
@@ -71,6 +71,8 @@ pub mod verdict {
     pub const EXCLUDED: u8 = 4;
     /// Dropped: sent around the agent by a pod whose egress is restricted.
     pub const LEAKED: u8 = 5;
+    /// From app to app without the agent, as the agent allows it.
+    pub const DIRECT: u8 = 6;
 }
 
 #[cfg(feature = "user")]

@@ -2,9 +2,12 @@
 //! these names under `BPF_DIR/maps/`.
 //!
 //! Maps "of a pod" exist once for each enrolled pod, so that no pod can fill another's: the shared maps
-//! [`ORIGINAL_DST`], [`CLIENTS`], [`FLOWS`], [`PACKET_FLOWS`] and [`STEERING`] hold them by the network namespace's cookie.
+//! [`ORIGINAL_DST`], [`CLIENTS`], [`FLOWS`], [`PACKET_FLOWS`], [`STEERING`] and [`ADMITTED`] hold them by the network namespace's cookie.
 //! Layouts only ever grow at their end: an older agent may have pinned them.
 
+mod direct;
+
+pub use self::direct::{Admitted, DirectKey, DirectService, Endpoint, Slot, SlotKey, balancing};
 use crate::addr::Addr;
 
 /// Enrolled pods: network namespace cookie → [`PodAddrs`].
@@ -29,6 +32,16 @@ pub const POLICIES: &str = "POLICIES";
 pub const EXCLUDED_CIDRS: &str = "EXCLUDED_CIDRS";
 /// Network namespace cookie → the pod's [`LISTENERS`].
 pub const STEERING: &str = "STEERING";
+/// Services that a pod may reach directly: [`DirectKey`] → [`DirectService`].
+pub const DIRECT: &str = "DIRECT";
+/// The endpoints of those services: [`SlotKey`] → [`Slot`].
+pub const DIRECT_SLOTS: &str = "DIRECT_SLOTS";
+/// Endpoints of those services, each once: its number → [`Endpoint`].
+pub const ENDPOINTS: &str = "ENDPOINTS";
+/// Network namespace cookie → the pod's [`POD_ADMITTED`].
+pub const ADMITTED: &str = "ADMITTED";
+/// Of a pod: direct connections to it, [`Tuple`] → [`Admitted`].
+pub const POD_ADMITTED: &str = "POD_ADMITTED";
 /// Of a pod: the app's captured connections, [`Tuple`] → [`Entry`] with the address dialled.
 pub const POD_ORIGINAL_DST: &str = "POD_ORIGINAL_DST";
 /// Of a pod: the agent's connections to the app, [`Tuple`] → [`Entry`] with the real client.
@@ -50,7 +63,7 @@ pub const NETNS_COOKIE: &str = "NETNS_COOKIE";
 pub const NETNS_NUMBER: &str = "NETNS_NUMBER";
 
 /// Maps that all programs of one agent share, pinned under these names.
-pub const SHARED: [&str; 11] = [
+pub const SHARED: [&str; 15] = [
     PODS,
     SOCKETS,
     ORIGINAL_DST,
@@ -62,17 +75,29 @@ pub const SHARED: [&str; 11] = [
     POLICIES,
     EXCLUDED_CIDRS,
     STEERING,
+    DIRECT,
+    DIRECT_SLOTS,
+    ENDPOINTS,
+    ADMITTED,
 ];
 /// Maps that exist once for each pod.
-pub const OF_A_POD: [&str; 7] =
-    [POD_ORIGINAL_DST, POD_CLIENTS, POD_FLOWS, POD_PACKET_FLOWS, LISTENERS, INNER_LINKS, POD_GUESTS];
+pub const OF_A_POD: [&str; 8] = [
+    POD_ORIGINAL_DST,
+    POD_CLIENTS,
+    POD_FLOWS,
+    POD_PACKET_FLOWS,
+    LISTENERS,
+    INNER_LINKS,
+    POD_GUESTS,
+    POD_ADMITTED,
+];
 
 /// How every map and program of ours is called in the object, before the agent that loads it puts the mark of its
 /// instance there: `m000000_NAME`. The kernel keeps 15 characters of a name.
 pub const UNMARKED: &str = "m000000_";
 
 /// What follows the mark in the kernel's name of each map.
-pub const KERNEL_NAMES: [(&str, &str); 18] = [
+pub const KERNEL_NAMES: [(&str, &str); 23] = [
     (PODS, "pods"),
     (SOCKETS, "sockets"),
     (ORIGINAL_DST, "origdst"),
@@ -84,6 +109,11 @@ pub const KERNEL_NAMES: [(&str, &str); 18] = [
     (POLICIES, "policy"),
     (EXCLUDED_CIDRS, "cidrs"),
     (STEERING, "steer"),
+    (DIRECT, "direct"),
+    (DIRECT_SLOTS, "slots"),
+    (ENDPOINTS, "endpts"),
+    (ADMITTED, "admit"),
+    (POD_ADMITTED, "pod_adm"),
     (POD_ORIGINAL_DST, "pod_dst"),
     (POD_CLIENTS, "pod_cli"),
     (POD_FLOWS, "pod_flw"),
@@ -113,6 +143,14 @@ pub const EXCLUDED_PORTS_CAPACITY: usize = 64;
 pub const EXCLUDED_CIDRS_OF_A_POD: usize = 256;
 /// Subnets that all pods of a node may exclude. An entry takes memory when it comes to be.
 pub const EXCLUDED_CIDRS_CAPACITY: usize = 131_072;
+/// Services reached directly, each once for every pod that may. What does not fit is reached through the agent.
+pub const DIRECT_CAPACITY: usize = 65_536;
+/// Places for the endpoints of those services.
+pub const DIRECT_SLOTS_CAPACITY: usize = 65_536;
+/// Endpoints of those services.
+pub const ENDPOINTS_CAPACITY: usize = 32_768;
+/// Direct connections to a pod at once.
+pub const ADMITTED_CAPACITY: usize = 65_536;
 /// Bytes of the ring buffer of ended flows: about 7700 flows, so 77,000 a second at ten reads a second.
 pub const CLOSED_BYTES: usize = 1 << 20;
 
@@ -168,8 +206,10 @@ pub mod counter {
     pub const NO_STORAGE: u32 = 4;
     /// Packets dropped because a pod whose egress is restricted sent them around the agent.
     pub const LEAKED: u32 = 5;
+    /// Direct connections that found the [`super::POD_ADMITTED`] of their server's pod full.
+    pub const ADMITTED_FULL: u32 = 6;
     /// How many there are.
-    pub const COUNT: usize = 6;
+    pub const COUNT: usize = 7;
 }
 
 /// Addresses of an enrolled pod.
@@ -311,8 +351,8 @@ pub struct Entry {
     pub full_ns: u64,
     /// The address the app dialled ([`POD_ORIGINAL_DST`]) or the app's real client ([`POD_CLIENTS`]).
     pub addr: Addr,
-    /// Always zero.
-    pub pad: u32,
+    /// Number of the endpoint that the kernel has chosen for the connection; 0 leaves that to the agent.
+    pub endpoint: u32,
 }
 
 const _: () = assert!(size_of::<Entry>() == 40);
@@ -355,8 +395,8 @@ pub struct SocketFacts {
     pub verdict: u8,
     /// Last TCP state.
     pub tcp_state: u8,
-    /// Always zero.
-    pub pad: u32,
+    /// Number of the endpoint that was chosen for the connection, at both its ends; 0 where the kernel chose none.
+    pub endpoint: u32,
 }
 
 const _: () = assert!(size_of::<SocketFacts>() == 48);

@@ -1,5 +1,5 @@
 //! cgroup/connect4 and connect6: an app of an enrolled pod opens a connection. It is sent to the agent's listener in
-//! the pod, and what it dialled is kept on its socket.
+//! the pod, or to the endpoint itself where the agent allows that, and what it dialled is kept on its socket.
 //!
 //! A socket outside enrolled pods costs one failed lookup. The agent's own dialling sockets are told by what the
 //! agent, and nobody else, can put on them. Tested in the lab.
@@ -17,7 +17,10 @@ use mesh_common::{
     maps::{PodAddrs, SocketFacts, counter, kind, policy},
 };
 
-use crate::maps::{PODS, SOCKETS, agent_is_gone, count, excludes_outbound, join, split};
+use crate::{
+    direct,
+    maps::{PODS, SOCKETS, agent_is_gone, count, excludes_outbound, join, split},
+};
 
 const ALLOW: i32 = 1;
 /// `connect` fails with `EPERM`.
@@ -142,7 +145,8 @@ fn steer(
     if known.as_ref().is_some_and(|facts| facts.kind == kind::DIALLER) {
         return Steer::Leave;
     }
-    let Some(to) = decide::outbound(pod, protocol, &bound(), &dst) else {
+    let bound = bound();
+    let Some(to) = decide::outbound(pod, protocol, &bound, &dst) else {
         // The socket may have been captured before, and disconnected.
         if let Some(facts) = known {
             facts.kind = kind::NONE;
@@ -167,6 +171,15 @@ fn steer(
     facts.kind = kind::CLIENT;
     facts.verdict = verdict::CAPTURED;
     facts.addr = dst;
+    facts.endpoint = 0;
+    if let Some(chosen) = direct::choose(netns, pod, &bound, &dst) {
+        facts.endpoint = chosen.endpoint;
+        if let Some(endpoint) = chosen.direct {
+            facts.verdict = verdict::DIRECT;
+            debug!(ctx, target: "mesh_ebpf", "a connection to port {} goes to its endpoint", dst.port);
+            return Steer::To(endpoint);
+        }
+    }
     debug!(ctx, target: "mesh_ebpf", "captured a connection to port {}, by way of port {}", dst.port, to.port);
     Steer::To(to)
 }

@@ -14,7 +14,7 @@ use mesh_common::{
 };
 
 use crate::maps::{
-    INNER_LINKS, LISTENERS, NETNS_COOKIE, POD_CLIENTS, POD_GUESTS, POD_ORIGINAL_DST, POLICIES,
+    INNER_LINKS, LISTENERS, NETNS_COOKIE, POD_ADMITTED, POD_CLIENTS, POD_GUESTS, POD_ORIGINAL_DST, POLICIES,
     excludes_inbound, join,
 };
 
@@ -76,7 +76,8 @@ pub fn m000000_inbound(ctx: SkLookupContext) -> u32 {
         // SAFETY: only whether there is an entry counts.
         decide::from_inner(unsafe { POD_GUESTS.get(&tuple) }.is_some())
     } else {
-        decide::inbound(&dst, captured, dst.port != port::MESH && excluded(dst.port, &src))
+        let passes = dst.port != port::MESH && (admitted(&tuple) || excluded(dst.port, &src));
+        decide::inbound(&dst, captured, passes)
     };
     let Inbound::Listener(index) = choice else { return verdict(choice) };
     match LISTENERS.redirect_sk_lookup(&ctx, index, ASSIGN) {
@@ -100,6 +101,13 @@ const fn verdict(choice: Inbound) -> u32 {
 fn is_inner(interface: u32) -> bool {
     // SAFETY: only whether there is an entry counts.
     unsafe { INNER_LINKS.get(&interface) }.is_some()
+}
+
+/// Whether it is a direct connection, which has no socket yet.
+#[inline(always)]
+fn admitted(tuple: &Tuple) -> bool {
+    // SAFETY: an entry is freed after the programs that hold it have ended.
+    unsafe { POD_ADMITTED.get(tuple) }.is_some_and(|one| one.accepted == 0)
 }
 
 /// Whether the pod excludes its port or the address that dials it.

@@ -1,7 +1,7 @@
 //! The kernel side: one file per hook, each thin over `mesh_common::decide`.
 //!
-//! `connect.rs` sends the connections of enrolled pods to the agent, `sockops.rs` tells both ends what belongs
-//! together and counts flows, `peername.rs` tells apps the truth about their peers, `inbound.rs` steers what arrives
+//! `connect.rs` sends the connections of enrolled pods to the agent, or to where `direct.rs` chooses, `sockops.rs` tells
+//! both ends what belongs together and counts flows, `peername.rs` tells apps the truth about their peers, `inbound.rs` steers what arrives
 //! at a pod, `tc.rs` counts packets no socket hook sees, `guests.rs` hands over the connections of nested containers and
 //! virtual machines, `guard.rs` drops what leaves around the agent. Never sends a packet of its own and never changes one.
 //! Built by `cargo xtask build-ebpf`; on any other target it is an empty program. Tested in the lab
@@ -25,6 +25,8 @@
 
 #[cfg(target_arch = "bpf")]
 mod connect;
+#[cfg(target_arch = "bpf")]
+mod direct;
 #[cfg(target_arch = "bpf")]
 mod guard;
 #[cfg(target_arch = "bpf")]

@@ -13,10 +13,11 @@ use mesh_common::{
     decide,
     flow::{FlowRecord, direction},
     maps::{
-        CLIENTS_CAPACITY, CLOSED_BYTES, CidrKey, CidrOf, EXCLUDED_CIDRS_CAPACITY, Entry, FLOWS_CAPACITY,
-        GUESTS_CAPACITY, INNER_LINKS_CAPACITY, NO_PREALLOC, ORIGINAL_DST_CAPACITY, PACKET_FLOWS_CAPACITY,
-        PODS_CAPACITY, PacketKey, PodAddrs, PodPolicy, STORAGE_FLAGS, SocketFacts, Tuple, counter, listener,
-        policy,
+        ADMITTED_CAPACITY, Admitted, CLIENTS_CAPACITY, CLOSED_BYTES, CidrKey, CidrOf, DIRECT_CAPACITY,
+        DIRECT_SLOTS_CAPACITY, DirectKey, DirectService, ENDPOINTS_CAPACITY, EXCLUDED_CIDRS_CAPACITY,
+        Endpoint, Entry, FLOWS_CAPACITY, GUESTS_CAPACITY, INNER_LINKS_CAPACITY, NO_PREALLOC,
+        ORIGINAL_DST_CAPACITY, PACKET_FLOWS_CAPACITY, PODS_CAPACITY, PacketKey, PodAddrs, PodPolicy,
+        STORAGE_FLAGS, Slot, SlotKey, SocketFacts, Tuple, counter, listener, policy,
     },
 };
 
@@ -24,6 +25,7 @@ type OriginalDsts = HashMap<Tuple, Entry, ORIGINAL_DST_CAPACITY, NO_PREALLOC>;
 type Clients = HashMap<Tuple, Entry, CLIENTS_CAPACITY, NO_PREALLOC>;
 type Flows = HashMap<u64, FlowRecord, FLOWS_CAPACITY, NO_PREALLOC>;
 pub type Listeners = SockMap<{ listener::COUNT }>;
+type Admissions = HashMap<Tuple, Admitted, ADMITTED_CAPACITY, NO_PREALLOC>;
 type PacketFlows = HashMap<PacketKey, FlowRecord, PACKET_FLOWS_CAPACITY, NO_PREALLOC>;
 
 #[btf_map(name = "m000000_pods")]
@@ -49,6 +51,14 @@ pub static POLICIES: HashMap<u64, PodPolicy, PODS_CAPACITY, NO_PREALLOC> = HashM
 static EXCLUDED_CIDRS: LpmTrie<CidrOf, u8, EXCLUDED_CIDRS_CAPACITY> = LpmTrie::new();
 #[btf_map(name = "m000000_steer")]
 static STEERING: HashOfMaps<u64, Listeners, PODS_CAPACITY> = HashOfMaps::new();
+#[btf_map(name = "m000000_direct")]
+pub static DIRECT: HashMap<DirectKey, DirectService, DIRECT_CAPACITY, NO_PREALLOC> = HashMap::new();
+#[btf_map(name = "m000000_slots")]
+pub static DIRECT_SLOTS: HashMap<SlotKey, Slot, DIRECT_SLOTS_CAPACITY, NO_PREALLOC> = HashMap::new();
+#[btf_map(name = "m000000_endpts")]
+pub static ENDPOINTS: HashMap<u32, Endpoint, ENDPOINTS_CAPACITY, NO_PREALLOC> = HashMap::new();
+#[btf_map(name = "m000000_admit")]
+pub static ADMITTED: HashOfMaps<u64, Admissions, PODS_CAPACITY> = HashOfMaps::new();
 
 // One of each per pod: the object is loaded once more for it.
 #[btf_map(name = "m000000_pod_dst")]
@@ -59,6 +69,8 @@ pub static POD_CLIENTS: Clients = HashMap::new();
 pub static POD_FLOWS: Flows = HashMap::new();
 #[btf_map(name = "m000000_pod_pkt")]
 pub static POD_PACKET_FLOWS: PacketFlows = HashMap::new();
+#[btf_map(name = "m000000_pod_adm")]
+pub static POD_ADMITTED: Admissions = HashMap::new();
 #[btf_map(name = "m000000_listen")]
 pub static LISTENERS: Listeners = SockMap::new();
 
@@ -182,6 +194,15 @@ pub fn count(index: u32) {
     if let Some(value) = COUNTERS.get_ptr_mut(index) {
         // SAFETY: an entry of this CPU, and programs are not preempted by another that counts here.
         unsafe { *value += 1 };
+    }
+}
+
+/// Atomic addition: the target's atomics have no compare-and-swap, so that Rust's own type is missing.
+#[inline(always)]
+pub unsafe fn xadd(to: *mut u64, value: u64) {
+    // SAFETY: `to` is a field of a map value, aligned to eight bytes.
+    unsafe {
+        core::arch::asm!("lock *(u64 *)({to} + 0) += {value}", to = in(reg) to, value = in(reg) value, options(nostack));
     }
 }
 

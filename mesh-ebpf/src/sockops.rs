@@ -14,7 +14,7 @@ use aya_ebpf::{
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_RTT_CB, BPF_SOCK_OPS_RTT_CB_FLAG,
         BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, bpf_sock,
     },
-    helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_setsockopt},
+    helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_get_ns},
     macros::sock_ops,
     programs::SockOpsContext,
 };
@@ -27,8 +27,9 @@ use mesh_common::{
     maps::{Entry, REFRESH_NS, SocketFacts, Tuple, counter, kind, policy},
 };
 
-use crate::maps::{
-    CLIENTS, CLOSED, FLOWS, ORIGINAL_DST, PODS, POLICIES, SOCKETS, count, excludes_inbound, join,
+use crate::{
+    direct,
+    maps::{CLIENTS, CLOSED, FLOWS, ORIGINAL_DST, PODS, POLICIES, SOCKETS, count, excludes_inbound, join},
 };
 
 const AF_INET: u32 = 2;
@@ -48,9 +49,18 @@ pub fn m000000_sockops(ctx: SockOpsContext) -> u32 {
     }
     // Each a function of its own in the kernel as well: all in one need more than its 512 bytes of stack.
     match op {
-        BPF_SOCK_OPS_TCP_CONNECT_CB => connecting(SockOpsContext::new(ops), sk),
-        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => accepted(SockOpsContext::new(ops), sk),
-        BPF_SOCK_OPS_STATE_CB => state(SockOpsContext::new(ops), sk),
+        BPF_SOCK_OPS_TCP_CONNECT_CB => {
+            direct::connecting(SockOpsContext::new(ops), sk);
+            connecting(SockOpsContext::new(ops), sk);
+        }
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => {
+            taken(SockOpsContext::new(ops), sk);
+            accepted(SockOpsContext::new(ops), sk);
+        }
+        BPF_SOCK_OPS_STATE_CB => {
+            state(SockOpsContext::new(ops), sk);
+            direct::closing(SockOpsContext::new(ops), sk);
+        }
         BPF_SOCK_OPS_RTT_CB => acknowledged(SockOpsContext::new(ops), sk),
         BPF_SOCK_OPS_PARSE_HDR_OPT_CB => segment_after_fin(SockOpsContext::new(ops), sk),
         _ => {}
@@ -90,10 +100,11 @@ fn connecting(ctx: SockOpsContext, sk: *mut bpf_sock) {
     let now = now();
     let facts = match known {
         Some(facts) if facts.kind == kind::CLIENT => {
-            if decide::is_low_source(&local) {
+            // A direct one goes to no port of the pod's.
+            if facts.verdict == verdict::CAPTURED && decide::is_low_source(&local) {
                 beware_of_low_ports(ctx, &tuple);
             }
-            list_original_dst(ctx, &tuple, facts.addr, now);
+            list_original_dst(ctx, &tuple, facts, now);
             facts
         }
         Some(facts) if facts.kind == kind::EXCLUDED => {
@@ -115,30 +126,25 @@ fn connecting(ctx: SockOpsContext, sk: *mut bpf_sock) {
         }
     };
     begin(ctx, facts, seen::ACTIVE, now);
-    write(ctx, facts, now, 0);
+    write(ctx, facts, now, 0, false);
 }
 
 /// The pod's source ports may be those that its connections are sent to: from here on they are sent to others. This
 /// one, if it is about to connect to itself, has no way to go: `connect` fails with `EHOSTUNREACH`.
 #[inline(always)]
 fn beware_of_low_ports(ctx: &SockOpsContext, tuple: &Tuple) {
-    const SOL_SOCKET: i32 = 1;
-    const SO_BINDTOIFINDEX: i32 = 62;
     if let Some(pod) = PODS.get_ptr_mut(&netns(ctx)) {
         // SAFETY: the entry is freed after the programs that hold it have ended; all write the same.
         unsafe { (*pod).low_ports = 1 };
     }
     if tuple.src.port == tuple.dst.port && tuple.src.same_ip(&tuple.dst) {
-        let mut no_interface = i32::MAX;
-        let value = (&raw mut no_interface).cast();
-        // SAFETY: the helper takes the context of this hook, and reads four bytes.
-        unsafe { bpf_setsockopt(ctx.as_ptr(), SOL_SOCKET, SO_BINDTOIFINDEX, value, 4) };
+        direct::refuse(ctx);
     }
 }
 
 #[inline(always)]
-fn list_original_dst(ctx: &SockOpsContext, tuple: &Tuple, addr: Addr, now: u64) {
-    let entry = Entry { socket: cookie(ctx), addr, ..Entry::default() };
+fn list_original_dst(ctx: &SockOpsContext, tuple: &Tuple, facts: &SocketFacts, now: u64) {
+    let entry = Entry { socket: cookie(ctx), full_ns: 0, addr: facts.addr, endpoint: facts.endpoint };
     // SAFETY: inner maps are freed after the programs that hold them have ended.
     let Some(map) = (unsafe { ORIGINAL_DST.get(&netns(ctx)) }) else { return };
     if map.insert(tuple, &entry, 0).is_err() {
@@ -151,29 +157,36 @@ fn list_original_dst(ctx: &SockOpsContext, tuple: &Tuple, addr: Addr, now: u64) 
     }
 }
 
-/// A listener's new socket, before anybody can accept it.
+/// The new socket of the agent's outbound listener, before the agent can accept it.
+#[inline(never)]
+fn taken(ctx: SockOpsContext, sk: *mut bpf_sock) {
+    let ctx = &ctx;
+    let Some(facts) = SOCKETS.get(sk) else { return };
+    if facts.kind != kind::OUTBOUND_LISTENER {
+        return;
+    }
+    facts.kind = kind::ACCEPTED;
+    let (local, remote) = ends(ctx);
+    let tuple = Tuple { src: remote, dst: local };
+    // SAFETY: inner maps are freed after the programs that hold them have ended.
+    let entry = unsafe { ORIGINAL_DST.get_value(&netns(ctx), &tuple) };
+    (facts.addr, facts.endpoint) = match entry {
+        Some(entry) => (entry.addr, entry.endpoint),
+        None if is_guests(ctx, &tuple) => (local, 0),
+        None => (Addr::default(), 0),
+    };
+    watch(ctx, BPF_SOCK_OPS_RTT_CB_FLAG);
+}
+
+/// Another listener's new socket, before anybody can accept it.
 #[inline(never)]
 fn accepted(ctx: SockOpsContext, sk: *mut bpf_sock) {
     let ctx = &ctx;
     let (local, remote) = ends(ctx);
     let tuple = Tuple { src: remote, dst: local };
     let known = SOCKETS.get(sk);
-    match known.as_ref().map_or(kind::NONE, |facts| facts.kind) {
-        kind::LISTENER => return,
-        kind::OUTBOUND_LISTENER => {
-            let Some(facts) = known else { return };
-            facts.kind = kind::ACCEPTED;
-            // SAFETY: inner maps are freed after the programs that hold them have ended.
-            let entry = unsafe { ORIGINAL_DST.get_value(&netns(ctx), &tuple) };
-            facts.addr = match entry {
-                Some(entry) => entry.addr,
-                None if is_guests(ctx, &tuple) => local,
-                None => Addr::default(),
-            };
-            watch(ctx, BPF_SOCK_OPS_RTT_CB_FLAG);
-            return;
-        }
-        _ => {}
+    if matches!(known.as_ref().map_or(kind::NONE, |facts| facts.kind), kind::LISTENER | kind::ACCEPTED) {
+        return;
     }
     let netns = netns(ctx);
     // SAFETY: as above.
@@ -195,6 +208,8 @@ fn accepted(ctx: SockOpsContext, sk: *mut bpf_sock) {
     facts.kind = kind::APP;
     facts.verdict = if client.is_some() {
         verdict::CAPTURED
+    } else if direct::accepted(ctx, netns, &tuple) {
+        verdict::DIRECT
     } else if pod.flags & policy::INBOUND != 0 && excluded(netns, local.port, &remote) {
         verdict::EXCLUDED
     } else {
@@ -246,7 +261,11 @@ fn state(ctx: SockOpsContext, sk: *mut bpf_sock) {
     facts.seen = decide::on_state(facts.seen, old, new, snd_una == snd_nxt);
     facts.tcp_state = new;
     match new {
-        tcp::ESTABLISHED => write(ctx, facts, now(), 0),
+        tcp::ESTABLISHED => {
+            // Nobody in user space sees a direct connection begin: the agent is told.
+            let told = facts.verdict == verdict::DIRECT && facts.kind == kind::CLIENT;
+            write(ctx, facts, now(), 0, told);
+        }
         // From here on the socket may end without telling whether the peer's FIN came: look at what arrives.
         tcp::FIN_WAIT1 => watch(ctx, BPF_SOCK_OPS_PARSE_ALL_HDR_OPT_CB_FLAG),
         tcp::CLOSE => end(ctx, facts),
@@ -260,7 +279,7 @@ fn end(ctx: &SockOpsContext, facts: &mut SocketFacts) {
         facts.verdict = verdict::FAILED;
     }
     let now = now();
-    write(ctx, facts, now, now);
+    write(ctx, facts, now, now, true);
     if facts.kind == kind::CLIENT {
         let (local, remote) = ends(ctx);
         // SAFETY: inner maps are freed after the programs that hold them have ended.
@@ -286,7 +305,7 @@ fn acknowledged(ctx: SockOpsContext, sk: *mut bpf_sock) {
         return;
     }
     if is_flow(facts) {
-        write(ctx, facts, now, 0);
+        write(ctx, facts, now, 0, false);
     } else if matches!(facts.kind, kind::ACCEPTED | kind::DIALLER) {
         facts.written_ns = now;
         app_received(ctx, facts.kind, now);
@@ -368,9 +387,9 @@ fn begin(ctx: &SockOpsContext, facts: &mut SocketFacts, bits: u8, now: u64) {
     watch(ctx, WATCH);
 }
 
-/// Writes the flow's record; `end_ns` other than 0 ends it and reports it.
+/// Writes the flow's record; `end_ns` other than 0 ends it. `told`: the agent reads it in the ring buffer.
 #[inline(always)]
-fn write(ctx: &SockOpsContext, facts: &mut SocketFacts, now: u64, end_ns: u64) {
+fn write(ctx: &SockOpsContext, facts: &mut SocketFacts, now: u64, end_ns: u64, told: bool) {
     facts.written_ns = now;
     let record = record(ctx, facts, now, end_ns);
     // SAFETY: inner maps are freed after the programs that hold them have ended.
@@ -379,7 +398,7 @@ fn write(ctx: &SockOpsContext, facts: &mut SocketFacts, now: u64, end_ns: u64) {
     if table.insert(&record.socket, &record, 0).is_err() {
         count(counter::FLOWS_FULL);
     }
-    if end_ns != 0 && CLOSED.output(&record, BPF_RB_NO_WAKEUP).is_err() {
+    if told && CLOSED.output(&record, BPF_RB_NO_WAKEUP).is_err() {
         count(counter::CLOSED_FULL);
     }
 }
@@ -420,7 +439,7 @@ fn record(ctx: &SockOpsContext, facts: &SocketFacts, now: u64, end_ns: u64) -> F
         verdict: facts.verdict,
         protocol: IPPROTO_TCP as u8,
         tcp_state: facts.tcp_state,
-        pad: 0,
+        endpoint: facts.endpoint,
     }
 }
 
@@ -434,7 +453,7 @@ fn watch(ctx: &SockOpsContext, flags: u32) {
 
 /// Local and remote address.
 #[inline(always)]
-fn ends(ctx: &SockOpsContext) -> (Addr, Addr) {
+pub fn ends(ctx: &SockOpsContext) -> (Addr, Addr) {
     let ops = ctx.ops;
     // SAFETY: context fields.
     let (family, local4, remote4, local_port, remote_port) = unsafe {

@@ -19,7 +19,7 @@ use mesh_common::{
     maps::{PacketKey, Tuple, counter, kind},
 };
 
-use crate::maps::{NETNS_COOKIE, POD_PACKET_FLOWS, SOCKETS, count, split};
+use crate::maps::{NETNS_COOKIE, POD_PACKET_FLOWS, SOCKETS, count, split, xadd};
 
 /// The next program decides; ours only counts.
 pub const TCX_NEXT: i32 = -1;
@@ -160,15 +160,6 @@ pub fn add(flow: *mut FlowRecord, sent: bool, packet: &Packet) {
             xadd(&raw mut (*flow).rx_bytes, bytes);
             xadd(&raw mut (*flow).rx_packets, packets);
         }
-    }
-}
-
-/// Atomic addition: the target's atomics have no compare-and-swap, so that Rust's own type is missing.
-#[inline(always)]
-unsafe fn xadd(to: *mut u64, value: u64) {
-    // SAFETY: `to` is a field of a map value, aligned to eight bytes.
-    unsafe {
-        core::arch::asm!("lock *(u64 *)({to} + 0) += {value}", to = in(reg) to, value = in(reg) value, options(nostack));
     }
 }
 

@@ -100,6 +100,7 @@ fn read(agent: &Agent, nets: &[Arc<PodNet>], reporter: &Reporter) -> Result<(Vec
         snapshot: &Snapshot::default(),
         pod_of: &|cookie| pods.get(&cookie).cloned(),
         facts: &|pod: &Workload, key| reporter.facts(pod, key),
+        endpoint: &|_| None,
         clock: Clock::now(),
     };
     let mut views: Vec<_> = records.iter().map(|record| view(record, &context)).collect();

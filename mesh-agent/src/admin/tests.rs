@@ -29,6 +29,7 @@ pub(crate) fn flow(socket: u64) -> FlowView {
         snapshot: &snapshot,
         pod_of: &|_| None,
         facts: &|_, _| None,
+        endpoint: &|_| None,
         clock: Clock { monotonic_ns: NOW.as_nanos() as u64, wall: std::time::SystemTime::UNIX_EPOCH + NOW },
     };
     let mut view = join(&record, &context);

@@ -51,6 +51,11 @@ pub fn choose(cluster: &Cluster, tried: &[SocketAddr]) -> Option<Chosen> {
     Some(Chosen::new(endpoint))
 }
 
+/// The endpoint at this address, which was chosen elsewhere. `None` when the cluster does not have it (any more).
+pub fn chosen(cluster: &Cluster, address: SocketAddr) -> Option<Chosen> {
+    cluster.endpoints.iter().find(|endpoint| endpoint.address == address).map(Chosen::new)
+}
+
 /// Two at random, the one with fewer requests in flight.
 fn least_request<'a>(left: &Left<'a>, count: usize) -> Option<&'a Arc<Endpoint>> {
     let first = fastrand::usize(..count);
@@ -130,6 +135,7 @@ mod tests {
             endpoints: (1..=endpoints).map(endpoint).collect(),
             balancing,
             connect_timeout: Duration::from_secs(10),
+            limits_connections: false,
             retry_budget: crate::state::defaults::RETRY_BUDGET,
             state: Arc::new(ClusterState::default()),
         }

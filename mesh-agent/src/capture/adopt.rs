@@ -18,9 +18,11 @@ use aya::maps::MapInfo;
 use mesh_common::{
     flow::FlowRecord,
     maps::{
-        CLIENTS, CLOSED, COUNTERS, CidrOf, EXCLUDED_CIDRS, Entry, FLOWS, INNER_LINKS, LISTENERS,
-        ORIGINAL_DST, PACKET_FLOWS, POD_CLIENTS, POD_FLOWS, POD_GUESTS, POD_ORIGINAL_DST, POD_PACKET_FLOWS,
-        PODS, POLICIES, PacketKey, PodAddrs, PodPolicy, SOCKETS, STEERING, SocketFacts, Tuple,
+        ADMITTED, Admitted, CLIENTS, CLOSED, COUNTERS, CidrOf, DIRECT, DIRECT_SLOTS, DirectKey,
+        DirectService, ENDPOINTS, EXCLUDED_CIDRS, Endpoint, Entry, FLOWS, INNER_LINKS, LISTENERS,
+        ORIGINAL_DST, PACKET_FLOWS, POD_ADMITTED, POD_CLIENTS, POD_FLOWS, POD_GUESTS, POD_ORIGINAL_DST,
+        POD_PACKET_FLOWS, PODS, POLICIES, PacketKey, PodAddrs, PodPolicy, SOCKETS, STEERING, Slot, SlotKey,
+        SocketFacts, Tuple,
     },
 };
 use tokio::net::TcpListener;
@@ -86,7 +88,7 @@ impl Capture {
     /// Lets go of everything without taking anything away: listeners are closed here, and stay open in whoever has
     /// them too; the kernel's buffers are read no more. Open connections stay.
     pub async fn let_go(&self) {
-        self.dir.let_go();
+        self.let_go_of_direct();
         for pod in self.shared.pods().values() {
             pod.guests.close();
             pod.net.close();
@@ -106,7 +108,9 @@ impl Capture {
         check_layout(&dir.maps(), &shared_layout())?;
         let with = Loading::of(config);
         let node = loader::load(&dir, &with)?;
-        Ok(Self::of(dir, Cgroups { root, pods }, (with, config.when_agent_is_down), node))
+        let capture = Self::of(dir, Cgroups { root, pods }, (with, config.when_agent_is_down), node);
+        capture.learn_endpoints()?;
+        Ok(capture)
     }
 
     /// Makes ready to serve a pod that another agent serves. `None` when it is another pod by now: its network
@@ -194,7 +198,7 @@ fn offered(net: &PodNet) -> io::Result<Option<OfferedPod>> {
 /// Name of a map, and the bytes of its keys and values. The capacity may differ: that of the map that is there counts.
 type Layout = (&'static str, usize, usize);
 
-fn shared_layout() -> [Layout; 11] {
+fn shared_layout() -> [Layout; 15] {
     const MAP: usize = size_of::<u32>();
     const COOKIE: usize = size_of::<u64>();
     [
@@ -210,10 +214,14 @@ fn shared_layout() -> [Layout; 11] {
         // A trie's key has the length of the prefix before it.
         (EXCLUDED_CIDRS, size_of::<u32>() + size_of::<CidrOf>(), size_of::<u8>()),
         (STEERING, COOKIE, MAP),
+        (DIRECT, size_of::<DirectKey>(), size_of::<DirectService>()),
+        (DIRECT_SLOTS, size_of::<SlotKey>(), size_of::<Slot>()),
+        (ENDPOINTS, size_of::<u32>(), size_of::<Endpoint>()),
+        (ADMITTED, COOKIE, MAP),
     ]
 }
 
-fn pod_layout() -> [Layout; 7] {
+fn pod_layout() -> [Layout; 8] {
     [
         (POD_ORIGINAL_DST, size_of::<Tuple>(), size_of::<Entry>()),
         (POD_CLIENTS, size_of::<Tuple>(), size_of::<Entry>()),
@@ -222,6 +230,7 @@ fn pod_layout() -> [Layout; 7] {
         (LISTENERS, size_of::<u32>(), size_of::<u32>()),
         (INNER_LINKS, size_of::<u32>(), size_of::<u32>()),
         (POD_GUESTS, size_of::<Tuple>(), size_of::<u64>()),
+        (POD_ADMITTED, size_of::<Tuple>(), size_of::<Admitted>()),
     ]
 }
 

@@ -22,8 +22,9 @@ use mesh_common::{
     addr::Addr,
     flow::FlowRecord,
     maps::{
-        CLIENTS, Entry, FLOWS, LISTENERS, ORIGINAL_DST, PACKET_FLOWS, POD_CLIENTS, POD_FLOWS,
-        POD_ORIGINAL_DST, POD_PACKET_FLOWS, PODS, PacketKey, PodAddrs, STEERING, Tuple, kind,
+        ADMITTED, Admitted, CLIENTS, Entry, FLOWS, LISTENERS, ORIGINAL_DST, PACKET_FLOWS, POD_ADMITTED,
+        POD_CLIENTS, POD_FLOWS, POD_ORIGINAL_DST, POD_PACKET_FLOWS, PODS, PacketKey, PodAddrs, STEERING,
+        Tuple, kind,
     },
 };
 use socket2::Socket;
@@ -31,6 +32,7 @@ use tokio::{net::TcpListener, task::AbortHandle};
 
 use super::{
     Listener, Net, PodNet, cgroup,
+    direct::Direct,
     flows::Reading,
     guests::{self, Guests},
     kernel::{Facts, KernelNet},
@@ -58,6 +60,7 @@ pub struct Capture {
     /// The root of the hierarchy, and where the pods are below it: a cgroup of their own, which the agent need not be in.
     pub(super) cgroups: Cgroups,
     pub(super) policies: Policies,
+    pub(super) direct: Direct,
     /// Keeps the programs of the node; its maps are used through handles of their own.
     pub(super) node: Mutex<Object>,
     /// What reads the kernel's buffers, each of which has one reader.
@@ -90,6 +93,8 @@ pub(super) struct Enrolled {
 pub(super) struct Flows {
     pub(super) sockets: Mutex<BpfHashMap<MapData, u64, FlowRecord>>,
     pub(super) packets: Mutex<BpfHashMap<MapData, PacketKey, FlowRecord>>,
+    /// Direct connections to the pod.
+    pub(super) admitted: Mutex<BpfHashMap<MapData, Tuple, Admitted>>,
 }
 
 impl Shared {
@@ -158,7 +163,8 @@ impl Capture {
         let shared = Arc::new(Shared { pods: Mutex::default() });
         let policies = Policies::new(when_agent_is_down);
         let (node, reading, forwarding) = (Mutex::new(node), Mutex::default(), Mutex::default());
-        Self { dir, shared, with, cgroups, policies, node, reading, forwarding }
+        let direct = Direct::default();
+        Self { dir, shared, with, cgroups, policies, direct, node, reading, forwarding }
     }
 
     pub(super) fn forward_log(&self) -> Result<()> {
@@ -256,11 +262,14 @@ impl Capture {
             .context("map CLIENTS")?;
         let sockets: BpfHashMap<MapData, u64, FlowRecord> = loader::take(object, POD_FLOWS)?;
         let packets: BpfHashMap<MapData, PacketKey, FlowRecord> = loader::take(object, POD_PACKET_FLOWS)?;
+        let admitted: BpfHashMap<MapData, Tuple, Admitted> = loader::take(object, POD_ADMITTED)?;
         self.list(ORIGINAL_DST, cookie, &original_dst)?;
         self.list(CLIENTS, cookie, &clients)?;
         self.list(FLOWS, cookie, &sockets)?;
         self.list(PACKET_FLOWS, cookie, &packets)?;
-        Ok(Arc::new(Flows { sockets: Mutex::new(sockets), packets: Mutex::new(packets) }))
+        self.list(ADMITTED, cookie, &admitted)?;
+        let (sockets, packets, admitted) = (Mutex::new(sockets), Mutex::new(packets), Mutex::new(admitted));
+        Ok(Arc::new(Flows { sockets, packets, admitted }))
     }
 
     fn list<M: InnerMap>(&self, outer: &str, cookie: u64, inner: &M) -> Result<()>
@@ -300,8 +309,8 @@ impl Capture {
         let captured = self.pods_map().and_then(|mut map| missing_is_fine(map.remove(&cookie)));
         let links = detach_all(&self.dir.pod(cookie));
         let routes = guests::leave(&self.dir.guests().join(cookie.to_string()));
-        let policy = self.forget_policy(cookie);
-        let tables = [ORIGINAL_DST, CLIENTS, FLOWS, PACKET_FLOWS, STEERING].map(|name| {
+        let policy = self.forget_policy(cookie).and(self.forget_direct(cookie));
+        let tables = [ADMITTED, ORIGINAL_DST, CLIENTS, FLOWS, PACKET_FLOWS, STEERING].map(|name| {
             let mut map: HashOfMaps<MapData, u64, MapData> = loader::open(&self.dir, name)?;
             missing_is_fine(map.remove(&cookie)).with_context(|| format!("map {name}"))
         });

@@ -1,4 +1,4 @@
-//! Flows that have ended: read from the kernel's ring buffer, reported once each, and taken out of the tables later.
+//! Flows that have ended, and direct connections that begin: read from the kernel's ring buffer, reported once each, and taken out of the tables later.
 //!
 //! The live tables are read by who wants to see them (`inspect.rs`); this keeps them from filling up with what is over.
 //! Tested below with a table of times, and in the lab.
@@ -42,8 +42,8 @@ const SWEEP_INTERVAL: Duration = Duration::from_secs(15);
 const QUEUE: usize = 1024;
 
 impl Capture {
-    /// Starts reading ended flows. They come through the channel returned, each once, until it is dropped or this
-    /// capture is. To be called once, inside a tokio runtime.
+    /// Starts reading ended flows, and direct connections that begin (whose end is 0). They come through the channel
+    /// returned, each once, until it is dropped or this capture is. To be called once, inside a tokio runtime.
     ///
     /// # Errors
     /// The ring buffer cannot be read, or is being read already.
@@ -120,7 +120,10 @@ async fn read(
         let now = Instant::now();
         for record in drain(&mut ring) {
             let FlowRecord { netns, socket, end_ns, .. } = record;
-            closed.push_back(Closed { remove_at: now + KEEP_CLOSED, netns, socket, end_ns });
+            // A direct connection is told of when it begins, too.
+            if end_ns != 0 {
+                closed.push_back(Closed { remove_at: now + KEEP_CLOSED, netns, socket, end_ns });
+            }
             if reports.send(record).await.is_err() {
                 return;
             }
@@ -177,7 +180,7 @@ fn sweep(shared: &Shared) -> Vec<FlowRecord> {
     let Some(now) = monotonic_ns() else { return Vec::new() };
     let mut ended = Vec::new();
     for flows in shared.all_flows() {
-        let Flows { sockets, packets } = &*flows;
+        let Flows { sockets, packets, .. } = &*flows;
         let mut packets = packets.lock().unwrap_or_else(PoisonError::into_inner);
         for mut record in take(&mut packets, |record| is_idle(record, now)) {
             record.end_ns = record.last_seen_ns;

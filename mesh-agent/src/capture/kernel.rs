@@ -83,12 +83,15 @@ impl KernelNet {
         sockets::into_tokio(socket).connect(to).await
     }
 
-    /// What an accepted connection was meant for; an error says why the agent does not serve it.
-    pub(super) fn original_dst(&self, listener: Listener, stream: &TcpStream) -> Result<SocketAddr> {
+    /// What an accepted connection was meant for, and the endpoint that the kernel has chosen for it; an error says why
+    /// the agent does not serve it.
+    pub(super) fn original_dst(&self, listener: Listener, stream: &TcpStream) -> Result<(SocketAddr, u32)> {
         let gone = |error: io::Error| client_gone(&error);
         match listener {
             Listener::Outbound => match self.facts.read(stream).map_err(gone)? {
-                Some(facts) if facts.kind == kind::ACCEPTED && facts.addr.port != 0 => Ok(facts.addr.into()),
+                Some(facts) if facts.kind == kind::ACCEPTED && facts.addr.port != 0 => {
+                    Ok((facts.addr.into(), facts.endpoint))
+                }
                 _ => Err(illegal("the outbound port was dialled itself: nothing says what was meant")),
             },
             Listener::Inbound => {
@@ -97,10 +100,10 @@ impl KernelNet {
                     port::OUTBOUND | port::INBOUND | port::MESH => {
                         Err(illegal(format!("{local} is the agent's own, not an app's")))
                     }
-                    _ => Ok(local),
+                    _ => Ok((local, 0)),
                 }
             }
-            Listener::Mesh => stream.local_addr().map_err(gone),
+            Listener::Mesh => Ok((stream.local_addr().map_err(gone)?, 0)),
         }
     }
 }

@@ -130,11 +130,14 @@ pub(super) fn listening(netns: &Netns) -> io::Result<Vec<(u16, u32)>> {
     Ok(found)
 }
 
+/// A socket by which the kernel is asked about those of this thread's network namespace.
+pub(super) fn open() -> io::Result<Socket> {
+    Socket::new(Domain::from(nix::libc::AF_NETLINK), Type::DGRAM, Some(Protocol::from(SOCK_DIAG)))
+}
+
 /// Asks for the TCP sockets of a network namespace that are in one of these states.
 fn ask(netns: &Netns, states: &StateFlags, mut each: impl FnMut(Told<'_>)) -> io::Result<()> {
-    let socket = netns.enter(|| {
-        Socket::new(Domain::from(nix::libc::AF_NETLINK), Type::DGRAM, Some(Protocol::from(SOCK_DIAG)))
-    })?;
+    let socket = netns.enter(open)?;
     for family in [AF_INET, AF_INET6] {
         socket.send(&request(family, states.clone()))?;
         read(&socket, &mut each)?;

@@ -281,7 +281,7 @@ pub(super) fn forward_log(node: &mut Object) -> Result<AbortHandle> {
     Ok(forwarding.abort_handle())
 }
 
-/// Raises what may be raised: before Linux 5.11 maps counted as locked memory; three listeners and six maps a pod take
+/// Raises what may be raised: before Linux 5.11 maps counted as locked memory; three listeners and seven maps a pod take
 /// file descriptors. Where it is not allowed the agent goes on, and fails where it must.
 fn raise_limits() {
     for resource in [Resource::RLIMIT_MEMLOCK, Resource::RLIMIT_NOFILE] {

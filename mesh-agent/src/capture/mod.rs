@@ -13,6 +13,7 @@ mod adopt;
 mod cgroup;
 mod crashed;
 pub mod descriptors;
+mod direct;
 mod enrol;
 mod fixed;
 mod flows;
@@ -50,6 +51,7 @@ use tokio_util::sync::CancellationToken;
 
 pub use self::{
     adopt::{Adopted, OfferedPod},
+    direct::{DirectEndpoint, DirectRoute, DirectSet, Endpoints, OpenDirect},
     enrol::Capture,
     guests::rules_and_routes_in,
     instance::Mark,
@@ -80,6 +82,8 @@ pub struct Captured {
     pub client: SocketAddr,
     /// What the client dialled.
     pub original_dst: SocketAddr,
+    /// Number of the endpoint that the kernel has chosen for it ([`Endpoints`]); 0 leaves that to the agent.
+    pub endpoint: u32,
 }
 
 /// A connection that the agent does not serve.
@@ -260,12 +264,12 @@ impl PodNet {
         let client = canonical(client);
         let found = match &self.net {
             Net::Kernel(net) => net.original_dst(listener, &stream),
-            Net::Fixed(net) => net.original_dst(listener, &stream),
+            Net::Fixed(net) => net.original_dst(listener, &stream).map(|dst| (dst, 0)),
         };
         match found {
-            Ok(original_dst) => {
+            Ok((original_dst, endpoint)) => {
                 let original_dst = canonical(original_dst);
-                Ok(Captured { stream, pod: Arc::clone(self), client, original_dst })
+                Ok(Captured { stream, pod: Arc::clone(self), client, original_dst, endpoint })
             }
             Err(error) => Err(Refused { client, error }),
         }

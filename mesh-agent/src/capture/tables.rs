@@ -12,8 +12,8 @@ use anyhow::{Context as _, Result};
 use aya::maps::{MapData, MapError, PerCpuArray};
 use clap::{Args, value_parser};
 use mesh_common::maps::{
-    CLIENTS_CAPACITY, COUNTERS, FLOWS_CAPACITY, ORIGINAL_DST_CAPACITY, PACKET_FLOWS_CAPACITY, POD_CLIENTS,
-    POD_FLOWS, POD_ORIGINAL_DST, POD_PACKET_FLOWS, counter,
+    ADMITTED_CAPACITY, CLIENTS_CAPACITY, COUNTERS, FLOWS_CAPACITY, ORIGINAL_DST_CAPACITY,
+    PACKET_FLOWS_CAPACITY, POD_ADMITTED, POD_CLIENTS, POD_FLOWS, POD_ORIGINAL_DST, POD_PACKET_FLOWS, counter,
 };
 
 use super::{enrol::Capture, instance::Mark, loader};
@@ -33,6 +33,10 @@ pub struct PodTables {
     #[arg(long, env = "MESH_MAX_APP_CONNECTIONS_PER_POD", value_name = "COUNT",
           default_value_t = CLIENTS_CAPACITY as u32, value_parser = value_parser!(u32).range(1..=1 << 24))]
     pub max_app_connections_per_pod: u32,
+    /// Connections that the apps of this node's pods may have open to a pod without the agent; more are refused
+    #[arg(long, env = "MESH_MAX_DIRECT_CONNECTIONS_PER_POD", value_name = "COUNT",
+          default_value_t = ADMITTED_CAPACITY as u32, value_parser = value_parser!(u32).range(1..=1 << 24))]
+    pub max_direct_connections_per_pod: u32,
     /// Flows of a pod that can be seen at once, those that ended in the last half minute too; more are reported only
     /// when they end
     #[arg(long, env = "MESH_MAX_FLOWS_PER_POD", value_name = "COUNT",
@@ -50,6 +54,7 @@ impl Default for PodTables {
         Self {
             max_captured_connections_per_pod: ORIGINAL_DST_CAPACITY as u32,
             max_app_connections_per_pod: CLIENTS_CAPACITY as u32,
+            max_direct_connections_per_pod: ADMITTED_CAPACITY as u32,
             max_flows_per_pod: FLOWS_CAPACITY as u32,
             max_packet_flows_per_pod: PACKET_FLOWS_CAPACITY as u32,
         }
@@ -59,10 +64,11 @@ impl Default for PodTables {
 impl PodTables {
     /// The tables of the object with this mark, and how many entries each is to have. Two of them have an entry more,
     /// where the kernel notes that they were full.
-    pub(super) fn sizes(self, mark: Mark) -> [(String, u32); 4] {
+    pub(super) fn sizes(self, mark: Mark) -> [(String, u32); 5] {
         [
             (POD_ORIGINAL_DST, self.max_captured_connections_per_pod + 1),
             (POD_CLIENTS, self.max_app_connections_per_pod + 1),
+            (POD_ADMITTED, self.max_direct_connections_per_pod),
             (POD_FLOWS, self.max_flows_per_pod),
             (POD_PACKET_FLOWS, self.max_packet_flows_per_pod),
         ]
@@ -125,6 +131,12 @@ pub const REASONS: [Reason; counter::COUNT] = {
             Dropped,
             "leaked",
             "a pod with mesh.io/egress: restricted sends TCP around the agent; `meshctl flows` shows which, verdict leaked",
+        ),
+        reason(
+            counter::ADMITTED_FULL,
+            Refused,
+            "direct_connections_full",
+            "--max-direct-connections-per-pod are open to a pod",
         ),
     ]
 };

@@ -11,6 +11,8 @@ mod path;
 #[cfg(test)]
 mod tests;
 
+pub mod direct;
+
 use std::net::SocketAddr;
 
 pub use self::{

@@ -23,7 +23,7 @@ use arc_swap::ArcSwap;
 use tokio::sync::OwnedSemaphorePermit;
 
 use crate::{
-    capture::{Captured, Listener, Refused},
+    capture::{Captured, Endpoints, Listener, Refused},
     config::{HttpLimits, PathNormalization},
     error::{Error, Kind},
     report::{FlowFacts, Peer, Reporter, RequestProtocol, Security, Side},
@@ -46,6 +46,10 @@ pub struct Mesh {
     pub limits: HttpLimits,
     /// What becomes of a path before policy is asked about it.
     pub path_normalization: PathNormalization,
+    /// Whether apps of this node may speak without the agent at all.
+    pub direct: bool,
+    /// What the kernel chooses from, where it chooses.
+    pub endpoints: Arc<Endpoints>,
     /// How long a carrier connection stands before it is made anew.
     pub carrier_interval: Duration,
 }
@@ -113,7 +117,8 @@ fn assert_small<F: Future>(connection: F, limit: usize) -> F {
 
 impl From<&Captured> for Ends {
     fn from(captured: &Captured) -> Self {
-        Self { client: captured.client, original_dst: captured.original_dst }
+        let Captured { client, original_dst, endpoint, .. } = *captured;
+        Self { client, original_dst, endpoint }
     }
 }
 
@@ -124,4 +129,6 @@ struct Ends {
     client: SocketAddr,
     /// What it dialled.
     original_dst: SocketAddr,
+    /// Number of the endpoint that the kernel has chosen for it, 0 for none.
+    endpoint: u32,
 }

@@ -259,7 +259,11 @@ impl Outbound {
     }
 
     async fn open(&self, cluster: &Cluster) -> Result<Opened> {
-        let Some(chosen) = balance::choose(cluster, &[]) else {
+        // What the kernel has chosen for the connection stands: others of the same service go there without the agent, and
+        // together they are to have the shares that they should.
+        let by_kernel = self.mesh.endpoints.address(self.ends.endpoint);
+        let by_kernel = by_kernel.and_then(|address| balance::chosen(cluster, address));
+        let Some(chosen) = by_kernel.or_else(|| balance::choose(cluster, &[])) else {
             let text = format!("{} has no ready endpoint", cluster.name);
             return Err(Error::new(Kind::NoHealthyUpstream, text));
         };
@@ -309,7 +313,7 @@ impl Outbound {
         };
         Box::pin(self.pod.pass(to)).await?;
         let (near, far) = tokio::io::duplex(PIPE);
-        let ends = Ends { client: self.shown, original_dst: to.address };
+        let ends = Ends { client: self.shown, original_dst: to.address, endpoint: 0 };
         let (mesh, source) = (Arc::clone(&self.mesh), self.source.identity.clone());
         let inbound = Arc::new(Inbound::new(mesh, Arc::clone(pod), ends, source));
         pod.drain.spawn(inspected::serve(inbound, far, to.address));

@@ -1,4 +1,5 @@
-//! Opaque connections: counted when they begin, while bytes move, and when they end, with one access-log line.
+//! Opaque connections: counted when they begin, while bytes move, and when they end, with one access-log line; those
+//! without the agent are told of by the kernel, when they begin and when they end.
 //!
 //! Promises that every connection that was opened is closed in the figures too, by `Drop`. The handles of its series
 //! are resolved once per connection. Never looks into the bytes. Tested in `metrics_tests.rs`.
@@ -9,6 +10,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use prometheus_client::metrics::counter::Counter;
@@ -42,6 +44,67 @@ pub struct TcpLabels {
     pub original_dst: SocketAddr,
     /// Address of the endpoint.
     pub endpoint: Option<SocketAddr>,
+}
+
+impl TcpLabels {
+    fn traffic(&self) -> TrafficLabels {
+        TrafficLabels::new(
+            self.side,
+            (&self.source, &self.destination),
+            self.cluster.as_deref(),
+            RequestProtocol::Tcp,
+            self.security,
+        )
+    }
+}
+
+/// What a connection came to.
+struct End<'a> {
+    to_server: u64,
+    to_client: u64,
+    duration: Duration,
+    error: Option<&'a Error>,
+}
+
+impl Reporter {
+    /// A connection without the agent was established: the kernel says so.
+    pub fn direct_opened(&self, labels: &TcpLabels) {
+        self.metrics.tcp_opened.get_or_create(&labels.traffic()).inc();
+    }
+
+    /// A connection without the agent has ended, with these bytes `sent` to the server and `received` from it.
+    pub fn direct_closed(&self, labels: &TcpLabels, sent: u64, received: u64, duration: Duration) {
+        let traffic = labels.traffic();
+        self.metrics.tcp_received.get_or_create(&traffic).inc_by(sent);
+        self.metrics.tcp_sent.get_or_create(&traffic).inc_by(received);
+        let end = End { to_server: sent, to_client: received, duration, error: None };
+        self.connection_ended(labels, traffic, &end);
+    }
+
+    fn connection_ended(&self, labels: &TcpLabels, traffic: TrafficLabels, end: &End<'_>) {
+        let flags = Flags::new(end.error);
+        let traffic = traffic.with_flags(flags);
+        self.metrics.tcp_closed.get_or_create(&traffic).inc();
+        if end.error.is_some_and(|error| never_established(error.kind)) {
+            self.metrics.tcp_failed.get_or_create(&traffic).inc();
+        }
+        self.log.line(|line| {
+            line.text("event", Some("connection"));
+            line.text("reporter", Some(labels.side.word()));
+            line.end(SOURCE, Some(labels.client), &labels.source);
+            line.end(DESTINATION, Some(labels.original_dst), &labels.destination);
+            line.text("dst.service", labels.cluster.as_ref().map(|cluster| &*cluster.host));
+            line.text("cluster", labels.cluster.as_ref().map(|cluster| &*cluster.name));
+            line.display("endpoint", labels.endpoint);
+            line.text("protocol", Some(RequestProtocol::Tcp.word()));
+            line.display("flags", Some(flags));
+            line.number("bytes_received", Some(end.to_server));
+            line.number("bytes_sent", Some(end.to_client));
+            line.milliseconds("duration_ms", end.duration);
+            line.text("security", Some(labels.security.word()));
+            line.text("error", end.error.map(|error| error.detail.as_str()));
+        });
+    }
 }
 
 /// Whether this kind of error means that client and server never spoke.
@@ -86,13 +149,7 @@ pub struct ConnectionGuard {
 
 impl ConnectionGuard {
     pub(super) fn begin(reporter: &Arc<Reporter>, labels: TcpLabels) -> Self {
-        let traffic = TrafficLabels::new(
-            labels.side,
-            (&labels.source, &labels.destination),
-            labels.cluster.as_deref(),
-            RequestProtocol::Tcp,
-            labels.security,
-        );
+        let traffic = labels.traffic();
         reporter.metrics.tcp_opened.get_or_create(&traffic).inc();
         Self {
             sent: reporter.metrics.tcp_sent.get_or_create_owned(&traffic),
@@ -102,33 +159,6 @@ impl ConnectionGuard {
             start: Instant::now(),
             reporter: reporter.clone(),
         }
-    }
-
-    fn report(&self, labels: &TcpLabels, traffic: TrafficLabels, error: Option<&Error>) {
-        let reporter = &self.reporter;
-        let flags = Flags::new(error);
-        let traffic = traffic.with_flags(flags);
-        reporter.metrics.tcp_closed.get_or_create(&traffic).inc();
-        if error.is_some_and(|error| never_established(error.kind)) {
-            reporter.metrics.tcp_failed.get_or_create(&traffic).inc();
-        }
-        let [to_server, to_client] = self.totals();
-        reporter.log.line(|line| {
-            line.text("event", Some("connection"));
-            line.text("reporter", Some(labels.side.word()));
-            line.end(SOURCE, Some(labels.client), &labels.source);
-            line.end(DESTINATION, Some(labels.original_dst), &labels.destination);
-            line.text("dst.service", labels.cluster.as_ref().map(|cluster| &*cluster.host));
-            line.text("cluster", labels.cluster.as_ref().map(|cluster| &*cluster.name));
-            line.display("endpoint", labels.endpoint);
-            line.text("protocol", Some(RequestProtocol::Tcp.word()));
-            line.display("flags", Some(flags));
-            line.number("bytes_received", Some(to_server));
-            line.number("bytes_sent", Some(to_client));
-            line.milliseconds("duration_ms", self.start.elapsed());
-            line.text("security", Some(labels.security.word()));
-            line.text("error", error.map(|error| error.detail.as_str()));
-        });
     }
 
     /// Bytes moved so far in addition to what was told before (`sent` to the server, `received` from it).
@@ -151,7 +181,9 @@ impl ConnectionGuard {
     fn end(&mut self, error: Option<&Error>) {
         if let Some(open) = self.open.take() {
             let (labels, traffic) = *open;
-            self.report(&labels, traffic, error);
+            let [to_server, to_client] = self.totals();
+            let end = End { to_server, to_client, duration: self.start.elapsed(), error };
+            self.reporter.connection_ended(&labels, traffic, &end);
         }
     }
 }

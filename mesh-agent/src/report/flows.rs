@@ -17,7 +17,7 @@ use mesh_common::{
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
-use super::{FlowFacts, FlowKey, access_log::rfc3339};
+use super::{FlowFacts, FlowKey, RequestProtocol, access_log::rfc3339};
 use crate::state::snapshot::{Snapshot, Workload};
 
 /// One flow: one connection of an app, or packets between two addresses that belong to no socket of the pod.
@@ -126,6 +126,8 @@ pub enum Verdict {
     Excluded,
     /// Dropped: sent around the agent by a pod whose egress is restricted.
     Leaked,
+    /// From app to app without the agent, as the agent allows it.
+    Direct,
     /// A record of another version says something else.
     Unknown,
 }
@@ -139,6 +141,7 @@ impl Verdict {
             Self::Failed => "failed",
             Self::Excluded => "excluded",
             Self::Leaked => "leaked",
+            Self::Direct => "direct",
             Self::Unknown => "unknown",
         }
     }
@@ -189,6 +192,8 @@ pub struct Context<'a> {
     pub pod_of: &'a dyn Fn(u64) -> Option<Arc<Workload>>,
     /// What the agent knows.
     pub facts: FindFacts<'a>,
+    /// The address of an endpoint that the kernel chose, by its number.
+    pub endpoint: &'a dyn Fn(u32) -> Option<SocketAddr>,
     /// Now.
     pub clock: Clock,
 }
@@ -211,7 +216,11 @@ pub fn join(record: &FlowRecord, context: &Context<'_>) -> FlowView {
     let facts = pod.as_ref().zip(key).filter(|_| captured);
     let known = facts.and_then(|(pod, key)| (context.facts)(pod, key));
     let security = protection(captured, known.as_ref());
-    let facts = known.unwrap_or_default();
+    let facts = if record.verdict == verdict::DIRECT {
+        facts_of_direct(record, direction, context)
+    } else {
+        known.unwrap_or_default()
+    };
     let there = endpoint(&facts, direction, remote, context.snapshot);
     let transport = transport(record.protocol);
     FlowView {
@@ -249,6 +258,25 @@ fn protection(captured: bool, facts: Option<&FlowFacts>) -> Protection {
         (true, None) => Protection::Unknown,
         (true, Some(facts)) if facts.mutual_tls => Protection::MutualTls,
         _ => Protection::None,
+    }
+}
+
+/// Nobody in user space has seen a direct connection; but the kernel lets none be made from an address that is not its
+/// pod's own, nor to another endpoint than it chose.
+fn facts_of_direct(record: &FlowRecord, direction: Direction, context: &Context<'_>) -> FlowFacts {
+    let (local, remote) = (socket_addr(record.local), socket_addr(record.remote));
+    let endpoint = (context.endpoint)(record.endpoint);
+    let inbound = direction == Direction::Inbound;
+    let service = inbound.then(|| context.snapshot.inbound.get(&local)).flatten();
+    let peer = if inbound { Some(remote) } else { endpoint };
+    let peer = peer.and_then(|peer| context.snapshot.workload_at(peer.ip()));
+    FlowFacts {
+        service: service.map(|cluster| Arc::clone(&cluster.host)),
+        endpoint,
+        peer_pod: peer.map(|pod| format!("{}/{}", pod.namespace, pod.name).into()),
+        peer: peer.map(|pod| pod.identity.clone()),
+        protocol: Some(RequestProtocol::Tcp),
+        ..FlowFacts::default()
     }
 }
 
@@ -316,6 +344,7 @@ fn verdict_of(value: u8) -> Verdict {
         verdict::FAILED => Verdict::Failed,
         verdict::EXCLUDED => Verdict::Excluded,
         verdict::LEAKED => Verdict::Leaked,
+        verdict::DIRECT => Verdict::Direct,
         _ => Verdict::Unknown,
     }
 }

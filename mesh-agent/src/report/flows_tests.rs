@@ -57,7 +57,7 @@ fn view(record: &FlowRecord, facts: FindFacts<'_>) -> FlowView {
         monotonic_ns: 104 * SECOND,
         wall: SystemTime::UNIX_EPOCH + Duration::from_millis(1_000_000_500),
     };
-    join(record, &Context { snapshot: &snapshot(), pod_of: &|_| None, facts, clock })
+    join(record, &Context { snapshot: &snapshot(), pod_of: &|_| None, facts, endpoint: &|_| None, clock })
 }
 
 #[test]
@@ -142,6 +142,7 @@ fn a_pods_namespace_names_it_before_its_address_does() {
         snapshot: &snapshot(),
         pod_of: &|netns| (netns == 4711).then(|| other.clone()),
         facts: &|_, _| None,
+        endpoint: &|_| None,
         clock,
     };
     let view = join(&record, &context);
@@ -157,4 +158,32 @@ fn a_view_survives_json() -> Result<(), serde_json::Error> {
     assert!(text.contains(r#""direction":"outbound""#) && text.contains(r#""security":"unknown""#));
     assert_eq!(serde_json::from_str::<FlowView>(&text)?, view);
     Ok(())
+}
+
+#[test]
+fn a_direct_flow_is_known_from_the_kernel_alone() {
+    let record = FlowRecord { verdict: verdict::DIRECT, endpoint: 7, ..record() };
+    let clock = Clock { monotonic_ns: 104 * SECOND, wall: SystemTime::UNIX_EPOCH };
+    let at = SocketAddr::from(([10, 244, 0, 2], 9080));
+    let context = Context {
+        snapshot: &snapshot(),
+        pod_of: &|_| None,
+        // Of another connection of that address.
+        facts: &|_, _| {
+            Some(FlowFacts { route: Some("other".into()), mutual_tls: true, ..FlowFacts::default() })
+        },
+        endpoint: &|number| (number == 7).then_some(at),
+        clock,
+    };
+    let out = join(&record, &context);
+    assert_eq!((out.verdict, out.security), (Verdict::Direct, Protection::None));
+    assert_eq!((out.endpoint, out.route, &*out.protocol), (Some(at), None, "tcp"));
+    assert_eq!(out.service.as_deref(), Some("reviews.default.svc.cluster.local"));
+    assert_eq!(out.peer_pod.as_deref(), Some("default/reviews-1"));
+    assert_eq!(out.peer_identity.as_deref(), Some("spiffe://cluster.local/ns/default/sa/reviews"));
+    let (local, remote) = (Addr::from(at), record.local);
+    let into = FlowRecord { direction: direction::INBOUND, local, remote, endpoint: 0, ..record };
+    let into = join(&into, &context);
+    assert_eq!(into.peer_identity.as_deref(), Some("spiffe://cluster.local/ns/default/sa/productpage"));
+    assert_eq!((into.security, into.peer_pod.as_deref()), (Protection::None, Some("default/productpage-1")));
 }

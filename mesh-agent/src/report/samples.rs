@@ -53,6 +53,7 @@ pub fn cluster(name: &str) -> Arc<Cluster> {
         endpoints: Vec::new(),
         balancing: Balancing::default(),
         connect_timeout: Duration::from_secs(10),
+        limits_connections: false,
         retry_budget: defaults::RETRY_BUDGET,
         state: Arc::default(),
     })

@@ -32,6 +32,7 @@ fn reviews() -> Cluster {
         endpoints: Vec::new(),
         balancing: Balancing::RoundRobin,
         connect_timeout: Duration::from_secs(10),
+        limits_connections: false,
         retry_budget: crate::state::defaults::RETRY_BUDGET,
         state: Arc::default(),
     }

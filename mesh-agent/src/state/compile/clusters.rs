@@ -91,7 +91,8 @@ impl<'a, 'p> Clusters<'a, 'p> {
         if let Some(made) = self.made.get(&key) {
             return Arc::clone(made);
         }
-        let Policy { balancing, connect_timeout, retry_budget } = destination_rules::policy(merged, subset);
+        let Policy { balancing, connect_timeout, limits_connections, retry_budget } =
+            destination_rules::policy(merged, subset);
         let before = self.before.get(&key);
         let labels = subset.map(|subset| &subset.labels);
         let cluster = Arc::new(Cluster {
@@ -106,6 +107,7 @@ impl<'a, 'p> Clusters<'a, 'p> {
             endpoints: endpoints(&port.candidates, labels, before),
             balancing,
             connect_timeout,
+            limits_connections,
             retry_budget,
             state: before.map(|before| Arc::clone(&before.state)).unwrap_or_default(),
         });

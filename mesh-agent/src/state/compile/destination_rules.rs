@@ -33,6 +33,8 @@ pub(super) struct Policy {
     pub balancing: Balancing,
     /// How long dialling may take.
     pub connect_timeout: Duration,
+    /// Whether that was asked for, or anything else that the agent has to watch over connections for.
+    pub limits_connections: bool,
     /// How many tries may be retries.
     pub retry_budget: RetryBudget,
 }
@@ -61,6 +63,7 @@ pub(super) fn policy(merged: Option<&Merged<'_>>, subset: Option<&Subset>) -> Po
     Policy {
         balancing: layers().find_map(|policy| policy.balancing).unwrap_or_default(),
         connect_timeout: pool.and_then(|pool| pool.connect_timeout).unwrap_or(defaults::CONNECT_TIMEOUT),
+        limits_connections: pool.is_some_and(|pool| pool.connect_timeout.is_some()),
         retry_budget: layers().find_map(|policy| policy.retry_budget).unwrap_or(defaults::RETRY_BUDGET),
     }
 }

@@ -20,6 +20,7 @@ const EXCLUDE_INBOUND_PORTS: &str = "mesh.io/exclude-inbound-ports";
 const EXCLUDE_INBOUND_CIDRS: &str = "mesh.io/exclude-inbound-cidrs";
 const WHEN_AGENT_IS_DOWN: &str = "mesh.io/when-agent-is-down";
 const EGRESS: &str = "mesh.io/egress";
+const DIRECT: &str = "mesh.io/direct";
 
 type Annotations = BTreeMap<String, String>;
 
@@ -50,6 +51,11 @@ pub fn capture_policy(annotations: Option<&Annotations>) -> Checked<CapturePolic
         "unrestricted" => Ok(false),
         _ => Err(wrong(EGRESS, format!("{word:?} is neither restricted nor unrestricted"))),
     });
+    let no_direct = value(DIRECT).map(|word| match word {
+        "enabled" => Ok(false),
+        "disabled" => Ok(true),
+        _ => Err(wrong(DIRECT, format!("{word:?} is neither enabled nor disabled"))),
+    });
     let policy = CapturePolicy {
         exclude_outbound: Exclusions {
             ports: named(EXCLUDE_OUTBOUND_PORTS).map_or(Ok(Vec::new()), ports)?,
@@ -61,6 +67,7 @@ pub fn capture_policy(annotations: Option<&Annotations>) -> Checked<CapturePolic
         },
         when_agent_is_down: down.transpose()?,
         restrict_egress: restricted.transpose()?.unwrap_or_default(),
+        no_direct: no_direct.transpose()?.unwrap_or_default(),
     };
     if policy.exclude_inbound.ports.iter().any(|range| (range.first..=range.last).contains(&port::MESH)) {
         let message = format!("port {} is the mesh's own and cannot be excluded", port::MESH);
@@ -161,6 +168,9 @@ mod tests {
         assert_eq!(closed.when_agent_is_down, Some(WhenAgentIsDown::Closed));
         assert!(!closed.restrict_egress && policy(&[(EGRESS, "restricted")]).unwrap().restrict_egress);
         assert!(!policy(&[(EGRESS, "unrestricted")]).unwrap().restrict_egress);
+        for (word, no_direct) in [("enabled", false), ("disabled", true)] {
+            assert_eq!(policy(&[(DIRECT, word)]).unwrap().no_direct, no_direct);
+        }
     }
 
     #[test]
@@ -184,6 +194,7 @@ mod tests {
             (EXCLUDE_INBOUND_CIDRS, &cidrs, "257 subnets"),
             (WHEN_AGENT_IS_DOWN, "Open", "\"Open\""),
             (WHEN_AGENT_IS_DOWN, "", "\"\""),
+            (DIRECT, "false", "\"false\""),
         ];
         for (name, value, says) in table {
             let error = policy(&[(name, value)]).unwrap_err();

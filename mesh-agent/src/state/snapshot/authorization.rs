@@ -40,6 +40,11 @@ impl Authorization {
             reads_paths: applied.iter().any(|one| one.policy.reads_paths()),
         }
     }
+
+    /// Whether nothing is asked of whoever comes, nor noted.
+    pub fn is_empty(&self) -> bool {
+        [&self.custom, &self.deny, &self.allow, &self.noted].into_iter().all(|applied| applied.is_empty())
+    }
 }
 
 /// A policy that selects a workload.

@@ -15,6 +15,8 @@ pub struct CapturePolicy {
     pub when_agent_is_down: Option<WhenAgentIsDown>,
     /// TCP that leaves around the agent is dropped.
     pub restrict_egress: bool,
+    /// Whether all connections from and to it take the agent (`mesh.io/direct: disabled`).
+    pub no_direct: bool,
 }
 
 /// What is not captured: a connection that any of these holds.

@@ -39,6 +39,8 @@ pub struct Cluster {
     pub balancing: Balancing,
     /// `connectionPool.tcp.connectTimeout`, 10 s by default.
     pub connect_timeout: Duration,
+    /// Whether a rule sets what only the agent can keep: its connections are never direct.
+    pub limits_connections: bool,
     /// How many tries may be retries at a time.
     pub retry_budget: RetryBudget,
     /// Carried over from the snapshot before.
@@ -59,7 +61,7 @@ pub struct ClusterState {
 }
 
 /// How endpoints are chosen.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Balancing {
     /// Two at random, the one with fewer requests in flight (Istio's default).
     #[default]

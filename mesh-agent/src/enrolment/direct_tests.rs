@@ -1,0 +1,190 @@
+use std::{collections::BTreeMap, time::Duration};
+
+use super::*;
+use crate::{
+    identity::SpiffeId,
+    state::{
+        defaults,
+        snapshot::{
+            Action, Applied, Authorization, Balancing, CapturePolicy, Cluster, Policy, Protocol, StreamRoute,
+        },
+    },
+};
+
+const CLIENT: u64 = 1;
+const SERVER: u64 = 2;
+const ELSEWHERE: &str = "10.0.1.1";
+
+fn workload(name: &str, ip: &str, no_direct: bool) -> Arc<Workload> {
+    let text = Arc::<str>::from;
+    Arc::new(Workload {
+        namespace: text("default"),
+        name: text(name),
+        ips: ip.parse().into_iter().collect(),
+        node: None,
+        identity: SpiffeId {
+            trust_domain: text("cluster.local"),
+            namespace: text("default"),
+            service_account: text(name),
+        },
+        labels: BTreeMap::new(),
+        enrolled: true,
+        netns: None,
+        capture: CapturePolicy { no_direct, ..CapturePolicy::default() },
+        authorization: Arc::default(),
+        workload_name: text(name),
+        canonical_service: text(name),
+        canonical_revision: text("latest"),
+    })
+}
+
+/// A client and a server on this node, each with a say of its own.
+fn local(client_refuses: bool, server_refuses: bool) -> Local {
+    let mut local = Local::default();
+    local.add(CLIENT, &workload("client", "10.0.0.1", client_refuses));
+    local.add(SERVER, &workload("server", "10.0.0.2", server_refuses));
+    local
+}
+
+#[derive(Default)]
+struct Port {
+    protocol: Option<Protocol>,
+    routed: bool,
+    limited: bool,
+    endpoints: &'static [&'static str],
+}
+
+const OPAQUE: Port = Port {
+    protocol: Some(Protocol::Opaque),
+    routed: false,
+    limited: false,
+    endpoints: &["10.0.0.2:80", "10.0.1.1:80"],
+};
+
+fn snapshot(port: &Port) -> Snapshot {
+    let host: Arc<str> = "s.default.svc.cluster.local".into();
+    let endpoint = |address: &&str| {
+        let address: Option<SocketAddr> = address.parse().ok();
+        let workload = address.map(|address| workload("server", &address.ip().to_string(), false));
+        address.map(|address| Arc::new(Endpoint { address, workload, state: Arc::default() }))
+    };
+    let cluster = Cluster {
+        name: "outbound|70||s".into(),
+        host: Arc::clone(&host),
+        service: "s".into(),
+        namespace: "default".into(),
+        port: 70,
+        protocol: port.protocol,
+        subset: None,
+        view: None,
+        endpoints: port.endpoints.iter().filter_map(endpoint).collect(),
+        balancing: Balancing::Random,
+        connect_timeout: Duration::from_secs(10),
+        limits_connections: port.limited,
+        retry_budget: defaults::RETRY_BUDGET,
+        state: Arc::default(),
+    };
+    let stream = || {
+        let (name, origin) = ("r".into(), "VirtualService default/r".into());
+        Arc::new(StreamRoute { name, origin, matches: Vec::new(), backends: Vec::new() })
+    };
+    let service = Arc::new(Service {
+        host: Arc::clone(&host),
+        name: "s".into(),
+        namespace: "default".into(),
+        vips: ["10.96.0.1", "fd00::1"].iter().filter_map(|ip| ip.parse().ok()).collect(),
+        visible: crate::state::snapshot::Visibility::Everywhere,
+        ports: vec![ServicePort {
+            port: 70,
+            protocol: port.protocol,
+            routes: Arc::new([]),
+            streams: if port.routed { Arc::new([stream()]) } else { Arc::new([]) },
+            cluster: Arc::new(cluster),
+        }],
+        views: HashMap::new(),
+    });
+    let vips = service.vips.iter().map(|ip| (*ip, Arc::clone(&service))).collect();
+    Snapshot { services: HashMap::from([(host, service)]), vips, ..Snapshot::default() }
+}
+
+fn open() -> OpenDirect {
+    let at = |ip: [u8; 4], port| SocketAddr::from((ip, port));
+    let (dialled, endpoint) = (at([10, 96, 0, 1], 70), at([10, 0, 0, 2], 80));
+    OpenDirect { client: CLIENT, server: SERVER, dialled, endpoint }
+}
+
+#[test]
+fn endpoints_of_other_nodes_have_their_share_and_addresses_of_another_family_none() {
+    let wanted = wanted(&snapshot(&OPAQUE), &local(false, false));
+    // The server may dial its own service too; the kernel sends nobody to itself.
+    assert_eq!(wanted.len(), 2, "{wanted:?}");
+    let set = &wanted[&(CLIENT, open().dialled)];
+    assert_eq!(set.balancing, Balancing::Random);
+    let seen: Vec<_> = set.endpoints.iter().map(|e| (e.netns, e.direct, e.weight)).collect();
+    assert_eq!(seen, [(Some(SERVER), true, 1), (None, false, 1)]);
+    assert!(set.endpoints[1].address.to_string().starts_with(ELSEWHERE));
+}
+
+#[test]
+fn what_needs_the_agent_is_not_wanted_and_ends_what_is_open() {
+    let table = [
+        (OPAQUE, local(false, false), None),
+        (Port { protocol: None, ..OPAQUE }, local(false, false), Some(Because::NotDeclared)),
+        (Port { protocol: Some(Protocol::Http1), ..OPAQUE }, local(false, false), Some(Because::NotDeclared)),
+        (Port { routed: true, ..OPAQUE }, local(false, false), Some(Because::Routed)),
+        (Port { limited: true, ..OPAQUE }, local(false, false), Some(Because::Limited)),
+        (OPAQUE, local(true, false), Some(Because::Asked)),
+        (OPAQUE, local(false, true), Some(Because::Asked)),
+    ];
+    for (port, local, because) in table {
+        let snapshot = snapshot(&port);
+        let wanted = wanted(&snapshot, &local).contains_key(&(CLIENT, open().dialled));
+        assert_eq!(wanted, because.is_none(), "{because:?}");
+        assert_eq!(forbidden(&snapshot, &local, &open()), because);
+    }
+}
+
+#[test]
+fn a_pod_whose_policies_are_asked_takes_the_agent() {
+    for (action, dry_run) in [
+        (Action::Allow, false),
+        (Action::Deny, false),
+        (Action::Custom, false),
+        (Action::Audit, false),
+        (Action::Deny, true),
+    ] {
+        let policy =
+            Policy { namespace: "default".into(), name: "p".into(), action, dry_run, rules: Box::default() };
+        let applied = [Applied { policy: Arc::new(policy), ports: None }];
+        let server = Workload {
+            authorization: Arc::new(Authorization::new(&applied)),
+            ..Workload::clone(&workload("server", "10.0.0.2", false))
+        };
+        let mut local = Local::default();
+        local.add(CLIENT, &workload("client", "10.0.0.1", false));
+        local.add(SERVER, &Arc::new(server));
+        let snapshot = snapshot(&OPAQUE);
+        assert!(!wanted(&snapshot, &local).contains_key(&(CLIENT, open().dialled)), "{action:?}");
+        assert_eq!(forbidden(&snapshot, &local, &open()), Some(Because::Judged), "{action:?}");
+    }
+}
+
+#[test]
+fn what_is_gone_forbids_nothing_and_is_not_chosen() {
+    // No endpoint of this node; no service; no pods.
+    let gone = Port { endpoints: &["10.0.1.1:80"], ..OPAQUE };
+    let none = Snapshot::default();
+    let both = local(false, false);
+    for (snapshot, local) in
+        [(&snapshot(&gone), &both), (&none, &both), (&snapshot(&OPAQUE), &Local::default())]
+    {
+        assert!(wanted(snapshot, local).is_empty());
+        assert_eq!(forbidden(snapshot, local, &open()), None);
+    }
+}
+
+#[test]
+fn the_meshs_own_ports_are_nobodys() {
+    let port = Port { endpoints: &["10.0.0.2:15008"], ..OPAQUE };
+    assert!(wanted(&snapshot(&port), &local(false, false)).is_empty());
+}

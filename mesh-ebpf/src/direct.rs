@@ -1,0 +1,167 @@
+//! Direct connections, in the hooks that they take part in: an endpoint is chosen as the app connects, the connection is
+//! listed for the server's pod before its SYN leaves, and struck off when the client's socket closes.
+//!
+//! A connection is listed by the kernel alone, from its socket's own ends and namespace, and is let in once. Nothing is
+//! chosen while the agent does not listen. Tested in the lab (`tests/tests/direct/`).
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::bpf_sock,
+    helpers::generated::{bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_get_socket_cookie, bpf_setsockopt},
+    programs::SockOpsContext,
+};
+use core::ptr::read_volatile;
+use mesh_common::{
+    addr::Addr,
+    decide::{direct, tcp},
+    flow::verdict,
+    maps::{Admitted, DirectKey, Endpoint, PodAddrs, SlotKey, Tuple, counter, kind},
+};
+
+use crate::{
+    maps::{ADMITTED, DIRECT, DIRECT_SLOTS, ENDPOINTS, PODS, SOCKETS, agent_is_gone, count, xadd},
+    sockops::ends,
+};
+
+/// What the kernel has chosen for a connection.
+pub struct Choice {
+    /// The endpoint's number.
+    pub endpoint: u32,
+    /// Its address, when the connection goes there without the agent.
+    pub direct: Option<Addr>,
+}
+
+/// Chooses for a connection of this pod; `None` leaves it to the agent.
+#[inline(always)]
+pub fn choose(netns: u64, pod: &PodAddrs, bound: &Addr, dialled: &Addr) -> Option<Choice> {
+    let key = DirectKey { netns, addr: *dialled, pad: 0 };
+    let service = DIRECT.get_ptr_mut(&key)?;
+    if agent_is_gone(netns) {
+        return None;
+    }
+    // SAFETY: an entry is freed after the programs that hold it have ended; a turn that two take is no harm.
+    let service = unsafe {
+        let now = *service;
+        (*service).next = now.next.wrapping_add(1);
+        now
+    };
+    // SAFETY: the helper takes nothing.
+    let random = [0; 4].map(|_: u32| unsafe { bpf_get_prandom_u32() });
+    // SAFETY: an entry is freed after the programs that hold it have ended.
+    let slot = |place| unsafe { DIRECT_SLOTS.get(&SlotKey { set: service.set, place }) }.copied();
+    let open = |endpoint: u32| {
+        // SAFETY: as above; the count is written by single instructions.
+        ENDPOINTS.get_ptr_mut(&endpoint).map_or(0, |found| unsafe { read_volatile(&raw const (*found).open) })
+    };
+    let slot = direct::choose(&service, random, slot, open)?;
+    // SAFETY: as above.
+    let endpoint = unsafe { ENDPOINTS.get(&slot.endpoint) }?;
+    let direct = slot.direct != 0
+        && direct::may_go_to(pod, bound, dialled, &endpoint.addr)
+        // Its pod may have left the mesh a moment ago.
+        // SAFETY: inner maps are freed after the programs that hold them have ended.
+        && unsafe { ADMITTED.get(&endpoint.netns) }.is_some();
+    Some(Choice { endpoint: slot.endpoint, direct: direct.then_some(endpoint.addr) })
+}
+
+/// An app's captured socket is about to send its SYN: its endpoint counts one more, and a direct connection is listed
+/// where its server's pod looks for it. What cannot be listed for want of room is refused.
+#[inline(never)]
+pub fn connecting(ctx: SockOpsContext, sk: *mut bpf_sock) {
+    let ctx = &ctx;
+    let Some(facts) = SOCKETS.get(sk) else { return };
+    if facts.kind != kind::CLIENT || facts.endpoint == 0 {
+        return;
+    }
+    let Some(endpoint) = ENDPOINTS.get_ptr_mut(&facts.endpoint) else {
+        // Gone since it was chosen. The connection goes to its address as one from outside the mesh.
+        facts.endpoint = 0;
+        if facts.verdict == verdict::DIRECT {
+            facts.verdict = verdict::BYPASSED;
+        }
+        return;
+    };
+    add(endpoint, 1);
+    if facts.verdict != verdict::DIRECT {
+        return;
+    }
+    let (local, remote) = ends(ctx);
+    // SAFETY: the helpers take the context of this hook; entries are freed after the programs that hold them have ended.
+    let (netns, socket, to) = unsafe {
+        (bpf_get_netns_cookie(ctx.as_ptr()), bpf_get_socket_cookie(ctx.as_ptr()), (*endpoint).netns)
+    };
+    // SAFETY: as above.
+    let own = unsafe { PODS.get(&netns) }.is_some_and(|pod| direct::is_own(pod, &local));
+    // SAFETY: as above.
+    let Some(map) = (unsafe { ADMITTED.get(&to) }).filter(|_| own) else {
+        facts.verdict = verdict::BYPASSED;
+        return;
+    };
+    let admitted = Admitted { netns, socket, accepted: 0, dialled: facts.addr, endpoint: facts.endpoint };
+    if map.insert(&Tuple { src: local, dst: remote }, &admitted, 0).is_err() {
+        count(counter::ADMITTED_FULL);
+        refuse(ctx);
+    }
+}
+
+/// Leaves a connection no way to go: `connect` fails with `EHOSTUNREACH`.
+#[inline(always)]
+pub fn refuse(ctx: &SockOpsContext) {
+    const SOL_SOCKET: i32 = 1;
+    const SO_BINDTOIFINDEX: i32 = 62;
+    let mut no_interface = i32::MAX;
+    let value = (&raw mut no_interface).cast();
+    // SAFETY: the helper takes the context of this hook, and reads four bytes.
+    unsafe { bpf_setsockopt(ctx.as_ptr(), SOL_SOCKET, SO_BINDTOIFINDEX, value, 4) };
+}
+
+/// Whether a connection that an app accepts is a direct one; from then on no other SYN is let in for it.
+#[inline(always)]
+pub fn accepted(ctx: &SockOpsContext, netns: u64, tuple: &Tuple) -> bool {
+    // SAFETY: inner maps, and their entries, are freed after the programs that hold them have ended.
+    let Some(admitted) = (unsafe { ADMITTED.get_value_ptr_mut(&netns, tuple) }) else { return false };
+    // SAFETY: as above; the helper takes the context of this hook.
+    unsafe {
+        if (*admitted).accepted != 0 {
+            return false;
+        }
+        (*admitted).accepted = bpf_get_socket_cookie(ctx.as_ptr());
+    }
+    true
+}
+
+/// The socket changes its TCP state, and its flow has been told of: when it closes, its endpoint counts one less, and
+/// its connection is struck off.
+#[inline(never)]
+pub fn closing(ctx: SockOpsContext, sk: *mut bpf_sock) {
+    let ctx = &ctx;
+    // SAFETY: a context field.
+    let new = unsafe { read_volatile(&raw const (*ctx.ops).__bindgen_anon_1.args[1]) as u8 };
+    if new != tcp::CLOSE {
+        return;
+    }
+    let Some(facts) = SOCKETS.get(sk) else { return };
+    if facts.kind != kind::CLIENT || facts.endpoint == 0 {
+        return;
+    }
+    let found = ENDPOINTS.get_ptr_mut(&facts.endpoint);
+    facts.endpoint = 0;
+    let Some(endpoint) = found else { return };
+    add(endpoint, u64::MAX);
+    let (src, dst) = ends(ctx);
+    let tuple = Tuple { src, dst };
+    // SAFETY: entries are freed after the programs that hold them have ended.
+    let Some(map) = (unsafe { ADMITTED.get(&(*endpoint).netns) }) else { return };
+    // A new connection may have taken the same ends over.
+    // SAFETY: as above; the helper takes the context of this hook.
+    if unsafe { map.get(&tuple).is_some_and(|one| one.socket == bpf_get_socket_cookie(ctx.as_ptr())) } {
+        let _ = map.remove(&tuple);
+    }
+}
+
+/// `u64::MAX` takes one away.
+#[inline(always)]
+fn add(endpoint: *mut Endpoint, n: u64) {
+    // SAFETY: the entry is freed after the programs that hold it have ended.
+    unsafe { xadd(&raw mut (*endpoint).open, n) };
+}
