@@ -40,6 +40,16 @@ pub fn processes(path: &Path) -> Vec<i32> {
     text.lines().filter_map(|line| line.parse().ok()).collect()
 }
 
+/// The processor time of everything that ever ran in the cgroup and below, its own and the kernel's on its behalf, to the
+/// microsecond.
+pub fn cpu_time(path: &Path) -> Result<Duration> {
+    let file = path.join("cpu.stat");
+    let text = fs::read_to_string(&file).with_context(|| format!("reading {}", file.display()))?;
+    let usage = text.lines().find_map(|line| line.strip_prefix("usage_usec "));
+    let usage = usage.with_context(|| format!("{} has no usage_usec", file.display()))?;
+    Ok(Duration::from_micros(usage.parse().with_context(|| format!("{usage:?} is no time"))?))
+}
+
 /// The directory and all below it, deepest first.
 pub fn tree(path: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();

@@ -265,8 +265,13 @@ fn alone(mut command: Command, args: &[&str]) -> Command {
 }
 
 fn grpc_client() -> Result<PathBuf> {
+    tool(GRPC)
+}
+
+/// A program that `cargo xtask` keeps below the target directory, as `tools/bin/NAME`.
+pub fn tool(path: &str) -> Result<PathBuf> {
     let executable = std::env::current_exe().context("finding this executable")?;
     let directories = executable.ancestors().skip(1);
-    let found = directories.map(|directory| directory.join(GRPC)).find(|path| path.is_file());
-    found.with_context(|| format!("no {GRPC} above {}", executable.display()))
+    let found = directories.map(|directory| directory.join(path)).find(|path| path.is_file());
+    found.with_context(|| format!("no {path} above {}", executable.display()))
 }

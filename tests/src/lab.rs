@@ -159,6 +159,11 @@ impl Lab {
         &self.world.unique
     }
 
+    /// The cgroup of everything that runs in this lab.
+    pub fn cgroup(&self) -> &Path {
+        &self.world.cgroup
+    }
+
     /// The network namespace whose bridge all traffic between nodes crosses: the place to watch the wire.
     pub fn fabric(&self) -> &Netns {
         &self.world.fabric
@@ -276,10 +281,11 @@ impl World {
         }
     }
 
-    /// Ends the processes of a cgroup.
+    /// Ends the processes of a cgroup and those below.
     pub(crate) fn stop_in(&self, cgroup: &Path) -> Vec<String> {
         let mut processes = lock(&self.processes);
-        let (gone, rest): (Vec<_>, Vec<_>) = processes.drain(..).partition(|entry| entry.cgroup == cgroup);
+        let (gone, rest): (Vec<_>, Vec<_>) =
+            processes.drain(..).partition(|entry| entry.cgroup.starts_with(cgroup));
         *processes = rest;
         drop(processes);
         stop_all(&gone)

@@ -29,6 +29,7 @@
 mod agent;
 
 pub mod apps;
+pub mod bench;
 pub mod bookinfo;
 pub mod bpf;
 pub mod cgroup;

@@ -232,6 +232,16 @@ impl Pod {
         node.world.spawn(command, &inner.netns.path(), &inner.cgroup, &label, Role::App)
     }
 
+    /// Starts a process in a cgroup of its own below the pod's, whose processor time [`crate::cgroup::cpu_time`] tells
+    /// apart from that of the pod's other processes.
+    pub fn spawn_apart(&self, name: &str, command: Command) -> Result<Process> {
+        let Self { node, inner } = self;
+        let cgroup = inner.cgroup.join(name);
+        fs::create_dir_all(&cgroup).context("making a cgroup below a pod's")?;
+        let label = format!("{}/{}", inner.namespace, inner.name);
+        node.world.spawn(command, &inner.netns.path(), &cgroup, &label, Role::App)
+    }
+
     /// Runs a command in the pod to its end, for a minute at most.
     pub async fn run(&self, command: Command) -> Result<Output> {
         self.run_within(RUN_LIMIT, command).await
@@ -284,14 +294,24 @@ impl Pod {
 
     /// Changes an annotation in its manifest, as `kubectl annotate` does; `None` takes it away.
     pub fn annotate(&self, key: &str, value: Option<&str>) -> Result<()> {
+        self.change_metadata("annotations", key, value)
+    }
+
+    /// Enrols it by its label, or keeps it out, whatever its namespace says.
+    pub fn enrol(&self, enrolled: bool) -> Result<()> {
+        self.change_metadata("labels", manifest::ENROLMENT, Some(if enrolled { "node" } else { "none" }))
+    }
+
+    fn change_metadata(&self, field: &str, key: &str, value: Option<&str>) -> Result<()> {
         let file = self.inner.file();
         let path = self.node.world.config_dir().join(&file);
         let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
         let mut object: serde_json::Value = serde_json::from_str(&text)?;
-        let annotations = object["metadata"]["annotations"].as_object_mut().context("no annotations")?;
+        let entries = object["metadata"][field].as_object_mut();
+        let entries = entries.with_context(|| format!("a pod without {field}"))?;
         match value {
-            Some(value) => drop(annotations.insert(key.to_owned(), value.into())),
-            None => drop(annotations.remove(key)),
+            Some(value) => drop(entries.insert(key.to_owned(), value.into())),
+            None => drop(entries.remove(key)),
         }
         self.node.world.apply_object(&file, &object)
     }

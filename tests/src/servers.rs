@@ -232,12 +232,13 @@ fn redis_client(said: &str) -> Result<&str> {
     ip.with_context(|| format!("no addr= in {said}"))
 }
 
-fn nobody() -> Result<User> {
+/// The user without rights that servers run as.
+pub fn nobody() -> Result<User> {
     User::from_name(NOBODY)?.context("this system has no user nobody")
 }
 
-/// Gives up being root once it is where it shall run: who is not root enters no namespace.
-fn as_nobody(program: impl AsRef<OsStr>) -> Command {
+/// Runs a program as that user. It gives up being root once it is where it shall run: who is not root enters no namespace.
+pub fn as_nobody(program: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new("setpriv");
     command.args(["--reuid", NOBODY, "--regid", "nogroup", "--clear-groups", "--"]).arg(program);
     command

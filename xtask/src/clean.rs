@@ -24,13 +24,11 @@ pub struct Options {
 
 /// Cleans up; doing so twice is fine.
 pub fn run(options: &Options) -> Result<()> {
-    let program = workspace::debug_program("lab-residue");
-    if !program.is_file() {
-        println!("lab-residue is not built, so no lab has run from here: no residue to look for");
-    } else if setup::is_root() {
-        shown(workspace::command(program).arg("clean"))?;
-    } else {
-        println!("residue: skipped, namespaces, cgroups and pinned maps belong to root");
+    let builds = [workspace::debug_program("lab-residue"), workspace::release_program("lab-residue")];
+    match builds.into_iter().find(|program| program.is_file()) {
+        None => println!("lab-residue is not built, so no lab has run from here: no residue to look for"),
+        Some(program) if setup::is_root() => shown(workspace::command(program).arg("clean"))?,
+        Some(_) => println!("residue: skipped, namespaces, cgroups and pinned maps belong to root"),
     }
     if options.all {
         remove(&workspace::ebpf_target_dir())?;

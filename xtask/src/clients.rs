@@ -7,6 +7,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context, Result};
 
@@ -24,6 +25,7 @@ const SOURCES_FILE: &str = "lab-grpc-client.sources";
 /// Finds or installs every client and server.
 pub fn prepare(progress: &mut Progress) -> Result<()> {
     setup::packages(progress, &setup::CLIENTS, "the lab's clients")?;
+    setup::packages_at_rest(progress, &setup::PROXIES, "the smoke run of the benchmarks")?;
     setup::packages_at_rest(progress, &setup::SERVERS, "the lab's servers")?;
     let sources = sources(&workspace::root().join("tests/clients/grpc"))?;
     let built_from = fs::read_to_string(workspace::tools_dir().join(SOURCES_FILE)).unwrap_or_default();
@@ -43,18 +45,32 @@ fn program() -> PathBuf {
 fn build(sources: &str) -> Result<()> {
     let tools = workspace::tools_dir();
     fs::create_dir_all(tools.join("bin")).context("cannot create target/tools/bin")?;
-    let mut go = workspace::command("go");
+    let mut go = go();
     go.current_dir(workspace::root().join("tests/clients/grpc"));
-    // This Go as it is: a newer one is not fetched, and no C compiler is asked for.
-    go.env("GOTOOLCHAIN", "local").env("GOWORK", "off").env("CGO_ENABLED", "0");
-    go.env("GOPATH", tools.join("go")).env("GOMODCACHE", tools.join("go/pkg/mod"));
-    go.env("GOCACHE", tools.join("go/cache"));
     // Else the module cache is read-only, and nobody but root can remove it.
     go.args(["build", "-mod=readonly", "-modcacherw", "-trimpath", "-o"]).arg(program()).arg(".");
     kept(go)?;
-    // Hundreds of mebibytes that only the next change of the sources would use.
-    fs::remove_dir_all(tools.join("go")).context("cannot remove what Go kept")?;
+    forget_go()?;
     fs::write(tools.join(SOURCES_FILE), sources).context("cannot say what the gRPC client was built from")
+}
+
+/// Where Go keeps modules and objects while it builds.
+pub fn go_dir() -> PathBuf {
+    workspace::tools_dir().join("go")
+}
+
+/// This Go as it is: a newer one is not fetched, and no C compiler is asked for. What it keeps is below `target/tools`.
+pub fn go() -> Command {
+    let kept = go_dir();
+    let mut go = workspace::command("go");
+    go.env("GOTOOLCHAIN", "local").env("GOWORK", "off").env("CGO_ENABLED", "0");
+    go.env("GOPATH", &kept).env("GOMODCACHE", kept.join("pkg/mod")).env("GOCACHE", kept.join("cache"));
+    go
+}
+
+/// Removes what it keeps: hundreds of mebibytes that only the next change of the sources would use.
+pub fn forget_go() -> Result<()> {
+    fs::remove_dir_all(go_dir()).context("cannot remove what Go kept")
 }
 
 /// All files of a directory, one after the other in the order of their names, each under its name.

@@ -1,10 +1,11 @@
-//! `cargo xtask`: builds, demo, tests, lint and clean-up of this workspace.
+//! `cargo xtask`: builds, demo, tests, benchmarks, lint and clean-up of this workspace.
 //!
 //! One module per subcommand, each with `Options` and `run`. A subcommand looks first for what it needs, installs it
 //! where it may (root on Debian) or says what to install, and runs again in seconds when nothing changed. It never
 //! changes the Rust toolchain in PATH, and writes only below `target/`. Tested by the tests beside each module, and by
 //! `.ci/run`, which uses nothing else.
 
+mod bench;
 mod build_ebpf;
 mod clean;
 mod clients;
@@ -24,7 +25,7 @@ use clap::{Parser, Subcommand};
 use crate::progress::Reported;
 use crate::setup::Missing;
 
-/// Builds, demo, tests, lint and clean-up of this workspace.
+/// Builds, demo, tests, benchmarks, lint and clean-up of this workspace.
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask", after_help = EXIT_CODES)]
 struct Cli {
@@ -47,7 +48,9 @@ enum Command {
     Fuzz(fuzz::Options),
     /// Runs two nodes with Bookinfo on this machine and checks what flows between them (root)
     Demo(demo::Options),
-    /// Removes what tests and demos may have left on this machine
+    /// Measures the mesh and its alternatives side by side on this machine (root)
+    Bench(bench::Options),
+    /// Removes what tests, demos and benchmarks may have left on this machine
     Clean(clean::Options),
 }
 
@@ -58,6 +61,7 @@ fn main() -> ExitCode {
         Command::Lint(options) => lint::run(&options),
         Command::Fuzz(options) => fuzz::run(&options),
         Command::Demo(options) => demo::run(&options),
+        Command::Bench(options) => bench::run(&options),
         Command::Clean(options) => clean::run(&options),
     };
     match done {

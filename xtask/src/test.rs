@@ -70,7 +70,7 @@ fn steps(options: &Options, progress: &mut Progress, totals: &mut Totals) -> Res
         return Ok(());
     }
     setup::packages(progress, &setup::LAB, "the lab")?;
-    setup::packages(progress, &setup::NAT, "guests of the lab's pods")?;
+    setup::packages(progress, &setup::IPTABLES, "guests of the lab's pods")?;
     clients::prepare(progress)?;
     build_everything(progress)?;
     let results = [

@@ -26,6 +26,11 @@ pub fn debug_program(name: &str) -> PathBuf {
     target_dir().join("debug").join(name)
 }
 
+/// The same of a release build.
+pub fn release_program(name: &str) -> PathBuf {
+    target_dir().join("release").join(name)
+}
+
 /// The target directory of the eBPF build; mesh-agent embeds the object from there.
 pub fn ebpf_target_dir() -> PathBuf {
     target_dir().join("ebpf")

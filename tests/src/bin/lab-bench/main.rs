@@ -1,0 +1,122 @@
+//! `lab-bench`: measures the mesh and its alternatives, side by side on this machine; run by `cargo xtask bench`.
+//!
+//! Promises: what is compared takes turns, round after round, in one run; a ratio is one of medians; rounds in which the
+//! machine had other work are discarded by the rule in `rounds.rs`; a failed connection or request fails the run. Load
+//! stays inside network namespaces that the run has made, and nothing of them is left when it ends. Never: asserts how
+//! fast anything is. Tested by `tests/benchmarks.rs`.
+
+mod capture;
+mod enrolment;
+mod figures;
+mod http;
+mod meter;
+mod report;
+mod rounds;
+mod unenrolled;
+mod world;
+
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result, ensure};
+use clap::{Parser, ValueEnum};
+
+use crate::{figures::Outcome, rounds::Plan};
+
+/// What is measured unless somebody says otherwise.
+const ROUNDS: usize = 7;
+const SECONDS: f64 = 5.0;
+/// And with `--quick`.
+const QUICK_SECONDS: f64 = 1.0;
+
+#[derive(Debug, Parser)]
+#[command(name = "lab-bench", about = "Measures the mesh and its alternatives on this machine (root)")]
+struct Cli {
+    /// What to measure; everything unless named
+    suites: Vec<Suite>,
+    /// How often each is measured in turn [default: 7; with --quick 1]
+    #[arg(long)]
+    rounds: Option<usize>,
+    /// How long each measurement takes [default: 5; with --quick 1]
+    #[arg(long)]
+    seconds: Option<f64>,
+    /// Whether it works at all: one short round in a small world, no figures to rely on
+    #[arg(long)]
+    quick: bool,
+    /// Where NAME.json goes, one for each suite
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Also write what is in DIR, of this and earlier runs, as Markdown to this file
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Suite {
+    /// Connections per second and CPU per connection: no capture, the mesh's, iptables REDIRECT
+    Capture,
+    /// What the hooks cost pods that are not enrolled
+    Unenrolled,
+    /// The time from a pod's manifest to its enrolment on a full node
+    Enrolment,
+    /// HTTP between two nodes over mutual TLS: none, the mesh, a bare pair, nginx, Envoy
+    Http,
+}
+
+impl Suite {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Capture => "capture",
+            Self::Unenrolled => "unenrolled",
+            Self::Enrolment => "enrolment",
+            Self::Http => "http",
+        }
+    }
+
+    async fn run(self, plan: &Plan) -> Result<figures::Measured> {
+        match self {
+            Self::Capture => capture::run(plan).await,
+            Self::Unenrolled => unenrolled::run(plan).await,
+            Self::Enrolment => enrolment::run(plan).await,
+            Self::Http => http::run(plan).await,
+        }
+    }
+}
+
+impl Cli {
+    fn plan(&self) -> Result<Plan> {
+        let rounds = self.rounds.unwrap_or(if self.quick { 1 } else { ROUNDS });
+        let seconds = self.seconds.unwrap_or(if self.quick { QUICK_SECONDS } else { SECONDS });
+        ensure!((1..=100).contains(&rounds), "--rounds is a number from 1 to 100");
+        ensure!((0.1..=60.0).contains(&seconds), "--seconds is a number from 0.1 to 60");
+        Ok(Plan { rounds, seconds, quick: self.quick })
+    }
+
+    fn suites(&self) -> Vec<Suite> {
+        if self.suites.is_empty() { Suite::value_variants().to_vec() } else { self.suites.clone() }
+    }
+}
+
+async fn run(cli: &Cli) -> Result<()> {
+    ensure!(lab::require_root()?, "run it as root");
+    let plan = cli.plan()?;
+    std::fs::create_dir_all(&cli.out).with_context(|| format!("making {}", cli.out.display()))?;
+    for suite in cli.suites() {
+        let name = suite.name();
+        println!("{name}: {} rounds of {} s", plan.rounds, plan.seconds);
+        let measured = suite.run(&plan).await.with_context(|| format!("measuring {name}"))?;
+        let outcome = Outcome::new(name, &plan, measured)?;
+        println!("\n{}", report::table(&outcome));
+        report::keep(&outcome, &cli.out)?;
+    }
+    if let Some(path) = &cli.report {
+        let names: Vec<_> = Suite::value_variants().iter().map(|suite| suite.name()).collect();
+        let text = report::markdown(&report::kept(&cli.out, &names)?);
+        std::fs::write(path, text).with_context(|| format!("writing {}", path.display()))?;
+    }
+    Ok(())
+}
+
+#[tokio::main]
+async fn main() -> Result<()> {
+    run(&Cli::parse()).await
+}

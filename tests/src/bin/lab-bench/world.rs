@@ -1,0 +1,105 @@
+//! What the benchmarks of TCP have in common: a node with a server and a client, and how they are run.
+
+use std::{process::Command, time::Duration};
+
+use anyhow::{Context as _, Result, ensure};
+use lab::{Agent, Lab, Node, Pod, Process, bench::Connected, binary, cgroup, eventually};
+use serde::de::DeserializeOwned;
+
+use crate::{figures::Figure, rounds::Plan};
+
+/// The ports of the server: closed connections hold on to ports of the client, as many to each of these.
+pub const PORT: u16 = 7000;
+pub const PORTS: u16 = 16;
+/// Connections that are open at a time.
+pub const WORKERS: u16 = 16;
+/// How much longer than it was told a client may take.
+const GRACE: Duration = Duration::from_secs(30);
+
+/// Figures that several suites have.
+pub const RATE: &str = "connections";
+pub const CPU: &str = "CPU of all, per connection";
+
+/// A node with a server, and a client on the same node.
+#[derive(Debug)]
+pub struct Site {
+    pub node: Node,
+    pub server: Pod,
+    pub client: Pod,
+}
+
+impl Site {
+    /// The server is not enrolled; the client as asked for.
+    pub async fn new(lab: &Lab, node: &str, enrolled: bool) -> Result<Self> {
+        let node = lab.node(node).await?;
+        let server = node.pod("server").unenrolled().start().await?;
+        let client = node.pod("client");
+        let client = if enrolled { client } else { client.unenrolled() }.start().await?;
+        let (port, ports) = (PORT.to_string(), PORTS.to_string());
+        serve(&server, "server", bench_app(&["answer", "--port", &port, "--ports", &ports])?).await?;
+        Ok(Self { node, server, client })
+    }
+
+    /// An agent as everything is measured with: no log of single connections, as its alternatives have none.
+    pub async fn agent(&self) -> Result<Agent> {
+        self.node.agent().arg("--access-log=off").start().await
+    }
+
+    /// Short connections of a pod to the server, and what they cost everything on the node.
+    pub async fn connect(&self, plan: &Plan, client: &Pod) -> Result<(Connected, Vec<Figure>)> {
+        let before = cgroup::cpu_time(self.node.cgroup())?;
+        let (server, seconds) = (self.server.ip().to_string(), plan.seconds.to_string());
+        let (port, ports, workers) = (PORT.to_string(), PORTS.to_string(), WORKERS.to_string());
+        let args = ["--port", &port, "--ports", &ports, "--workers", &workers, "--seconds", &seconds];
+        let done: Connected = ask(plan, client, &[&["connect", &server][..], &args].concat()).await?;
+        ensure!(done.connections > 0, "no connection was made");
+        let used = cgroup::cpu_time(self.node.cgroup())?.saturating_sub(before);
+        let figures = vec![
+            Figure::new(RATE, "1/s", done.connections as f64 / done.seconds),
+            Figure::new(CPU, "µs", each(used, done.connections)),
+        ];
+        Ok((done, figures))
+    }
+}
+
+/// A time's share of each of so many, in microseconds.
+pub fn each(time: Duration, count: u64) -> f64 {
+    time.as_secs_f64() * 1e6 / count as f64
+}
+
+/// The program of the benchmarks, with these arguments.
+pub fn bench_app(args: &[&str]) -> Result<Command> {
+    let mut command = Command::new(binary("bench-app", "MESH_BENCH_APP", "lab")?);
+    command.args(args);
+    Ok(command)
+}
+
+/// Starts a server of `bench-app`, in a cgroup of its own below the pod's, and waits until it listens.
+pub async fn serve(pod: &Pod, cgroup: &str, command: Command) -> Result<Process> {
+    let process = pod.spawn_apart(cgroup, command)?;
+    eventually("a server that listens", async || {
+        ensure!(process.status().is_none(), "{} has ended\n{}", process.label(), process.tail());
+        ensure!(process.stdout().contains("listening"), "{} does not listen yet", process.label());
+        Ok(())
+    })
+    .await?;
+    Ok(process)
+}
+
+/// Runs a client of `bench-app` in the pod and reads what it says.
+pub async fn ask<T: DeserializeOwned>(plan: &Plan, pod: &Pod, args: &[&str]) -> Result<T> {
+    let limit = Duration::from_secs_f64(plan.seconds) + GRACE;
+    let output = pod.run_within(limit, bench_app(args)?).await?;
+    ensure!(output.status.success(), "{} in {}: {}", args[0], pod.name(), output.stderr.trim_end());
+    serde_json::from_str(&output.stdout).with_context(|| format!("not an answer: {}", output.stdout))
+}
+
+/// Ends agents, which must succeed, and finds nothing left of them or the lab.
+pub async fn finish(lab: Lab, agents: impl IntoIterator<Item = Agent>) -> Result<()> {
+    for agent in agents {
+        let name = agent.node().name().to_owned();
+        let status = agent.stop().await?;
+        ensure!(status.success(), "the agent of node {name} ended with {status}");
+    }
+    lab.finish().await
+}

@@ -1,0 +1,125 @@
+//! `cargo xtask bench`: set-up and release builds, then the benchmarks of the lab.
+//!
+//! The benchmarks themselves are the program `lab-bench` of the package `lab`; what is measured, and how, is told there and
+//! in what it prints. Figures go to `target/bench/NAME.json`, and with `--report` to `docs/benchmarks.md`.
+
+mod peers;
+
+use std::ffi::OsString;
+
+use anyhow::Result;
+use clap::{Args, ValueEnum};
+
+use crate::build_ebpf;
+use crate::command::shown;
+use crate::progress::Progress;
+use crate::setup::{self, Missing};
+use crate::test::mount_bpffs;
+use crate::workspace;
+
+/// What is measured, and how much of it.
+#[derive(Debug, Args)]
+#[command(after_help = "The machine should have nothing else to do: rounds in which it has are discarded.")]
+pub struct Options {
+    /// What to measure; everything unless named
+    suites: Vec<Suite>,
+    /// How often each is measured in turn [default: 7]
+    #[arg(long)]
+    rounds: Option<usize>,
+    /// How long each measurement takes [default: 5]
+    #[arg(long)]
+    seconds: Option<f64>,
+    /// Whether it works at all: one short round in a small world, no figures to rely on
+    #[arg(long)]
+    quick: bool,
+    /// Also write docs/benchmarks.md, from what is in target/bench of this and earlier runs
+    #[arg(long, conflicts_with = "quick")]
+    report: bool,
+    #[command(flatten)]
+    ebpf: build_ebpf::Options,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Suite {
+    /// Connections per second and CPU per connection: no capture, the mesh's, iptables REDIRECT
+    Capture,
+    /// What the hooks cost pods that are not enrolled
+    Unenrolled,
+    /// The time from a pod's manifest to its enrolment on a full node
+    Enrolment,
+    /// HTTP between two nodes over mutual TLS: none, the mesh, a bare pair, nginx, Envoy
+    Http,
+}
+
+/// Builds what is missing and runs the benchmarks.
+pub fn run(options: &Options) -> Result<()> {
+    if !setup::is_root() {
+        let text =
+            "the benchmarks make network namespaces and cgroups and load eBPF programs: run them as root";
+        return Err(Missing(text.into()).into());
+    }
+    let mut progress = Progress::start();
+    setup::packages(&mut progress, &setup::BUILD, "the build")?;
+    setup::packages(&mut progress, &setup::LAB, "the lab")?;
+    if options.measures(Suite::Capture) {
+        setup::packages(&mut progress, &setup::IPTABLES, "the benchmark of capture")?;
+    }
+    if options.measures(Suite::Http) {
+        peers::prepare(&mut progress)?;
+    }
+    build_ebpf::build(&mut progress, &options.ebpf)?;
+    progress.step("build programs, optimised (minutes, the first time)", || {
+        let packages =
+            ["build", "--release", "--locked", "--package", "mesh-agent", "--package", "lab", "--bins"];
+        shown(workspace::cargo().args(packages))
+    })?;
+    let result = progress.step("benchmarks", || {
+        mount_bpffs()?;
+        shown(workspace::command(workspace::release_program("lab-bench")).args(options.arguments()))
+    });
+    println!("\n{}", progress.table());
+    result
+}
+
+impl Options {
+    fn measures(&self, suite: Suite) -> bool {
+        self.suites.is_empty() || self.suites.contains(&suite)
+    }
+
+    /// The same, as `lab-bench` takes it.
+    fn arguments(&self) -> Vec<OsString> {
+        let mut arguments: Vec<OsString> = Vec::new();
+        let names = self.suites.iter().filter_map(ValueEnum::to_possible_value);
+        arguments.extend(names.map(|name| name.get_name().into()));
+        arguments.extend(self.rounds.map(|rounds| format!("--rounds={rounds}").into()));
+        arguments.extend(self.seconds.map(|seconds| format!("--seconds={seconds}").into()));
+        arguments.extend(self.quick.then(|| "--quick".into()));
+        arguments.extend(["--out".into(), workspace::target_dir().join("bench").into()]);
+        if self.report {
+            arguments.extend(["--report".into(), workspace::root().join("docs/benchmarks.md").into()]);
+        }
+        arguments
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_asked_for_is_handed_on() {
+        let options = Options {
+            suites: vec![Suite::Capture],
+            rounds: Some(3),
+            seconds: Some(0.5),
+            quick: false,
+            report: true,
+            ebpf: build_ebpf::Options::default(),
+        };
+        let arguments = options.arguments();
+        let text: Vec<_> = arguments.iter().map(|argument| argument.to_string_lossy()).collect();
+        assert_eq!(text[..3], ["capture", "--rounds=3", "--seconds=0.5"]);
+        assert!(text.last().is_some_and(|last| last.ends_with("docs/benchmarks.md")), "{text:?}");
+        assert!(options.measures(Suite::Capture) && !options.measures(Suite::Enrolment));
+    }
+}
