@@ -40,7 +40,7 @@ pub fn run(options: &Options) -> Result<()> {
             });
         }
     };
-    on_each_core(serve, options.listen)
+    on_each_core(&serve, options.listen)
 }
 
 impl Inbound {

@@ -43,7 +43,7 @@ pub struct Options {
 
 /// Runs what a thread does on each core; returns when one of them has failed.
 fn on_each_core(
-    serve: impl AsyncFn(TcpListener) -> Result<()> + Clone + Send + 'static,
+    serve: &(impl AsyncFn(TcpListener) -> Result<()> + Clone + Send + 'static),
     at: SocketAddr,
 ) -> Result<()> {
     let (failed, failures) = mpsc::channel();

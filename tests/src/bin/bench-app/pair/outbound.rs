@@ -51,7 +51,7 @@ pub fn run(options: &Options, name: &str) -> Result<()> {
             });
         }
     };
-    on_each_core(serve, options.listen)
+    on_each_core(&serve, options.listen)
 }
 
 impl Outbound {

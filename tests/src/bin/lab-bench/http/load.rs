@@ -132,7 +132,6 @@ mod tests {
     }
 
     #[test]
-    #[expect(clippy::float_cmp, reason = "milliseconds of seconds that are exact in both")]
     fn a_rate_that_was_not_reached_is_told() -> Result<()> {
         let percentiles =
             json!([{ "Percentile": 50, "Value": 0.0005 }, { "Percentile": 99, "Value": 0.002 }]);
