@@ -4,6 +4,7 @@
 //! programs share they find by its pin. Tested in the lab.
 
 use std::{
+    io::ErrorKind,
     os::fd::AsFd as _,
     path::{Path, PathBuf},
 };
@@ -107,8 +108,8 @@ pub(super) fn load(dir: &BpfDir, with: &Loading) -> Result<Object> {
     let mut node = load_object(dir, with, None, 0)?;
     for (name, program) in node.ebpf.programs_mut() {
         let loaded = match program {
-            Program::SockOps(program) => program.load(),
-            Program::CgroupSockAddr(program) => program.load(),
+            Program::SockOps(program) => uninterrupted(|| program.load()),
+            Program::CgroupSockAddr(program) => uninterrupted(|| program.load()),
             _ => Ok(()),
         };
         loaded.with_context(|| {
@@ -132,10 +133,10 @@ pub(super) fn load_pod(dir: &BpfDir, with: &Loading, cookie: u64) -> Result<Obje
     // Before any map is taken out and closed: until it is loaded a program knows its maps by their descriptors.
     for (name, program) in pod.ebpf.programs_mut() {
         let loaded = match program {
-            Program::SkLookup(program) => program.load(),
+            Program::SkLookup(program) => uninterrupted(|| program.load()),
             // Few pods have one.
             _ if name == guard => Ok(()),
-            Program::SchedClassifier(program) => program.load(),
+            Program::SchedClassifier(program) => uninterrupted(|| program.load()),
             _ => Ok(()),
         };
         loaded.with_context(|| format!("the kernel refuses the {name} program"))?;
@@ -147,8 +148,21 @@ pub(super) fn load_pod(dir: &BpfDir, with: &Loading, cookie: u64) -> Result<Obje
 pub(super) fn load_guard(dir: &BpfDir, with: &Loading, cookie: u64, number: u64) -> Result<Object> {
     let mut object = load_object(dir, with, Some(cookie), number)?;
     let guard: &mut SchedClassifier = program(&mut object, GUARD)?;
-    guard.load().with_context(|| format!("the kernel refuses the {GUARD} program"))?;
+    uninterrupted(|| guard.load()).with_context(|| format!("the kernel refuses the {GUARD} program"))?;
     Ok(object)
+}
+
+/// Loads a program. The kernel gives the verifier's work up with `EAGAIN` when a signal for the thread comes meanwhile,
+/// which says nothing of the program: on a busy machine that takes long enough for one to come. Asked again ten times.
+fn uninterrupted(mut load: impl FnMut() -> Result<(), ProgramError>) -> Result<(), ProgramError> {
+    const AGAIN: usize = 10;
+    for _ in 0..AGAIN {
+        match load() {
+            Err(ProgramError::LoadError { io_error, .. }) if io_error.kind() == ErrorKind::WouldBlock => {}
+            loaded => return loaded,
+        }
+    }
+    load()
 }
 
 fn load_object(dir: &BpfDir, with: &Loading, pod: Option<u64>, number: u64) -> Result<Object> {
