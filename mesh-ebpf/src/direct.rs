@@ -19,8 +19,8 @@ use mesh_common::{
 };
 
 use crate::{
+    ends::ends,
     maps::{ADMITTED, DIRECT, DIRECT_SLOTS, ENDPOINTS, PODS, SOCKETS, agent_is_gone, count, xadd},
-    sockops::ends,
 };
 
 /// What the kernel has chosen for a connection.

@@ -29,10 +29,10 @@ use mesh_common::{
 
 use crate::{
     direct,
-    maps::{CLIENTS, CLOSED, FLOWS, ORIGINAL_DST, PODS, POLICIES, SOCKETS, count, excludes_inbound, join},
+    ends::ends,
+    maps::{CLIENTS, CLOSED, FLOWS, ORIGINAL_DST, PODS, POLICIES, SOCKETS, count, excludes_inbound},
 };
 
-const AF_INET: u32 = 2;
 /// The agent reads the ring buffer on its own clock; waking it for each record would cost six times the call.
 const BPF_RB_NO_WAKEUP: u64 = 1;
 const WATCH: u32 = BPF_SOCK_OPS_STATE_CB_FLAG | BPF_SOCK_OPS_RTT_CB_FLAG;
@@ -449,45 +449,6 @@ fn watch(ctx: &SockOpsContext, flags: u32) {
     // SAFETY: a context field. What others have asked for stays.
     let now = unsafe { read_volatile(&raw const (*ctx.ops).bpf_sock_ops_cb_flags) };
     let _ = ctx.set_cb_flags((now | flags) as i32);
-}
-
-/// Local and remote address.
-#[inline(always)]
-pub fn ends(ctx: &SockOpsContext) -> (Addr, Addr) {
-    let ops = ctx.ops;
-    // SAFETY: context fields.
-    let (family, local4, remote4, local_port, remote_port) = unsafe {
-        (
-            read_volatile(&raw const (*ops).family),
-            read_volatile(&raw const (*ops).local_ip4),
-            read_volatile(&raw const (*ops).remote_ip4),
-            read_volatile(&raw const (*ops).local_port),
-            read_volatile(&raw const (*ops).remote_port),
-        )
-    };
-    // SAFETY: as above.
-    let (local6, remote6) = unsafe {
-        (
-            [
-                read_volatile(&raw const (*ops).local_ip6[0]),
-                read_volatile(&raw const (*ops).local_ip6[1]),
-                read_volatile(&raw const (*ops).local_ip6[2]),
-                read_volatile(&raw const (*ops).local_ip6[3]),
-            ],
-            [
-                read_volatile(&raw const (*ops).remote_ip6[0]),
-                read_volatile(&raw const (*ops).remote_ip6[1]),
-                read_volatile(&raw const (*ops).remote_ip6[2]),
-                read_volatile(&raw const (*ops).remote_ip6[3]),
-            ],
-        )
-    };
-    let (local_port, remote_port) = (local_port as u16, u32::from_be(remote_port) as u16);
-    if family == AF_INET {
-        (Addr::v4(local4.to_ne_bytes(), local_port), Addr::v4(remote4.to_ne_bytes(), remote_port))
-    } else {
-        (Addr::v6(join(local6), local_port), Addr::v6(join(remote6), remote_port))
-    }
 }
 
 #[inline(always)]
