@@ -22,9 +22,23 @@ pub struct Stall {
     pub flush: Duration,
 }
 
+/// What the exchanges of one connection have in common.
+#[derive(Debug, Default)]
+pub struct Connection {
+    given_up: AtomicBool,
+}
+
+impl Connection {
+    /// Gives all of them up: whoever reports the end of one will say why.
+    pub fn give_up(&self) {
+        self.given_up.store(true, Ordering::Release);
+    }
+}
+
 /// When something last moved.
 #[derive(Debug)]
 pub struct Activity {
+    connection: Arc<Connection>,
     begun: Instant,
     /// Milliseconds after `begun`.
     last: AtomicU64,
@@ -60,9 +74,11 @@ impl Drop for OwnWait {
     }
 }
 
-impl Default for Activity {
-    fn default() -> Self {
+impl Activity {
+    /// That of an exchange, or of one after the other, on this connection.
+    pub fn on(connection: Arc<Connection>) -> Self {
         Self {
+            connection,
             begun: Instant::now(),
             last: AtomicU64::new(0),
             handed_over: AtomicBool::new(false),
@@ -71,9 +87,7 @@ impl Default for Activity {
             own: AtomicU32::new(0),
         }
     }
-}
 
-impl Activity {
     /// Something moved.
     pub fn touch(&self) {
         self.last.store(self.begun.elapsed().as_millis() as u64, Ordering::Relaxed);
@@ -120,9 +134,9 @@ impl Activity {
         self.begun + Duration::from_millis(self.last.load(Ordering::Relaxed))
     }
 
-    /// Whether it was given up because nothing moved.
+    /// Whether it was given up because nothing moved, alone or with its connection.
     pub fn has_stalled(&self) -> bool {
-        self.stalled.load(Ordering::Relaxed)
+        self.stalled.load(Ordering::Relaxed) || self.connection.given_up.load(Ordering::Acquire)
     }
 
     /// Gives it up: whoever reports its end will say why.
@@ -167,7 +181,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn silence_is_limited_only_where_a_limit_is_set() {
-        let activity = Activity::default();
+        let activity = Activity::on(Arc::default());
         let silent = tokio::time::timeout(Duration::from_hours(1), activity.stalled(STALL));
         assert!(silent.await.is_err());
         assert!(!activity.has_stalled());
@@ -181,7 +195,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn our_own_waits_do_not_count() {
-        let activity = Arc::new(Activity::default());
+        let activity = Arc::new(Activity::on(Arc::default()));
         let idle = Stall { idle: Some(Duration::from_mins(1)), ..STALL };
         let own = activity.own_wait();
         assert_eq!(activity.deadline(idle), None);
@@ -193,7 +207,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_client_that_takes_nothing_is_given_up() {
-        let activity = Activity::default();
+        let activity = Activity::on(Arc::default());
         activity.handed_over();
         let moving = async {
             for _ in 0..5 {

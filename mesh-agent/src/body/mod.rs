@@ -26,7 +26,7 @@ use http_body_util::Full;
 use hyper::body::Incoming;
 
 pub use self::{
-    activity::{Activity, Stall, lasted},
+    activity::{Activity, Connection, Stall, lasted},
     inform::Inform,
     received::Received,
     replay::{Fate, Follow, LIMIT, Replay},

@@ -17,6 +17,6 @@ pub use self::{
     bytes::ByteStream,
     client::{Failed, is_closed, send},
     refused::{Along, ReadAlong, StreamRefusal},
-    serve::{Ended, Options, keep_alive, serve},
-    stream::{Reply, ServerStream},
+    serve::{Ended, Options, Watch, keep_alive, serve},
+    stream::{Reply, ServerStream, Taken},
 };

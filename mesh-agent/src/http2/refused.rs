@@ -300,6 +300,8 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for ReadAlong<S> {
 
 #[cfg(test)]
 mod tests {
+    use std::future::Pending;
+
     use bytes::Bytes;
     use h2::client::SendRequest;
     use http::{Request, StatusCode};
@@ -311,11 +313,16 @@ mod tests {
     use super::*;
     use crate::{
         drain::Drain,
+        error::Error,
         http2::{
-            ServerStream, serve,
+            ServerStream, Watch, serve,
             tests::{OPTIONS, PREFACE, TestResult, echo},
         },
     };
+
+    fn reading(along: &Along) -> Watch<'_, Pending<Error>> {
+        Watch { along: Some(along), ..Watch::none() }
+    }
 
     type Refusals = Arc<Mutex<Vec<StreamRefusal>>>;
 
@@ -339,7 +346,7 @@ mod tests {
         let (near, far) = tokio::io::duplex(64);
         let (far, along, told) = remembering(far);
         tokio::spawn(
-            async move { serve(far, &server, OPTIONS, &Drain::default(), Some(&along), echo).await },
+            async move { serve(far, &server, OPTIONS, &Drain::default(), reading(&along), echo).await },
         );
         let (sender, connection) = h2::client::handshake(near).await?;
         tokio::spawn(connection);
@@ -441,7 +448,7 @@ mod tests {
         };
         let serving = tokio::spawn(async move {
             let server = h2::server::Builder::new();
-            serve(far, &server, OPTIONS, &Drain::default(), Some(&along), handle).await
+            serve(far, &server, OPTIONS, &Drain::default(), reading(&along), handle).await
         });
         for stream in [1, 3, 5] {
             assert_eq!(accepted.recv().await, Some(stream));

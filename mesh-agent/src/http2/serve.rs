@@ -4,7 +4,13 @@
 //! and that a peer which breaks the protocol, opens streams only to reset them, or answers no PING loses this
 //! connection and nothing else. Tested in `tests.rs` beside it and in `tunnel/tests`.
 
-use std::{future::poll_fn, pin::pin, sync::Arc, task::Poll, time::Duration};
+use std::{
+    future::{Pending, poll_fn},
+    pin::pin,
+    sync::Arc,
+    task::Poll,
+    time::Duration,
+};
 
 use ::bytes::Bytes;
 use h2::{Ping, PingPong, Reason, RecvStream, server::SendResponse};
@@ -20,7 +26,7 @@ use super::{
     stream::{ServerStream, Tally},
 };
 use crate::{
-    body::{Body, Received},
+    body::{self, Body, Received},
     drain::Drain,
     error::{Error, Kind, Result},
 };
@@ -38,6 +44,24 @@ pub struct Options {
     pub flush: Duration,
 }
 
+/// What others know of a connection.
+#[derive(Debug)]
+pub struct Watch<'a, G> {
+    /// Told what becomes a request, where the connection is read along.
+    pub along: Option<&'a Along>,
+    /// What its streams share, and what is noted of them when it is given up.
+    pub connection: Arc<body::Connection>,
+    /// Completes when nothing more is to be awaited of the peer, with the reason.
+    pub given_up: G,
+}
+
+impl Watch<'_, Pending<Error>> {
+    /// Nobody watches.
+    pub fn none() -> Self {
+        Self { along: None, connection: Arc::default(), given_up: std::future::pending() }
+    }
+}
+
 /// How a connection came to its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ended {
@@ -49,35 +73,46 @@ pub enum Ended {
 
 /// Serves a connection until it ends and every handler is done; `drain` makes it send GOAWAY and end with its last
 /// stream, where its agent is only leaving not before there was one: a client that has just connected is about to ask.
-/// The request of a CONNECT has no body: its bytes come once it is granted. `along` is told what becomes a request, where
-/// the connection is read along.
+/// The request of a CONNECT has no body: its bytes come once it is granted.
 ///
 /// # Errors
 /// [`Kind::BadRequest`] when the peer breaks HTTP/2, [`Kind::DownstreamReset`] when the connection breaks with streams
-/// open.
-pub async fn serve<S, H, F>(
+/// open, or why it was given up: its streams have stalled then.
+pub async fn serve<S, H, F, G>(
     io: S,
     builder: &h2::server::Builder,
     options: Options,
     drain: &Drain,
-    along: Option<&Along>,
+    watch: Watch<'_, G>,
     handle: H,
 ) -> Result<Ended>
 where
     S: AsyncRead + AsyncWrite + Unpin,
     H: Fn(Request<Body>, ServerStream) -> F,
     F: Future<Output = ()> + Send + 'static,
+    G: Future<Output = Error>,
 {
+    let Watch { along, connection: shared, given_up } = watch;
     let mut connection = handshake(io, builder, options.handshake).await?;
     let handlers = TaskTracker::new();
-    let outcome = take_streams(&mut connection, options, drain, along, &handlers, handle).await;
-    let limit = if outcome.is_ok() { options.flush } else { Duration::ZERO };
-    if outcome.is_ok() {
+    let served = async {
+        let ended =
+            take_streams(&mut connection, options, drain, (along, &shared), &handlers, handle).await?;
         connection.abrupt_shutdown(Reason::NO_ERROR);
-    }
-    // What is written already goes out, be it a GOAWAY that tells what was wrong and gets a single chance; then the streams
-    // still open break, so that their handlers see the end and report it.
-    let _ = time::timeout(limit, poll_fn(|cx| connection.poll_closed(cx))).await;
+        let _ = time::timeout(options.flush, poll_fn(|cx| connection.poll_closed(cx))).await;
+        Ok(ended)
+    };
+    let outcome = tokio::select! {
+        biased;
+        outcome = served => outcome,
+        why = given_up => {
+            shared.give_up();
+            Err(why)
+        }
+    };
+    // A GOAWAY that is still to be written gets its chance; then the streams still open break, so that their handlers
+    // see the end and report it.
+    let _ = time::timeout(Duration::ZERO, poll_fn(|cx| connection.poll_closed(cx))).await;
     drop(connection);
     along.inspect(|along| along.all_accepted());
     handlers.close();
@@ -90,7 +125,7 @@ async fn take_streams<S, H, F>(
     connection: &mut h2::server::Connection<S, Bytes>,
     options: Options,
     drain: &Drain,
-    along: Option<&Along>,
+    (along, shared): (Option<&Along>, &Arc<body::Connection>),
     handlers: &TaskTracker,
     handle: H,
 ) -> Result<Ended>
@@ -121,7 +156,7 @@ where
                 Some(Ok((request, reply))) => {
                     rest = None;
                     let (request, receive) = into_body(request);
-                    let stream = ServerStream::new(reply, receive, Arc::clone(&tally));
+                    let stream = ServerStream::new(reply, receive, Arc::clone(&tally), Arc::clone(shared));
                     handlers.spawn(handle(request, stream));
                     if tally.is_abusive() {
                         connection.abrupt_shutdown(Reason::ENHANCE_YOUR_CALM);

@@ -6,7 +6,7 @@
 use std::{
     fmt,
     future::poll_fn,
-    pin::pin,
+    pin::{Pin, pin},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU32, Ordering},
@@ -23,14 +23,17 @@ use http_body::Body;
 use tokio::time::Instant;
 
 use super::{bytes::ByteStream, pipe::Pipe};
-use crate::body::{Activity, BodyError, Inform, Stall};
+use crate::body::{Activity, BodyError, Connection, Inform, Stall};
+
+/// Completes when a stream that has become bytes is over and reported.
+pub type Taken = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// How a stream is answered.
 pub enum Reply<B> {
     /// A response with its body.
     Response(Response<B>),
     /// A CONNECT is granted: this head, and from then on the stream is bytes, which are handed to this.
-    Switch(Response<()>, Box<dyn FnOnce(ByteStream) + Send>),
+    Switch(Response<()>, Box<dyn FnOnce(ByteStream) -> Taken + Send>),
 }
 
 /// A stream that was accepted. Dropped without an answer, it is reset with `CANCEL`.
@@ -44,7 +47,7 @@ pub struct ServerStream {
 }
 
 /// What the maker of the answer and the stream both know.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Shared {
     activity: Arc<Activity>,
     /// Whether `interim` holds anything: looked at each time the stream is polled, so no lock is taken for nothing.
@@ -107,9 +110,21 @@ impl fmt::Debug for ServerStream {
 }
 
 impl ServerStream {
-    pub(super) fn new(reply: SendResponse<Bytes>, receive: Option<RecvStream>, tally: Arc<Tally>) -> Self {
+    pub(super) fn new(
+        reply: SendResponse<Bytes>,
+        receive: Option<RecvStream>,
+        tally: Arc<Tally>,
+        connection: Arc<Connection>,
+    ) -> Self {
         tally.accepted.fetch_add(1, Ordering::Relaxed);
-        Self { reply, receive, shared: Arc::default(), tally, opened: Instant::now() }
+        let shared = Shared {
+            activity: Arc::new(Activity::on(connection)),
+            has_interim: AtomicBool::new(false),
+            interim: Mutex::default(),
+            informed: AtomicU32::new(0),
+            waker: AtomicWaker::new(),
+        };
+        Self { reply, receive, shared: Arc::new(shared), tally, opened: Instant::now() }
     }
 
     /// Its number on the connection.
@@ -143,7 +158,7 @@ impl ServerStream {
             Reply::Response(response) => self.respond(response, stall).await,
             Reply::Switch(head, take) => {
                 if let Some(stream) = self.grant(head) {
-                    take(stream);
+                    take(stream).await;
                 }
             }
         }

@@ -14,7 +14,7 @@ use std::{
 use crate::drain::Drain;
 use ::bytes::Bytes;
 use h2::{Reason, client::SendRequest};
-use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode};
 use http_body::Frame;
 use http_body_util::BodyExt as _;
 use tokio::{
@@ -73,10 +73,9 @@ where
     let (near, far) = tokio::io::duplex(1 << 16);
     let drain = Drain::default();
     let token = drain.clone();
-    let serving =
-        tokio::spawn(
-            async move { serve(far, &h2::server::Builder::new(), OPTIONS, &token, None, handle).await },
-        );
+    let serving = tokio::spawn(async move {
+        serve(far, &h2::server::Builder::new(), OPTIONS, &token, Watch::none(), handle).await
+    });
     let (sender, connection) = client.handshake(near).await?;
     Ok(Served { sender, drain, serving, client: tokio::spawn(connection) })
 }
@@ -312,6 +311,74 @@ async fn draining_finishes_what_is_under_way_and_takes_nothing_new() -> TestResu
     Ok(())
 }
 
+#[tokio::test]
+async fn a_connection_that_is_given_up_has_its_streams_stalled_and_waits_for_their_end() -> TestResult {
+    /// Says whether its stream has stalled by its end.
+    struct Tell(Arc<crate::body::Activity>, tokio::sync::mpsc::UnboundedSender<bool>);
+    impl Drop for Tell {
+        fn drop(&mut self) {
+            let _ = self.1.send(self.0.has_stalled());
+        }
+    }
+    let (near, far) = tokio::io::duplex(1 << 16);
+    let (telling, mut told) = tokio::sync::mpsc::unbounded_channel();
+    let (begun, mut begins) = tokio::sync::mpsc::unbounded_channel();
+    let (give_up, given_up) = oneshot::channel::<()>();
+    let handle = move |request: Request<Body>, stream: ServerStream| {
+        let (tell, begun) = (Tell(stream.activity(), telling.clone()), begun.clone());
+        async move {
+            // One has no answer when it ends, one half of one, and one is bytes.
+            let making = async move {
+                let _ = begun.send(());
+                if request.method() == Method::CONNECT {
+                    let take = move |mut stream: ByteStream| -> Taken {
+                        Box::pin(async move {
+                            let _ = stream.read_to_end(&mut Vec::new()).await;
+                            drop(tell);
+                        })
+                    };
+                    return Reply::Switch(Response::new(()), Box::new(take));
+                }
+                if request.uri().path() == "/" {
+                    let _tell = tell;
+                    return std::future::pending().await;
+                }
+                let body = Made(move |_: &mut Context<'_>| {
+                    let _tell = &tell;
+                    Poll::Pending
+                });
+                Reply::Response(Response::new(body))
+            };
+            stream.run(making, STALL).await;
+        }
+    };
+    let serving = tokio::spawn(async move {
+        let given_up = async {
+            let _ = given_up.await;
+            Error::new(Kind::StreamIdle, "it takes nothing")
+        };
+        let watch = Watch { along: None, connection: Arc::default(), given_up };
+        serve(far, &h2::server::Builder::new(), OPTIONS, &Drain::default(), watch, handle).await
+    });
+    let (sender, connection) = h2::client::handshake(near).await?;
+    let _client = tokio::spawn(connection);
+    let half = Request::get("http://a/half").body(Body::Empty)?;
+    let half = send(sender.clone(), half, None).await.map_err(|failed| failed.error)?;
+    let (switched, _open) =
+        sender.clone().ready().await?.send_request(Request::connect("a:1").body(())?, false)?;
+    switched.await?;
+    let _none = tokio::spawn(send_owned(sender, get()?));
+    for _ in 0..3 {
+        begins.recv().await;
+    }
+    let _ = give_up.send(());
+    assert_eq!(serving.await?.map_err(|error| error.kind), Err(Kind::StreamIdle));
+    // All had ended by then.
+    assert_eq!([told.try_recv()?, told.try_recv()?, told.try_recv()?], [true; 3]);
+    assert!(half.into_body().collect().await.is_err());
+    Ok(())
+}
+
 /// Bytes of DATA among the frames that come until the end, read at 1 KiB a second.
 async fn data_read_slowly(mut near: DuplexStream) -> std::result::Result<usize, std::io::Error> {
     let (mut frames, mut piece, mut data) = (Vec::new(), [0; 1 << 10], 0);
@@ -348,7 +415,7 @@ async fn what_is_ready_for_a_slow_client_is_sent_before_a_goodbye_ends() -> Test
         };
         let options = Options { idle: Some(Duration::from_secs(5)), ..OPTIONS };
         let serving = tokio::spawn(async move {
-            serve(far, &h2::server::Builder::new(), options, &token, None, handle).await
+            serve(far, &h2::server::Builder::new(), options, &token, Watch::none(), handle).await
         });
         // A GET, and not another word: no PING is answered.
         let get = [0, 0, 3, 1, 5, 0, 0, 0, 1, 0x82, 0x86, 0x84];
@@ -376,14 +443,14 @@ async fn a_connect_that_is_granted_is_bytes_and_nothing_else_can_be() -> TestRes
     let mut builder = h2::server::Builder::new();
     builder.enable_connect_protocol();
     let served = served(h2::client::Builder::new(), |_, stream: ServerStream| async move {
-        let take = Box::new(|mut stream: ByteStream| {
-            tokio::spawn(async move {
+        let take = Box::new(|mut stream: ByteStream| -> Taken {
+            Box::pin(async move {
                 let mut all = Vec::new();
                 if stream.read_to_end(&mut all).await.is_ok() {
                     let _ = stream.write_all(&all).await;
                     let _ = stream.shutdown().await;
                 }
-            });
+            })
         });
         stream.run(async { Reply::<Body>::Switch(Response::new(()), take) }, STALL).await;
     })
@@ -408,7 +475,7 @@ pub(super) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00
 async fn raw(bytes: &[u8]) -> std::result::Result<(DuplexStream, JoinHandle<Result<Ended>>), std::io::Error> {
     let (mut near, far) = tokio::io::duplex(1 << 20);
     let serving = tokio::spawn(async move {
-        serve(far, &h2::server::Builder::new(), OPTIONS, &Drain::default(), None, echo).await
+        serve(far, &h2::server::Builder::new(), OPTIONS, &Drain::default(), Watch::none(), echo).await
     });
     near.write_all(PREFACE).await?;
     // The peer may be refused in the middle of it.

@@ -161,16 +161,17 @@ where
             stream.run(reply(server, request, asking), stall).await;
         }
     };
-    // What it breaks off sees its streams broken, and is reported.
-    let served = tokio::select! {
-        served = http2::serve(io, &builder, options, &drain, Some(&along), handle) => served,
-        () = unsent.stuck(limits.flush_timeout) => return Err(takes_nothing(&limits)),
-        () = along.head_late(limits.request_head_timeout) => return Err(Refusal::HeadTimeout.into()),
+    let given_up = async {
+        tokio::select! {
+            () = unsent.stuck(limits.flush_timeout) => takes_nothing(&limits),
+            () = along.head_late(limits.request_head_timeout) => Refusal::HeadTimeout.into(),
+        }
     };
-    match served {
+    let watch = http2::Watch { along: Some(&along), connection: Arc::default(), given_up };
+    match http2::serve(io, &builder, options, &drain, watch, handle).await {
         Ok(http2::Ended::Idle) => server.mesh().reporter.idle_closed(&server.pod().workload()),
         Ok(http2::Ended::Done) => {}
-        Err(error) => only_if_abusive(error)?,
+        Err(error) => unless_gone(error)?,
     }
     Ok(())
 }
@@ -202,11 +203,12 @@ impl Server {
 async fn reply(server: Server, request: Request<Body>, client: Client) -> Reply<Reported> {
     match server.answer(request, client, None).await {
         Answered::Response(response) => Reply::Response(response),
-        Answered::Switch(head, taker) => {
-            let take = move |stream| {
+        Answered::Switch(head, taker, carried) => {
+            let take = move |stream| -> http2::Taken {
                 let stream: Box<dyn Io> = Box::new(stream);
                 // Nobody there any more: dropped here, the stream is reset.
                 drop(taker.send(stream));
+                Box::pin(async { drop(carried.await) })
             };
             Reply::Switch(head, Box::new(take))
         }
@@ -220,8 +222,8 @@ fn takes_nothing(limits: &HttpLimits) -> Error {
 }
 
 /// A client that goes away is no refusal.
-fn only_if_abusive(error: Error) -> Result<()> {
-    if error.kind == Kind::BadRequest { Err(error) } else { Ok(()) }
+fn unless_gone(error: Error) -> Result<()> {
+    if error.kind == Kind::DownstreamReset { Ok(()) } else { Err(error) }
 }
 
 // === HTTP/1 ===
@@ -238,7 +240,7 @@ where
     };
     let (client, unsent) = Watched::new(client);
     let (edge, gate) = Edge::new(client, bounds);
-    let activity = Arc::new(Activity::default());
+    let activity = Arc::new(Activity::on(Arc::default()));
     let (shared, told, moving) = (server.clone(), Arc::clone(&gate), Arc::clone(&activity));
     let answer = service_fn(move |request| {
         // Both now, before hyper reads on.
@@ -300,7 +302,7 @@ async fn answer(
     let upgrade = may_switch.then(|| hyper::upgrade::on(&mut request));
     let answered = server.answer(request.map(Body::from), client, refused).await;
     Ok(match (answered, upgrade) {
-        (Answered::Switch(head, taker), Some(upgrade)) => {
+        (Answered::Switch(head, taker, _), Some(upgrade)) => {
             gate.switched(true);
             tokio::spawn(async move {
                 if let Ok(stream) = upgrade.await {
@@ -310,7 +312,7 @@ async fn answer(
             });
             head.map(|()| Reported::silent(Body::Empty))
         }
-        (Answered::Switch(head, _), None) => head.map(|()| Reported::silent(Body::Empty)),
+        (Answered::Switch(head, ..), None) => head.map(|()| Reported::silent(Body::Empty)),
         (Answered::Response(mut response), _) => {
             gate.switched(false);
             if server.pod().drain.is_leaving() {

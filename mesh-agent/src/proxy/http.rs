@@ -12,7 +12,7 @@ use super::{
     headers, mirror,
     outbound::Outbound,
     tries::{self, Sendable},
-    upgrade::{self, Agreed, Taker},
+    upgrade::{self, Agreed, Carried, Taker},
 };
 use crate::{
     body::Body,
@@ -32,8 +32,8 @@ use crate::{
 pub(super) enum Answered {
     /// A response, whose body reports when it ends.
     Response(Response<Reported>),
-    /// The protocol is switched: this head, and from then on bytes.
-    Switch(Response<()>, Taker),
+    /// The protocol is switched: this head, and from then on bytes, until they are over.
+    Switch(Response<()>, Taker, Carried),
 }
 
 /// What the way of a request comes to.

@@ -24,6 +24,9 @@ use crate::{
 /// Who takes the client's side of the connection once it is bytes.
 pub(super) type Taker = oneshot::Sender<Box<dyn Io>>;
 
+/// Ends once what was switched is over and reported.
+pub(super) type Carried = oneshot::Receiver<()>;
+
 /// An endpoint that has agreed.
 pub(super) struct Agreed {
     head: Response<()>,
@@ -80,18 +83,23 @@ pub(super) fn carry<C: Send + Sync + 'static>(
 ) -> Answered {
     let Agreed { head, endpoint } = agreed;
     let (taker, taken) = oneshot::channel::<Box<dyn Io>>();
+    let (reported, carried) = oneshot::channel();
     let status = head.status();
     drain.spawn(async move {
-        let _connection = connection;
+        // Dropped last, when all is reported.
+        let (_connection, _reported) = (connection, reported);
         let Ok(client) = taken.await else {
             let gone = Error::new(Kind::DownstreamReset, "the client left before the protocol was switched");
             return exchange.switched(status, 0, Some(gone));
         };
         let moved = Moved::default();
-        let error = copy::both_ways(client, endpoint, &moved).await.err();
+        let mut error = copy::both_ways(client, endpoint, &moved).await.err();
+        if error.is_some() && exchange.client.activity.has_stalled() {
+            error = Some(Error::new(Kind::StreamIdle, "the client's connection was given up"));
+        }
         let (sent, received) = moved.get();
         exchange.request.add(sent);
         exchange.switched(status, received, error);
     });
-    Answered::Switch(head, taker)
+    Answered::Switch(head, taker, carried)
 }

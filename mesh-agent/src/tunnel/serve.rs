@@ -20,7 +20,7 @@ use crate::{
     body::Body,
     drain::Drain,
     error::{Error, Kind, Result},
-    http2::{self, ByteStream, ServerStream},
+    http2::{self, ByteStream, ServerStream, Watch},
     state::snapshot::Protocol,
 };
 
@@ -119,7 +119,7 @@ where
         flush,
     };
     let classified = |request, stream| handle(classify(request, stream, wire, pod_ips));
-    http2::serve(stream, &server_builder(wire), options, drain, None, classified).await.map(drop)
+    http2::serve(stream, &server_builder(wire), options, drain, Watch::none(), classified).await.map(drop)
 }
 
 /// Tells native requests from tunnels and checks either against the pod's addresses.

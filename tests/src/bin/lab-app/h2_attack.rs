@@ -55,6 +55,9 @@ pub struct Options {
     /// How long to wait for the server's reaction after the last frame, in milliseconds
     #[arg(long, default_value_t = 1000)]
     linger_ms: u64,
+    /// Leave once so many streams were reset
+    #[arg(long, default_value_t = u64::MAX)]
+    until_resets: u64,
     /// Read nothing until the last frame is written, so that answers pile up
     #[arg(long)]
     deaf: bool,
@@ -75,6 +78,8 @@ struct Seen {
     report: Mutex<Report>,
     ended: Notify,
     answered: Notify,
+    until_resets: u64,
+    all_reset: Notify,
 }
 
 #[derive(Debug, Default, Clone)]
@@ -95,7 +100,7 @@ impl Options {
         let stream = timeout_at(deadline, TcpStream::connect(self.to)).await??;
         stream.set_nodelay(true)?;
         let (reader, mut writer) = stream.into_split();
-        let seen = Arc::new(Seen::default());
+        let seen = Arc::new(Seen { until_resets: self.until_resets, ..Seen::default() });
         let mut reader = Some(reader);
         if !self.deaf {
             tokio::spawn(Arc::clone(&seen).read(reader.take().context("a socket has two halves")?));
@@ -208,8 +213,10 @@ impl Options {
     /// Waits for the server's reaction, then asks whether it still answers.
     async fn end(&self, seen: &Seen, writer: &mut OwnedWriteHalf, deadline: Instant, whole: bool) -> End {
         let linger = (Instant::now() + Duration::from_millis(self.linger_ms)).min(deadline);
-        if timeout_at(linger, seen.ended()).await.is_ok() {
-            return seen.report().end.unwrap_or(End::Closed);
+        tokio::select! {
+            () = seen.ended() => return seen.report().end.unwrap_or(End::Closed),
+            () = seen.all_reset.notified() => {}
+            () = tokio::time::sleep_until(linger) => {}
         }
         // Within an open header block nothing else may be asked; and what was not taken is not answered.
         let may_ask = whole && self.kind != AttackKind::ContinuationFlood;
@@ -262,6 +269,9 @@ impl Seen {
             match frame {
                 Ok(frame) => {
                     report.add(&frame);
+                    if frame.kind == RST_STREAM && report.resets.values().sum::<u64>() >= self.until_resets {
+                        self.all_reset.notify_one();
+                    }
                     if frame.kind == PING && frame.flags & ACK != 0 && frame.payload == LAST_PING {
                         report.alive = true;
                         self.answered.notify_one();
