@@ -23,12 +23,30 @@ pub struct Stall {
 }
 
 /// What the exchanges of one connection have in common.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Connection {
+    begun: Instant,
+    /// Milliseconds after `begun`.
+    taken: AtomicU64,
     given_up: AtomicBool,
 }
 
+impl Default for Connection {
+    fn default() -> Self {
+        Self { begun: Instant::now(), taken: AtomicU64::new(0), given_up: AtomicBool::new(false) }
+    }
+}
+
 impl Connection {
+    /// The client has taken some of what has been ready for long: it is slow, and not stuck.
+    pub fn taken(&self) {
+        self.taken.store(self.begun.elapsed().as_millis() as u64, Ordering::Relaxed);
+    }
+
+    fn last_taken(&self) -> Instant {
+        self.begun + Duration::from_millis(self.taken.load(Ordering::Relaxed))
+    }
+
     /// Gives all of them up: whoever reports the end of one will say why.
     pub fn give_up(&self) {
         self.given_up.store(true, Ordering::Release);
@@ -149,12 +167,12 @@ impl Activity {
         if self.own.load(Ordering::Relaxed) > 0 {
             return None;
         }
-        let flush = self.handed_over.load(Ordering::Relaxed).then_some(stall.flush);
-        let limit = match (flush, stall.idle) {
-            (Some(flush), Some(idle)) => Some(flush.min(idle)),
-            (flush, idle) => flush.or(idle),
-        };
-        limit.map(|limit| self.last() + limit)
+        if !self.handed_over.load(Ordering::Relaxed) {
+            return stall.idle.map(|idle| self.last() + idle);
+        }
+        // A slow client is known by its connection, which cannot tell whose bytes it takes.
+        let last = self.last().max(self.connection.last_taken());
+        Some(last + stall.idle.map_or(stall.flush, |idle| idle.min(stall.flush)))
     }
 
     /// Completes when nothing has moved for too long, and marks it as given up.
@@ -203,6 +221,22 @@ mod tests {
         drop(own);
         assert_eq!(activity.deadline(idle), Some(activity.last() + Duration::from_mins(1)));
         assert!(activity.last() >= Instant::now() - Duration::from_millis(1));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_its_connection_takes_counts_while_the_client_has_to_take() {
+        let connection = Arc::<Connection>::default();
+        let activity = Activity::on(Arc::clone(&connection));
+        let idle = Stall { idle: Some(Duration::from_mins(1)), ..STALL };
+        let silent = activity.deadline(idle);
+        tokio::time::advance(Duration::from_secs(5)).await;
+        connection.taken();
+        // It waits for the endpoint.
+        assert_eq!(activity.deadline(idle), silent);
+        activity.handed_over();
+        tokio::time::advance(Duration::from_secs(9)).await;
+        connection.taken();
+        assert_eq!(activity.deadline(idle), Some(Instant::now() + STALL.flush));
     }
 
     #[tokio::test(start_paused = true)]

@@ -49,6 +49,7 @@ use mesh_common::maps::port;
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 
+pub use self::sockets::unacknowledged;
 pub use self::{
     adopt::{Adopted, OfferedPod},
     direct::{DirectEndpoint, DirectRoute, DirectSet, Endpoints, OpenDirect},

@@ -6,9 +6,11 @@
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::fd::{AsFd, AsRawFd as _},
     time::Duration,
 };
 
+use nix::libc;
 use nix::sys::socket::{setsockopt, sockopt::IpBindAddressNoPort};
 use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
 use tokio::net::TcpSocket;
@@ -92,6 +94,16 @@ fn app_source(to: SocketAddr, n: u32) -> SocketAddr {
     SocketAddr::new(ip, 0)
 }
 
+/// How many bytes written to a TCP socket its peer has not acknowledged (`SIOCOUTQ`, tcp(7)), those not sent yet included;
+/// `None` where the kernel does not say.
+pub fn unacknowledged(socket: &impl AsFd) -> Option<u32> {
+    let mut bytes: libc::c_int = 0;
+    #[expect(unsafe_code, reason = "no library in use asks a socket for it")]
+    // SAFETY: the descriptor is open while it is borrowed, and of a socket the kernel writes one int to where we point.
+    let failed = unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
+    if failed == 0 { u32::try_from(bytes).ok() } else { None }
+}
+
 /// The socket for tokio to connect.
 pub(super) fn into_tokio(socket: Socket) -> TcpSocket {
     TcpSocket::from_std_stream(socket.into())
@@ -128,6 +140,28 @@ mod tests {
         assert!(accepted.tcp_nodelay()?);
         assert!(accepted.keepalive()?);
         assert_eq!(accepted.tcp_keepalive_time()?, KEEPALIVE_TIME);
+        Ok(())
+    }
+
+    #[test]
+    fn what_the_peer_has_not_acknowledged_falls_as_it_reads() -> io::Result<()> {
+        use std::io::{Read as _, Write as _};
+        let listener = std::net::TcpListener::bind(("127.0.0.1", 0))?;
+        let mut writer = std::net::TcpStream::connect(listener.local_addr()?)?;
+        let (mut reader, _) = listener.accept()?;
+        assert_eq!(unacknowledged(&writer), Some(0));
+        writer.set_nonblocking(true)?;
+        let mut written = 0;
+        while let Ok(count) = writer.write(&[0; 1 << 14]) {
+            written += count;
+        }
+        let waits = unacknowledged(&writer);
+        assert!(waits > Some(0), "{waits:?}");
+        reader.read_exact(&mut vec![0; written])?;
+        while unacknowledged(&writer) == waits {
+            std::thread::yield_now();
+        }
+        assert_eq!(unacknowledged(&std::fs::File::open("/dev/null")?), None);
         Ok(())
     }
 

@@ -32,10 +32,10 @@ use super::{
     inbound::Inbound,
     inspected,
     outbound::Outbound,
-    unsent::{Unsent, Watched},
+    unsent::{Left, Unsent, Watched},
 };
 use crate::{
-    body::{Activity, Body, Inform},
+    body::{Activity, Body, Connection, Inform},
     config::HttpLimits,
     detect::Prefixed,
     error::{Error, Kind, Result},
@@ -65,13 +65,18 @@ const MAX_HEADERS: usize = 100;
 const BUFFER_SLACK: usize = 8 << 10;
 
 /// Serves requests until the client is done or the pod drains.
-pub(super) async fn serve<S>(server: Server, client: Prefixed<S>, version: Protocol) -> Result<()>
+pub(super) async fn serve<S>(
+    server: Server,
+    client: Prefixed<S>,
+    left: Left<Prefixed<S>>,
+    version: Protocol,
+) -> Result<()>
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     match version {
-        Protocol::Http2 => serve_http2(server, client).await,
-        Protocol::Http1 | Protocol::Opaque => serve_http1(server, client).await,
+        Protocol::Http2 => serve_http2(server, client, left).await,
+        Protocol::Http1 | Protocol::Opaque => serve_http1(server, client, left).await,
     }
 }
 
@@ -125,7 +130,7 @@ impl Server {
 
 // === HTTP/2 ===
 
-async fn serve_http2<S>(server: Server, client: Prefixed<S>) -> Result<()>
+async fn serve_http2<S>(server: Server, client: Prefixed<S>, left: Left<Prefixed<S>>) -> Result<()>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
@@ -146,7 +151,8 @@ where
     };
     let drain = server.pod().drain.clone();
     let telling = server.clone();
-    let (client, unsent) = Watched::new(client);
+    let connection = Arc::<Connection>::default();
+    let (client, unsent) = Watched::new(client, left, Arc::clone(&connection));
     let (io, along) = ReadAlong::new(client, move |refusal| telling.stream_refused(refusal));
     let handle = |request, stream: ServerStream| {
         let server = server.clone();
@@ -167,7 +173,7 @@ where
             () = along.head_late(limits.request_head_timeout) => Refusal::HeadTimeout.into(),
         }
     };
-    let watch = http2::Watch { along: Some(&along), connection: Arc::default(), given_up };
+    let watch = http2::Watch { along: Some(&along), connection, given_up };
     match http2::serve(io, &builder, options, &drain, watch, handle).await {
         Ok(http2::Ended::Idle) => server.mesh().reporter.idle_closed(&server.pod().workload()),
         Ok(http2::Ended::Done) => {}
@@ -228,7 +234,7 @@ fn unless_gone(error: Error) -> Result<()> {
 
 // === HTTP/1 ===
 
-async fn serve_http1<S>(server: Server, client: Prefixed<S>) -> Result<()>
+async fn serve_http1<S>(server: Server, client: Prefixed<S>, left: Left<Prefixed<S>>) -> Result<()>
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
@@ -238,9 +244,10 @@ where
         headers: limits.max_request_headers as usize,
         target_bytes: limits.max_request_target_bytes as usize,
     };
-    let (client, unsent) = Watched::new(client);
+    let connection = Arc::<Connection>::default();
+    let (client, unsent) = Watched::new(client, left, Arc::clone(&connection));
     let (edge, gate) = Edge::new(client, bounds);
-    let activity = Arc::new(Activity::on(Arc::default()));
+    let activity = Arc::new(Activity::on(connection));
     let (shared, told, moving) = (server.clone(), Arc::clone(&gate), Arc::clone(&activity));
     let answer = service_fn(move |request| {
         // Both now, before hyper reads on.
@@ -366,6 +373,8 @@ enum Limit {
     Unsent,
     /// There was no request for too long, and the connection ends.
     Idle,
+    /// What waits is to be looked at: the client may be slow.
+    Look,
 }
 
 impl<'a> Watch<'a> {
@@ -375,6 +384,12 @@ impl<'a> Watch<'a> {
     }
 
     fn next(&self) -> Option<(Instant, Limit)> {
+        let look = self.unsent.look_at(self.limits.flush_timeout).map(|at| (at, Limit::Look));
+        // The look goes first, for it may move the limit.
+        look.into_iter().chain(self.limit()).min_by_key(|(at, _)| *at)
+    }
+
+    fn limit(&self) -> Option<(Instant, Limit)> {
         if self.activity.is_open() {
             return self.activity.deadline(self.limits.stall()).map(|at| (at, Limit::Stalled));
         }
@@ -398,6 +413,11 @@ impl<'a> Watch<'a> {
                 if limit == Limit::Head {
                     self.gate.expire_head();
                     // It wakes the connection, which ends with the answer.
+                    return Poll::Pending;
+                }
+                if limit == Limit::Look {
+                    self.unsent.ask();
+                    cx.waker().wake_by_ref();
                     return Poll::Pending;
                 }
                 self.activity.give_up();

@@ -12,10 +12,10 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use super::{
     Ends, Mesh, admit, assert_small,
     exchange::{Client, Exchange, Reported, Sides},
-    headers, inspected, next, pod_name, vouched,
+    headers, inspected, next, pod_name, unsent, vouched,
 };
 use crate::{
-    body::Body,
+    body::{Body, Stall},
     capture::{Captured, Listener},
     copy::{self, Moved},
     error::{Error, Kind, Result},
@@ -116,6 +116,10 @@ impl Inbound {
     }
 }
 
+/// How many flush timeouts a stream may last of which the source takes nothing. What a slow client takes only its own
+/// agent sees, and gives it up; here it shows in steps of what that agent's socket and windows hold.
+const PATIENCE: u32 = 8;
+
 async fn mesh_connection(mesh: Arc<Mesh>, pod: Arc<Pod>, captured: Captured) -> Result<()> {
     let ends = Ends::from(&captured);
     // Boxed: the handshake is over soon.
@@ -159,7 +163,7 @@ async fn tunnelled(inbound: Arc<Inbound>, tunnel: Tunnel) {
         Ok(Ruling::BytesDecide) => {
             if let Ok(stream) = tunnel.accept() {
                 // Boxed: few tunnels need the room.
-                Box::pin(inspected::serve(inbound, stream, destination)).await;
+                Box::pin(inspected::serve(inbound, stream, unsent::not_known, destination)).await;
             }
             return;
         }
@@ -201,6 +205,7 @@ async fn native(
         turn: None,
     };
     let stall = inbound.mesh.limits.stall();
+    let stall = Stall { flush: stall.flush.saturating_mul(PATIENCE), ..stall };
     let answer = async {
         let (parts, body) = request.into_parts();
         let exchange = begin(&inbound, &parts, app, client);
@@ -322,7 +327,13 @@ async fn plaintext_connection(mesh: Arc<Mesh>, pod: Arc<Pod>, captured: Captured
         }
         Ruling::BytesDecide => {
             // Boxed: few connections need the room.
-            Box::pin(inspected::serve(Arc::new(inbound), captured.stream, ends.original_dst)).await;
+            Box::pin(inspected::serve(
+                Arc::new(inbound),
+                captured.stream,
+                unsent::of_socket,
+                ends.original_dst,
+            ))
+            .await;
         }
     }
     Ok(())

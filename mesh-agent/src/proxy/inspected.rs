@@ -18,6 +18,7 @@ use super::{
     exchange::{Client, Exchange},
     http::{self as requests, Answered, Made},
     inbound::{self, Inbound},
+    unsent::Left,
     upgrade,
 };
 use crate::{
@@ -32,7 +33,7 @@ use crate::{
 };
 
 /// Serves a connection to this address of the pod, until it ends.
-pub(super) async fn serve<S>(inbound: Arc<Inbound>, client: S, app: SocketAddr)
+pub(super) async fn serve<S>(inbound: Arc<Inbound>, client: S, left: Left<Prefixed<S>>, app: SocketAddr)
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
@@ -41,7 +42,7 @@ where
         Ok(Protocol::Opaque) => opaque(&inbound, client, app).await,
         Ok(version) => {
             let server = Server::Inbound(Arc::clone(&inbound), app);
-            downstream::serve(server, client, version).await
+            downstream::serve(server, client, left, version).await
         }
         Err(error) => Err(error),
     };

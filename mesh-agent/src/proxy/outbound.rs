@@ -16,7 +16,7 @@ use super::{
     Ends, Mesh, admit, assert_small,
     downstream::{self, Server},
     inbound::Inbound,
-    inspected, learn_end, next, permits, pod_name, vouched,
+    inspected, learn_end, next, permits, pod_name, unsent, vouched,
 };
 use crate::{
     balance::{self, Chosen},
@@ -157,7 +157,7 @@ impl Outbound {
             // Boxed: an opaque connection need not pay for the room of an HTTP one.
             version => {
                 let server = Server::Outbound(Arc::clone(self), port.cluster);
-                Box::pin(downstream::serve(server, client, version)).await
+                Box::pin(downstream::serve(server, client, unsent::of_socket, version)).await
             }
         }
     }
@@ -316,7 +316,7 @@ impl Outbound {
         let ends = Ends { client: self.shown, original_dst: to.address, endpoint: 0 };
         let (mesh, source) = (Arc::clone(&self.mesh), self.source.identity.clone());
         let inbound = Arc::new(Inbound::new(mesh, Arc::clone(pod), ends, source));
-        pod.drain.spawn(inspected::serve(inbound, far, to.address));
+        pod.drain.spawn(inspected::serve(inbound, far, unsent::not_known, to.address));
         Ok(UpstreamStream::Pipe(near))
     }
 

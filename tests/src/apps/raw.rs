@@ -155,6 +155,11 @@ impl Raw<'_> {
         self.step(format!("deaf:{}", time.as_millis()))
     }
 
+    /// Reads at most 16 KiB after each `every`, so many times.
+    pub fn sip(self, every: Duration, times: u64) -> Self {
+        self.step(format!("sip:{}:{times}", every.as_millis()))
+    }
+
     /// Ends the write side.
     pub fn finish(self) -> Self {
         self.step("finish".to_owned())

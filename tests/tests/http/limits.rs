@@ -183,6 +183,43 @@ async fn a_client_that_takes_nothing_is_given_up() -> Result<()> {
     world.finish().await
 }
 
+/// 64 KiB a second, in sips that are small against the limit: so slow that no write goes through within it.
+#[tokio::test]
+async fn a_client_that_takes_little_at_a_time_is_served_to_the_end() -> Result<()> {
+    const SIZE: u64 = 12_000_000;
+    const SIP: Duration = Duration::from_millis(250);
+    const SIPS: u64 = 48;
+    let Some(world) = World::with("trickle", &["--flush-timeout=4"]).await? else { return Ok(()) };
+    let path = format!("/bytes/{SIZE}");
+    let http1 = format!("GET {path} HTTP/1.1\r\nHost: lab\r\nConnection: close\r\n\r\n").into_bytes();
+    // Windows as large as they may be, then a GET of nothing but what is needed.
+    let mut http2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\x06\x04\0\0\0\0\0\0\x04\x7f\xff\xff\xff".to_vec();
+    http2.extend(b"\0\0\x04\x08\0\0\0\0\0\x7f\xff\0\0");
+    http2.extend([0, 0, 4 + path.len() as u8 + 5, 1, 5, 0, 0, 0, 1, 0x82, 0x86, 0x04, path.len() as u8]);
+    http2.extend(path.as_bytes());
+    http2.extend(b"\x01\x03lab");
+    let mut slow = JoinSet::new();
+    for side in world.both() {
+        for (request, port) in [(&http1, HTTP), (&http2, HTTP2)] {
+            let (client, at, request) = (world.client().clone(), side.at(port), request.clone());
+            slow.spawn(async move {
+                let limit = SIP * SIPS as u32 + Duration::from_secs(10);
+                client.raw(at).send(request).sip(SIP, SIPS).limit(limit).run().await
+            });
+        }
+    }
+    for taken in slow.join_all().await {
+        let taken = taken?;
+        ensure!(taken.received.0.len() as u64 > SIZE, "{:?} after {}", taken.end, taken.received.0.len());
+    }
+    for side in world.both() {
+        let line = [("path", &*path), ("status", "200"), ("flags", "-"), ("reporter", "source")];
+        let line = [&line[..], &[("dst.workload", side.name())]].concat();
+        logged_times(&world.pair.agent_a, &line, 2).await?;
+    }
+    world.finish().await
+}
+
 #[tokio::test]
 async fn a_pod_has_so_many_connections_and_no_more() -> Result<()> {
     let Some(world) = World::with("connections", &["--max-connections-per-pod=5"]).await? else {

@@ -14,6 +14,8 @@ use tokio::{
 use crate::{ServerOptions, listen, print};
 
 const BUFFER: usize = 64 * 1024;
+/// What is read at once of a sip.
+const SIP: usize = 16 * 1024;
 /// What is received is kept up to this.
 const KEPT: usize = 16 * 1024 * 1024;
 /// A head is no longer than this.
@@ -27,7 +29,7 @@ pub struct Client {
     #[arg(long, default_value_t = 10_000)]
     limit_ms: u64,
     /// `send:BYTES`, `repeat:N:BYTES`, `drip:MS:BYTES`, `expect:BYTES`, `pause:MS`, `deaf:MS` (reads nothing),
-    /// `finish`, `leave`, `reset`; bytes with escapes as in a Rust string
+    /// `sip:MS:TIMES` (reads little, so often), `finish`, `leave`, `reset`; bytes with escapes as in a Rust string
     #[arg(value_parser = step)]
     steps: Vec<Step>,
 }
@@ -41,6 +43,7 @@ enum Step {
     Expect(Vec<u8>),
     Pause(Duration),
     Deaf(Duration),
+    Sip(Duration, u64),
     Finish,
     Leave,
     Reset,
@@ -57,6 +60,10 @@ fn step(text: &str) -> Result<Step> {
         "expect" => Step::Expect(Bytes::unescape(rest)?.0),
         "pause" => Step::Pause(Duration::from_millis(rest.parse()?)),
         "deaf" => Step::Deaf(Duration::from_millis(rest.parse()?)),
+        "sip" => {
+            let (millis, times) = rest.split_once(':').context("a number, a colon, a number")?;
+            Step::Sip(Duration::from_millis(millis.parse()?), times.parse()?)
+        }
         "repeat" => counted().map(|(times, bytes)| Step::Repeat(times, bytes))?,
         "drip" => counted().map(|(millis, bytes)| Step::Drip(Duration::from_millis(millis), bytes))?,
         "finish" => Step::Finish,
@@ -114,6 +121,7 @@ impl Talk {
                     sleep(*time).await;
                     None
                 }
+                Step::Sip(every, times) => self.sip(*every, *times).await,
                 Step::Finish => {
                     // An error says that the other side has ended it all, which reading says as well.
                     let _ = self.stream.shutdown().await;
@@ -177,6 +185,18 @@ impl Talk {
         None
     }
 
+    /// Reads a little, after this time, so many times.
+    async fn sip(&mut self, every: Duration, times: u64) -> Option<RawEnd> {
+        for _ in 0..times {
+            sleep(every).await;
+            let _ = self.stream.readable().await;
+            if let Some(end) = self.take_at_most(SIP) {
+                return Some(end);
+            }
+        }
+        None
+    }
+
     /// Reads for this time.
     async fn pause(&mut self, time: Duration) -> Option<RawEnd> {
         let until = Instant::now() + time;
@@ -210,7 +230,11 @@ impl Talk {
 
     /// Takes what has come, if anything.
     fn take(&mut self) -> Option<RawEnd> {
-        let mut buffer = vec![0; BUFFER];
+        self.take_at_most(BUFFER)
+    }
+
+    fn take_at_most(&mut self, count: usize) -> Option<RawEnd> {
+        let mut buffer = vec![0; count];
         match self.stream.try_read(&mut buffer) {
             Ok(0) => Some(RawEnd::Closed),
             Ok(read) => {
