@@ -5,7 +5,10 @@
 //! agent, and nobody else, can put on them. Tested in the lab.
 
 use aya_ebpf::{
-    EbpfContext as _, bindings::bpf_sock, helpers::generated::bpf_get_netns_cookie, macros::cgroup_sock_addr,
+    EbpfContext as _,
+    bindings::bpf_sock,
+    helpers::generated::{bpf_get_netns_cookie, bpf_ktime_get_ns},
+    macros::cgroup_sock_addr,
     programs::SockAddrContext,
 };
 use aya_log_ebpf::debug;
@@ -171,11 +174,13 @@ fn steer(
     facts.kind = kind::CLIENT;
     facts.verdict = verdict::CAPTURED;
     facts.addr = dst;
-    facts.endpoint = 0;
+    (facts.endpoint, facts.seen) = (0, 0);
     if let Some(chosen) = direct::choose(netns, pod, &bound, &dst) {
         facts.endpoint = chosen.endpoint;
         if let Some(endpoint) = chosen.direct {
             facts.verdict = verdict::DIRECT;
+            // SAFETY: the helper takes nothing.
+            facts.start_ns = unsafe { bpf_ktime_get_ns() };
             debug!(ctx, target: "mesh_ebpf", "a connection to port {} goes to its endpoint", dst.port);
             return Steer::To(endpoint);
         }

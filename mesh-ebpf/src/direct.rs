@@ -7,13 +7,15 @@
 use aya_ebpf::{
     EbpfContext as _,
     bindings::bpf_sock,
-    helpers::generated::{bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_get_socket_cookie, bpf_setsockopt},
+    helpers::generated::{
+        bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_setsockopt,
+    },
     programs::SockOpsContext,
 };
 use core::ptr::read_volatile;
 use mesh_common::{
     addr::Addr,
-    decide::{direct, tcp},
+    decide::{direct, seen, tcp},
     flow::verdict,
     maps::{Admitted, DirectKey, Endpoint, PodAddrs, SlotKey, Tuple, counter, kind},
 };
@@ -22,6 +24,10 @@ use crate::{
     ends::ends,
     maps::{ADMITTED, DIRECT, DIRECT_SLOTS, ENDPOINTS, PODS, SOCKETS, agent_is_gone, count, xadd},
 };
+
+/// How long after its choice a direct connection may begin: well within the second after which the agent looks again for
+/// what a change forbids.
+const CHOICE_HOLDS_NS: u64 = 500_000_000;
 
 /// What the kernel has chosen for a connection.
 pub struct Choice {
@@ -82,7 +88,15 @@ pub fn connecting(ctx: SockOpsContext, sk: *mut bpf_sock) {
         return;
     };
     add(endpoint, 1);
+    facts.seen |= seen::COUNTED;
     if facts.verdict != verdict::DIRECT {
+        return;
+    }
+    // With TCP Fast Open the SYN leaves when the app first writes. What was chosen too long before may be allowed no more,
+    // and the agent has looked for it in vain.
+    // SAFETY: the helper takes nothing.
+    if unsafe { bpf_ktime_get_ns() }.wrapping_sub(facts.start_ns) > CHOICE_HOLDS_NS {
+        refuse(ctx);
         return;
     }
     let (local, remote) = ends(ctx);
@@ -141,9 +155,10 @@ pub fn closing(ctx: SockOpsContext, sk: *mut bpf_sock) {
         return;
     }
     let Some(facts) = SOCKETS.get(sk) else { return };
-    if facts.kind != kind::CLIENT || facts.endpoint == 0 {
+    if facts.kind != kind::CLIENT || facts.endpoint == 0 || facts.seen & seen::COUNTED == 0 {
         return;
     }
+    facts.seen &= !seen::COUNTED;
     let found = ENDPOINTS.get_ptr_mut(&facts.endpoint);
     facts.endpoint = 0;
     let Some(endpoint) = found else { return };

@@ -382,7 +382,7 @@ fn is_flow(facts: &SocketFacts) -> bool {
 #[inline(always)]
 fn begin(ctx: &SockOpsContext, facts: &mut SocketFacts, bits: u8, now: u64) {
     facts.start_ns = now;
-    facts.seen = bits;
+    facts.seen = bits | (facts.seen & seen::COUNTED);
     facts.tcp_state = tcp::SYN_SENT;
     watch(ctx, WATCH);
 }

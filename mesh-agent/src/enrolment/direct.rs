@@ -12,7 +12,10 @@ use std::{
     time::Duration,
 };
 
-use tokio::sync::{Notify, watch};
+use tokio::{
+    sync::{Notify, watch},
+    time::{Instant, sleep_until},
+};
 
 use crate::{
     capture::{Capture, DirectEndpoint, DirectRoute, DirectSet, OpenDirect},
@@ -61,13 +64,17 @@ pub(super) async fn keep(
     mut snapshots: watch::Receiver<Arc<Snapshot>>,
     pods: Arc<Notify>,
 ) {
+    let mut again: Option<Instant> = None;
     loop {
         let snapshot = Arc::clone(&snapshots.borrow_and_update());
         let changed = tokio::task::block_in_place(|| bring_up_to_date(&mesh, &capture, &snapshot));
+        // Counted from the last change: what looks at other things meanwhile puts it off no further.
+        let now = Instant::now();
+        again = if changed { Some(now + LOOK_AGAIN) } else { again.filter(|at| *at > now) };
         tokio::select! {
             changed = snapshots.changed() => if changed.is_err() { return },
             () = pods.notified() => {}
-            () = tokio::time::sleep(LOOK_AGAIN), if changed => {}
+            () = sleep_until(again.unwrap_or(now)), if again.is_some() => {}
         }
     }
 }

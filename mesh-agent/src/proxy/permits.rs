@@ -6,7 +6,7 @@
 use std::net::SocketAddr;
 
 use http::{
-    Request, Uri,
+    Method, Request, Uri,
     uri::{Parts, PathAndQuery},
 };
 
@@ -85,12 +85,19 @@ fn of_request(mesh: &Mesh, asked: &Asked<'_>, request: &mut Request<Body>) -> Re
         settle_path(mesh, request)?;
     }
     let head = Head {
-        method: request.method(),
+        method: judged_method(request),
         authority: request.uri().authority().map_or("", |authority| authority.as_str()),
         path: request.uri().path(),
         headers: request.headers(),
     };
     policy::request(asked, &head, &mesh.reporter)
+}
+
+/// A CONNECT that asks for a protocol (RFC 8441) is a GET with `Upgrade` in another spelling, and which of the two the app
+/// gets is its version's choice: it is judged as GET, as Envoy does.
+fn judged_method<B>(request: &Request<B>) -> &Method {
+    let asks = || request.extensions().get::<h2::ext::Protocol>().is_some();
+    if request.method() == Method::CONNECT && asks() { &Method::GET } else { request.method() }
 }
 
 /// Brings the path into the form in which it is judged.
@@ -111,4 +118,30 @@ fn settle_path(mesh: &Mesh, request: &mut Request<Body>) -> Result<()> {
     parts.path_and_query = Some(target);
     *request.uri_mut() = Uri::from_parts(parts).map_err(|error| bad(format!("the path: {error}")))?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_upgrade_is_judged_as_get_however_it_is_spelled() {
+        let request = |method: Method, protocol: Option<&'static str>| {
+            let mut request = Request::new(());
+            *request.method_mut() = method;
+            request.extensions_mut().extend(
+                protocol
+                    .map(|name| {
+                        let mut one = http::Extensions::new();
+                        one.insert(h2::ext::Protocol::from_static(name));
+                        one
+                    })
+                    .unwrap_or_default(),
+            );
+            request
+        };
+        assert_eq!(judged_method(&request(Method::CONNECT, Some("x"))), Method::GET);
+        assert_eq!(judged_method(&request(Method::CONNECT, None)), Method::CONNECT);
+        assert_eq!(judged_method(&request(Method::POST, None)), Method::POST);
+    }
 }

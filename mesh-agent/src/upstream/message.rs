@@ -11,6 +11,7 @@ use http::{
     uri::{Authority, PathAndQuery, Scheme},
 };
 
+use super::switch::names_h2c;
 use crate::{
     error::{Error, Kind, Result},
     identity::SpiffeId,
@@ -18,9 +19,11 @@ use crate::{
 };
 
 /// Headers that speak of one connection only (RFC 9110 §7.6.1), besides those that `Connection` names.
-const HOP_BY_HOP: [HeaderName; 6] = [
+const HOP_BY_HOP: [HeaderName; 7] = [
     CONNECTION,
     HeaderName::from_static("keep-alive"),
+    // Of an upgrade to HTTP/2, which is refused (RFC 7540 §3.2.1).
+    HeaderName::from_static("http2-settings"),
     HeaderName::from_static("proxy-connection"),
     TRANSFER_ENCODING,
     UPGRADE,
@@ -71,6 +74,13 @@ pub fn normalise(parts: &mut request::Parts, dialled: SocketAddr) -> Result<()> 
         return Err(Error::new(
             Kind::BadRequest,
             format!("{lengths} Content-Length headers in one request (RFC 9110 §8.6)"),
+        ));
+    }
+    let protocol = parts.extensions.get::<h2::ext::Protocol>();
+    if protocol.is_some_and(|protocol| names_h2c(protocol.as_str().as_bytes())) {
+        return Err(Error::new(
+            Kind::BadRequest,
+            "a CONNECT asks for h2c, which is no protocol to change to (RFC 9113 §3.1)",
         ));
     }
     let hosts = parts.headers.get_all(HOST).iter().count();

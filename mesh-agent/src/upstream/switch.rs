@@ -71,7 +71,7 @@ impl Switch {
         });
         let protocol =
             parts.headers.get(UPGRADE).filter(|_| asks && parts.version == http::Version::HTTP_11)?;
-        (!protocol.as_bytes().eq_ignore_ascii_case(b"h2c")).then(|| Self::Upgrade(protocol.clone()))
+        (!names_h2c(protocol.as_bytes())).then(|| Self::Upgrade(protocol.clone()))
     }
 
     fn is_websocket(&self) -> bool {
@@ -101,6 +101,11 @@ impl Switch {
         }
         Response::from_parts(parts, ())
     }
+}
+
+/// Whether one of the protocols of an `Upgrade` list is HTTP/2, whose requests nobody would look at any more.
+pub(super) fn names_h2c(protocols: &[u8]) -> bool {
+    protocols.split(|byte| *byte == b',').any(|one| one.trim_ascii().eq_ignore_ascii_case(b"h2c"))
 }
 
 /// The proof that a WebSocket server has read the key.
@@ -301,6 +306,7 @@ mod tests {
         assert_eq!(upgrade("keep-alive, Upgrade", "websocket"), Some(websocket.clone()));
         assert_eq!(upgrade("keep-alive", "websocket"), None);
         assert_eq!(upgrade("upgrade, http2-settings", "h2c"), None);
+        assert_eq!(upgrade("upgrade, http2-settings", "x, H2C"), None);
         let old = Request::get("/").version(http::Version::HTTP_10).header(CONNECTION, "upgrade");
         assert_eq!(Switch::asked(&parts(old.header(UPGRADE, "websocket"))), None);
         assert_eq!(Switch::asked(&parts(Request::connect("a:1"))), Some(Switch::Connect));
