@@ -4,6 +4,8 @@
 //! either stream ends both. Buffers start small, so that an idle connection is cheap, and grow with use. Tested
 //! below over in-memory pipes, and end to end in `tests/tests/`.
 
+mod splice;
+
 use std::{
     io,
     sync::atomic::{AtomicU64, Ordering},
@@ -11,6 +13,7 @@ use std::{
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
+pub use self::splice::between_sockets;
 use crate::error::{Error, Kind, Result};
 
 /// Buffer sizes in bytes and the traffic after which the next is used: 1 KiB for what mostly waits, 16 KiB once

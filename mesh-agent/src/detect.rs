@@ -172,6 +172,11 @@ impl<S> Prefixed<S> {
     pub fn inner(&self) -> &S {
         &self.inner
     }
+
+    /// What was read already, and the stream below.
+    pub fn into_parts(self) -> (BytesMut, S) {
+        (self.prefix, self.inner)
+    }
 }
 
 impl<S: AsyncRead + Unpin> Prefixed<S> {

@@ -323,7 +323,9 @@ async fn plaintext_connection(mesh: Arc<Mesh>, pod: Arc<Pod>, captured: Captured
     match inbound.may_connect(ends.original_dst)? {
         Ruling::Permitted(permit) => {
             let app = hand_over(&inbound, &permit, ends.original_dst).await?;
-            copy_to_app(&inbound, captured.stream, app, ends.original_dst).await;
+            let client = captured.stream;
+            let copy = async |moved: &Moved| copy::between_sockets(client, &[], app, moved).await;
+            moving(&inbound, ends.original_dst, copy).await;
         }
         Ruling::BytesDecide => {
             // Boxed: few connections need the room.
@@ -347,6 +349,11 @@ pub(super) async fn copy_to_app<C>(
 ) where
     C: AsyncRead + AsyncWrite + Unpin,
 {
+    moving(inbound, destination, async |moved: &Moved| copy::both_ways(client, app, moved).await).await;
+}
+
+/// Reports a connection whose bytes `copy` moves.
+async fn moving(inbound: &Inbound, destination: SocketAddr, copy: impl AsyncFnOnce(&Moved) -> Result<()>) {
     let guard = inbound.mesh.reporter.connection(TcpLabels {
         side: Side::Destination,
         source: inbound.source.clone(),
@@ -358,7 +365,7 @@ pub(super) async fn copy_to_app<C>(
         endpoint: Some(destination),
     });
     let moved = Moved::default();
-    let error = copy::both_ways(client, app, &moved).await.err();
+    let error = copy(&moved).await.err();
     let (sent, received) = moved.get();
     guard.moved(sent, received);
     guard.closed(error.as_ref());

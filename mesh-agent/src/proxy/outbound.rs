@@ -6,7 +6,7 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
     sync::OwnedSemaphorePermit,
     time::timeout,
@@ -255,7 +255,7 @@ impl Outbound {
         let endpoint =
             Arc::new(Endpoint { address: self.ends.original_dst, workload, state: Arc::default() });
         let server = self.open_endpoint(endpoint, None, CONNECT_TIMEOUT).await?;
-        self.copy(client, server, None).await
+        self.copy(Prefixed::new(client), server, None).await
     }
 
     async fn open(&self, cluster: &Cluster) -> Result<Opened> {
@@ -348,10 +348,12 @@ impl Outbound {
 
     /// Moves bytes until both sides are done, and reports. From here on a failure is the connection's end, not a
     /// refusal.
-    async fn copy<C>(&self, client: C, server: Opened, cluster: Option<Arc<Cluster>>) -> Result<()>
-    where
-        C: AsyncRead + AsyncWrite + Unpin,
-    {
+    async fn copy(
+        &self,
+        client: Prefixed<TcpStream>,
+        server: Opened,
+        cluster: Option<Arc<Cluster>>,
+    ) -> Result<()> {
         let peer = server.endpoint.workload.clone();
         let labels = TcpLabels {
             side: Side::Source,
@@ -373,7 +375,14 @@ impl Outbound {
             .map(|labels| self.mesh.reporter.connection(labels))
             .collect();
         let moved = Moved::default();
-        let error = copy::both_ways(client, server.stream, &moved).await.err();
+        let copied = match server.stream {
+            UpstreamStream::Tcp(server) => {
+                let (said, client) = client.into_parts();
+                copy::between_sockets(client, &said, server, &moved).await
+            }
+            server => copy::both_ways(client, server, &moved).await,
+        };
+        let error = copied.err();
         let (sent, received) = moved.get();
         for guard in guards {
             guard.moved(sent, received + server.received);

@@ -1,0 +1,278 @@
+//! Bytes from one socket to another through a pipe of the kernel's (`splice(2)`), without a copy through this process.
+//!
+//! Promises what `copy.rs` does. A pipe is borrowed for as long as there are bytes to move, so that an idle connection
+//! holds neither a buffer nor a descriptor; where none can be had, bytes go through a buffer for that while. Tested below.
+
+use std::{
+    cell::RefCell,
+    io,
+    net::Shutdown,
+    os::fd::{AsFd, OwnedFd},
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+use nix::{
+    errno::Errno,
+    fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice},
+    unistd::pipe2,
+};
+use socket2::SockRef;
+use tokio::{
+    io::{AsyncWriteExt, Interest},
+    net::TcpStream,
+    task::coop::consume_budget,
+};
+
+use super::{Blame, Moved, client_broke, is_gone, server_broke};
+use crate::error::Result;
+
+/// What a pipe is asked to hold, bytes. The kernel's own choice (64 KiB) stands where it gives no more.
+const PIPE: u32 = 256 << 10;
+
+/// What stands in for a pipe, bytes.
+const BUFFER: usize = 16 << 10;
+
+/// Empty pipes that a thread keeps for its next connection with something to say.
+const KEPT: usize = 16;
+
+/// Moves bytes both ways until both ends have closed; `said` is what was read of the client's before.
+///
+/// # Errors
+/// Those of [`super::both_ways`].
+pub async fn between_sockets(
+    client: TcpStream,
+    said: &[u8],
+    mut server: TcpStream,
+    moved: &Moved,
+) -> Result<()> {
+    server.write_all(said).await.map_err(|error| server_broke(&error))?;
+    moved.sent.store(said.len() as u64, Ordering::Relaxed);
+    tokio::try_join!(
+        one_way(&client, &server, &moved.sent, [client_broke, server_broke]),
+        one_way(&server, &client, &moved.received, [server_broke, client_broke]),
+    )?;
+    Ok(())
+}
+
+async fn one_way(from: &TcpStream, to: &TcpStream, moved: &AtomicU64, blame: Blame) -> Result<()> {
+    let [reading, writing] = blame;
+    loop {
+        from.readable().await.map_err(|error| reading(&error))?;
+        let mut carrier = Carrier::take();
+        // Until the socket has nothing more: a pipe that is full of small pieces has taken less than there was, too.
+        loop {
+            // A task that always finds bytes gives others their turn.
+            consume_budget().await;
+            match carrier.fill(from) {
+                Ok(0) => {
+                    carrier.give_back();
+                    return match SockRef::from(to).shutdown(Shutdown::Write) {
+                        Err(error) if is_gone(&error) => Ok(()),
+                        other => other.map_err(|error| writing(&error)),
+                    };
+                }
+                Ok(filled) => {
+                    carrier.empty(to, filled).await.map_err(|error| writing(&error))?;
+                    moved.fetch_add(filled as u64, Ordering::Relaxed);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(reading(&error)),
+            }
+        }
+        carrier.give_back();
+    }
+}
+
+/// What carries bytes for a while. Holds none but between `fill` and the end of `empty`.
+enum Carrier {
+    Pipe(Pipe),
+    Buffer(Vec<u8>),
+}
+
+struct Pipe {
+    read: OwnedFd,
+    write: OwnedFd,
+}
+
+thread_local! {
+    static IDLE: RefCell<Vec<Pipe>> = const { RefCell::new(Vec::new()) };
+}
+
+impl Carrier {
+    fn take() -> Self {
+        let kept = IDLE.with_borrow_mut(Vec::pop);
+        kept.map_or_else(Pipe::new, Ok).map_or_else(|_| Self::Buffer(vec![0; BUFFER]), Self::Pipe)
+    }
+
+    /// For the next connection of this thread. One that still holds bytes is dropped instead.
+    fn give_back(self) {
+        let Self::Pipe(pipe) = self else { return };
+        IDLE.with_borrow_mut(|idle| {
+            if idle.len() < KEPT {
+                idle.push(pipe);
+            }
+        });
+    }
+
+    /// How many bytes it has taken from a socket that may have some; none is the socket's end.
+    fn fill(&mut self, from: &TcpStream) -> io::Result<usize> {
+        match self {
+            Self::Pipe(pipe) => from.try_io(Interest::READABLE, || pass(from, &pipe.write, PIPE as usize)),
+            Self::Buffer(buffer) => from.try_read(buffer),
+        }
+    }
+
+    async fn empty(&self, to: &TcpStream, filled: usize) -> io::Result<()> {
+        let mut done = 0;
+        while done < filled {
+            let tried = match self {
+                Self::Pipe(pipe) => to.try_io(Interest::WRITABLE, || pass(&pipe.read, to, filled - done)),
+                Self::Buffer(buffer) => to.try_write(&buffer[done..filled]),
+            };
+            match tried {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(n) => done += n,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => to.writable().await?,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Pipe {
+    fn new() -> io::Result<Self> {
+        let (read, write) = pipe2(OFlag::O_NONBLOCK | OFlag::O_CLOEXEC)?;
+        // Less does as well.
+        let _ = fcntl(&write, FcntlArg::F_SETPIPE_SZ(PIPE.cast_signed()));
+        Ok(Self { read, write })
+    }
+}
+
+fn pass(from: impl AsFd, to: impl AsFd, most: usize) -> io::Result<usize> {
+    let flags = SpliceFFlags::SPLICE_F_MOVE | SpliceFFlags::SPLICE_F_NONBLOCK;
+    loop {
+        match splice(&from, None, &to, None, most, flags) {
+            Err(Errno::EINTR) => {}
+            other => return Ok(other?),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        io::AsyncReadExt,
+        net::TcpListener,
+        task::{JoinHandle, yield_now},
+    };
+
+    use super::*;
+    use crate::error::Kind;
+
+    type Copying = JoinHandle<(Result<()>, (u64, u64))>;
+
+    async fn pair() -> io::Result<(TcpStream, TcpStream)> {
+        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        let (near, (far, _)) =
+            tokio::try_join!(TcpStream::connect(listener.local_addr()?), listener.accept())?;
+        Ok((near, far))
+    }
+
+    /// A client and a server, and what copies between them.
+    async fn joined(said: &'static [u8]) -> io::Result<(TcpStream, TcpStream, Copying)> {
+        let ((client, client_side), (server, server_side)) = tokio::try_join!(pair(), pair())?;
+        let copying = tokio::spawn(async move {
+            let moved = Moved::default();
+            (between_sockets(client_side, said, server_side, &moved).await, moved.get())
+        });
+        Ok((client, server, copying))
+    }
+
+    fn pattern(size: usize, seed: usize) -> Vec<u8> {
+        (0..size).map(|i| ((i * 7 + i / 251 + seed) % 253) as u8).collect()
+    }
+
+    /// Writes in pieces of many sizes, single bytes among them.
+    async fn say(to: &mut (impl AsyncWriteExt + Unpin), all: &[u8]) -> io::Result<()> {
+        let (mut rest, mut size) = (all, 1);
+        while !rest.is_empty() {
+            let (piece, left) = rest.split_at(size.min(rest.len()));
+            to.write_all(piece).await?;
+            (rest, size) = (left, size * 5 % 130_001 + 1);
+            yield_now().await;
+        }
+        to.shutdown().await
+    }
+
+    #[tokio::test]
+    async fn every_byte_arrives_both_ways_at_once() -> io::Result<()> {
+        let (client, server, copying) = joined(b"").await?;
+        let (question, answer) = (pattern(9 << 20, 1), pattern(5 << 20, 2));
+        let ends = [(client, question.clone(), answer.clone()), (server, answer, question)];
+        let ends = ends.map(|(stream, says, hears)| {
+            tokio::spawn(async move {
+                let (mut read, mut write) = stream.into_split();
+                let mut heard = Vec::new();
+                tokio::try_join!(say(&mut write, &says), read.read_to_end(&mut heard))?;
+                assert!(heard == hears, "other bytes came than were sent");
+                io::Result::Ok(())
+            })
+        });
+        for end in ends {
+            end.await??;
+        }
+        let (ended, moved) = copying.await?;
+        assert_eq!((ended.map_err(|error| error.kind), moved), (Ok(()), (9 << 20, 5 << 20)));
+        Ok(())
+    }
+
+    #[tokio::test]
+    async fn half_close_leaves_the_other_direction_open_and_what_was_read_goes_first() -> io::Result<()> {
+        let (mut client, mut server, copying) = joined(b"a long ").await?;
+        client.write_all(b"question").await?;
+        client.shutdown().await?;
+        let mut question = String::new();
+        server.read_to_string(&mut question).await?;
+        assert_eq!(question, "a long question");
+        server.write_all(b"answer").await?;
+        drop(server);
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).await?;
+        assert_eq!(answer, "answer");
+        assert_eq!(copying.await?.1, (15, 6));
+        // Both pipes have come back to this thread, the only one of this runtime.
+        assert!(IDLE.with_borrow(|idle| (1..=2).contains(&idle.len())));
+        Ok(())
+    }
+
+    #[tokio::test]
+    async fn who_breaks_it_is_blamed() -> io::Result<()> {
+        for (server_breaks, kind) in [(false, Kind::DownstreamReset), (true, Kind::UpstreamReset)] {
+            let (client, server, copying) = joined(b"").await?;
+            let (breaking, mut waiting) = if server_breaks { (server, client) } else { (client, server) };
+            breaking.set_zero_linger()?;
+            drop(breaking);
+            assert_eq!(copying.await?.0.map_err(|error| error.kind), Err(kind));
+            assert!(matches!(waiting.read(&mut [0; 1]).await, Ok(0) | Err(_)));
+        }
+        Ok(())
+    }
+
+    #[tokio::test]
+    async fn bytes_move_without_a_pipe_too() -> io::Result<()> {
+        let ((mut client, from), (to, mut server)) = tokio::try_join!(pair(), pair())?;
+        let mut carrier = Carrier::Buffer(vec![0; 4]);
+        client.write_all(b"sixteen bytes...").await?;
+        let (mut moved, mut heard) = (0, [0; 16]);
+        while moved < 16 {
+            from.readable().await?;
+            let Ok(filled) = carrier.fill(&from) else { continue };
+            carrier.empty(&to, filled).await?;
+            moved += filled;
+        }
+        server.read_exact(&mut heard).await?;
+        assert_eq!(&heard, b"sixteen bytes...");
+        Ok(())
+    }
+}
