@@ -59,8 +59,8 @@ pub struct NodeConfig {
     /// Namespace whose `AuthorizationPolicy`s and `DestinationRule`s hold for the whole mesh
     #[arg(long, env = "MESH_ROOT_NAMESPACE", value_name = "NAMESPACE", default_value = ROOT_NAMESPACE)]
     pub root_namespace: String,
-    /// How the paths of requests are brought into one form before authorization policies are asked about them; the app is
-    /// given the path that was judged
+    /// How the paths of requests are brought into one form before routes and authorization policies are asked about them;
+    /// the app is given the path in that form
     #[arg(long, env = "MESH_PATH_NORMALIZATION", value_enum, default_value_t = PathNormalization::Base)]
     pub path_normalization: PathNormalization,
     /// Where the embedded certificate authority is kept; agents given the same directory share it

@@ -59,6 +59,27 @@ impl Reviews {
         request.many(count, 4, None).await
     }
 
+    /// What the client's agent has counted and logged of requests that a version answered.
+    async fn told(&self, version: &str, requests: u64) -> Result<()> {
+        let labels = [("reporter", "source"), ("destination_version", version), ("response_code", "200")];
+        lab::eventually("requests are counted and logged", async || {
+            let metrics = self.pair.agent_a.metrics().await?;
+            let counted = lab::metric(&metrics, "istio_requests_total", &labels) as u64;
+            let lines = self.pair.agent_a.access_log();
+            let name = format!("reviews-{version}");
+            let of_version = |line: &&String| {
+                let line = lab::fields(line);
+                line.get("reporter").is_some_and(|reporter| reporter == "source")
+                    && line.get("dst.workload").is_some_and(|workload| *workload == name)
+                    && line["status"] == "200"
+            };
+            let logged = lines.iter().filter(of_version).count() as u64;
+            ensure!((counted, logged) == (requests, requests), "{counted} counted, {logged} logged");
+            Ok(())
+        })
+        .await
+    }
+
     async fn all_from(&self, pod: &str, user: Option<&str>) -> Result<()> {
         let tally = self.tally(20, user).await?;
         ensure!(tally.pods.get(pod) == Some(&20) && tally.statuses.get(&200) == Some(&20), "{tally:?}");
@@ -88,6 +109,8 @@ async fn jason_goes_to_v2_and_everybody_else_to_v3() -> Result<()> {
     let url = reviews.service.url6(9080, "/reviews/0");
     let answer = reviews.pair.client.get(url).header("end-user", "jason").h2c().send().await?;
     ensure!(answer.pod() == Some("reviews-v2"), "{answer:?}");
+    reviews.told("v2", 61).await?;
+    reviews.told("v3", 120).await?;
     reviews.pair.finish().await
 }
 
@@ -110,6 +133,9 @@ async fn weights_split_and_unmatched_requests_get_404() -> Result<()> {
     ensure!((62..=138).contains(&v3) && tally.statuses.get(&200) == Some(&1000), "{tally:?}");
     let other = reviews.pair.client.http_get(&reviews.service.url(9080, "/other"), &[]).await?;
     ensure!(other.status == 404, "{other:?}");
+    reviews.told("v3", v3).await?;
+    let line = [("status", "404"), ("flags", "NR"), ("path", "/other"), ("src.workload", "client")];
+    reviews.pair.agent_a.logged(&line).await?;
     reviews.pair.finish().await
 }
 

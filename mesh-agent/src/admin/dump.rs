@@ -288,7 +288,7 @@ fn backend(value: &mut Value, backend: &Backend) {
 }
 
 fn percent(share: Percentage) -> f64 {
-    f64::from(share.0) / 100.0
+    f64::from(share.0) / f64::from(Percentage::PERCENT)
 }
 
 fn fault(f: &Fault) -> Value {

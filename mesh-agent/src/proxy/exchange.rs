@@ -82,6 +82,7 @@ pub(super) struct Exchange {
     /// Of a browser's request: the site it is made from.
     origin: Option<HeaderValue>,
     started: Instant,
+    sent: Instant,
     /// What the client was told; `None` while it was told nothing.
     status: Option<StatusCode>,
     grpc_status: Option<u32>,
@@ -111,6 +112,7 @@ impl Exchange {
         request: &request::Parts,
     ) -> Self {
         client.activity.begin();
+        let now = Instant::now();
         Self {
             reporter: Arc::clone(reporter),
             sides,
@@ -140,7 +142,8 @@ impl Exchange {
             path: request.uri.path_and_query().map_or_else(|| "/".to_owned(), ToString::to_string),
             unread: false,
             origin: request.headers.get(ORIGIN).cloned(),
-            started: Instant::now(),
+            started: now,
+            sent: now,
             status: None,
             grpc_status: None,
             response_bytes: 0,
@@ -159,9 +162,14 @@ impl Exchange {
         self.deadline = Some(self.deadline.map_or(deadline, |before| before.min(deadline)));
     }
 
-    /// How long the exchange has taken so far.
-    pub fn elapsed(&self) -> Duration {
-        self.started.elapsed()
+    /// From now on it is with the endpoints: what held it up before is not theirs.
+    pub fn sent(&mut self) {
+        self.sent = Instant::now();
+    }
+
+    /// How long endpoints have had it.
+    pub fn served_in(&self) -> Duration {
+        self.sent.elapsed()
     }
 
     /// The response goes to the client; its body reports when it ends.

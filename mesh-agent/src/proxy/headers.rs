@@ -1,19 +1,25 @@
 //! The headers that apps and dashboards know from Istio, added on the way.
 //!
 //! `x-request-id` and `x-forwarded-proto` where the request has none, `x-envoy-attempt-count` with each try,
+//! `x-envoy-expected-rq-timeout-ms` with those that have a limit (and `grpc-timeout`, lowered to it),
 //! `x-envoy-upstream-service-time` on the response. `x-forwarded-for` is
 //! left as it is: the app sees the real client, and only gateways add to it. Tested below.
 
 use std::time::Duration;
 
 use http::{HeaderMap, HeaderName, HeaderValue};
+use tokio::time::Instant;
 
 /// Number of the try, from 1 on.
 pub(super) const ATTEMPT_COUNT: HeaderName = HeaderName::from_static("x-envoy-attempt-count");
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 const SERVICE_TIME: HeaderName = HeaderName::from_static("x-envoy-upstream-service-time");
+const EXPECTED_TIMEOUT: HeaderName = HeaderName::from_static("x-envoy-expected-rq-timeout-ms");
 const GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
+
+/// What eight digits can say.
+const MOST_GRPC_TIMEOUT: u64 = 99_999_999;
 
 /// Makes sure that a request has an id, which is returned, and says how it came.
 pub(super) fn identify(headers: &mut HeaderMap) -> HeaderValue {
@@ -39,6 +45,18 @@ fn new_id() -> HeaderValue {
 /// How long the endpoint took, in milliseconds.
 pub(super) fn served_in(headers: &mut HeaderMap, took: Duration) {
     headers.insert(SERVICE_TIME, HeaderValue::from(took.as_millis() as u64));
+}
+
+/// Tells the endpoint by when it is expected to answer, as Envoy does: a gRPC server may give up then too.
+pub(super) fn expected(headers: &mut HeaderMap, by: Instant, grpc: bool) {
+    let left = by.saturating_duration_since(Instant::now()).as_millis() as u64;
+    headers.insert(EXPECTED_TIMEOUT, HeaderValue::from(left));
+    if grpc && left <= MOST_GRPC_TIMEOUT {
+        // Digits and a letter are what a header value may have.
+        if let Ok(value) = HeaderValue::try_from(format!("{left}m")) {
+            headers.insert(GRPC_TIMEOUT, value);
+        }
+    }
 }
 
 /// `grpc-timeout`: up to eight digits and a unit.

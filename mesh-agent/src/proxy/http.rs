@@ -5,12 +5,18 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header::LOCATION, request, response};
+use http::{
+    HeaderMap, HeaderValue, Request, Response, StatusCode,
+    header::{CONTENT_TYPE, LOCATION},
+    request, response,
+};
 
 use super::{
+    asked,
     exchange::{Client, Exchange, Reported, Sides},
     headers, mirror,
     outbound::Outbound,
+    permits,
     tries::{self, Sendable},
     upgrade::{self, Agreed, Carried, Taker},
 };
@@ -113,6 +119,9 @@ async fn forward(
         RouteAction::Direct { status, body } => {
             let (mut head, ()) = Response::new(()).into_parts();
             head.status = *status;
+            if !body.is_empty() {
+                head.headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/plain"));
+            }
             route::apply_response(&mut head.headers, &route.headers.response);
             Ok(Made::Response(exchange.local(head, body.clone())))
         }
@@ -134,6 +143,7 @@ fn accept(outbound: &Outbound, exchange: &mut Exchange, parts: &mut request::Par
     message::normalise(parts, outbound.ends.original_dst)?;
     message::strip_hop_by_hop(&mut parts.headers);
     tunnel::strip_mesh_headers(&mut parts.headers);
+    permits::settle_path(&outbound.mesh, &mut parts.uri)?;
     exchange.authority = parts.uri.authority().map(ToString::to_string).unwrap_or_default();
     exchange.request_id = Some(headers::identify(&mut parts.headers));
     if exchange.grpc {
@@ -200,7 +210,7 @@ async fn send(
     exchange: &mut Exchange,
     route: &HttpRoute,
     backend: &WeightedBackend,
-    parts: request::Parts,
+    mut parts: request::Parts,
     body: Body,
     wanted: Option<Switch>,
 ) -> Result<Made> {
@@ -211,22 +221,23 @@ async fn send(
         }
     };
     exchange.cluster = Some(Arc::clone(cluster));
-    exchange.limit(route.timeout);
+    let terms = asked::terms(&mut parts.headers, route);
+    exchange.limit(terms.timeout);
+    exchange.sent();
     let response = if let Some(wanted) = wanted {
         // Boxed: rare, and its room is not the usual request's to pay.
-        match Box::pin(upgrade::ask(outbound, exchange, cluster, Request::from_parts(parts, body), &wanted))
-            .await?
-        {
+        let request = Request::from_parts(parts, body);
+        match Box::pin(upgrade::ask(outbound, exchange, cluster, &terms.retries, request, &wanted)).await? {
             Made::Response(response) => response,
             switched @ Made::Switch(_) => return Ok(switched),
         }
     } else {
         let protocol = upstream_protocol(cluster, exchange.client.version, exchange.grpc);
-        let kept = route.retries.attempts > 0 || !route.mirrors.is_empty();
+        let kept = terms.retries.attempts > 0 || !route.mirrors.is_empty();
         let sendable = Sendable::new(parts, body, kept, exchange);
-        mirror::send(outbound, route, &sendable, exchange.grpc);
+        mirror::send(outbound, route, terms.timeout, &sendable, exchange.grpc);
         // Boxed: its room goes back once the head of the response is there, while the body may take long.
-        Box::pin(tries::run(outbound, exchange, route, cluster, protocol, sendable)).await?
+        Box::pin(tries::run(outbound, exchange, &terms.retries, cluster, protocol, sendable)).await?
     };
     let (mut head, body) = response.into_parts();
     for_client(&mut head, exchange);
@@ -238,7 +249,7 @@ async fn send(
 fn for_client(head: &mut response::Parts, exchange: &Exchange) {
     message::for_client(&mut head.headers, head.status);
     tunnel::strip_mesh_headers(&mut head.headers);
-    headers::served_in(&mut head.headers, exchange.elapsed());
+    headers::served_in(&mut head.headers, exchange.served_in());
     head.version = http::Version::default();
     head.extensions = http::Extensions::new();
 }

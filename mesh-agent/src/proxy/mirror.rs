@@ -5,7 +5,7 @@
 //! sent at all, what turns out longer is broken off.
 //! So many copies are under way to a cluster at a time, and no more. Tested in the lab (`tests/tests/http/mirror.rs`).
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use http::{HeaderValue, Request};
 use http_body::Body as _;
@@ -22,28 +22,44 @@ use crate::{
     body::{Body, Follow, Inform},
     error::{Error, Kind, Result},
     route,
-    state::snapshot::{Backend, Cluster, HttpRoute, Mirror},
+    state::snapshot::{Backend, Cluster, HttpRoute},
     upstream::{self, Destination, Pod},
 };
 
 /// How long a mirror may take where the route has no timeout of its own.
-const LIMIT: std::time::Duration = std::time::Duration::from_mins(1);
+const LIMIT: Duration = Duration::from_mins(1);
 
 /// What is counted of a copy whose body is beyond the limit.
 const TOO_LONG: &str = "body_too_long";
 
-/// Sends copies to those mirrors of the route whose turn it is.
-pub(super) fn send(outbound: &Arc<Outbound>, route: &HttpRoute, request: &Sendable, grpc: bool) {
+/// What is counted in the place of a cluster that there is not.
+const UNKNOWN: &str = "unknown";
+
+/// Sends copies to those mirrors of the route whose turn it is; `within`: the time that the request itself has.
+pub(super) fn send(
+    outbound: &Arc<Outbound>,
+    route: &HttpRoute,
+    within: Option<Duration>,
+    request: &Sendable,
+    grpc: bool,
+) {
     for mirror in route.mirrors.iter().filter(|mirror| route::hits(mirror.percentage)) {
-        let Mirror { backend: Backend::Cluster(cluster), .. } = mirror else { continue };
+        let cluster = match &mirror.backend {
+            Backend::Cluster(cluster) => cluster,
+            Backend::Missing(what) => {
+                tracing::debug!(route = %route.origin, "a mirror gets nothing: {what}");
+                outbound.mesh.reporter.mirrored(UNKNOWN, Kind::NoHealthyUpstream.row().word);
+                continue;
+            }
+        };
         if request.is_too_long() {
-            outbound.mesh.reporter.mirrored(cluster, TOO_LONG);
+            outbound.mesh.reporter.mirrored(&cluster.name, TOO_LONG);
             continue;
         }
         let mut parts = request.parts().clone();
         parts.headers.insert(headers::ATTEMPT_COUNT, HeaderValue::from(1u32));
         let Some(place) = UnderWay::mirror(cluster) else {
-            outbound.mesh.reporter.mirrored(cluster, Kind::Overflow.row().word);
+            outbound.mesh.reporter.mirrored(&cluster.name, Kind::Overflow.row().word);
             continue;
         };
         let follow = request.follow();
@@ -52,7 +68,7 @@ pub(super) fn send(outbound: &Arc<Outbound>, route: &HttpRoute, request: &Sendab
         // Not the connection: its place among the pod's is free again when its client has gone.
         let (mesh, pod) = (Arc::clone(&outbound.mesh), Arc::clone(&outbound.pod));
         let (client, cluster) = (outbound.shown, Arc::clone(cluster));
-        let limit = route.timeout.unwrap_or(LIMIT);
+        let limit = within.unwrap_or(LIMIT);
         tokio::spawn(async move {
             let _place = place;
             let sent = timeout(limit, one(&mesh, &pod, client, &cluster, copy, grpc)).await;
@@ -66,7 +82,7 @@ pub(super) fn send(outbound: &Arc<Outbound>, route: &HttpRoute, request: &Sendab
             if let Ok(Err(error)) = &sent {
                 tracing::debug!(cluster = %cluster.name, %error, "a mirror has not answered");
             }
-            mesh.reporter.mirrored(&cluster, outcome);
+            mesh.reporter.mirrored(&cluster.name, outcome);
         });
     }
 }

@@ -4,6 +4,7 @@
 //! tunnel → move → report. Never takes a lock on the path; holds one snapshot per connection or request. Tested in
 //! the lab with real eBPF.
 
+mod asked;
 mod downstream;
 mod exchange;
 mod headers;

@@ -6,7 +6,7 @@
 use std::net::SocketAddr;
 
 use http::{
-    Method, Request, Uri,
+    Request, Uri,
     uri::{Parts, PathAndQuery},
 };
 
@@ -16,6 +16,7 @@ use crate::{
     error::{Error, Kind, Result},
     identity::SpiffeId,
     policy::{self, Asked, Head, Permit, Ruling},
+    route,
     state::snapshot::Endpoint,
     upstream::Via,
 };
@@ -82,10 +83,10 @@ impl Inbound {
 
 fn of_request(mesh: &Mesh, asked: &Asked<'_>, request: &mut Request<Body>) -> Result<Permit> {
     if asked.workload.authorization.reads_paths {
-        settle_path(mesh, request)?;
+        settle_path(mesh, request.uri_mut())?;
     }
     let head = Head {
-        method: judged_method(request),
+        method: route::method(request.method(), request.extensions()),
         authority: request.uri().authority().map_or("", |authority| authority.as_str()),
         path: request.uri().path(),
         headers: request.headers(),
@@ -93,55 +94,22 @@ fn of_request(mesh: &Mesh, asked: &Asked<'_>, request: &mut Request<Body>) -> Re
     policy::request(asked, &head, &mesh.reporter)
 }
 
-/// A CONNECT that asks for a protocol (RFC 8441) is a GET with `Upgrade` in another spelling, and which of the two the app
-/// gets is its version's choice: it is judged as GET, as Envoy does.
-fn judged_method<B>(request: &Request<B>) -> &Method {
-    let asks = || request.extensions().get::<h2::ext::Protocol>().is_some();
-    if request.method() == Method::CONNECT && asks() { &Method::GET } else { request.method() }
-}
-
-/// Brings the path into the form in which it is judged.
-fn settle_path(mesh: &Mesh, request: &mut Request<Body>) -> Result<()> {
+/// Brings the path into the form in which routes and policies are asked about it, and in which the app gets it.
+pub(super) fn settle_path(mesh: &Mesh, uri: &mut Uri) -> Result<()> {
     let bad = |why: String| Error::new(Kind::BadRequest, why);
-    let path = request.uri().path();
+    let path = uri.path();
     let normal =
         policy::normalise(path, mesh.path_normalization).map_err(|malformed| bad(malformed.to_string()))?;
     if *normal == *path {
         return Ok(());
     }
-    let target = match request.uri().query() {
+    let target = match uri.query() {
         Some(query) => format!("{normal}?{query}"),
         None => normal.into_owned(),
     };
     let target = PathAndQuery::try_from(target).map_err(|error| bad(format!("the path: {error}")))?;
-    let mut parts: Parts = std::mem::take(request.uri_mut()).into_parts();
+    let mut parts: Parts = std::mem::take(uri).into_parts();
     parts.path_and_query = Some(target);
-    *request.uri_mut() = Uri::from_parts(parts).map_err(|error| bad(format!("the path: {error}")))?;
+    *uri = Uri::from_parts(parts).map_err(|error| bad(format!("the path: {error}")))?;
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_upgrade_is_judged_as_get_however_it_is_spelled() {
-        let request = |method: Method, protocol: Option<&'static str>| {
-            let mut request = Request::new(());
-            *request.method_mut() = method;
-            request.extensions_mut().extend(
-                protocol
-                    .map(|name| {
-                        let mut one = http::Extensions::new();
-                        one.insert(h2::ext::Protocol::from_static(name));
-                        one
-                    })
-                    .unwrap_or_default(),
-            );
-            request
-        };
-        assert_eq!(judged_method(&request(Method::CONNECT, Some("x"))), Method::GET);
-        assert_eq!(judged_method(&request(Method::CONNECT, None)), Method::CONNECT);
-        assert_eq!(judged_method(&request(Method::POST, None)), Method::POST);
-    }
 }

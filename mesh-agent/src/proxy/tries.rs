@@ -26,7 +26,7 @@ use crate::{
     error::{Error, Kind, Result},
     policy,
     report::GaveUp,
-    state::snapshot::{Cluster, Endpoint, HttpRoute, Protocol, RetryPolicy},
+    state::snapshot::{Cluster, Endpoint, Protocol, RetryPolicy},
     upstream::{self, Destination, Via, retry},
 };
 
@@ -101,7 +101,7 @@ impl UnderWay {
     }
 
     /// A retry; `None` when there are as many already as the budget allows.
-    fn retry(cluster: &Arc<Cluster>) -> Option<Self> {
+    pub fn retry(cluster: &Arc<Cluster>) -> Option<Self> {
         let retry = Self::counted(cluster, |cluster| &cluster.state.retrying);
         let state = &cluster.state;
         let retrying = state.retrying.load(Ordering::Relaxed);
@@ -132,21 +132,23 @@ impl Drop for UnderWay {
 pub(super) async fn run(
     outbound: &Outbound,
     exchange: &mut Exchange,
-    route: &HttpRoute,
+    policy: &RetryPolicy,
     cluster: &Arc<Cluster>,
     protocol: Protocol,
     mut sendable: Sendable,
 ) -> Result<Response<Body>> {
-    let policy = &route.retries;
     exchange.under_way = Some(UnderWay::request(cluster));
     let mut tried: Vec<SocketAddr> = Vec::new();
     let mut request = sendable.next(1);
     let mut retrying = None;
     loop {
-        let Some(sending) = request.take() else {
+        let Some(mut sending) = request.take() else {
             return Err(Error::new(Kind::UpstreamReset, "the request body is too long to be sent again"));
         };
-        let limit = try_limit(exchange, route);
+        let limit = try_limit(exchange, policy);
+        if let Some(limit) = limit {
+            headers::expected(sending.headers_mut(), limit, exchange.grpc);
+        }
         let result = one(outbound, exchange, cluster, protocol, sending, &tried, limit).await;
         // What the failed try held of the budget goes back before the next one asks.
         drop(retrying.take());
@@ -207,8 +209,8 @@ fn next_try(
 }
 
 /// When the next try must have its response headers: `perTryTimeout`, within the route's `timeout`.
-fn try_limit(exchange: &Exchange, route: &HttpRoute) -> Option<Instant> {
-    let per_try = route.retries.per_try_timeout.map(|limit| Instant::now() + limit);
+fn try_limit(exchange: &Exchange, policy: &RetryPolicy) -> Option<Instant> {
+    let per_try = policy.per_try_timeout.map(|limit| Instant::now() + limit);
     match (per_try, exchange.deadline) {
         (Some(a), Some(b)) => Some(a.min(b)),
         (one, other) => one.or(other),

@@ -1,9 +1,10 @@
 //! A request that wants another protocol: the endpoint is asked, and from its yes on there are only bytes.
 
-use std::sync::Arc;
+use std::{net::SocketAddr, sync::Arc};
 
 use ::http::{HeaderValue, Request, Response, header::SEC_WEBSOCKET_KEY};
-use tokio::sync::oneshot;
+use http_body::Body as _;
+use tokio::{sync::oneshot, time::Instant};
 
 use super::{
     exchange::Exchange,
@@ -17,8 +18,8 @@ use crate::{
     copy::{self, Moved},
     drain::Drain,
     error::{Error, Kind, Result},
-    state::snapshot::Cluster,
-    upstream::{Destination, Io, Switch, Switched},
+    state::snapshot::{Cluster, RetryPolicy},
+    upstream::{Destination, Io, Switch, Switched, retry},
 };
 
 /// Who takes the client's side of the connection once it is bytes.
@@ -33,18 +34,55 @@ pub(super) struct Agreed {
     endpoint: Box<dyn Io>,
 }
 
-/// Asks one endpoint of the cluster; there is no second try, for nobody knows what the first has begun.
+/// Asks one endpoint of the cluster after the other, as far as retries allow it, until one is reached. What one has been
+/// asked is not asked again, for nobody knows what it has begun.
 pub(super) async fn ask(
+    outbound: &Outbound,
+    exchange: &mut Exchange,
+    cluster: &Arc<Cluster>,
+    policy: &RetryPolicy,
+    request: Request<Body>,
+    wanted: &Switch,
+) -> Result<Made> {
+    let (parts, body) = request.into_parts();
+    // A body can be sent once: who has one asks once.
+    let more = if body.is_end_stream() { policy.attempts } else { 0 };
+    let mut body = Some(body.metered(Arc::clone(&exchange.request)));
+    let (mut tried, mut counted) = (Vec::new(), None);
+    loop {
+        let mut parts = parts.clone();
+        parts.headers.insert(headers::ATTEMPT_COUNT, HeaderValue::from(exchange.tries + 1));
+        let request = Request::from_parts(parts, body.take().unwrap_or(Body::Empty));
+        let asked = one(outbound, exchange, cluster, request, wanted, &tried).await;
+        let Err(error) = &asked else { return asked };
+        let unsent = matches!(error.kind, Kind::ConnectFailure | Kind::TlsFailure | Kind::RefusedStream);
+        if !unsent || !retry::covers_error(&policy.on, error) || exchange.tries > more {
+            return asked;
+        }
+        drop(counted);
+        counted = tries::UnderWay::retry(cluster);
+        if counted.is_none() {
+            return asked;
+        }
+        tried.extend(exchange.endpoint);
+        let wait = retry::backoff(policy, exchange.tries + 1);
+        if exchange.deadline.is_some_and(|deadline| Instant::now() + wait >= deadline) {
+            return asked;
+        }
+        tokio::time::sleep(wait).await;
+    }
+}
+
+async fn one(
     outbound: &Outbound,
     exchange: &mut Exchange,
     cluster: &Arc<Cluster>,
     mut request: Request<Body>,
     wanted: &Switch,
+    tried: &[SocketAddr],
 ) -> Result<Made> {
-    request.headers_mut().insert(headers::ATTEMPT_COUNT, HeaderValue::from(1u32));
     let key = request.headers().get(SEC_WEBSOCKET_KEY).cloned();
-    let mut request = request.map(|body| body.metered(Arc::clone(&exchange.request)));
-    let Picked { endpoint, via, permit } = tries::pick(outbound, exchange, cluster, &mut request, &[])?;
+    let Picked { endpoint, via, permit } = tries::pick(outbound, exchange, cluster, &mut request, tried)?;
     let destination = Destination {
         address: endpoint.address,
         via: &via,

@@ -278,8 +278,8 @@ impl Metrics {
     }
 
     /// Counts one copy of a request.
-    pub fn mirrored(&self, cluster: &Cluster, outcome: &'static str) {
-        let labels = [("cluster", cluster.name.to_string()), ("outcome", outcome.to_owned())];
+    pub fn mirrored(&self, cluster: &str, outcome: &'static str) {
+        let labels = [("cluster", cluster.to_owned()), ("outcome", outcome.to_owned())];
         self.mirrored.get_or_create(&labels).inc();
     }
 

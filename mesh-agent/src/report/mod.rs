@@ -288,7 +288,7 @@ impl Reporter {
     }
 
     /// A copy of a request was sent to a mirror, or given up: `mesh_mirrored_requests_total`.
-    pub fn mirrored(&self, cluster: &Cluster, outcome: &'static str) {
+    pub fn mirrored(&self, cluster: &str, outcome: &'static str) {
         self.metrics.mirrored(cluster, outcome);
     }
 

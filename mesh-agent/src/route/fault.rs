@@ -62,7 +62,8 @@ fn combine<T: Copy>(
 ) -> Option<(Percentage, T)> {
     let Some(what) = asked else { return configured };
     let most = configured.map_or(Percentage::WHOLE, |(share, _)| share);
-    let share = percent.map(|percent| Percentage(u32::try_from(percent.min(100) * 100).unwrap_or(0)));
+    let share =
+        percent.map(|percent| Percentage(u32::try_from(percent.min(100)).unwrap_or(0) * Percentage::PERCENT));
     Some((share.unwrap_or(most).min(most), what))
 }
 
@@ -90,7 +91,7 @@ mod tests {
 
     use super::*;
 
-    /// Share in 1/10000, and milliseconds.
+    /// Share in whole percent, and milliseconds.
     type Delay = Option<(u32, u64)>;
 
     type Pairs<'a> = &'a [(&'static str, &'static str)];
@@ -104,29 +105,32 @@ mod tests {
 
     fn delay(fault: &Fault, pairs: Pairs<'_>) -> Delay {
         let injection = injection(fault, &headers(pairs));
-        injection.delay.map(|(share, time)| (share.0, time.as_millis() as u64))
+        injection.delay.map(|(share, time)| (share.0 / Percentage::PERCENT, time.as_millis() as u64))
     }
 
     #[test]
     fn headers_ask_for_delays_where_the_route_lets_them() {
         let open = Fault { by_header: true, ..Fault::default() };
-        let half =
-            Fault { by_header: true, delay: Some((Percentage(5_000), Duration::from_secs(2))), abort: None };
+        let half = Fault {
+            by_header: true,
+            delay: Some((Percentage(500_000), Duration::from_secs(2))),
+            abort: None,
+        };
         let closed = Fault { by_header: false, ..half.clone() };
         let table: [(&Fault, Pairs<'_>, Delay); 13] = [
             (&open, &[], None),
-            (&open, &[(DELAY, "100")], Some((10_000, 100))),
-            (&open, &[(DELAY, "100"), (DELAY_SHARE, "25")], Some((2_500, 100))),
-            (&open, &[(DELAY, "100"), (DELAY_SHARE, "250")], Some((10_000, 100))),
-            (&open, &[(DELAY, "100"), (DELAY_SHARE, "x")], Some((10_000, 100))),
-            (&open, &[(DELAY, "99999999999999999999999")], Some((10_000, 3_600_000))),
+            (&open, &[(DELAY, "100")], Some((100, 100))),
+            (&open, &[(DELAY, "100"), (DELAY_SHARE, "25")], Some((25, 100))),
+            (&open, &[(DELAY, "100"), (DELAY_SHARE, "250")], Some((100, 100))),
+            (&open, &[(DELAY, "100"), (DELAY_SHARE, "x")], Some((100, 100))),
+            (&open, &[(DELAY, "99999999999999999999999")], Some((100, 3_600_000))),
             (&open, &[(DELAY, "0")], None),
             (&open, &[(DELAY, "-1")], None),
             (&open, &[(DELAY, "")], None),
-            (&half, &[], Some((5_000, 2_000))),
-            (&half, &[(DELAY, "100"), (DELAY_SHARE, "80")], Some((5_000, 100))),
-            (&half, &[(DELAY, "100"), (DELAY_SHARE, "10")], Some((1_000, 100))),
-            (&closed, &[(DELAY, "100"), (DELAY_SHARE, "10")], Some((5_000, 2_000))),
+            (&half, &[], Some((50, 2_000))),
+            (&half, &[(DELAY, "100"), (DELAY_SHARE, "80")], Some((50, 100))),
+            (&half, &[(DELAY, "100"), (DELAY_SHARE, "10")], Some((10, 100))),
+            (&closed, &[(DELAY, "100"), (DELAY_SHARE, "10")], Some((50, 2_000))),
         ];
         for (fault, pairs, expected) in table {
             assert_eq!(delay(fault, pairs), expected, "{fault:?} {pairs:?}");
@@ -154,6 +158,6 @@ mod tests {
             assert_eq!(closed, None, "{pairs:?}");
         }
         let lowered = injection(&open, &headers(&[(ABORT, "500"), (ABORT_SHARE, "1")]));
-        assert_eq!(lowered.abort.map(|(share, _)| share), Some(Percentage(100)));
+        assert_eq!(lowered.abort.map(|(share, _)| share), Some(Percentage(Percentage::PERCENT)));
     }
 }

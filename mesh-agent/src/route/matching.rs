@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use http::{HeaderName, request::Parts};
+use http::{HeaderName, HeaderValue, request::Parts};
 
 use super::authority;
 use crate::state::snapshot::{HeaderMatch, HttpRoute, RequestMatch, StringMatch, Workload};
@@ -25,12 +25,14 @@ pub fn find<'a>(
     })
 }
 
-fn holds(m: &RequestMatch, request: &Parts, port: u16, source: &Workload) -> bool {
+pub(super) fn holds(m: &RequestMatch, request: &Parts, port: u16, source: &Workload) -> bool {
     m.port.is_none_or(|asked| asked == port)
         && m.source_namespace.as_deref().is_none_or(|asked| asked == &*source.namespace)
         && has_labels(source, &m.source_labels)
         && m.uri.as_ref().is_none_or(|uri| uri_matches(uri, m.ignore_uri_case, request.uri.path()))
-        && m.method.as_ref().is_none_or(|method| matches(method, request.method.as_str().as_bytes()))
+        && m.method.as_ref().is_none_or(|asked| {
+            matches(asked, super::method(&request.method, &request.extensions).as_str().as_bytes())
+        })
         && m.authority.as_ref().is_none_or(|asked| matches(asked, authority(request)))
         && m.scheme.as_ref().is_none_or(|scheme| matches(scheme, super::redirect::scheme(request).as_bytes()))
         && m.headers.iter().all(|(name, value)| header_matches(request, name, value))
@@ -68,7 +70,16 @@ fn header_matches(request: &Parts, name: &HeaderName, value: &HeaderMatch) -> bo
     match value {
         HeaderMatch::Present => request.headers.contains_key(name),
         HeaderMatch::Value(value) => {
-            request.headers.get_all(name).iter().any(|given| matches(value, given.as_bytes()))
+            let mut given = request.headers.get_all(name).iter().map(HeaderValue::as_bytes);
+            match (given.next(), given.next()) {
+                (None, _) => false,
+                (Some(only), None) => matches(value, only),
+                // Several are one, as a list (RFC 9110 section 5.3; Envoy joins them without a space).
+                (Some(first), Some(second)) => {
+                    let all: Vec<&[u8]> = [first, second].into_iter().chain(given).collect();
+                    matches(value, &all.join(&b','))
+                }
+            }
         }
     }
 }

@@ -18,7 +18,7 @@ pub use redirect::location;
 pub use rewrite::{apply_request, apply_response, rewrite};
 pub use stream::{StreamFacts, find_stream, needs_sni};
 
-use http::{header::HOST, request::Parts};
+use http::{Extensions, Method, header::HOST, request::Parts};
 
 use crate::state::snapshot::{Percentage, WeightedBackend};
 
@@ -42,6 +42,15 @@ pub fn draw(backends: &[WeightedBackend]) -> &WeightedBackend {
 /// Whether this share hits now.
 pub fn hits(share: Percentage) -> bool {
     share.0 > 0 && fastrand::u32(..Percentage::WHOLE.0) < share.0
+}
+
+/// The method that a request is judged by.
+///
+/// A CONNECT that asks for a protocol (RFC 8441) is a GET with `Upgrade` in another spelling, and which of the two the app
+/// gets is its version's choice: it is a GET for routes and for policies, as in Envoy.
+pub fn method<'a>(written: &'a Method, extensions: &Extensions) -> &'a Method {
+    let asks = || extensions.get::<h2::ext::Protocol>().is_some();
+    if written == Method::CONNECT && asks() { &Method::GET } else { written }
 }
 
 /// Host and port the client asked for: the URI's authority (HTTP/2, absolute form), else the Host header.

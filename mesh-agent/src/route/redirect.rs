@@ -45,9 +45,11 @@ pub fn location(redirect: &Redirect, request: &Parts, matched: Option<&RequestMa
     format!("{new_scheme}://{host}{port}{path}")
 }
 
-/// The request's scheme; what is captured without one is plain HTTP.
+/// The request's scheme: its own, else what a gateway says that it came by, else plain HTTP (Envoy's order).
 pub(super) fn scheme(request: &Parts) -> &str {
-    request.uri.scheme_str().unwrap_or("http")
+    let told = || request.headers.get("x-forwarded-proto").and_then(|proto| proto.to_str().ok());
+    let told = || told().filter(|proto| matches!(*proto, "http" | "https"));
+    request.uri.scheme_str().or_else(told).unwrap_or("http")
 }
 
 fn default_port(scheme: &str) -> Option<u16> {

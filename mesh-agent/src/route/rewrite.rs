@@ -6,13 +6,16 @@
 use std::borrow::Cow;
 
 use http::{
-    HeaderMap, HeaderValue, Uri,
+    HeaderMap, HeaderName, HeaderValue, Uri,
     header::HOST,
     request::Parts,
     uri::{Authority, PathAndQuery},
 };
 
 use crate::state::snapshot::{HeaderOp, PathRewrite, RequestMatch, Rewrite, StringMatch};
+
+/// What the path was before it was rewritten: Envoy tells the app, and logs of Istio's show it.
+const ORIGINAL_PATH: HeaderName = HeaderName::from_static("x-envoy-original-path");
 
 /// Applies `rewrite` (path, authority) to the request.
 ///
@@ -25,6 +28,10 @@ pub fn rewrite(request: &mut Parts, rewrite: &Rewrite, matched: Option<&RequestM
             PathRewrite::Regex(regex, replacement) => regex.replace_all(path, replacement.as_str()),
         };
         if let Some(path_and_query) = join(&changed, request.uri.query()) {
+            let before = request.uri.path_and_query().map_or("/", PathAndQuery::as_str);
+            if let Ok(before) = HeaderValue::from_str(before) {
+                request.headers.insert(ORIGINAL_PATH, before);
+            }
             set_path(&mut request.uri, path_and_query);
         }
     }

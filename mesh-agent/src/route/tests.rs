@@ -5,7 +5,7 @@ mod properties;
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use http::{HeaderValue, Request, StatusCode, request::Parts};
+use http::{HeaderValue, Method, Request, StatusCode, request::Parts};
 use regex::Regex;
 
 use super::*;
@@ -99,7 +99,12 @@ fn one_match() {
         ("{headers: {End-User: {exact: jason}}}", "/", &[("end-user", "jason")], true),
         ("{headers: {end-user: {exact: jason}}}", "/", &[("end-user", "jasonx")], false),
         ("{headers: {end-user: {exact: jason}}}", "/", &[], false),
-        ("{headers: {x: {regex: '[a-c]+'}}}", "/", &[("x", "zzz"), ("x", "abc")], true),
+        ("{headers: {x: {regex: '[a-c]+'}}}", "/", &[("x", "zzz"), ("x", "abc")], false),
+        ("{headers: {x: {regex: '[a-z]+,abc'}}}", "/", &[("x", "zzz"), ("x", "abc")], true),
+        ("{withoutHeaders: {x: {exact: abc}}}", "/", &[("x", "zzz"), ("x", "abc")], true),
+        ("{scheme: {exact: https}}", "/", &[("x-forwarded-proto", "https")], true),
+        ("{scheme: {exact: https}}", "http://a/", &[("x-forwarded-proto", "https")], false),
+        ("{scheme: {exact: ws}}", "/", &[("x-forwarded-proto", "ws")], false),
         ("{headers: {x: {}}}", "/", &[("x", "")], true),
         ("{headers: {x: {regex: '*'}}}", "/", &[], false),
         ("{headers: {x: {exact: a}, y: {exact: b}}}", "/", &[("x", "a")], false),
@@ -174,10 +179,25 @@ fn draws_follow_the_weights() {
 #[test]
 fn shares_hit_as_often_as_they_say() {
     fastrand::seed(42);
-    let count = |share: u32| (0..10_000).filter(|_| hits(Percentage(share))).count();
+    let count =
+        |percent: u32| (0..10_000).filter(|_| hits(Percentage(percent * Percentage::PERCENT))).count();
     assert_eq!(count(0), 0);
-    assert_eq!(count(10_000), 10_000);
-    assert!((900..1_100).contains(&count(1_000)));
+    assert_eq!(count(100), 10_000);
+    assert!((900..1_100).contains(&count(10)));
+}
+
+#[test]
+fn an_upgrade_is_a_get_however_it_is_spelled() {
+    let mut asks = http::Extensions::new();
+    asks.insert(h2::ext::Protocol::from_static("websocket"));
+    assert_eq!(method(&Method::CONNECT, &asks), Method::GET);
+    assert_eq!(method(&Method::CONNECT, &http::Extensions::new()), Method::CONNECT);
+    assert_eq!(method(&Method::POST, &http::Extensions::new()), Method::POST);
+    let gets = RequestMatch { method: Some(StringMatch::Exact("GET".to_owned())), ..RequestMatch::default() };
+    let (mut request, ()) = Request::connect("http://a/").body(()).unwrap().into_parts();
+    assert!(!matching::holds(&gets, &request, 80, &source()));
+    request.extensions = asks;
+    assert!(matching::holds(&gets, &request, 80, &source()));
 }
 
 fn matched(uri: Option<StringMatch>) -> RequestMatch {

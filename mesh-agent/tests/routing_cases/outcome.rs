@@ -31,7 +31,7 @@ pub fn weighted(backends: &[WeightedBackend]) -> BTreeMap<String, u32> {
 
 /// A share in percent.
 pub fn percent(share: Percentage) -> f64 {
-    f64::from(share.0) / 100.0
+    f64::from(share.0) / f64::from(Percentage::PERCENT)
 }
 
 /// `2s@100%`, or `none`.

@@ -13,8 +13,19 @@ use crate::world::{HTTP2, World, counted, logged_times};
 /// Memory that one connection may come to cost, whatever it sends: windows, and what the allocator keeps.
 const MEMORY: u64 = 64 << 20;
 
-/// Processor time that the bystander's requests may take.
-const BYSTANDER: Duration = Duration::from_secs(1);
+/// Processor time of a debug build that may go with an attack of any size, the bystander's and the last requests included.
+const CPU: Duration = Duration::from_secs(4);
+
+/// Processor time of a debug build for each frame that the attacker got rid of.
+const CPU_PER_FRAME: Duration = Duration::from_micros(60);
+
+/// Asserts what an attack may cost the agent.
+fn cheap(kind: AttackKind, spent: Duration, attacked: &lab::apps::Attack) -> Result<()> {
+    let allowed = CPU + CPU_PER_FRAME * u32::try_from(attacked.frames_sent)?;
+    eprintln!("{kind:?} took {spent:?} of processor time, {allowed:?} allowed");
+    ensure!(spent < allowed, "{kind:?} took {spent:?} of processor time: {attacked:?}");
+    Ok(())
+}
 
 /// What the log says of the rule that ends a connection, for the attacks that are ended in any case.
 fn broken_rule(kind: AttackKind) -> Option<&'static str> {
@@ -69,10 +80,7 @@ async fn attack(kind: AttackKind, count: u64, args: &[&str]) -> Result<Option<la
         let line = [("src.workload", "client"), ("flags", "SI"), ("status", "200"), ("reporter", "source")];
         logged_times(agent, &line, usize::try_from(count)?).await?;
     }
-    // No more processor time than both cores had for as long as it lasted, the bystander's part included.
-    let spent = agent.cpu_time()?.saturating_sub(cpu);
-    let lasted = Duration::from_millis(attacked.millis) + BYSTANDER;
-    ensure!(spent < lasted * 2, "{kind:?} took {spent:?} of processor time: {attacked:?}");
+    cheap(kind, agent.cpu_time()?.saturating_sub(cpu), &attacked)?;
     ensure!(world.client().http_get(&world.far.url("/"), &[]).await?.status == 200);
     world.finish().await?;
     Ok(Some(attacked))
@@ -141,7 +149,7 @@ async fn windows_that_are_open_and_a_client_that_reads_nothing() -> Result<()> {
     let Some(world) = World::with("abuse-deaf", &["--flush-timeout=2"]).await? else { return Ok(()) };
     let agent = &world.pair.agent_a;
     ensure!(world.client().http_get(&world.far.url("/"), &[]).await?.status == 200);
-    let memory = agent.rss_bytes()?;
+    let (memory, cpu) = (agent.rss_bytes()?, agent.cpu_time()?);
     let attack = world.client().h2_attack(
         world.far.at(HTTP2),
         AttackKind::OpenWindows,
@@ -151,6 +159,7 @@ async fn windows_that_are_open_and_a_client_that_reads_nothing() -> Result<()> {
     );
     let attacked = attack.await?;
     ensure!(attacked.end != End::Survived, "{attacked:?}");
+    cheap(AttackKind::OpenWindows, agent.cpu_time()?.saturating_sub(cpu), &attacked)?;
     // Half of it for each of both ways through the agent; far less than what was asked for.
     let grown = agent.peak_rss_bytes()?.saturating_sub(memory);
     eprintln!("{} MiB, {attacked:?}", grown >> 20);

@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use lab::{Pair, apps::RawEnd};
 
-use crate::world::{APP, HTTP, World, counted};
+use crate::world::{APP, HTTP, HTTP2, World, counted};
 
 #[tokio::test]
 async fn requests_under_way_are_finished_and_connections_said_goodbye_to() -> Result<()> {
@@ -15,6 +15,9 @@ async fn requests_under_way_are_finished_and_connections_said_goodbye_to() -> Re
         .raw(world.far.at(HTTP))
         .send("GET /hold HTTP/1.1\r\nHost: lab\r\nx-request-id: one\r\n\r\n");
     let one = raw.limit(Duration::from_secs(30)).run();
+    // An HTTP/2 client with nothing under way, which is told by GOAWAY.
+    let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00";
+    let idle = world.client().raw(world.far.at(HTTP2)).send(preface).limit(Duration::from_secs(30)).run();
     let two = world.client().get(world.far.url("/hold")).h2c().header("x-request-id", "two").send();
     let stopping = async {
         lab::eventually("both are held", async || {
@@ -30,8 +33,12 @@ async fn requests_under_way_are_finished_and_connections_said_goodbye_to() -> Re
         world.far.pod.release(APP).await?;
         anyhow::Ok(())
     };
-    let (one, two, stopped) = tokio::join!(one, two, stopping);
+    let (one, two, idle, stopped) = tokio::join!(one, two, idle, stopping);
     stopped?;
+    let idle = idle?;
+    let frames = lab::wire::h2_frames(&idle.received.0);
+    ensure!(frames.iter().any(|frame| frame.goaway_code() == Some(0)), "{frames:?}");
+    ensure!(idle.end == RawEnd::Closed, "{idle:?}");
     let one = one?;
     ensure!(one.statuses() == [200] && one.end == RawEnd::Closed, "{one:?}");
     ensure!(one.text().to_lowercase().contains("connection: close"), "{one:?}");

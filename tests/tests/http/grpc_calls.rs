@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use lab::{apps::CallKind, metric};
 
-use crate::world::{GRPC, HTTP, World, logged_times};
+use crate::world::{GRPC, HTTP, HTTP2, World, logged_times};
 
 const KINDS: [(CallKind, usize); 4] =
     [(CallKind::Unary, 1), (CallKind::ServerStream, 3), (CallKind::ClientStream, 1), (CallKind::Bidi, 3)];
@@ -118,22 +118,31 @@ spec:
 #[tokio::test]
 async fn grpc_web_passes_as_the_http_it_is() -> Result<()> {
     let Some(world) = World::new("grpc-web").await? else { return Ok(()) };
-    for side in world.both() {
+    for (side, port, version) in
+        world.both().into_iter().flat_map(|side| [(side, HTTP, "HTTP/1.1"), (side, HTTP2, "HTTP/2.0")])
+    {
         let request =
-            world.client().get(side.service.url(HTTP, "/lab.Notes/Unary")).method("POST").body_bytes(9);
+            world.client().get(side.service.url(port, "/lab.Notes/Unary")).method("POST").body_bytes(9);
+        let request = if port == HTTP2 { request.h2c() } else { request };
         let answer =
             request.header("content-type", "application/grpc-web+proto").header("x-grpc-web", "1").send();
         let echo = answer.await?.echo()?;
         ensure!(
-            echo.version == "HTTP/1.1" && echo.headers["content-type"] == "application/grpc-web+proto",
+            echo.version == version && echo.headers["content-type"] == "application/grpc-web+proto",
             "{echo:?}"
         );
         ensure!(echo.body_bytes == 9 && echo.headers["x-grpc-web"] == "1", "{echo:?}");
         let labels = [("request_protocol", "http"), ("grpc_response_status", "")];
-        world.requests(&[&labels[..], &[("destination_workload", side.name())]].concat(), 1).await?;
+        let so_far = if port == HTTP2 { 2 } else { 1 };
+        world.requests(&[&labels[..], &[("destination_workload", side.name())]].concat(), so_far).await?;
         let line =
             [("protocol", "http"), ("grpc_status", "-"), ("bytes_received", "9"), ("reporter", "source")];
-        logged_times(&world.pair.agent_a, &[&line[..], &[("dst.workload", side.name())]].concat(), 1).await?;
+        logged_times(
+            &world.pair.agent_a,
+            &[&line[..], &[("dst.workload", side.name())]].concat(),
+            usize::try_from(so_far)?,
+        )
+        .await?;
     }
     world.finish().await
 }

@@ -2,6 +2,7 @@
 //! nobody gets away with.
 
 mod abuse;
+mod asked;
 mod cors;
 mod drain;
 mod grpc_calls;

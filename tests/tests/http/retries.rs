@@ -39,6 +39,11 @@ async fn bodies_are_sent_again_up_to_a_limit() -> Result<()> {
         let again =
             world.client().get(side.url("/fail-first/1")).method("POST").body_bytes(50_000).send().await?;
         ensure!(again.echo()?.body_bytes == 50_000, "{again:?}");
+        let workload = ("destination_workload", side.name());
+        world.requests(&[("response_code", "200"), workload], 1).await?;
+        // All tries failed; or there was one, for a body that is too long for others.
+        world.requests(&[("response_code", "503"), ("response_flags", "URX"), workload], 1).await?;
+        world.requests(&[("response_code", "503"), ("response_flags", "-"), workload], 1).await?;
     }
     world.finish().await
 }

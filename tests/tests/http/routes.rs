@@ -28,6 +28,9 @@ spec:
       route:
         - destination: { host: far }
           headers: { request: { add: { x-both: destination } }, response: { add: { x-answer: destination } } }
+    - match: [{ uri: { exact: /admin/secret } }]
+      name: closed
+      directResponse: { status: 403, body: { string: no entry } }
     - match: [{ uri: { prefix: /team }, name: theirs, statPrefix: team }]
       delegate: { name: team, namespace: default }
     - match: [{ queryParams: { kind: { exact: plain } }, withoutHeaders: { x-not: {} }, name: asked, statPrefix: asked }]
@@ -65,15 +68,28 @@ async fn what_a_route_does_is_seen_by_the_client_counted_and_logged() -> Result<
         );
         ensure!(renamed.headers["x-answer"].contains("destination"), "{renamed:?}");
         ensure!(!renamed.headers.contains_key("x-pod"), "{renamed:?}");
+        ensure!(renamed.echo()?.headers["x-envoy-original-path"] == "/old/thing?q=1", "{renamed:?}");
+        // However a path is spelled, it is the same path, and the app gets it in that form.
+        for spelled in ["/admin/secret", "/x/../admin/secret", "/%61dmin/./secret"] {
+            let closed = get(spelled).send().await?;
+            ensure!(closed.status == 403 && closed.headers["content-type"] == "text/plain", "{closed:?}");
+        }
+        ensure!(get("/a/../b%7e?kind=plain").send().await?.echo()?.target == "/b~?kind=plain");
+        ensure!(get("/%zz?kind=plain").send().await?.status == 400);
         ensure!(get("/team/x").send().await?.status == 418);
         ensure!(get("/?kind=plain").send().await?.status == 200);
         for unmatched in [get("/?kind=other"), get("/?kind=plain").header("x-not", "1")] {
             ensure!(unmatched.send().await?.status == 404);
         }
     }
-    for (status, flags, count) in
-        [("504", "UT", 2), ("200", "DI", 2), ("418", "FI", 2), ("404", "NR", 4), ("200", "-", 4)]
-    {
+    for (status, flags, count) in [
+        ("504", "UT", 2),
+        ("200", "DI", 2),
+        ("418", "FI", 2),
+        ("404", "NR", 4),
+        ("200", "-", 6),
+        ("403", "-", 6),
+    ] {
         world.requests(&[("response_code", status), ("response_flags", flags)], count).await?;
     }
     for route in ["team", "asked"] {

@@ -4,9 +4,23 @@ use anyhow::{Result, ensure};
 
 use crate::world::{HTTP, HTTP2, UNDECLARED, World, logged_times};
 
+const ONLY_GETS: &str = "
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: { name: far, namespace: default }
+spec:
+  hosts: [far]
+  http:
+    - match: [{ method: { exact: GET } }]
+      route: [{ destination: { host: far } }]
+    - directResponse: { status: 405 }
+";
+
 #[tokio::test]
 async fn websockets_pass_whatever_both_ends_speak() -> Result<()> {
     let Some(world) = World::new("websocket").await? else { return Ok(()) };
+    // An upgrade is a GET for routes too, in either version.
+    world.pair.apply("far.yaml", ONLY_GETS).await?;
     for side in world.both() {
         for port in [HTTP, HTTP2, UNDECLARED] {
             for (h2c, status) in [(false, 101), (true, 200)] {

@@ -50,8 +50,8 @@ fn route_of_everything() -> HttpRoute {
             backend(Backend::Missing("subset v9 does not exist".into())),
         ]),
         fault: Fault {
-            delay: Some((Percentage(10_000), Duration::from_secs(2))),
-            abort: Some((Percentage(50), Abort::Http(StatusCode::IM_A_TEAPOT))),
+            delay: Some((Percentage::WHOLE, Duration::from_secs(2))),
+            abort: Some((Percentage(5_000), Abort::Http(StatusCode::IM_A_TEAPOT))),
             by_header: false,
         },
         headers: HeaderOps {
@@ -71,7 +71,7 @@ fn route_of_everything() -> HttpRoute {
             remote_localities: false,
             ignore_previous_hosts: true,
         },
-        mirrors: vec![Mirror { percentage: Percentage(1_250), backend: Backend::Missing("no b".into()) }],
+        mirrors: vec![Mirror { percentage: Percentage(125_000), backend: Backend::Missing("no b".into()) }],
         cors: Some(anybody()),
         stat_name: Some("jason".into()),
     }

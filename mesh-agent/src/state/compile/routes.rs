@@ -73,9 +73,11 @@ fn route(
     let rewrite = written.rewrite.clone().unwrap_or_default();
     let mut headers = written.headers.clone().unwrap_or_default();
     let mut action = action(destinations, rule, port);
-    if rewrite.authority.is_some() {
-        // The rewrite wins over what header operations say.
-        headers.request.authority = None;
+    if rewrite.authority.is_some() || headers.request.authority.is_some() {
+        // The route's wins over its destinations', and the rewrite over what header operations say.
+        if rewrite.authority.is_some() {
+            headers.request.authority = None;
+        }
         if let RouteAction::Forward(backends) = &mut action {
             for backend in backends {
                 backend.headers.request.authority = None;

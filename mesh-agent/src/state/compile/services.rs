@@ -35,6 +35,8 @@ pub(super) struct Definition<'a> {
     pub visible: Visibility,
     /// Its cluster addresses.
     pub vips: Vec<IpAddr>,
+    /// `clusterIP: None`: its pods are dialled by their own addresses.
+    pub headless: bool,
     /// Its TCP ports.
     pub ports: Vec<PortDefinition<'a>>,
 }
@@ -137,7 +139,9 @@ fn define<'a>(
     let annotations = service.metadata.annotations.as_ref();
     let visible = annotations.and_then(|annotations| annotations.get(EXPORT_TO));
     let visible = visible.map(|text| export_to::annotation(&key.namespace, text)).unwrap_or_default();
-    Some(Definition { key, host: host_name(&key.name, &key.namespace).into(), visible, vips, ports })
+    let headless = spec.and_then(|spec| spec.cluster_ip.as_deref()) == Some("None");
+    let host = host_name(&key.name, &key.namespace).into();
+    Some(Definition { key, host, visible, vips, headless, ports })
 }
 
 /// The cluster addresses; each belongs to the first service (by namespace and name) that claims it.

@@ -216,7 +216,9 @@ impl WireBudget {
     fn check(self) -> Checked<RetryBudget> {
         let percent = match self.percent {
             None => defaults::RETRY_BUDGET.percent,
-            Some(percent) if (0.0..=100.0).contains(&percent) => Percentage((percent * 100.0).round() as u32),
+            Some(percent) if (0.0..=100.0).contains(&percent) => {
+                Percentage((percent * f64::from(Percentage::PERCENT)).round() as u32)
+            }
             Some(percent) => {
                 let message = format!("percent {percent} is not in range 0..100");
                 return Err(FieldError::new("percent", message));
@@ -351,10 +353,10 @@ mod tests {
     fn retry_budgets_are_read() {
         let budget = |percent, min_concurrency| RetryBudget { percent: Percentage(percent), min_concurrency };
         let table = [
-            (json!({}), budget(2_000, 3)),
-            (json!({"percent": 12.5}), budget(1_250, 3)),
+            (json!({}), budget(200_000, 3)),
+            (json!({"percent": 12.5}), budget(125_000, 3)),
             (json!({"percent": 0, "minRetryConcurrency": 0}), budget(0, 0)),
-            (json!({"minRetryConcurrency": 10}), budget(2_000, 10)),
+            (json!({"minRetryConcurrency": 10}), budget(200_000, 10)),
         ];
         for (written, expected) in table {
             let rule = read(&json!({"host": "a", "trafficPolicy": {"retryBudget": written}})).unwrap();

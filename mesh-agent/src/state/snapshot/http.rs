@@ -135,7 +135,7 @@ pub enum StringMatch {
 pub enum HeaderMatch {
     /// The header is there (`{}` or regex `*`).
     Present,
-    /// Some value matches.
+    /// The value matches; several values are one, joined by commas.
     Value(StringMatch),
 }
 
@@ -195,13 +195,16 @@ pub enum Abort {
     Grpc(u32),
 }
 
-/// A share of requests in 1/10000 (Istio's resolution for faults).
+/// A share of requests in millionths: a ten-thousandth of a percent is the least that Istio can say.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Percentage(pub u32);
 
 impl Percentage {
     /// Every request.
-    pub const WHOLE: Self = Self(10_000);
+    pub const WHOLE: Self = Self(1_000_000);
+
+    /// One percent.
+    pub const PERCENT: u32 = Self::WHOLE.0 / 100;
 }
 
 /// `headers`: set before add, then remove.

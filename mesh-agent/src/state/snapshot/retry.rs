@@ -51,6 +51,36 @@ pub struct RetryOn {
     pub grpc: Vec<u32>,
 }
 
+impl RetryOn {
+    /// Adds a condition by its name: whether there is one of that name.
+    pub fn add(&mut self, word: &str) -> bool {
+        match word {
+            "5xx" => self.server_error = true,
+            "gateway-error" => self.gateway_error = true,
+            "reset" => self.reset = true,
+            "connect-failure" => self.connect_failure = true,
+            "refused-stream" => self.refused_stream = true,
+            "retriable-4xx" => self.retriable_4xx = true,
+            "retriable-headers" => self.retriable_headers = true,
+            "envoy-ratelimited" => self.envoy_ratelimited = true,
+            "reset-before-request" => self.reset_before_request = true,
+            // One means the numbers beside it, which count without it too; the other never happens, as nothing here
+            // speaks HTTP/3.
+            "retriable-status-codes" | "http3-post-connect-failure" => {}
+            "cancelled" => self.grpc.push(1),
+            "deadline-exceeded" => self.grpc.push(4),
+            "resource-exhausted" => self.grpc.push(8),
+            "internal" => self.grpc.push(13),
+            "unavailable" => self.grpc.push(14),
+            word => match word.parse::<u16>() {
+                Ok(status @ 100..=599) => self.status_codes.push(status),
+                _ => return false,
+            },
+        }
+        true
+    }
+}
+
 /// `retryBudget`: of the requests under way to a cluster, how many may be retries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RetryBudget {
@@ -74,7 +104,7 @@ mod tests {
 
     #[test]
     fn a_budget_is_a_share_and_never_less_than_its_minimum() {
-        let budget = RetryBudget { percent: Percentage(2_000), min_concurrency: 3 };
+        let budget = RetryBudget { percent: Percentage(200_000), min_concurrency: 3 };
         for (active, limit) in [(0, 3), (15, 3), (20, 4), (100, 20), (u32::MAX, u32::MAX / 5)] {
             assert_eq!(budget.limit(active), limit, "{active}");
         }

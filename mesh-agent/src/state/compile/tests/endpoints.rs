@@ -171,6 +171,16 @@ fn cluster_addresses_and_ports() {
     let seen: Vec<_> = service.ports.iter().map(|port| (port.port, port.protocol)).collect();
     assert_eq!(seen, [(80, Some(Protocol::Http1)), (5432, Some(Protocol::Opaque)), (9000, None)]);
     assert!(snapshot.services["headless.default.svc.cluster.local"].vips.is_empty());
+    // Nothing is routed that is dialled by its pods' addresses, and who writes a route for it is told so.
+    let route = |hosts: &str| {
+        format!(
+            "---\n{{apiVersion: networking.istio.io/v1, kind: VirtualService, metadata: {{name: v}}, \
+             spec: {{hosts: [{hosts}], http: [{{route: [{{destination: {{host: a}}}}]}}]}}}}\n"
+        )
+    };
+    let headless = "VirtualService default/v: spec.hosts: only headless Services have these hosts";
+    assert_problems(&build(&(text.clone() + &route("headless"))).1, &[headless]);
+    assert_problems(&build(&(text + &route("a, headless"))).1, &[]);
 }
 
 #[test]

@@ -15,7 +15,7 @@ use crate::state::{
 };
 
 /// gRPC's statuses in the order of their numbers.
-pub(super) const GRPC_STATUS: [&str; 17] = [
+const GRPC_STATUS: [&str; 17] = [
     "OK",
     "CANCELLED",
     "UNKNOWN",
@@ -34,6 +34,9 @@ pub(super) const GRPC_STATUS: [&str; 17] = [
     "DATA_LOSS",
     "UNAUTHENTICATED",
 ];
+
+/// The least percentage above 0 (Istio's `validatePercent`: a millionth of all requests).
+const LEAST_PERCENT: f64 = 0.0001;
 
 /// As written.
 #[derive(Debug, Deserialize)]
@@ -128,13 +131,16 @@ impl WirePercentage {
     }
 }
 
-/// Hundredths to the resolution of the path; what is above nothing stays above nothing.
+/// To the resolution of the path, which is Istio's: less than that is refused, as there.
 pub(super) fn share(percent: f64) -> Checked<Percentage> {
     if !(0.0..=100.0).contains(&percent) {
         return Err(FieldError::new("", format!("percentage {percent} is not in range 0..100")));
     }
-    let share = (percent * 100.0).round() as u32;
-    Ok(Percentage(if percent > 0.0 { share.max(1) } else { share }))
+    if percent > 0.0 && percent < LEAST_PERCENT {
+        let text = format!("percentage {percent} is less than {LEAST_PERCENT}, the least above 0");
+        return Err(FieldError::new("", text));
+    }
+    Ok(Percentage((percent * f64::from(Percentage::PERCENT)).round() as u32))
 }
 
 /// A status by name (`UNAVAILABLE`) or number (`14`).

@@ -4,7 +4,7 @@
 
 use serde::Deserialize;
 
-use super::{Retries, fault::GRPC_STATUS};
+use super::Retries;
 use crate::state::{
     resource::{
         duration::IstioDuration,
@@ -12,9 +12,6 @@ use crate::state::{
     },
     snapshot::RetryOn,
 };
-
-/// gRPC statuses that `retryOn` may name, in its own spelling.
-const GRPC: [&str; 5] = ["cancelled", "deadline-exceeded", "internal", "resource-exhausted", "unavailable"];
 
 /// As written.
 #[derive(Debug, Deserialize)]
@@ -62,36 +59,9 @@ impl Wire {
 fn conditions(text: &str) -> Checked<RetryOn> {
     let mut on = RetryOn::default();
     for word in text.split(',').map(str::trim).filter(|word| !word.is_empty()) {
-        match word {
-            "5xx" => on.server_error = true,
-            "gateway-error" => on.gateway_error = true,
-            "reset" => on.reset = true,
-            "connect-failure" => on.connect_failure = true,
-            "refused-stream" => on.refused_stream = true,
-            "retriable-4xx" => on.retriable_4xx = true,
-            "retriable-headers" => on.retriable_headers = true,
-            "envoy-ratelimited" => on.envoy_ratelimited = true,
-            "reset-before-request" => on.reset_before_request = true,
-            // One means the numbers beside it, which count without it too; the other never happens, as nothing here
-            // speaks HTTP/3.
-            "retriable-status-codes" | "http3-post-connect-failure" => {}
-            word if GRPC.contains(&word) => on.grpc.extend(grpc_number(word)),
-            word => match word.parse::<u16>() {
-                Ok(status @ 100..=599) => on.status_codes.push(status),
-                _ => {
-                    return Err(FieldError::new(
-                        "retryOn",
-                        format!("{word:?} is not a valid retryOn policy"),
-                    ));
-                }
-            },
+        if !on.add(word) {
+            return Err(FieldError::new("retryOn", format!("{word:?} is not a valid retryOn policy")));
         }
     }
     Ok(on)
-}
-
-/// The number of a status that `retryOn` spells in small letters with dashes.
-fn grpc_number(word: &str) -> Option<u32> {
-    let name = word.to_ascii_uppercase().replace('-', "_");
-    GRPC_STATUS.iter().position(|status| *status == name).map(|number| number as u32)
 }

@@ -250,6 +250,11 @@ fn bad_faults() {
             "not supported",
         ),
         (
+            fault(json!({"delay": {"fixedDelay": "1s", "percentage": {"value": 0.00009}}})),
+            "http[0].fault.delay.percentage.value",
+            "the least above 0",
+        ),
+        (
             fault(json!({"delay": {"fixedDelay": "1s", "percentage": {"value": 100.1}}})),
             "http[0].fault.delay.percentage.value",
             "0..100",
@@ -275,9 +280,9 @@ fn bad_faults() {
 fn good_faults() {
     let delay = |delay: Value| good(json!({"fault": {"delay": delay}})).fault.unwrap().delay.unwrap();
     let (share, time) = delay(json!({"fixedDelay": "2s", "percentage": {"value": 0.1}}));
-    assert_eq!((share, time), (Percentage(10), Duration::from_secs(2)));
-    assert_eq!(delay(json!({"fixedDelay": "2s", "percent": 50})).0, Percentage(5_000));
-    assert_eq!(delay(json!({"fixedDelay": "2s", "percentage": {"value": 100}})).0, Percentage(10_000));
+    assert_eq!((share, time), (Percentage(1_000), Duration::from_secs(2)));
+    assert_eq!(delay(json!({"fixedDelay": "2s", "percent": 50})).0, Percentage(500_000));
+    assert_eq!(delay(json!({"fixedDelay": "2s", "percentage": {"value": 100}})).0, Percentage::WHOLE);
     assert_eq!(delay(json!({"fixedDelay": "2s", "percentage": {"value": 0.0001}})).0, Percentage(1));
     assert_eq!(delay(json!({"fixedDelay": "2s"})).0, Percentage(0), "unset hits nothing");
     let abort = |abort: Value| good(json!({"fault": {"abort": abort}})).fault.unwrap().abort.unwrap().1;

@@ -43,12 +43,12 @@ fn good_mirrors() {
     };
     let one = |share| vec![("mirror".to_owned(), share)];
     let mirror = json!({"host": "a", "port": {"number": 80}, "subset": "v1"});
-    assert_eq!(shares(json!({"mirror": mirror})), one(10_000), "everything, where nothing is said");
-    assert_eq!(shares(json!({"mirror": mirror, "mirrorPercentage": {"value": 12.5}})), one(1_250));
-    assert_eq!(shares(json!({"mirror": mirror, "mirrorPercent": 30})), one(3_000));
+    assert_eq!(shares(json!({"mirror": mirror})), one(1_000_000), "everything, where nothing is said");
+    assert_eq!(shares(json!({"mirror": mirror, "mirrorPercentage": {"value": 12.5}})), one(125_000));
+    assert_eq!(shares(json!({"mirror": mirror, "mirrorPercent": 30})), one(300_000));
     assert_eq!(
         shares(json!({"mirror": mirror, "mirrorPercent": 30, "mirrorPercentage": {"value": 40}})),
-        one(4_000)
+        one(400_000)
     );
     assert_eq!(shares(json!({"mirror": mirror, "mirrorPercentage": {"value": 0}})), []);
     assert_eq!(shares(json!({"mirror": mirror, "mirrorPercentage": {}})), []);
@@ -57,7 +57,8 @@ fn good_mirrors() {
         {"destination": mirror}, {"destination": mirror, "percentage": {"value": 0}},
         {"destination": mirror, "percentage": {"value": 0.1}},
     ]});
-    let expected = [("mirrors[0].destination".to_owned(), 10_000), ("mirrors[2].destination".to_owned(), 10)];
+    let expected =
+        [("mirrors[0].destination".to_owned(), 1_000_000), ("mirrors[2].destination".to_owned(), 1_000)];
     assert_eq!(shares(several), expected);
     assert!(good(json!({"mirrors": []})).mirrors.is_none());
 }
