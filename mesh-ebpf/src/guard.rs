@@ -63,7 +63,11 @@ fn leaked(key: &PacketKey, packet: &Packet) {
 #[inline(never)]
 fn may_leave(ctx: &TcContext, key: &PacketKey, packet: &Packet) -> bool {
     if key.protocol != TCP {
-        return key.local.as_v4().is_some() || !is_hidden_tcp(ctx, key.protocol);
+        return !packet.v6 || !is_hidden_tcp(ctx, key.protocol);
+    }
+    // The kernel speaks IPv4 with a mapped address. A lookup by such ends would find sockets that did not send this.
+    if packet.v6 && (key.local.as_v4().is_some() || key.remote.as_v4().is_some()) {
+        return false;
     }
     let netns = NETNS_COOKIE.load();
     // SAFETY: an entry is replaced as a whole and freed after the programs that hold it have ended.

@@ -51,6 +51,8 @@ pub fn m000000_ingress(ctx: TcContext) -> i32 {
 
 /// What a packet says beside its addresses.
 pub struct Packet {
+    /// IPv6, whatever its addresses look like: that of a mapped IPv4 address may stand in such a packet too.
+    pub v6: bool,
     /// Bytes of the IP header.
     pub header: u32,
     /// IP bytes of the packet, or of all those it stands for.
@@ -101,7 +103,8 @@ pub fn read(ctx: &TcContext, sent: bool, key: &mut PacketKey) -> Option<Packet> 
             read_volatile(&raw const (*skb).len),
         )
     };
-    let ip = match u16::from_be(ethertype as u16) {
+    let ethertype = u16::from_be(ethertype as u16);
+    let ip = match ethertype {
         ETH_P_IP => ipv4(ctx, len, sent, key)?,
         ETH_P_IPV6 => ipv6(ctx, len, sent, key)?,
         _ => return None,
@@ -118,7 +121,7 @@ pub fn read(ctx: &TcContext, sent: bool, key: &mut PacketKey) -> Option<Packet> 
         _ => 0,
     };
     let bytes = ip.total + (packets - 1) * (u64::from(ip.header) + transport);
-    Some(Packet { header: ip.header, bytes, packets, first: ip.first })
+    Some(Packet { v6: ethertype == ETH_P_IPV6, header: ip.header, bytes, packets, first: ip.first })
 }
 
 /// The flow begins: its record. `None` when the table is full.

@@ -318,25 +318,37 @@ def segment(source, destination, port, flags, payload, hidden):
 
 
 def by_hand(source, destination, bypass, *segments):
-    """Sends segments, each `PORT:FLAGS:BYTES` (and `:hidden`), past the kernel's TCP, and where asked past its queues."""
-    SOL_PACKET, PACKET_QDISC_BYPASS = 263, 20
+    """Sends segments past the kernel's TCP, and where asked past its queues: each `PORT:FLAGS:BYTES`, and of IPv6
+    `:hidden` behind options and `:mapped` from an IPv4 address."""
     gateway = "fe80::1" if ":" in source else "169.254.1.1"
     neighbour = subprocess.run(["ip", "neigh", "show", gateway, "dev", "eth0"], capture_output=True, text=True).stdout
     mac = bytes.fromhex(re.search(r"lladdr (\S+)", neighbour).group(1).replace(":", ""))
+    return send_by_hand("eth0", mac, source, destination, bypass, segments)
+
+
+def by_hand_from(device, source, destination, *segments):
+    """As above, by this interface, to whoever is there."""
+    return send_by_hand(device, b"\xff" * 6, source, destination, 1, segments)
+
+
+def send_by_hand(device, mac, source, destination, bypass, segments):
+    SOL_PACKET, PACKET_QDISC_BYPASS = 263, 20
     with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as packets:
         packets.setsockopt(SOL_PACKET, PACKET_QDISC_BYPASS, int(bypass))
-        packets.bind(("eth0", 0))
+        packets.bind((device, 0))
         own = packets.getsockname()[4]
         for text in segments:
             port, flags, size, *rest = text.split(":")
-            kind, packet = segment(source, destination, int(port), int(flags), b"x" * int(size), "hidden" in rest)
+            end = "::ffff:10.9.8.7" if "mapped" in rest else source
+            kind, packet = segment(end, destination, int(port), int(flags), b"x" * int(size), "hidden" in rest)
             packets.send(mac + own + struct.pack("!H", kind) + packet)
     return {"sent": len(segments)}
 
 
 VERBS = {
     verb.__name__: verb
-    for verb in (options, dial, borrow, forged, replay, listen_on_hash, squat, bpf, network, flood, hold, by_hand)
+    for verb in (options, dial, borrow, forged, replay, listen_on_hash, squat, bpf, network, flood, hold)
+    + (by_hand, by_hand_from)
 }
 
 if __name__ == "__main__":
