@@ -1,5 +1,6 @@
 //! Direct connections, in the hooks that they take part in: an endpoint is chosen as the app connects, the connection is
-//! listed for the server's pod before its SYN leaves, and struck off when the client's socket closes.
+//! listed for the server's pod before its SYN leaves, and struck off when both its sockets have closed: a client may close
+//! its own without a word to the other.
 //!
 //! A connection is listed by the kernel alone, from its socket's own ends and namespace, and is let in once. Nothing is
 //! chosen while the agent does not listen. Tested in the lab (`tests/tests/direct/`).
@@ -22,7 +23,7 @@ use mesh_common::{
 
 use crate::{
     ends::ends,
-    maps::{ADMITTED, DIRECT, DIRECT_SLOTS, ENDPOINTS, PODS, SOCKETS, agent_is_gone, count, xadd},
+    maps::{ADMITTED, DIRECT, DIRECT_SLOTS, ENDPOINTS, PODS, SOCKETS, agent_is_gone, count, xadd, xchg},
 };
 
 /// How long after its choice a direct connection may begin: well within the second after which the agent looks again for
@@ -111,8 +112,11 @@ pub fn connecting(ctx: SockOpsContext, sk: *mut bpf_sock) {
         facts.verdict = verdict::BYPASSED;
         return;
     };
-    let admitted = Admitted { netns, socket, accepted: 0, dialled: facts.addr, endpoint: facts.endpoint };
-    if map.insert(&Tuple { src: local, dst: remote }, &admitted, 0).is_err() {
+    let tuple = Tuple { src: local, dst: remote };
+    // SAFETY: as above.
+    let before = unsafe { map.get(&tuple) }.map_or(0, Admitted::servers);
+    let (dialled, endpoint) = (facts.addr, facts.endpoint);
+    if map.insert(&tuple, &Admitted { netns, socket, accepted: 0, dialled, endpoint, before }, 0).is_err() {
         count(counter::ADMITTED_FULL);
         refuse(ctx);
     }
@@ -145,7 +149,7 @@ pub fn accepted(ctx: &SockOpsContext, netns: u64, tuple: &Tuple) -> bool {
 }
 
 /// The socket changes its TCP state, and its flow has been told of: when it closes, its endpoint counts one less, and
-/// its connection is struck off.
+/// its connection is struck off if that is over at the server too.
 #[inline(never)]
 pub fn closing(ctx: SockOpsContext, sk: *mut bpf_sock) {
     let ctx = &ctx;
@@ -155,6 +159,13 @@ pub fn closing(ctx: SockOpsContext, sk: *mut bpf_sock) {
         return;
     }
     let Some(facts) = SOCKETS.get(sk) else { return };
+    // One that ended before it was established counts as failed.
+    if facts.kind == kind::APP && matches!(facts.verdict, verdict::DIRECT | verdict::FAILED) {
+        let (local, remote) = ends(ctx);
+        // SAFETY: the helper takes the context of this hook.
+        closed(ctx, unsafe { bpf_get_netns_cookie(ctx.as_ptr()) }, &Tuple { src: remote, dst: local });
+        return;
+    }
     if facts.kind != kind::CLIENT || facts.endpoint == 0 || facts.seen & seen::COUNTED == 0 {
         return;
     }
@@ -164,13 +175,39 @@ pub fn closing(ctx: SockOpsContext, sk: *mut bpf_sock) {
     let Some(endpoint) = found else { return };
     add(endpoint, u64::MAX);
     let (src, dst) = ends(ctx);
-    let tuple = Tuple { src, dst };
     // SAFETY: entries are freed after the programs that hold them have ended.
-    let Some(map) = (unsafe { ADMITTED.get(&(*endpoint).netns) }) else { return };
-    // A new connection may have taken the same ends over.
-    // SAFETY: as above; the helper takes the context of this hook.
-    if unsafe { map.get(&tuple).is_some_and(|one| one.socket == bpf_get_socket_cookie(ctx.as_ptr())) } {
-        let _ = map.remove(&tuple);
+    closed(ctx, unsafe { (*endpoint).netns }, &Tuple { src, dst });
+}
+
+/// This socket, at either end of a connection to the pod `server`, has closed.
+#[inline(always)]
+fn closed(ctx: &SockOpsContext, server: u64, tuple: &Tuple) {
+    // SAFETY: inner maps are freed after the programs that hold them have ended.
+    let Some(map) = (unsafe { ADMITTED.get(&server) }) else { return };
+    let Some(one) = map.get_ptr_mut(tuple) else { return };
+    // SAFETY: as above; the helper takes the context of this hook. Each end is written by its own socket alone, and read
+    // after that: of two that close at once, one sees both closed. A connection that took the same ends over has others.
+    let over = unsafe {
+        let socket = bpf_get_socket_cookie(ctx.as_ptr());
+        if read_volatile(&raw const (*one).socket) == socket {
+            xchg(&raw mut (*one).socket, Admitted::CLOSED);
+        } else if read_volatile(&raw const (*one).accepted) == socket {
+            xchg(&raw mut (*one).accepted, Admitted::CLOSED);
+        } else if read_volatile(&raw const (*one).before) == socket {
+            xchg(&raw mut (*one).before, 0);
+        } else {
+            return;
+        }
+        Admitted {
+            socket: read_volatile(&raw const (*one).socket),
+            accepted: read_volatile(&raw const (*one).accepted),
+            before: read_volatile(&raw const (*one).before),
+            ..Admitted::default()
+        }
+        .is_over()
+    };
+    if over {
+        let _ = map.remove(tuple);
     }
 }
 

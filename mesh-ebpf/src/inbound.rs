@@ -10,7 +10,7 @@ use core::ptr::read_volatile;
 use mesh_common::{
     addr::Addr,
     decide::{self, IPPROTO_TCP, Inbound},
-    maps::{Entry, Tuple, port},
+    maps::{Admitted, Entry, Tuple, port},
 };
 
 use crate::maps::{
@@ -107,7 +107,7 @@ fn is_inner(interface: u32) -> bool {
 #[inline(always)]
 fn admitted(tuple: &Tuple) -> bool {
     // SAFETY: an entry is freed after the programs that hold it have ended.
-    unsafe { POD_ADMITTED.get(tuple) }.is_some_and(|one| one.accepted == 0)
+    unsafe { POD_ADMITTED.get(tuple) }.is_some_and(Admitted::is_awaited)
 }
 
 /// Whether the pod excludes its port or the address that dials it.

@@ -206,6 +206,15 @@ pub unsafe fn xadd(to: *mut u64, value: u64) {
     }
 }
 
+/// Atomic exchange, after which everything is read as it is then.
+#[inline(always)]
+pub unsafe fn xchg(to: *mut u64, value: u64) {
+    // SAFETY: as in `xadd`.
+    unsafe {
+        core::arch::asm!("{value} = xchg_64({to} + 0, {value})", to = in(reg) to, value = inout(reg) value => _, options(nostack));
+    }
+}
+
 /// The four words in which the kernel gives an IPv6 address, as its 16 bytes.
 #[inline(always)]
 pub const fn join(words: [u32; 4]) -> [u8; 16] {

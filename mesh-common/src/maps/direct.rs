@@ -85,23 +85,51 @@ pub struct Endpoint {
 
 const _: () = assert!(size_of::<Endpoint>() == 40);
 
-/// A direct connection, listed before its SYN leaves and until the client's socket closes.
+/// A direct connection, listed from before its SYN leaves until both its sockets have closed; one that was never accepted
+/// goes with the client's.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Admitted {
     /// Network namespace cookie of the pod that dials.
     pub netns: u64,
-    /// Cookie of the client's socket.
+    /// Cookie of the client's socket, [`Admitted::CLOSED`] after its end.
     pub socket: u64,
-    /// Cookie of the app's socket; 0 until there is one. Only until then a SYN is let in.
+    /// Cookie of the app's socket; 0 until there is one, [`Admitted::CLOSED`] after its end. Only while it is 0 a SYN is let
+    /// in.
     pub accepted: u64,
     /// What the client dialled.
     pub dialled: Addr,
     /// Number of the endpoint.
     pub endpoint: u32,
+    /// Cookie of a socket of the app's that was accepted for an earlier connection of the same ends, whose client closed
+    /// without a word; 0 without one, and after its end.
+    pub before: u64,
 }
 
-const _: () = assert!(size_of::<Admitted>() == 48);
+const _: () = assert!(size_of::<Admitted>() == 56);
+
+impl Admitted {
+    /// In place of a cookie: that socket has closed.
+    pub const CLOSED: u64 = u64::MAX;
+
+    /// The app's socket that is open; there is one at most, whichever connection it was accepted for. 0 without one.
+    #[inline(always)]
+    pub const fn servers(&self) -> u64 {
+        if self.accepted == 0 || self.accepted == Self::CLOSED { self.before } else { self.accepted }
+    }
+
+    /// Whether a SYN is let in for it.
+    #[inline(always)]
+    pub const fn is_awaited(&self) -> bool {
+        self.accepted == 0 && self.socket != Self::CLOSED
+    }
+
+    /// Whether nobody has anything to do with it any more.
+    #[inline(always)]
+    pub const fn is_over(&self) -> bool {
+        self.socket == Self::CLOSED && self.servers() == 0
+    }
+}
 
 #[cfg(feature = "user")]
 mod user {
@@ -122,4 +150,30 @@ mod user {
     unsafe impl aya::Pod for Endpoint {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Admitted {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Admitted;
+
+    #[test]
+    fn whichever_socket_closes_last_ends_it() {
+        const CLOSED: u64 = Admitted::CLOSED;
+        let table = [
+            // The client's socket, the app's, one from before: whether a SYN is let in, which is open, whether it is over.
+            ((7, 0, 0), (true, 0, false)),
+            ((7, 8, 0), (false, 8, false)),
+            ((7, CLOSED, 0), (false, 0, false)),
+            ((CLOSED, 0, 0), (false, 0, true)),
+            ((CLOSED, 8, 0), (false, 8, false)),
+            ((CLOSED, CLOSED, 0), (false, 0, true)),
+            ((7, 0, 6), (true, 6, false)),
+            ((CLOSED, 0, 6), (false, 6, false)),
+            ((CLOSED, CLOSED, 6), (false, 6, false)),
+        ];
+        for ((socket, accepted, before), expected) in table {
+            let one = Admitted { socket, accepted, before, ..Admitted::default() };
+            assert_eq!((one.is_awaited(), one.servers(), one.is_over()), expected, "{one:?}");
+        }
+    }
 }

@@ -3,10 +3,11 @@
 use std::{net::SocketAddr, process::Command};
 
 use anyhow::{Context as _, Result, ensure};
-use lab::{Recording, Tap, apps, eventually, require_root};
+use lab::{Agent, Pod, Process, Recording, Tap, apps, eventually, require_root};
 use mesh_common::maps;
+use serde_json::Value;
 
-use super::world::{World, cookie, entries, flow, is_direct};
+use super::world::{World, cookie, entries, flow, is_direct, is_not_direct};
 
 /// The first source port of those that `forged` claims.
 const SOURCE: u16 = 40_000;
@@ -22,6 +23,47 @@ sys.stdin.read() or conn.recv(1)
 import time
 time.sleep(600)
 ";
+
+/// As above, and is answered once; then the connection is closed without a word to the server (`TCP_REPAIR`).
+const SILENT: &str = "
+import socket, sys
+source, sport, host, port = sys.argv[1:]
+conn = socket.create_connection((host, int(port)), source_address=(source, int(sport)))
+conn.sendall(b'one\\n')
+conn.recv(4)
+conn.setsockopt(socket.IPPROTO_TCP, 19, 1)
+conn.close()
+print('connected', flush=True)
+";
+
+/// Runs one of these until it is connected.
+async fn dial(from: &Pod, own: u16, script: &str, to: SocketAddr) -> Result<Process> {
+    let (source, host, port) = (from.ip().to_string(), to.ip().to_string(), to.port().to_string());
+    let mut command = Command::new("python3");
+    command.args(["-I", "-c", script, &source, &own.to_string(), &host, &port]);
+    let process = from.spawn(command)?;
+    eventually("the connection", async || {
+        ensure!(process.stdout().contains("connected"), "{}", process.tail());
+        Ok(())
+    })
+    .await?;
+    Ok(process)
+}
+
+/// The direct connections to a pod that are listed.
+fn listed(agent: &Agent, pod: &Pod) -> Result<Vec<Value>> {
+    let cookie = cookie(agent, pod)?;
+    let all = entries(agent, maps::ADMITTED)?;
+    let of = all.iter().find(|one| one.key == cookie).context("no table of the pod")?;
+    Ok(of.value["entries"].as_array().context("a table")?.clone())
+}
+
+/// Whether the pod has a TCP socket whose other end is this port.
+async fn has_other_end(pod: &Pod, port: u16) -> Result<bool> {
+    let mut command = Command::new("cat");
+    command.args(["/proc/net/tcp", "/proc/net/tcp6"]);
+    Ok(pod.run(command).await?.stdout.contains(&format!(":{port:04X}")))
+}
 
 /// Answers to SYNs, from this address: whether each was taken (else it was reset).
 fn answers(recording: &Recording, from: SocketAddr) -> Vec<(u16, bool)> {
@@ -51,34 +93,17 @@ async fn a_forged_connection_finds_the_agent() -> Result<()> {
     pair.settled().await?;
     is_direct(&pair.agent_a, &pair.client, held.at(71)).await?;
     let source = pair.client.ip().to_string();
-    let mut command = Command::new("python3");
-    let (host, port) = (held.ip().to_string(), held.at(71).port().to_string());
-    command.args(["-I", "-c", HOLD, &source, &SOURCE.to_string(), &host, &port]);
-    let holder = pair.client.spawn(command)?;
-    eventually("the connection", async || {
-        ensure!(holder.stdout().contains("connected"), "{}", holder.tail());
-        Ok(())
-    })
-    .await?;
+    let holder = dial(&pair.client, SOURCE, HOLD, held.at(71)).await?;
     let out = flow(&pair.agent_a, "outbound", SocketAddr::new(pair.client.ip(), SOURCE), held.at(71)).await?;
     ensure!(out["verdict"] == "direct", "{out}");
-    let listed = |pod| -> Result<usize> {
-        let cookie = cookie(&pair.agent_a, pod)?;
-        let all = entries(&pair.agent_a, maps::ADMITTED)?;
-        let of = all.iter().find(|one| one.key == cookie).context("no table of the pod")?;
-        Ok(of.value["entries"].as_array().context("a table")?.len())
-    };
+    let listed = |pod| listed(&pair.agent_a, pod).map(|listed| listed.len());
     ensure!(listed(near)? == 1, "{}", listed(near)?);
 
     // The app goes, and leaves the client's end open: a SYN that were let in would be reset, for nobody listens.
     near.netns().sysctl("net/ipv4/tcp_fin_timeout", "1")?;
     app.stop(std::time::Duration::ZERO).await?;
-    let claimed = format!(":{SOURCE:04X}");
     eventually("the end of the server's socket", async || {
-        let mut command = Command::new("cat");
-        command.args(["/proc/net/tcp", "/proc/net/tcp6"]);
-        let sockets = near.run(command).await?.stdout;
-        ensure!(!sockets.contains(&claimed), "{sockets}");
+        ensure!(!has_other_end(near, SOURCE).await?);
         Ok(())
     })
     .await?;
@@ -103,6 +128,50 @@ async fn a_forged_connection_finds_the_agent() -> Result<()> {
     holder.stop(std::time::Duration::ZERO).await?;
     eventually("it is struck off", async || {
         ensure!(listed(near)? == 0, "{}", listed(near)?);
+        Ok(())
+    })
+    .await?;
+    world.pair.finish().await
+}
+
+#[tokio::test]
+async fn a_client_that_closes_in_silence_hides_nothing() -> Result<()> {
+    if !require_root()? {
+        return Ok(());
+    }
+    let world = World::new("direct-silent").await?;
+    let World { pair, near, .. } = &world;
+    let at = world.plain();
+    is_direct(&pair.agent_a, &pair.client, at).await?;
+    let one = |listed: &[Value]| listed.len() == 1;
+    for _ in 0..2 {
+        // The second finds the server's socket of the first, which is reset, and takes its place.
+        let silent = dial(&pair.client, SOURCE, SILENT, at).await?;
+        ensure!(silent.wait(std::time::Duration::from_secs(5)).await?.success(), "{}", silent.tail());
+        ensure!(has_other_end(near, SOURCE).await?, "the server was told");
+        let listed = listed(&pair.agent_a, near)?;
+        ensure!(one(&listed), "{listed:?}");
+    }
+    // A connection of the same ends in earnest: struck off at its end, for good.
+    let held = dial(&pair.client, SOURCE, HOLD, at).await?;
+    ensure!(one(&listed(&pair.agent_a, near)?), "{:?}", listed(&pair.agent_a, near)?);
+    held.stop(std::time::Duration::ZERO).await?;
+    eventually("it is struck off", async || {
+        let listed = listed(&pair.agent_a, near)?;
+        ensure!(listed.is_empty(), "{listed:?}");
+        Ok(())
+    })
+    .await?;
+    // What is not allowed any more ends where it still is.
+    let other = SOURCE + 1;
+    let silent = dial(&pair.client, other, SILENT, at).await?;
+    silent.wait(std::time::Duration::from_secs(5)).await?;
+    near.annotate("mesh.io/direct", Some("disabled"))?;
+    is_not_direct(&pair.agent_a, &pair.client, at).await?;
+    eventually("the end of the server's socket", async || {
+        ensure!(!has_other_end(near, other).await?);
+        let listed = listed(&pair.agent_a, near)?;
+        ensure!(listed.is_empty(), "{listed:?}");
         Ok(())
     })
     .await?;

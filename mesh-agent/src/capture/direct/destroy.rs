@@ -73,7 +73,7 @@ impl Capture {
                 let _ = table.remove(&tuple);
                 let (src, dst) = (tuple.src.into(), tuple.dst.into());
                 destroy_in(&client, src, dst, one.socket);
-                destroy_in(&net, dst, src, one.accepted);
+                destroy_in(&net, dst, src, one.servers());
                 ended += 1;
             }
         }
@@ -83,7 +83,7 @@ impl Capture {
 
 fn destroy_in(pod: &PodNet, local: SocketAddr, remote: SocketAddr, cookie: u64) {
     let Net::Kernel(net) = &pod.net else { return };
-    if cookie == 0 {
+    if cookie == 0 || cookie == Admitted::CLOSED {
         return;
     }
     match destroy(net.netns(), local, remote, cookie) {
