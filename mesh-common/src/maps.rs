@@ -7,7 +7,7 @@
 
 mod direct;
 
-pub use self::direct::{Admitted, DirectKey, DirectService, Endpoint, Slot, SlotKey, balancing};
+pub use self::direct::{Admitted, DirectKey, DirectService, Endpoint, HeldKey, Slot, SlotKey, balancing};
 use crate::addr::Addr;
 
 /// Enrolled pods: network namespace cookie → [`PodAddrs`].
@@ -38,6 +38,9 @@ pub const DIRECT: &str = "DIRECT";
 pub const DIRECT_SLOTS: &str = "DIRECT_SLOTS";
 /// Endpoints of those services, each once: its number → [`Endpoint`].
 pub const ENDPOINTS: &str = "ENDPOINTS";
+/// How many entries a client has in a server's [`POD_ADMITTED`]: [`HeldKey`] → a signed number (`i64`). The agent takes entries
+/// away while the kernel counts, so that it may be off by a few, below zero too.
+pub const HELD: &str = "HELD";
 /// Network namespace cookie → the pod's [`POD_ADMITTED`].
 pub const ADMITTED: &str = "ADMITTED";
 /// Of a pod: direct connections to it, [`Tuple`] → [`Admitted`].
@@ -63,7 +66,7 @@ pub const NETNS_COOKIE: &str = "NETNS_COOKIE";
 pub const NETNS_NUMBER: &str = "NETNS_NUMBER";
 
 /// Maps that all programs of one agent share, pinned under these names.
-pub const SHARED: [&str; 15] = [
+pub const SHARED: [&str; 16] = [
     PODS,
     SOCKETS,
     ORIGINAL_DST,
@@ -79,6 +82,7 @@ pub const SHARED: [&str; 15] = [
     DIRECT_SLOTS,
     ENDPOINTS,
     ADMITTED,
+    HELD,
 ];
 /// Maps that exist once for each pod.
 pub const OF_A_POD: [&str; 8] = [
@@ -97,7 +101,7 @@ pub const OF_A_POD: [&str; 8] = [
 pub const UNMARKED: &str = "m000000_";
 
 /// What follows the mark in the kernel's name of each map.
-pub const KERNEL_NAMES: [(&str, &str); 23] = [
+pub const KERNEL_NAMES: [(&str, &str); 24] = [
     (PODS, "pods"),
     (SOCKETS, "sockets"),
     (ORIGINAL_DST, "origdst"),
@@ -113,6 +117,7 @@ pub const KERNEL_NAMES: [(&str, &str); 23] = [
     (DIRECT_SLOTS, "slots"),
     (ENDPOINTS, "endpts"),
     (ADMITTED, "admit"),
+    (HELD, "held"),
     (POD_ADMITTED, "pod_adm"),
     (POD_ORIGINAL_DST, "pod_dst"),
     (POD_CLIENTS, "pod_cli"),
@@ -151,6 +156,8 @@ pub const DIRECT_SLOTS_CAPACITY: usize = 65_536;
 pub const ENDPOINTS_CAPACITY: usize = 32_768;
 /// Direct connections to a pod at once.
 pub const ADMITTED_CAPACITY: usize = 65_536;
+/// Pairs of pods with direct connections. What does not fit is not counted.
+pub const HELD_CAPACITY: usize = 65_536;
 /// Bytes of the ring buffer of ended flows: about 7700 flows, so 77,000 a second at ten reads a second.
 pub const CLOSED_BYTES: usize = 1 << 20;
 

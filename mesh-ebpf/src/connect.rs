@@ -131,6 +131,14 @@ fn passes(pod: &PodAddrs, netns: u64, dst: &Addr) -> Option<u8> {
     (pod.flags & policy::OPEN != 0 && agent_is_gone(netns)).then_some(kind::NONE)
 }
 
+/// What is known of the socket, from here on at least. (A function of its own in the kernel as well: of the 512 bytes of stack
+/// the hook of IPv6 leaves few.)
+#[inline(never)]
+fn facts_of<'a>(sk: *mut bpf_sock) -> Option<&'a mut SocketFacts> {
+    let mut fresh = SocketFacts::default();
+    SOCKETS.get_or(sk, &mut fresh)
+}
+
 /// `bound`: what the app has bound its socket to, read for enrolled pods alone.
 #[inline(always)]
 fn steer(
@@ -160,14 +168,13 @@ fn steer(
     if pod.flags != 0
         && let Some(kind) = passes(pod, netns, &dst)
     {
-        if let Some(facts) = SOCKETS.get_or(sk, &mut SocketFacts::default()) {
+        if let Some(facts) = facts_of(sk) {
             facts.kind = kind;
         }
         return Steer::Leave;
     }
-    let mut fresh = SocketFacts::default();
     // Without memory for it the agent could not tell where the connection was going: refused, not sent astray.
-    let Some(facts) = SOCKETS.get_or(sk, &mut fresh) else {
+    let Some(facts) = facts_of(sk) else {
         count(counter::NO_STORAGE);
         return Steer::Refuse;
     };

@@ -18,12 +18,14 @@ use mesh_common::{
     addr::Addr,
     decide::{direct, seen, tcp},
     flow::verdict,
-    maps::{Admitted, DirectKey, Endpoint, PodAddrs, SlotKey, Tuple, counter, kind},
+    maps::{Admitted, DirectKey, Endpoint, HeldKey, PodAddrs, SlotKey, Tuple, counter, kind},
 };
 
 use crate::{
     ends::ends,
-    maps::{ADMITTED, DIRECT, DIRECT_SLOTS, ENDPOINTS, PODS, SOCKETS, agent_is_gone, count, xadd, xchg},
+    maps::{
+        ADMITTED, DIRECT, DIRECT_SLOTS, ENDPOINTS, HELD, PODS, SOCKETS, agent_is_gone, count, xadd, xchg,
+    },
 };
 
 /// How long after its choice a direct connection may begin: well within the second after which the agent looks again for
@@ -41,10 +43,28 @@ pub struct Choice {
 /// Chooses for a connection of this pod; `None` leaves it to the agent.
 #[inline(always)]
 pub fn choose(netns: u64, pod: &PodAddrs, bound: &Addr, dialled: &Addr) -> Option<Choice> {
-    let key = DirectKey { netns, addr: *dialled, pad: 0 };
-    let service = DIRECT.get_ptr_mut(&key)?;
-    if agent_is_gone(netns) {
+    let drawn = draw(&DirectKey { netns, addr: *dialled, pad: 0 });
+    let (number, may_be_direct) = (drawn as u32, drawn >> 32 != 0);
+    if number == 0 {
         return None;
+    }
+    // SAFETY: an entry is freed after the programs that hold it have ended.
+    let endpoint = unsafe { ENDPOINTS.get(&number) }?;
+    let direct = may_be_direct
+        && direct::may_go_to(pod, bound, dialled, &endpoint.addr)
+        // Its pod may have left the mesh a moment ago.
+        // SAFETY: inner maps are freed after the programs that hold them have ended.
+        && unsafe { ADMITTED.get(&endpoint.netns) }.is_some();
+    Some(Choice { endpoint: number, direct: direct.then_some(endpoint.addr) })
+}
+
+/// The number of an endpoint, with bit 32 where the connection may go there without the agent; 0 leaves it to the agent. (A
+/// function of its own in the kernel as well: there the stack of the hook is full.)
+#[inline(never)]
+fn draw(key: &DirectKey) -> u64 {
+    let Some(service) = DIRECT.get_ptr_mut(key) else { return 0 };
+    if agent_is_gone(key.netns) {
+        return 0;
     }
     // SAFETY: an entry is freed after the programs that hold it have ended; a turn that two take is no harm.
     let service = unsafe {
@@ -60,15 +80,38 @@ pub fn choose(netns: u64, pod: &PodAddrs, bound: &Addr, dialled: &Addr) -> Optio
         // SAFETY: as above; the count is written by single instructions.
         ENDPOINTS.get_ptr_mut(&endpoint).map_or(0, |found| unsafe { read_volatile(&raw const (*found).open) })
     };
-    let slot = direct::choose(&service, random, slot, open)?;
-    // SAFETY: as above.
-    let endpoint = unsafe { ENDPOINTS.get(&slot.endpoint) }?;
-    let direct = slot.direct != 0
-        && direct::may_go_to(pod, bound, dialled, &endpoint.addr)
-        // Its pod may have left the mesh a moment ago.
-        // SAFETY: inner maps are freed after the programs that hold them have ended.
-        && unsafe { ADMITTED.get(&endpoint.netns) }.is_some();
-    Some(Choice { endpoint: slot.endpoint, direct: direct.then_some(endpoint.addr) })
+    let Some(slot) = direct::choose(&service, random, slot, open) else { return 0 };
+    let direct = slot.direct != 0 && has_room(key.netns, slot.endpoint);
+    u64::from(direct) << 32 | u64::from(slot.endpoint)
+}
+
+/// Whether this client may have one more direct connection to the pod of this endpoint; else it takes the agent.
+#[inline(always)]
+fn has_room(client: u64, endpoint: u32) -> bool {
+    // SAFETY: an entry is freed after the programs that hold it have ended.
+    let Some(endpoint) = (unsafe { ENDPOINTS.get(&endpoint) }) else { return false };
+    let (server, room) = (endpoint.netns, endpoint.room);
+    let held = |client| {
+        // SAFETY: as above; the count is written by single instructions.
+        HELD.get_ptr_mut(&HeldKey { server, client }).map_or(0, |held| unsafe { read_volatile(held) }) as i64
+    };
+    direct::has_room(room, held(client), held(HeldKey::ALL))
+}
+
+/// The client has one more entry in the server's table, or (`u64::MAX`) one less.
+#[inline(never)]
+fn hold(server: u64, client: u64, n: u64) {
+    const BPF_NOEXIST: u64 = 1;
+    for client in [client, HeldKey::ALL] {
+        let key = HeldKey { server, client };
+        if n == 1 {
+            let _ = HELD.insert(&key, &0, BPF_NOEXIST);
+        }
+        if let Some(held) = HELD.get_ptr_mut(&key) {
+            // SAFETY: as above.
+            unsafe { xadd(held, n) };
+        }
+    }
 }
 
 /// An app's captured socket is about to send its SYN: its endpoint counts one more, and a direct connection is listed
@@ -114,11 +157,13 @@ pub fn connecting(ctx: SockOpsContext, sk: *mut bpf_sock) {
     };
     let tuple = Tuple { src: local, dst: remote };
     // SAFETY: as above.
-    let before = unsafe { map.get(&tuple) }.map_or(0, Admitted::servers);
-    let (dialled, endpoint) = (facts.addr, facts.endpoint);
+    let other = unsafe { map.get(&tuple) }.map(Admitted::servers);
+    let (dialled, endpoint, before) = (facts.addr, facts.endpoint, other.unwrap_or(0));
     if map.insert(&tuple, &Admitted { netns, socket, accepted: 0, dialled, endpoint, before }, 0).is_err() {
         count(counter::ADMITTED_FULL);
         refuse(ctx);
+    } else if other.is_none() {
+        hold(to, netns, 1);
     }
 }
 
@@ -206,8 +251,10 @@ fn closed(ctx: &SockOpsContext, server: u64, tuple: &Tuple) {
         }
         .is_over()
     };
-    if over {
-        let _ = map.remove(tuple);
+    // SAFETY: as above.
+    let client = unsafe { (*one).netns };
+    if over && map.remove(tuple).is_ok() {
+        hold(server, client, u64::MAX);
     }
 }
 

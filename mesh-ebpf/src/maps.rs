@@ -15,9 +15,9 @@ use mesh_common::{
     maps::{
         ADMITTED_CAPACITY, Admitted, CLIENTS_CAPACITY, CLOSED_BYTES, CidrKey, CidrOf, DIRECT_CAPACITY,
         DIRECT_SLOTS_CAPACITY, DirectKey, DirectService, ENDPOINTS_CAPACITY, EXCLUDED_CIDRS_CAPACITY,
-        Endpoint, Entry, FLOWS_CAPACITY, GUESTS_CAPACITY, INNER_LINKS_CAPACITY, NO_PREALLOC,
-        ORIGINAL_DST_CAPACITY, PACKET_FLOWS_CAPACITY, PODS_CAPACITY, PacketKey, PodAddrs, PodPolicy,
-        STORAGE_FLAGS, Slot, SlotKey, SocketFacts, Tuple, counter, listener, policy,
+        Endpoint, Entry, FLOWS_CAPACITY, GUESTS_CAPACITY, HELD_CAPACITY, HeldKey, INNER_LINKS_CAPACITY,
+        NO_PREALLOC, ORIGINAL_DST_CAPACITY, PACKET_FLOWS_CAPACITY, PODS_CAPACITY, PacketKey, PodAddrs,
+        PodPolicy, STORAGE_FLAGS, Slot, SlotKey, SocketFacts, Tuple, counter, listener, policy,
     },
 };
 
@@ -59,6 +59,8 @@ pub static DIRECT_SLOTS: HashMap<SlotKey, Slot, DIRECT_SLOTS_CAPACITY, NO_PREALL
 pub static ENDPOINTS: HashMap<u32, Endpoint, ENDPOINTS_CAPACITY, NO_PREALLOC> = HashMap::new();
 #[btf_map(name = "m000000_admit")]
 pub static ADMITTED: HashOfMaps<u64, Admissions, PODS_CAPACITY> = HashOfMaps::new();
+#[btf_map(name = "m000000_held")]
+pub static HELD: HashMap<HeldKey, u64, HELD_CAPACITY, NO_PREALLOC> = HashMap::new();
 
 // One of each per pod: the object is loaded once more for it.
 #[btf_map(name = "m000000_pod_dst")]

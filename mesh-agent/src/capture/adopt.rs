@@ -19,10 +19,10 @@ use mesh_common::{
     flow::FlowRecord,
     maps::{
         ADMITTED, Admitted, CLIENTS, CLOSED, COUNTERS, CidrOf, DIRECT, DIRECT_SLOTS, DirectKey,
-        DirectService, ENDPOINTS, EXCLUDED_CIDRS, Endpoint, Entry, FLOWS, INNER_LINKS, LISTENERS,
-        ORIGINAL_DST, PACKET_FLOWS, POD_ADMITTED, POD_CLIENTS, POD_FLOWS, POD_GUESTS, POD_ORIGINAL_DST,
-        POD_PACKET_FLOWS, PODS, POLICIES, PacketKey, PodAddrs, PodPolicy, SOCKETS, STEERING, Slot, SlotKey,
-        SocketFacts, Tuple,
+        DirectService, ENDPOINTS, EXCLUDED_CIDRS, Endpoint, Entry, FLOWS, HELD, HeldKey, INNER_LINKS,
+        LISTENERS, ORIGINAL_DST, PACKET_FLOWS, POD_ADMITTED, POD_CLIENTS, POD_FLOWS, POD_GUESTS,
+        POD_ORIGINAL_DST, POD_PACKET_FLOWS, PODS, POLICIES, PacketKey, PodAddrs, PodPolicy, SOCKETS,
+        STEERING, Slot, SlotKey, SocketFacts, Tuple,
     },
 };
 use tokio::net::TcpListener;
@@ -198,7 +198,7 @@ fn offered(net: &PodNet) -> io::Result<Option<OfferedPod>> {
 /// Name of a map, and the bytes of its keys and values. The capacity may differ: that of the map that is there counts.
 type Layout = (&'static str, usize, usize);
 
-fn shared_layout() -> [Layout; 15] {
+fn shared_layout() -> [Layout; 16] {
     const MAP: usize = size_of::<u32>();
     const COOKIE: usize = size_of::<u64>();
     [
@@ -218,6 +218,7 @@ fn shared_layout() -> [Layout; 15] {
         (DIRECT_SLOTS, size_of::<SlotKey>(), size_of::<Slot>()),
         (ENDPOINTS, size_of::<u32>(), size_of::<Endpoint>()),
         (ADMITTED, COOKIE, MAP),
+        (HELD, size_of::<HeldKey>(), size_of::<i64>()),
     ]
 }
 

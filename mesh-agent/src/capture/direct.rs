@@ -125,7 +125,7 @@ impl Capture {
             return Ok(false);
         }
         if state.is_none() {
-            let tables = Tables::open(&self.dir)?;
+            let tables = self.direct_tables()?;
             let written = Written::read(&tables);
             *state = Some((tables, written));
         }
@@ -143,13 +143,14 @@ impl Capture {
 
     /// Knows the endpoints that the agent before has written: connections that it handed over may speak of them.
     pub(super) fn learn_endpoints(&self) -> Result<()> {
-        let tables = Tables::open(&self.dir)?;
+        let tables = self.direct_tables()?;
         self.direct.known.0.store(Arc::new(Written::read(&tables).known()));
         Ok(())
     }
 
-    /// The pod with this cookie dials through the agent from now on.
+    /// The pod with this cookie dials through the agent from now on, and none of its connections count.
     pub(super) fn forget_direct(&self, cookie: u64) -> Result<()> {
+        self.forget_held(cookie)?;
         let mut state = self.direct.state.lock().unwrap_or_else(PoisonError::into_inner);
         let Some((tables, written)) = &mut *state else { return Ok(()) };
         let routes: Vec<DirectRoute> =
@@ -219,7 +220,8 @@ impl Written {
         let entry = Endpoint {
             addr: endpoint.address.into(),
             netns: endpoint.netns.unwrap_or_default(),
-            ..Endpoint::default()
+            room: tables.room,
+            open: 0,
         };
         tables.endpoints.insert(number, entry, 0).context("map ENDPOINTS")?;
         self.last_endpoint = number;

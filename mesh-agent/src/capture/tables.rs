@@ -33,7 +33,8 @@ pub struct PodTables {
     #[arg(long, env = "MESH_MAX_APP_CONNECTIONS_PER_POD", value_name = "COUNT",
           default_value_t = CLIENTS_CAPACITY as u32, value_parser = value_parser!(u32).range(1..=1 << 24))]
     pub max_app_connections_per_pod: u32,
-    /// Connections that the apps of this node's pods may have open to a pod without the agent; more are refused
+    /// Connections that the apps of this node's pods may have open to a pod without the agent, each pod a quarter of them;
+    /// more take the agent
     #[arg(long, env = "MESH_MAX_DIRECT_CONNECTIONS_PER_POD", value_name = "COUNT",
           default_value_t = ADMITTED_CAPACITY as u32, value_parser = value_parser!(u32).range(1..=1 << 24))]
     pub max_direct_connections_per_pod: u32,
@@ -207,16 +208,16 @@ impl Losses {
     }
 }
 
-/// Keeps a line of the log from coming too often.
+/// Keeps a line of the log from coming too often: once a minute at most.
 #[derive(Debug, Default)]
-struct Quiet {
+pub(super) struct Quiet {
     told: Option<Instant>,
     untold: u64,
 }
 
 impl Quiet {
     /// How many to tell of now, if it is time.
-    fn tell(&mut self, more: u64, now: Instant) -> Option<u64> {
+    pub(super) fn tell(&mut self, more: u64, now: Instant) -> Option<u64> {
         self.untold += more;
         let quiet = self.told.is_some_and(|told| now.duration_since(told) < QUIET);
         if self.untold == 0 || quiet {

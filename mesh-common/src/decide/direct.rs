@@ -48,6 +48,15 @@ pub const fn may_go_to(pod: &PodAddrs, bound: &Addr, dialled: &Addr, endpoint: &
         && dialled.as_v4().is_some() == endpoint.as_v4().is_some()
 }
 
+/// Whether a client may have one more direct connection to a pod whose table holds `room`: it has `held`, all clients
+/// together have `all`. A quarter is its share, so that no client fills the table, and the last eighth is left to those
+/// that choose at the same time. 0: nobody has said how many it holds.
+#[inline(always)]
+pub const fn has_room(room: u32, held: i64, all: i64) -> bool {
+    let share = if room < 8 { 1 } else { room / 4 };
+    room == 0 || (held < share as i64 && all < (room - room / 8) as i64)
+}
+
 /// Whether this is the pod's address by which others know it.
 #[inline(always)]
 pub const fn is_own(pod: &PodAddrs, addr: &Addr) -> bool {
@@ -129,6 +138,14 @@ mod tests {
             assert_eq!(choose(&service(balancing, 2), [0; 4], |_| None, |_| 0), None);
             assert_eq!(choose(&service(balancing, 0), [0; 4], |_| Some(slot(1, EVEN, 0)), |_| 0), None);
         }
+    }
+
+    #[test]
+    fn a_quarter_is_a_clients_share_and_the_last_eighth_is_nobodys() {
+        assert!(has_room(64, 15, 55) && !has_room(64, 16, 16) && !has_room(64, 0, 56));
+        assert!(has_room(1, 0, 0) && !has_room(1, 0, 1) && !has_room(1, 1, 1), "the smallest table");
+        assert!(has_room(0, 1 << 20, 1 << 20), "nobody has said");
+        assert!(has_room(64, -3, -3), "counted off by a few");
     }
 
     #[test]

@@ -75,8 +75,8 @@ const _: () = assert!(size_of::<Slot>() == 16);
 pub struct Endpoint {
     /// Where the app listens.
     pub addr: Addr,
-    /// Always zero.
-    pub pad: u32,
+    /// How many direct connections its pod's table holds; 0 where an older agent did not say.
+    pub room: u32,
     /// Network namespace cookie of its pod, when that is enrolled on this node, else 0.
     pub netns: u64,
     /// Connections of this node's pods open to it for which the kernel chose it. Written by the kernel.
@@ -84,6 +84,23 @@ pub struct Endpoint {
 }
 
 const _: () = assert!(size_of::<Endpoint>() == 40);
+
+/// Key of [`super::HELD`].
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct HeldKey {
+    /// Network namespace cookie of the server's pod.
+    pub server: u64,
+    /// That of the client's; [`HeldKey::ALL`] for those of all clients together.
+    pub client: u64,
+}
+
+const _: () = assert!(size_of::<HeldKey>() == 16);
+
+impl HeldKey {
+    /// No namespace has this cookie.
+    pub const ALL: u64 = 0;
+}
 
 /// A direct connection, listed from before its SYN leaves until both its sockets have closed; one that was never accepted
 /// goes with the client's.
@@ -135,9 +152,9 @@ impl Admitted {
 mod user {
     #![expect(unsafe_code, reason = "aya copies keys and values as bytes only for types marked so")]
 
-    use super::{Admitted, DirectKey, DirectService, Endpoint, Slot, SlotKey};
+    use super::{Admitted, DirectKey, DirectService, Endpoint, HeldKey, Slot, SlotKey};
 
-    // SAFETY (all six): `repr(C)`, all fields are integers or arrays of them, and there is no padding: each size is
+    // SAFETY (all seven): `repr(C)`, all fields are integers or arrays of them, and there is no padding: each size is
     // asserted beside its type to be the sum of its fields.
     unsafe impl aya::Pod for DirectKey {}
     // SAFETY: as above.
@@ -150,6 +167,8 @@ mod user {
     unsafe impl aya::Pod for Endpoint {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Admitted {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for HeldKey {}
 }
 
 #[cfg(test)]

@@ -10,6 +10,9 @@ use serde_json::Value;
 use super::world::{PORT, World, entries, is_direct, is_not_direct, verdict};
 
 const SWITCH: &str = "mesh.io/direct";
+/// What a connection that has no way to go is told with its first bytes.
+const ECONNABORTED: i32 = 103;
+const FULL: [(&str, &str); 1] = [("reason", "direct_connections_full")];
 
 /// A connection that says `one`, and goes on reading until it ends, of which it tells.
 pub fn long_lived(from: &Pod, to: std::net::SocketAddr) -> Result<Process> {
@@ -152,27 +155,94 @@ async fn a_flag_switches_it_off() -> Result<()> {
 }
 
 #[tokio::test]
+async fn beyond_its_share_a_client_takes_the_agent() -> Result<()> {
+    if !require_root()? {
+        return Ok(());
+    }
+    let world = World::with("direct-share", &["--max-direct-connections-per-pod=8"]).await?;
+    let World { pair, .. } = &world;
+    let other = pair.a.pod("other").start().await?;
+    other.enrolled().await?;
+    is_direct(&pair.agent_a, &other, world.v4()).await?;
+    let mut open = vec![long_lived(&pair.client, world.v4())?, long_lived(&pair.client, world.v6)?];
+    for process in &open {
+        says(process, "one\n").await?;
+    }
+    // A quarter of the table, whichever service of the pod it is.
+    for dialled in [world.v4(), world.v6, world.v4()] {
+        ensure!(!world.dial(dialled).await?, "more than its share of {dialled}");
+    }
+    let seen = other.tcp(world.v4(), 1000, &["--report"]).await?;
+    ensure!(seen.intact && verdict(&pair.agent_a, seen.local, world.v4()).await? == "direct", "{seen:?}");
+    drop(open.pop().map(|process| process.stop_blocking(Duration::ZERO)));
+    eventually("room again", async || {
+        ensure!(world.dial(world.v4()).await?);
+        Ok(())
+    })
+    .await?;
+    // A change that ends connections gives their room back too.
+    world.near.annotate(SWITCH, Some("disabled"))?;
+    for process in &open {
+        says(process, "one\nended\n").await?;
+    }
+    world.near.annotate(SWITCH, None)?;
+    is_direct(&pair.agent_a, &pair.client, world.v4()).await?;
+    for _ in 0..2 {
+        let process = long_lived(&pair.client, world.v4())?;
+        says(&process, "one\n").await?;
+        open.push(process);
+    }
+    let held = entries(&pair.agent_a, maps::HELD)?;
+    ensure!(held.iter().all(|entry| [0, 2].contains(&entry.value.as_i64().unwrap_or(-1))), "{held:?}");
+    let refused = metric(&pair.agent_a.metrics().await?, "mesh_kernel_refusals_total", &FULL);
+    ensure!(refused.abs() < f64::EPSILON, "{refused} refused");
+    drop(open);
+    world.pair.finish().await
+}
+
+/// Chooses for so many connections before the first of them begins: their SYNs leave with the first bytes
+/// (`TCP_FASTOPEN_CONNECT`, without a cookie). Says how each went.
+const AT_ONCE: &str = "
+import socket, sys
+made = [socket.socket() for _ in range(int(sys.argv[3]))]
+for conn in made:
+    for option in (30, 34):
+        conn.setsockopt(socket.IPPROTO_TCP, option, 1)
+    conn.connect((sys.argv[1], int(sys.argv[2])))
+for conn in made:
+    try:
+        conn.send(b'one\\n')
+        print(conn.recv(4).decode().strip())
+    except OSError as error:
+        print(error.errno)
+";
+
+/// As many as have chosen at once, before any was counted, do not all find room.
+#[tokio::test]
 async fn what_a_full_table_cannot_list_is_refused() -> Result<()> {
     if !require_root()? {
         return Ok(());
     }
     let world = World::with("direct-full", &["--max-direct-connections-per-pod=2"]).await?;
     let World { pair, .. } = &world;
-    let mut open = vec![long_lived(&pair.client, world.v4())?, long_lived(&pair.client, world.v6)?];
-    for process in &open {
-        says(process, "one\n").await?;
-    }
-    let refused = pair.client.tcp(world.v4(), 10, &[]).await.err();
-    ensure!(refused.as_ref().is_some_and(|error| format!("{error:#}").contains("No route")), "{refused:?}");
+    let plain = world.plain();
+    is_direct(&pair.agent_a, &pair.client, plain).await?;
+    let mut command = Command::new("python3");
+    command.args(["-I", "-c", AT_ONCE, &plain.ip().to_string(), &plain.port().to_string(), "3"]);
+    let said = pair.client.run(command).await?;
+    ensure!(said.stdout == format!("one\none\n{ECONNABORTED}\n"), "{said:?}");
     eventually("the refusal is counted", async || {
-        let reason = [("reason", "direct_connections_full")];
-        let counted = metric(&pair.agent_a.metrics().await?, "mesh_kernel_refusals_total", &reason);
+        let counted = metric(&pair.agent_a.metrics().await?, "mesh_kernel_refusals_total", &FULL);
         ensure!(counted >= 1.0, "{counted}");
         Ok(())
     })
     .await?;
-    drop(open.pop().map(|process| process.stop_blocking(Duration::ZERO)));
-    eventually("room again", async || world.dial(world.v4()).await.map(|_| ())).await?;
+    eventually("room again", async || {
+        let seen = pair.client.tcp(plain, 1000, &[]).await?;
+        ensure!(seen.intact && verdict(&pair.agent_a, seen.local, plain).await? == "direct", "{seen:?}");
+        Ok(())
+    })
+    .await?;
     world.pair.finish().await
 }
 

@@ -18,6 +18,7 @@ use netlink_packet_sock_diag::{
     inet::{ExtensionFlags, InetRequest, SocketId, StateFlags},
 };
 
+use super::tables::held_less;
 use crate::capture::{Net, PodNet, enrol::Capture, live, netns::Netns};
 
 /// `SOCK_DESTROY` of `linux/sock_diag.h`.
@@ -50,9 +51,22 @@ impl Capture {
         if !self.dir.is_ours() {
             return ended;
         }
+        let miscounted = |error: &anyhow::Error| {
+            tracing::warn!(error = format!("{error:#}"), "direct connections are miscounted");
+        };
+        let mut held = self.held().inspect_err(miscounted).ok();
         for (server, tables, net) in pods {
             let mut table = tables.admitted.lock().unwrap_or_else(PoisonError::into_inner);
             let found: Vec<(Tuple, Admitted)> = table.iter().filter_map(Result::ok).collect();
+            // Whoever takes an entry away counts one less, and the kernel may have been first.
+            let mut take = |tuple: &Tuple, client| {
+                if table.remove(tuple).is_ok()
+                    && let Some(held) = &mut held
+                    && let Err(error) = held_less(held, server, client)
+                {
+                    miscounted(&error);
+                }
+            };
             for (tuple, one) in found {
                 let open = OpenDirect {
                     client: one.netns,
@@ -63,14 +77,14 @@ impl Capture {
                 let client = self.shared.pods().get(&one.netns).map(|pod| Arc::clone(&pod.net));
                 let Some(client) = client else {
                     // Of a pod that has left: its connection goes on, but its address may be another's by now.
-                    let _ = table.remove(&tuple);
+                    take(&tuple, one.netns);
                     continue;
                 };
                 if !forbidden(&open) {
                     continue;
                 }
                 // A SYN that is under way finds the agent.
-                let _ = table.remove(&tuple);
+                take(&tuple, one.netns);
                 let (src, dst) = (tuple.src.into(), tuple.dst.into());
                 destroy_in(&client, src, dst, one.socket);
                 destroy_in(&net, dst, src, one.servers());
