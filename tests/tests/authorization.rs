@@ -364,3 +364,44 @@ async fn policies_of_the_root_namespace_and_those_that_nobody_answers_for() -> R
     ensure!(problems.contains("nobody") && problems.contains("external authorization"), "{problems}");
     world.pair.finish().await
 }
+
+/// An upgrade is a GET in HTTP/1.1, and a CONNECT that asks for a protocol in HTTP/2 (RFC 8441): rules about GET hold for
+/// both.
+#[tokio::test]
+async fn an_extended_connect_is_judged_as_the_get_that_it_is() -> Result<()> {
+    if !require_root()? {
+        return Ok(());
+    }
+    let world = World::new("authz-extended").await?;
+    let rules = |action: &str, method: &str| {
+        format!("  action: {action}\n  rules: [{{ to: [{{ operation: {{ methods: [{method}] }} }}] }}]")
+    };
+    for (action, method, permitted) in
+        [("DENY", "GET", false), ("ALLOW", "POST", false), ("DENY", "CONNECT", true), ("ALLOW", "GET", true)]
+    {
+        world.apply("methods", &rules(action, method)).await?;
+        for side in world.sides() {
+            let url = side.http.url(80, "/ws");
+            for (h2c, switched) in [(true, 200), (false, 101)] {
+                let spoken = world.pair.client.websocket(&url, h2c, &["one"]).await?;
+                let expected = if permitted { switched } else { 403 };
+                let what = format!("{action} {method}: {url} h2c={h2c}: {spoken:?}");
+                ensure!(spoken.status == expected, "{what}");
+                ensure!(spoken.messages.len() == usize::from(permitted), "{what}");
+            }
+        }
+    }
+    let refused = [("status", "403"), ("path", "/ws"), ("reporter", "source")];
+    eventually("each refusal is logged", async || {
+        let log = world.pair.agent_a.access_log();
+        let lines = log.iter().map(|line| lab::fields(line));
+        let is = |line: &std::collections::BTreeMap<String, String>| {
+            refused.iter().all(|(key, value)| line.get(*key).is_some_and(|found| found == value))
+        };
+        let count = lines.filter(is).count();
+        ensure!(count == 8, "{count} lines");
+        Ok(())
+    })
+    .await?;
+    world.pair.finish().await
+}
