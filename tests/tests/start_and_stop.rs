@@ -11,9 +11,14 @@ use anyhow::{Context as _, Result, ensure};
 use lab::{Agent, Lab, Node, PATIENCE, require_root};
 use nix::sys::signal::Signal;
 
-/// A moment of an agent's start, by what it has made. Looked for in a loop without a pause to speak of: each lasts
-/// milliseconds.
+/// A moment of an agent's start, by what it has made.
 type Moment = fn(&Node) -> bool;
+
+/// How often a moment is looked for: each lasts milliseconds. Without a pause the loop would take a processor from the start
+/// that it waits for.
+const LOOK_EVERY: Duration = Duration::from_micros(100);
+/// What one start and stop takes at most, on a busy machine too.
+const ROUND: Duration = Duration::from_mins(1);
 
 /// As a start goes.
 const MOMENTS: [(&str, Moment); 7] = [
@@ -45,7 +50,7 @@ async fn wait_for(node: &Node, agent: &Agent, moment: Moment) -> Result<()> {
         while !moment(&node) {
             ensure!(process.status().is_none(), "{} has ended\n{}", process.label(), process.tail());
             ensure!(Instant::now() < deadline, "the moment did not come\n{}", process.tail());
-            std::thread::yield_now();
+            std::thread::sleep(LOOK_EVERY);
         }
         Ok(())
     })
@@ -64,10 +69,15 @@ async fn an_agent_told_to_stop_while_it_starts_leaves_nothing() -> Result<()> {
     }
     for signal in [Signal::SIGTERM, Signal::SIGINT] {
         for (what, moment) in MOMENTS {
-            let agent = node.agent().spawn()?;
-            wait_for(&node, &agent, moment).await.context(what)?;
-            agent.process().signal(signal)?;
-            let (status, log) = agent.ends().await?;
+            let round = async {
+                let agent = node.agent().spawn()?;
+                wait_for(&node, &agent, moment).await?;
+                agent.process().signal(signal)?;
+                agent.ends().await
+            };
+            let ended = tokio::time::timeout(ROUND, round).await;
+            let ended = ended.with_context(|| format!("{signal} when {what}: not over after {ROUND:?}"))?;
+            let (status, log) = ended.with_context(|| format!("{signal} when {what}"))?;
             nothing_left(&node).with_context(|| format!("{signal} when {what}: {status}\n{log}"))?;
             // Only before the first line of its own is a signal what it is for any program.
             ensure!(status.success() || what == "at once", "{signal} when {what}: {status}\n{log}");

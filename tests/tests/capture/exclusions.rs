@@ -14,7 +14,7 @@ use mesh_agent::{
 };
 use mesh_common::flow::{FlowRecord, direction, verdict};
 
-use crate::world::{LIMIT, Ns, PEER4, PEER6, POD4, POD6, World, addr, workload_as};
+use crate::world::{LIMIT, Ns, PEER4, PEER6, POD4, POD6, World, addr, alone, workload_as};
 
 fn asked(annotations: &[(&str, &str)]) -> Result<CapturePolicy> {
     let all: BTreeMap<String, String> =
@@ -33,6 +33,8 @@ fn reaches(from: &Ns, to: &Ns, target: SocketAddr) -> Result<(TcpStream, TcpStre
     server.set_read_timeout(Some(LIMIT))?;
     server.read_exact(&mut text)?;
     assert_eq!(&text, b"past");
+    // A child of another test, between its fork and its exec, would have it open still, and the address with it.
+    alone(move || drop(listener));
     Ok((client, server))
 }
 
