@@ -390,3 +390,33 @@ async fn an_upgrade_loses_nothing_of_a_guest() -> Result<()> {
     old.wait(Duration::from_secs(30)).await?;
     world.pair.finish().await
 }
+
+#[tokio::test]
+async fn interfaces_that_come_and_go_all_the_time_keep_nobody_busy() -> Result<()> {
+    if !require_root()? {
+        return Ok(());
+    }
+    let world = World::new("flaps", &[]).await?;
+    let client = &world.pair.client;
+    let script =
+        "for i in $(seq 100); do ip link add flap type bridge && sleep 0.02 && ip link del flap; done";
+    let mut command = std::process::Command::new("sh");
+    command.args(["-c", script]);
+    let flapped = client.run(command).await?;
+    ensure!(flapped.status.success(), "{flapped:?}");
+    // What stays is captured all the same, and nothing is left of the rest.
+    let guest = client.guest(1, Behind::Bridge).await?;
+    guest.captured().await?;
+    world.is_routed(&guest).await?;
+    eventually("the rules of one guest", async || {
+        let left = rules_and_routes_in(&client.netns().path())?;
+        ensure!(left.iter().any(|line| line.starts_with("2 rule")), "{left:?}");
+        Ok(())
+    })
+    .await?;
+    let log = world.pair.agent_a.log();
+    let told: Vec<_> =
+        log.iter().filter(|line| line.contains("connections of guests are captured")).collect();
+    ensure!(told.len() == 1, "{} lines: {told:?}", told.len());
+    world.pair.finish().await
+}

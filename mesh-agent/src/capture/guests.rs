@@ -26,7 +26,11 @@ use aya::{
 use mesh_common::maps::{INNER_LINKS, INNER_LINKS_CAPACITY};
 use netlink_packet_route::link::InfoKind;
 use socket2::SockRef;
-use tokio::io::unix::AsyncFd;
+use tokio::{
+    io::unix::AsyncFd,
+    task::spawn_blocking,
+    time::{Instant, sleep, sleep_until},
+};
 
 use super::{
     Listener, Net, PodNet,
@@ -35,10 +39,13 @@ use super::{
     loader::{self, Object},
     netns::Netns,
     rtnetlink::{self, Link, RouteSocket},
+    tables::Quiet,
 };
 
 /// How long until what failed is tried again.
 const TRY_AGAIN: Duration = Duration::from_secs(1);
+/// Least time between two looks at a pod's interfaces: whoever changes them all the time keeps nobody busy.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
 /// The programs, and what the pins of their links begin with.
 const FROM: &str = "from-guest-";
 const TO: &str = "to-guest-";
@@ -64,6 +71,10 @@ struct State {
     known: Option<Interfaces>,
     /// The pod is no longer this agent's.
     closed: bool,
+    /// What the log is told: that guests are captured, that they are not, that there are too many.
+    told: Quiet,
+    failed: Quiet,
+    crowded: Quiet,
 }
 
 impl Guests {
@@ -90,6 +101,8 @@ impl Guests {
         // Listening comes before looking: nothing is missed in between.
         let changes = rtnetlink::watch(net.netns());
         let looked = self.look(pod);
+        // Since the guard was put in place something may have come.
+        pod.look_again();
         match changes {
             Ok(changes) => {
                 let (guests, pod, gone) = (Arc::clone(self), Arc::downgrade(pod), pod.gone.clone());
@@ -106,47 +119,82 @@ impl Guests {
         }
     }
 
-    async fn keep_looking(&self, changes: AsyncFd<socket2::Socket>, pod: Weak<PodNet>, mut looked: bool) {
+    async fn keep_looking(
+        self: Arc<Self>,
+        changes: AsyncFd<socket2::Socket>,
+        pod: Weak<PodNet>,
+        mut looked: bool,
+    ) {
+        let mut last = Instant::now();
         loop {
-            tokio::select! {
-                () = tokio::time::sleep(TRY_AGAIN), if !looked => {}
-                ready = changes.readable() => {
-                    let Ok(mut ready) = ready else { return };
-                    if rtnetlink::drain(ready.get_inner()).is_err() {
-                        return;
-                    }
-                    ready.clear_ready();
+            let ready = tokio::select! {
+                () = sleep(TRY_AGAIN), if !looked => None,
+                ready = changes.readable() => Some(ready),
+            };
+            // All that comes until then is one change.
+            sleep_until(last + LOOK_EVERY).await;
+            if let Some(ready) = ready {
+                let Ok(mut ready) = ready else { return };
+                match rtnetlink::drain(ready.get_inner()) {
+                    Ok(true) => ready.clear_ready(),
+                    Ok(false) => {}
+                    Err(_) => return,
                 }
             }
             let Some(pod) = pod.upgrade() else { return };
-            looked = self.look(&pod);
+            let guests = Arc::clone(&self);
+            let look = spawn_blocking(move || {
+                let looked = guests.look(&pod);
+                pod.look_again();
+                looked
+            });
+            // One that has panicked is tried again.
+            looked = look.await.unwrap_or(false);
+            last = Instant::now();
         }
     }
 
     /// False when it has to be tried again.
     fn look(&self, pod: &PodNet) -> bool {
-        let looked = self.try_look(pod);
-        if let Err(error) = &looked {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let looked = self.try_look(&mut state, pod);
+        if let Err(error) = &looked
+            && let Some(times) = state.failed.tell(1, Instant::now().into_std())
+        {
             let error = format!("{error:#}");
-            tracing::warn!(pod = %pod.name(), error, "what is behind the pod's inner interfaces is not captured");
+            tracing::warn!(
+                pod = %pod.name(), error, times, "what is behind the pod's inner interfaces is not captured"
+            );
         }
         looked.is_ok()
     }
 
-    fn try_look(&self, pod: &PodNet) -> Result<()> {
+    fn try_look(&self, state: &mut State, pod: &PodNet) -> Result<()> {
         let Net::Kernel(net) = &pod.net else { return Ok(()) };
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if state.closed {
             return Ok(());
         }
-        let found = inner_interfaces(net.netns(), &pod.workload.ips)?;
+        let mut found = inner_interfaces(net.netns(), &pod.workload.ips)?;
+        let now = Instant::now().into_std();
+        if found.len() > INNER_LINKS_CAPACITY {
+            if state.crowded.tell(1, now).is_some() {
+                let all = found.len();
+                tracing::warn!(
+                    pod = %pod.name(), all, "guests behind {INNER_LINKS_CAPACITY} of its interfaces are captured"
+                );
+            }
+            found = found.into_iter().take(INNER_LINKS_CAPACITY).collect();
+        }
         if state.known.as_ref() != Some(&found) {
             // Whatever comes of it, it is not what was known.
             state.known = None;
             self.make_so(net.netns(), pod, &found)?;
-            if !found.is_empty() {
+            if !found.is_empty()
+                && let Some(changes) = state.told.tell(1, now)
+            {
                 let interfaces: Vec<_> = found.values().map(String::as_str).collect();
-                tracing::info!(pod = %pod.name(), interfaces = interfaces.join(" "), "connections of guests are captured");
+                let interfaces = interfaces.join(" ");
+                tracing::info!(pod = %pod.name(), interfaces, changes, "connections of guests are captured");
             }
             state.known = Some(found);
         }
@@ -220,7 +268,7 @@ fn index_of(pinned: &str) -> Option<u32> {
     [FROM, TO].iter().find_map(|prefix| pinned.strip_prefix(prefix)?.parse().ok())
 }
 
-/// The pod's inner interfaces, up to as many as the kernel is told of.
+/// The pod's inner interfaces.
 fn inner_interfaces(netns: &Netns, pods: &[IpAddr]) -> Result<Interfaces> {
     let routes = RouteSocket::open(netns)?;
     let links = routes.links().context("interfaces of its namespace")?;
@@ -229,19 +277,8 @@ fn inner_interfaces(netns: &Netns, pods: &[IpAddr]) -> Result<Interfaces> {
     let agents = routes.number_of(agents.as_fd()).context("the agent's own network namespace")?;
     let has_pods =
         |link: &Link| addresses.iter().any(|(index, ip)| *index == link.index && pods.contains(ip));
-    let mut inner: Interfaces = links
-        .into_iter()
-        .filter(|link| is_inner(link, has_pods(link), agents))
-        .map(|link| (link.index, link.name))
-        .collect();
-    if inner.len() > INNER_LINKS_CAPACITY {
-        tracing::warn!(
-            netns = %netns.path().display(),
-            "guests behind {INNER_LINKS_CAPACITY} interfaces of {} are captured", inner.len()
-        );
-        inner = inner.into_iter().take(INNER_LINKS_CAPACITY).collect();
-    }
-    Ok(inner)
+    let inner = links.into_iter().filter(|link| is_inner(link, has_pods(link), agents));
+    Ok(inner.map(|link| (link.index, link.name)).collect())
 }
 
 /// Whether what comes in by this interface was sent inside the pod. `has_pods`: it has an address of the pod's, so that it
@@ -268,13 +305,27 @@ fn remove_record(record: &Path) -> Result<()> {
     }
 }
 
+/// The namespace that was written down here, unless it has gone.
+fn recorded(record: &Path) -> Option<Netns> {
+    let cookie = record.file_name().and_then(|name| name.to_str()?.parse().ok());
+    let netns = fs::read_link(record).and_then(|path| Netns::open(&path)).ok()?;
+    (Some(netns.cookie()) == cookie).then_some(netns)
+}
+
+/// The mesh's rules and routes in the namespaces that are written down in this directory of pins, in words.
+pub(super) fn written_down(bpf_dir: &Path) -> Result<Vec<String>> {
+    let mut found = Vec::new();
+    for netns in links::list(&bpf_dir.join(links::GUESTS))?.iter().filter_map(|record| recorded(record)) {
+        let path = netns.path().display();
+        let left = rules_and_routes(&netns).with_context(|| format!("rules and routes in {path}"))?;
+        found.extend(left.into_iter().map(|what| format!("{what} in {path}")));
+    }
+    Ok(found)
+}
+
 /// Takes rules and routes out of the namespace that was written down here, unless it has gone, and the record away.
 pub(super) fn leave(record: &Path) -> Result<()> {
-    let cookie = record.file_name().and_then(|name| name.to_str()?.parse().ok());
-    let netns = fs::read_link(record).and_then(|path| Netns::open(&path));
-    if let Ok(netns) = netns.as_ref()
-        && Some(netns.cookie()) == cookie
-    {
+    if let Some(netns) = &recorded(record) {
         clear(netns).with_context(|| format!("rules and routes in {}", netns.path().display()))?;
     }
     remove_record(record)
@@ -303,7 +354,11 @@ fn clear(netns: &Netns) -> io::Result<()> {
 /// # Errors
 /// The namespace cannot be asked.
 pub fn rules_and_routes_in(netns: &Path) -> io::Result<Vec<String>> {
-    let routes = RouteSocket::open(&Netns::open(netns)?)?;
+    rules_and_routes(&Netns::open(netns)?)
+}
+
+fn rules_and_routes(netns: &Netns) -> io::Result<Vec<String>> {
+    let routes = RouteSocket::open(netns)?;
     let rules = routes.rules()?.len();
     let count = [(rules, "rule"), (routes.routes()?, "route")];
     let left = count.into_iter().filter(|(count, _)| *count > 0);

@@ -131,6 +131,8 @@ pub struct PodNet {
     gone: CancellationToken,
     /// A listener was closed from inside the pod.
     lost: AtomicBool,
+    /// Interfaces have come or gone.
+    rewired: AtomicBool,
     net: Net,
 }
 
@@ -151,6 +153,7 @@ impl PodNet {
             listeners,
             gone: CancellationToken::new(),
             lost: AtomicBool::new(false),
+            rewired: AtomicBool::new(false),
             net,
         })
     }
@@ -242,6 +245,16 @@ impl PodNet {
     /// Completes once the pod is un-enrolled.
     pub async fn un_enrolled(&self) {
         self.gone.cancelled().await;
+    }
+
+    /// Whether its interfaces may have changed since this was last asked.
+    pub fn was_rewired(&self) -> bool {
+        self.rewired.swap(false, Ordering::Relaxed)
+    }
+
+    /// Has [`PodNet::was_rewired`] say so once more.
+    pub fn look_again(&self) {
+        self.rewired.store(true, Ordering::Relaxed);
     }
 
     /// Whether a listener was closed from inside the pod: what was to come to it is refused until the pod is enrolled

@@ -34,6 +34,8 @@ const ROUTE: i32 = 0;
 const LINKS: u32 = 1;
 /// What the kernel hands over at once, at most.
 const BUFFER: usize = 32 << 10;
+/// Messages that are read in one go: more than the socket holds.
+const MOST_READ: usize = 1024;
 /// Index of loopback in every namespace.
 const LOOPBACK: u32 = 1;
 /// The table of the one route, which has everything delivered inside the pod.
@@ -79,19 +81,21 @@ pub(super) fn watch(netns: &Netns) -> io::Result<AsyncFd<Socket>> {
     }
 }
 
-/// Takes what is there to read, without looking at it: that something came is what counts.
-pub(super) fn drain(mut socket: &Socket) -> io::Result<()> {
+/// Takes what is there to read, without looking at it: that something came is what counts. Whether that was all; who makes
+/// more meanwhile keeps nobody here.
+pub(super) fn drain(mut socket: &Socket) -> io::Result<bool> {
     let mut buffer = [0; 4096];
-    loop {
+    for _ in 0..MOST_READ {
         match socket.read(&mut buffer) {
-            Ok(0) => return Ok(()),
+            Ok(0) => return Ok(true),
             Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(true),
             // More came than the socket holds.
             Err(error) if error.raw_os_error() == Some(nix::libc::ENOBUFS) => {}
             Err(error) => return Err(error),
         }
     }
+    Ok(false)
 }
 
 fn groups(groups: u32) -> SockAddr {
