@@ -4,8 +4,8 @@
 use std::{collections::BTreeSet, process::Command, time::Duration};
 
 use anyhow::{Result, ensure};
-use lab::{Lab, Node, Pod, apps, apps::LoadKind, require_root};
-use mesh_agent::capture::Mark;
+use lab::{Behind, Lab, Node, Pod, apps, apps::LoadKind, require_root};
+use mesh_agent::capture::{Mark, rules_and_routes_in};
 use serde_json::Value;
 
 const PAUSE: Duration = Duration::from_millis(20);
@@ -139,5 +139,39 @@ async fn the_check_shows_a_table() -> Result<()> {
     let connect = format!("{mark}_conn4");
     ensure!(ours.iter().any(|row| row[1] == "program" && row[3] == connect), "{table}");
     agent.stop().await?;
+    lab.finish().await
+}
+
+/// They carry no mark, and are in a namespace that is not the agent's.
+#[tokio::test]
+async fn rules_and_routes_for_guests_are_named_and_removed() -> Result<()> {
+    if !require_root()? {
+        return Ok(());
+    }
+    let lab = Lab::new("no-residue-guests").await?;
+    let node = lab.node("a").await?;
+    let pod = node.pod("p").start().await?;
+    let agent = node.agent().start().await?;
+    pod.enrolled().await?;
+    let guest = pod.guest(1, Behind::Bridge).await?;
+    guest.captured().await?;
+    agent.kill().await?;
+    let left = node.residue().await?;
+    is_all_of(&left, &node)?;
+    let routes: Vec<_> = left.iter().filter(|trace| trace["kind"] == "route").collect();
+    let place = format!("in {}", pod.netns().path().display());
+    let named = |what: &str| {
+        routes
+            .iter()
+            .filter_map(|trace| trace["what"].as_str())
+            .any(|said| said.contains(what) && said.ends_with(&place))
+    };
+    ensure!(named("rule(s)") && named("route(s)") && routes.len() == 2, "{left:#?}");
+    let said = node.clean().await?;
+    ensure!(said.starts_with("removed ") && said.contains(" 2 routes"), "{said}");
+    ensure!(node.residue().await?.is_empty());
+    let rules = rules_and_routes_in(&pod.netns().path())?;
+    ensure!(rules.is_empty(), "{rules:?}");
+    guest.leave()?;
     lab.finish().await
 }

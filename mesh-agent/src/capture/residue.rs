@@ -1,8 +1,8 @@
 //! What of ours is in the kernel: programs, links, maps, pins, processes that hold any of them, and their listeners.
 //!
 //! Promises to find what carries a mark ([`Mark`]) by the kernel's own lists, whether or not it is pinned, and to tell one
-//! instance's from another's. (Rules and routes of pods with guests carry no mark: `guests.rs` finds those.) Never takes for
-//! ours what merely has the name of one of our maps. Tested in `tests/tests/no_residue.rs`; the lab ends each test with it.
+//! instance's from another's. Rules and routes of pods with guests carry no mark: they are found where the pins say that there
+//! are some. Never takes for ours what merely has the name of one of our maps. Tested in `tests/tests/no_residue.rs`; the lab ends each test with it.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -19,6 +19,7 @@ use serde::Serialize;
 use super::{
     Listener,
     crashed::is_set_aside,
+    guests,
     instance::Mark,
     links::{MAPS, list},
     live,
@@ -65,6 +66,8 @@ pub enum Kind {
     Socket,
     /// A file or directory of an agent outside the kernel.
     File,
+    /// Rules or routes in the network namespace of a pod with guests.
+    Route,
 }
 
 impl Kind {
@@ -78,6 +81,7 @@ impl Kind {
             Self::Process => "process",
             Self::Socket => "socket",
             Self::File => "file",
+            Self::Route => "route",
         }
     }
 }
@@ -122,13 +126,12 @@ pub fn find(whose: &Whose, bpf_dirs: &[PathBuf]) -> Result<Vec<Trace>> {
     for dir in bpf_dirs {
         let marks = marks_in(dir)?;
         let instance = marks.first().copied().filter(|_| marks.len() == 1);
-        let pins = tree(dir)?.into_iter();
-        found.extend(pins.map(|path| Trace {
-            instance,
-            kind: Kind::Pin,
-            id: None,
-            what: path.display().to_string(),
-        }));
+        let trace = |kind, what| Trace { instance, kind, id: None, what };
+        found.extend(tree(dir)?.into_iter().map(|path| trace(Kind::Pin, path.display().to_string())));
+        let crashed = list(dir)?.into_iter().filter(|path| is_set_aside(path));
+        for dir in crashed.chain([dir.clone()]) {
+            found.extend(guests::written_down(&dir)?.into_iter().map(|what| trace(Kind::Route, what)));
+        }
     }
     found.extend(objects.holders()?);
     found.sort();
