@@ -34,6 +34,9 @@ use crate::{
 /// How often failed enrolments are tried again and namespaces are looked after.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
+/// What is said of a restricted pod that was given a way out which the guard cannot stand at.
+const UNGUARDED: &str = "it may leave around its guard";
+
 /// How long the connections of a pod that leaves the mesh may go on.
 const POD_DRAIN: Duration = Duration::from_secs(5);
 
@@ -82,6 +85,13 @@ impl Failing {
 
     fn forget(&self, name: &PodName) {
         self.reasons().remove(name);
+    }
+
+    fn forget_where(&self, name: &PodName, is: impl FnOnce(&str) -> bool) {
+        let mut reasons = self.reasons();
+        if reasons.get(name).is_some_and(|reason| is(reason)) {
+            reasons.remove(name);
+        }
     }
 
     fn keep_only(&self, wanted: &HashMap<PodName, Arc<Workload>>) {
@@ -239,6 +249,7 @@ impl Enrolment {
             }
             self.try_join(workload).await;
         }
+        self.look_for_new_ways_out();
         self.look_for_lost_listeners();
         let failing = self.failing.reasons().len();
         self.mesh.reporter.set_pods(self.mesh.pods.all().len(), failing);
@@ -346,6 +357,24 @@ impl Enrolment {
     fn release(&self, name: &PodName, pod: &Pod) {
         if let Err(error) = self.capture.un_enrol(pod.net()) {
             tracing::warn!(pod = %name, error = format!("{error:#}"), "something of the mesh may be left in the pod");
+        }
+    }
+
+    /// Interfaces that a restricted pod was given after it was enrolled are guarded too. Where that is not possible it stays
+    /// captured, and the operator is told which it is.
+    fn look_for_new_ways_out(&self) {
+        for (name, pod) in self.mesh.pods.all().iter() {
+            let workload = pod.workload();
+            if !workload.capture.restrict_egress || !pod.net().was_rewired() {
+                continue;
+            }
+            match self.capture.guard_again(pod.net(), &workload) {
+                Ok(()) => self.failing.forget_where(name, |reason| reason.starts_with(UNGUARDED)),
+                Err(error) => {
+                    pod.net().look_again();
+                    self.fails(name, &format!("{UNGUARDED}: {error:#}"));
+                }
+            }
         }
     }
 

@@ -234,3 +234,46 @@ async fn a_restriction_comes_and_goes_with_its_annotation() -> Result<()> {
     ensure!(left.is_empty(), "{left:?}");
     lab.finish().await
 }
+
+#[tokio::test]
+async fn ways_out_that_come_later_are_guarded_or_named() -> Result<()> {
+    if !require_root()? {
+        return Ok(());
+    }
+    let world = World::new("later").await?;
+    let (pod, node) = (&world.restricted, &world.a);
+    let inside = pod.netns().name();
+    node.netns().ip(&[
+        format!("link add later type veth peer name net1 netns {inside}"),
+        "link set later up".to_owned(),
+    ])?;
+    pod.netns().ip(&["link set net1 up".to_owned()])?;
+    let (from, to) = (pod.ip().to_string(), world.stranger.ip().to_string());
+    eventually("a second veth has a guard", async || {
+        pod.untrusted("by_hand_from", &["net1", &from, &to, "9001:2:0"]).await?;
+        let dropped = world.dropped().await?;
+        ensure!(dropped > 0, "nothing was dropped");
+        Ok(())
+    })
+    .await?;
+    // One that has the pod's address and no end with the node is named, and the pod stays as it is.
+    let name = format!("{}/{}", pod.namespace(), pod.name());
+    let failing = async |expected: bool| {
+        eventually("the status of the pod", async || {
+            let pods = world.agent.status().await?["failing"].to_string();
+            ensure!((pods.contains(&name) && pods.contains("odd0")) == expected, "{pods}");
+            Ok(())
+        })
+        .await
+    };
+    pod.netns()
+        .ip(&["link add odd0 type bridge".to_owned(), format!("addr add {}/32 dev odd0", pod.ip())])?;
+    failing(true).await?;
+    world.stranger.serve(apps::tcp_echo(7000)).await?;
+    ensure!(pod.tcp(world.stranger.at(7000), 1000, &[]).await?.intact, "through the agent");
+    let seen = world.sends(pod, false, true).await?;
+    ensure!(seen == ports(&ANSWERS), "past the guard that it has: {seen:?}");
+    pod.netns().ip(&["link del odd0".to_owned()])?;
+    failing(false).await?;
+    world.lab.finish().await
+}

@@ -1,21 +1,23 @@
 //! The guard of a pod whose egress is restricted: at the node's end of its veth, what leaves around the agent is dropped.
 //!
 //! Promises that a pod is restricted on every way out or not at all: one that the guard cannot stand at is an error, which
-//! names it. Other pods cost nothing. Tested below and in the lab (`tests/tests/leaks.rs`).
+//! names it. A way out that comes later is guarded within two seconds, or named likewise. Other pods cost nothing. Tested below and in the lab (`tests/tests/leaks.rs`).
 
 use std::{collections::BTreeSet, fs::File, net::IpAddr, os::fd::AsFd as _};
 
-use anyhow::{Context as _, Result, anyhow, ensure};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use aya::programs::SchedClassifier;
 use netlink_packet_route::link::InfoKind;
 
 use super::{
+    Net, PodNet,
     enrol::Capture,
     links::{self, Hook},
     loader,
     netns::Netns,
     rtnetlink::{Link, RouteSocket},
 };
+use crate::state::snapshot::Workload;
 
 /// What the pins of its links begin with.
 pub(super) const PINS: &str = "guard-";
@@ -33,15 +35,40 @@ impl Capture {
         })
     }
 
+    /// The pod's interfaces have changed: where its egress is restricted, the guard is put in place on what leads out now.
+    /// The last that was asked for holds, so a pod that asks for nothing is left alone.
+    ///
+    /// # Errors
+    /// A sentence that names an interface by which the pod may lead out unguarded; it is guarded on all others. (It takes
+    /// the node's root to make one that does lead out: what is made inside leads through the others.)
+    pub fn guard_again(&self, pod: &PodNet, workload: &Workload) -> Result<()> {
+        let Net::Kernel(net) = &pod.net else { return Ok(()) };
+        let cookie = net.netns().cookie();
+        self.shared.if_enrolled(cookie, pod, || {
+            let (ends, elsewhere) = node_ends(net.netns(), &workload.ips)?;
+            let links = self.dir.pod(cookie);
+            if elsewhere.is_none() && ends.iter().all(|end| links.join(format!("{PINS}{end}")).exists()) {
+                return Ok(());
+            }
+            self.guard(cookie, net.netns(), &workload.ips, true)
+        })
+    }
+
     /// Where it stands: the indexes of the node's ends.
     fn place(&self, cookie: u64, netns: &Netns, pods: &[IpAddr]) -> Result<BTreeSet<u32>> {
-        let ends = node_ends(netns, pods).context("its egress cannot be restricted")?;
+        let (ends, elsewhere) = node_ends(netns, pods).context("its egress cannot be restricted")?;
         let mut object = loader::load_guard(&self.dir, &self.with, cookie, number(netns)?)?;
         let program: &mut SchedClassifier = loader::program(&mut object, "guard")?;
         for index in &ends {
             let pinned = self.dir.pod(cookie).join(format!("{PINS}{index}"));
             links::attach_tcx(None, program.fd()?.as_fd(), *index, Hook::Ingress, &pinned)
                 .with_context(|| format!("the node's interface {index}"))?;
+        }
+        if let Some(name) = elsewhere {
+            bail!(
+                "its egress cannot be restricted: its interface {name} is no veth that leads to the agent's network \
+                 namespace"
+            );
         }
         Ok(ends)
     }
@@ -61,29 +88,25 @@ fn number(netns: &Netns) -> Result<u64> {
     Ok(u64::from(number.cast_unsigned()))
 }
 
-/// The node's ends of all interfaces by which the pod leads out.
-fn node_ends(netns: &Netns, pods: &[IpAddr]) -> Result<BTreeSet<u32>> {
+/// The node's ends of all interfaces by which the pod leads out, and the name of one that leads elsewhere.
+fn node_ends(netns: &Netns, pods: &[IpAddr]) -> Result<(BTreeSet<u32>, Option<String>)> {
     let routes = RouteSocket::open(netns)?;
     let links = routes.links().context("interfaces of its namespace")?;
     let addresses = routes.addresses().context("addresses of its namespace")?;
     let agents = File::open("/proc/self/ns/net").context("the agent's own network namespace")?;
     let agents = routes.number_of(agents.as_fd()).context("the agent's own network namespace")?;
-    let mut ends = BTreeSet::new();
+    let (mut ends, mut elsewhere) = (BTreeSet::new(), None);
     for link in &links {
         let has_pods = addresses.iter().any(|(index, ip)| *index == link.index && pods.contains(ip));
         match way_out(link, has_pods, agents) {
             WayOut::No => {}
             WayOut::By(index) => drop(ends.insert(index)),
-            WayOut::Elsewhere => {
-                return Err(anyhow!(
-                    "its interface {} is no veth that leads to the agent's network namespace",
-                    link.name
-                ));
-            }
+            WayOut::Elsewhere => elsewhere = Some(link.name.clone()),
         }
     }
-    ensure!(!ends.is_empty(), "no interface of its leads to the agent's network namespace");
-    Ok(ends)
+    let leads_out = !ends.is_empty() || elsewhere.is_some();
+    ensure!(leads_out, "no interface of its leads to the agent's network namespace");
+    Ok((ends, elsewhere))
 }
 
 #[derive(Debug, PartialEq, Eq)]
