@@ -39,8 +39,8 @@ impl Capture {
     /// The last that was asked for holds, so a pod that asks for nothing is left alone.
     ///
     /// # Errors
-    /// A sentence that names an interface by which the pod may lead out unguarded; it is guarded on all others. (It takes
-    /// the node's root to make one that does lead out: what is made inside leads through the others.)
+    /// A sentence that names an interface by which the pod may lead out unguarded; it is guarded on all others. (What is made
+    /// inside leads out through the others: it takes the node's root, or another pod's help, to make one that does not.)
     pub fn guard_again(&self, pod: &PodNet, workload: &Workload) -> Result<()> {
         let Net::Kernel(net) = &pod.net else { return Ok(()) };
         let cookie = net.netns().cookie();

@@ -59,8 +59,8 @@ impl Capture {
     pub(super) fn forget_held(&self, cookie: u64) -> Result<()> {
         let mut held = self.held()?;
         let keys: Vec<HeldKey> = held.keys().filter_map(Result::ok).collect();
-        let of_it = keys.into_iter().filter(|key| key.server == cookie || key.client == cookie);
-        of_it.map(|key| missing_is_fine(held.remove(&key)).context("map HELD")).collect()
+        let mut of_it = keys.into_iter().filter(|key| key.server == cookie || key.client == cookie);
+        of_it.try_for_each(|key| missing_is_fine(held.remove(&key)).context("map HELD"))
     }
 }
 
