@@ -7,6 +7,7 @@
 mod clean;
 mod flows;
 mod listeners;
+mod overload;
 mod succession;
 
 use std::{
@@ -224,6 +225,7 @@ async fn serve_pods(
 ) -> Result<()> {
     let Parts { begun, authority, reporter, capture } = parts;
     let Begun { source, mut run_dir, listeners, before } = begun;
+    let (memory, overload) = overload::measure(&config.overload)?;
     let mesh = Arc::new(Mesh {
         node: config.node.as_str().into(),
         snapshot: ArcSwap::new(Arc::clone(&source.snapshots.borrow())),
@@ -233,8 +235,10 @@ async fn serve_pods(
         path_normalization: config.path_normalization,
         direct: config.direct,
         endpoints: capture.endpoints(),
+        overload: Arc::clone(&overload),
         carrier_interval: config.carrier_interval,
     });
+    overload::watch(memory, &mesh, &config.overload).context("watching memory")?;
     let (snapshots, drain) = (source.snapshots.clone(), Drain::default());
     let mut enrolment =
         Enrolment::new(Arc::clone(&mesh), Arc::clone(&capture), Arc::clone(&authority), drain.clone());
@@ -303,12 +307,14 @@ fn state(
         Arc::clone(&mesh.reporter),
     ));
     let (failing, shown, problems) = (enrolment.failing(), Arc::clone(mesh), problems.clone());
+    let overloaded = Arc::clone(mesh);
     admin::State {
         version: env!("CARGO_PKG_VERSION"),
         readiness,
         snapshot: snapshots.clone(),
         problems: Arc::new(move || problems.borrow().iter().map(ToString::to_string).collect()),
         pods: Arc::new(move || failing.view(&shown)),
+        overload: Arc::new(move || overload::view(&overloaded)),
         flows: flows_of(config.bpf_dir.clone(), Arc::clone(mesh)),
         reporter: Arc::clone(&mesh.reporter),
         certificates: certificates_of(authority),

@@ -1,12 +1,13 @@
 //! Flags of `mesh-agent`. Each has an environment variable `MESH_…`; every default is in `--help`.
 
 mod limits;
+mod overload;
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
-pub use self::limits::HttpLimits;
+pub use self::{limits::HttpLimits, overload::OverloadMarks};
 use crate::{
     admin::{Address, SOCKET_NAME},
     capture::{EbpfLog, PodTables, WhenAgentIsDown},
@@ -118,6 +119,9 @@ pub struct NodeConfig {
     /// What apps may ask for over HTTP.
     #[command(flatten)]
     pub http: HttpLimits,
+    /// When new work is refused for want of memory.
+    #[command(flatten)]
+    pub overload: OverloadMarks,
 }
 
 /// `mesh-agent clean`.

@@ -50,6 +50,8 @@ pub enum Kind {
     StreamIdle,
     /// The endpoint does not switch to the protocol that was asked for.
     NoUpgrade,
+    /// The agent has too little memory for anything new.
+    Overload,
 }
 
 /// The status an injected abort answers with.
@@ -142,6 +144,8 @@ impl Kind {
             }
             Self::TargetTooLong => (Downstream, StatusCode::URI_TOO_LONG, 8, "DPE", "target_too_long"),
             Self::StreamIdle => (Mesh, StatusCode::GATEWAY_TIMEOUT, 4, "SI", "stream_idle"),
+            // Envoy's flag for what its overload manager ends.
+            Self::Overload => (Mesh, StatusCode::SERVICE_UNAVAILABLE, 14, "OM", "overload"),
             Self::NoUpgrade => (Upstream, StatusCode::BAD_GATEWAY, 12, "UPE", "no_upgrade"),
         };
         Row { side, http, grpc, flag, word }

@@ -1,12 +1,13 @@
 //! Control groups of the lab.
 //!
 //! Promises: directories of the cgroup2 hierarchy that hold exactly the processes put there, found wherever the
-//! machine mounts it (`/sys/fs/cgroup`, or `/sys/fs/cgroup/unified` on hybrid ones). Never: changes a controller,
-//! or touches a directory it did not make. Tested in `tests/lab.rs`.
+//! machine mounts it (`/sys/fs/cgroup`, or `/sys/fs/cgroup/unified` on hybrid ones). Never: changes a controller but that
+//! of memory where a test asks for a limit ([`MemoryLimit`]), or touches a directory it did not make. Tested in
+//! `tests/lab.rs`, limits in `tests/overload.rs`.
 
 use std::{
     fs, io,
-    os::unix::fs::MetadataExt as _,
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -83,6 +84,81 @@ pub fn remove_tree(path: &Path) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// A limit of memory, in the hierarchy that has the controller on this machine: a directory of its own in that of
+/// version 1, else the given one of version 2.
+#[derive(Debug)]
+pub struct MemoryLimit {
+    path: PathBuf,
+    version_1: bool,
+}
+
+impl MemoryLimit {
+    /// Limits `cgroup` below [`root`], which holds nothing yet, to so many bytes. `None` where no hierarchy has the
+    /// controller.
+    pub fn new(unique: &str, cgroup: &Path, bytes: u64) -> Result<Option<Self>> {
+        let own = fs::read_to_string("/proc/self/cgroup").context("reading /proc/self/cgroup")?;
+        let version_1 = own.lines().find_map(|line| {
+            let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
+            controllers.split(',').any(|one| one == "memory").then_some(path)
+        });
+        let write = |path: PathBuf, text: &str| {
+            fs::write(&path, text).with_context(|| format!("writing {text} to {}", path.display()))
+        };
+        if let Some(own) = version_1 {
+            let path = Path::new("/sys/fs/cgroup/memory").join(own.trim_start_matches('/')).join(unique);
+            fs::create_dir(&path).with_context(|| format!("making {}", path.display()))?;
+            let limit = Self { path, version_1: true };
+            write(limit.path.join("memory.limit_in_bytes"), &bytes.to_string())?;
+            return Ok(Some(limit));
+        }
+        let root = root()?;
+        let has = fs::read_to_string(root.join("cgroup.controllers")).unwrap_or_default();
+        if !has.split_whitespace().any(|one| one == "memory") {
+            return Ok(None);
+        }
+        let above: Vec<&Path> =
+            cgroup.ancestors().skip(1).take_while(|path| path.starts_with(&root)).collect();
+        for path in above.into_iter().rev() {
+            write(path.join("cgroup.subtree_control"), "+memory")?;
+        }
+        write(cgroup.join("memory.max"), &bytes.to_string())?;
+        Ok(Some(Self { path: cgroup.to_owned(), version_1: false }))
+    }
+
+    /// A script at `path` that runs `binary` within the limit, in the same process.
+    pub fn script(&self, path: &Path, binary: &Path) -> Result<()> {
+        let procs = self.path.join("cgroup.procs");
+        let text = format!("#!/bin/sh\necho $$ > {} && exec {} \"$@\"\n", procs.display(), binary.display());
+        fs::write(path, text).with_context(|| format!("writing {}", path.display()))?;
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).context("making a script executable")
+    }
+
+    /// The most that was charged to it, bytes.
+    pub fn peak(&self) -> Result<u64> {
+        let file = if self.version_1 { "memory.max_usage_in_bytes" } else { "memory.peak" };
+        let text = fs::read_to_string(self.path.join(file)).with_context(|| format!("reading {file}"))?;
+        text.trim().parse().with_context(|| format!("{file}: {text}"))
+    }
+
+    /// Processes killed for want of memory.
+    pub fn killed(&self) -> Result<u64> {
+        let file = if self.version_1 { "memory.oom_control" } else { "memory.events" };
+        let text = fs::read_to_string(self.path.join(file)).with_context(|| format!("reading {file}"))?;
+        let killed = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
+        killed.and_then(|count| count.parse().ok()).with_context(|| format!("{file} has no oom_kill: {text}"))
+    }
+}
+
+impl Drop for MemoryLimit {
+    fn drop(&mut self) {
+        if self.version_1
+            && let Err(error) = fs::remove_dir(&self.path)
+        {
+            eprintln!("{} is left: {error}", self.path.display());
+        }
+    }
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use super::{FlowEvent, HealthView, Readiness, Reply, State, VersionView, dump};
 use crate::report::{FlowView, Reporter};
 
-const PATHS: &str = "/config_dump, /pods, /flows, /certs, /logging, /version, /healthz";
+const PATHS: &str = "/config_dump, /pods, /flows, /certs, /logging, /overload, /version, /healthz";
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 const JSON: &str = "application/json";
 const JSON_LINES: &str = "application/x-ndjson";
@@ -101,6 +101,7 @@ pub(super) async fn admin<B>(
         (&Method::GET, "/flows") => flows(&query, state, stop).await,
         (&Method::GET, "/pods") => json(StatusCode::OK, &(state.pods)()),
         (&Method::GET, "/certs") => json(StatusCode::OK, &(state.certificates)()),
+        (&Method::GET, "/overload") => json(StatusCode::OK, &(state.overload)()),
         (&Method::GET, "/version") => json(
             StatusCode::OK,
             &VersionView { component: "mesh-agent".to_owned(), version: state.version.to_owned() },
@@ -109,7 +110,9 @@ pub(super) async fn admin<B>(
         (&Method::GET, "/logging") => sentence(StatusCode::OK, (state.log_level.show)()),
         (&Method::POST, "/logging") => set_log_level(&query, state),
         (_, "/logging") => not_allowed("GET, POST"),
-        (_, "/config_dump" | "/pods" | "/flows" | "/certs" | "/version" | "/healthz") => not_allowed("GET"),
+        (_, "/config_dump" | "/pods" | "/flows" | "/certs" | "/overload" | "/version" | "/healthz") => {
+            not_allowed("GET")
+        }
         (_, path) => sentence(StatusCode::NOT_FOUND, format!("there is no {path}, only {PATHS}")),
     }
 }

@@ -1,5 +1,5 @@
 //! What the agent shows of itself over HTTP: to the operator (`/config_dump`, `/pods`, `/flows`, `/certs`,
-//! `/logging`, `/version`, `/healthz`), to Prometheus (`/metrics`) and to the kubelet (`/healthz/ready`).
+//! `/logging`, `/overload`, `/version`, `/healthz`), to Prometheus (`/metrics`) and to the kubelet (`/healthz/ready`).
 //!
 //! Promises that the operator's endpoints are reachable by this machine's administrator alone (a 0600 unix socket, or
 //! loopback when asked for). Never changes anything but the log level. Binding is in `listen.rs`, the directory of the
@@ -52,6 +52,8 @@ pub struct State {
     pub flows: Read<anyhow::Result<Vec<FlowView>>>,
     /// The pods of this node, enrolled and failing.
     pub pods: Read<PodsView>,
+    /// Memory in use, and who is refused new work for want of it.
+    pub overload: Read<OverloadView>,
     /// For those who follow flows.
     pub reporter: Arc<Reporter>,
     /// Certificates in use.
@@ -102,6 +104,21 @@ pub struct FailingPod {
     pub pod: String,
     /// What stands in the way.
     pub reason: String,
+}
+
+/// `/overload`: memory in use, and who is refused new work for want of it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OverloadView {
+    /// `none`, `high` (pods that hold most are refused new work) or `critical` (all are).
+    pub level: String,
+    /// Bytes in use; 0 where there is no limit.
+    pub memory_bytes: u64,
+    /// Bytes that will be used on top by what is under way.
+    pub memory_promised_bytes: u64,
+    /// Bytes that may be used, if there is a limit.
+    pub memory_limit_bytes: Option<u64>,
+    /// Pods of this node that are refused new work now, `namespace/name`, in order.
+    pub shed: Vec<String>,
 }
 
 /// `/version`.

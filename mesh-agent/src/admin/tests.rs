@@ -69,6 +69,13 @@ fn state(reporter: &Arc<Reporter>, readiness: &Readiness) -> (State, watch::Send
                 reason: "its network namespace is not there".to_owned(),
             }],
         }),
+        overload: Arc::new(|| OverloadView {
+            level: "high".to_owned(),
+            memory_bytes: 440 << 20,
+            memory_promised_bytes: 9 << 20,
+            memory_limit_bytes: Some(512 << 20),
+            shed: vec!["default/client".to_owned()],
+        }),
         // As the kernel lists them: in no order.
         flows: Arc::new(|| Ok(vec![flow(101), flow(1)])),
         reporter: reporter.clone(),

@@ -29,7 +29,7 @@ pub use self::{
     activity::{Activity, Connection, Stall, lasted},
     inform::Inform,
     received::Received,
-    replay::{Fate, Follow, LIMIT, Replay},
+    replay::{Allowance, Fate, Follow, LIMIT, Replay},
 };
 use crate::error::Error;
 

@@ -2,12 +2,15 @@
 //!
 //! Promises: frames are handed on as they come, and kept until [`LIMIT`] bytes; a later try first gets what was kept
 //! and then the rest of the stream. Once more than the limit has passed, the body can not be sent again
-//! ([`Replay::again`] says no) and nothing more is kept. The latest try alone reads on. A mirror ([`Follow`]) gets what was kept, as it comes, never
+//! ([`Replay::again`] says no) and nothing more is kept; nor is what comes while its pod is to be sparing. The latest try alone reads on. A mirror ([`Follow`]) gets what was kept, as it comes, never
 //! asks for anything itself, and breaks off where the body becomes too long. Tested in the lab (`tests/tests/http/`).
 
 use std::{
     pin::Pin,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+    },
     task::{Context, Poll, Waker},
 };
 
@@ -19,6 +22,27 @@ use crate::error::{Error, Kind};
 
 /// How much of a request body is kept for another try or a mirror, bytes (Linkerd's limit).
 pub const LIMIT: usize = 64 << 10;
+
+/// What the bodies of a pod's requests may keep.
+#[derive(Debug, Default)]
+pub struct Allowance {
+    /// Set while there is too little memory for anything to be kept.
+    sparing: AtomicBool,
+    /// Bytes of bodies under way that are declared, will be kept, and have not come yet.
+    promised: AtomicU64,
+}
+
+impl Allowance {
+    /// Whether nothing is kept of what comes from now on.
+    pub fn set_sparing(&self, sparing: bool) {
+        self.sparing.store(sparing, Relaxed);
+    }
+
+    /// Bytes that requests which were taken on will come to keep.
+    pub fn promised(&self) -> u64 {
+        self.promised.load(Relaxed)
+    }
+}
 
 /// One try's view of the body.
 #[derive(Debug)]
@@ -43,6 +67,9 @@ struct Shared {
     meter: Arc<Meter>,
     kept: Vec<Kept>,
     kept_bytes: usize,
+    allowance: Arc<Allowance>,
+    /// How much of what its pod's allowance has down as still to come is this body's.
+    promised: u64,
     overflowed: bool,
     ended: bool,
     /// Views that may still ask the peer for more.
@@ -61,13 +88,19 @@ enum Kept {
 }
 
 impl Replay {
-    /// The first try's view; counts the bytes that come from the client.
-    pub fn new(peer: Peer, meter: Arc<Meter>) -> Self {
+    /// The first try's view; counts the bytes that come from the client. `allowance`: its
+    /// pod's.
+    pub fn new(peer: Peer, meter: Arc<Meter>, allowance: Arc<Allowance>) -> Self {
+        // What is not declared may be little, and come late: a call that streams.
+        let promised = peer.size_hint().exact().map_or(0, |size| size.min(LIMIT as u64));
+        allowance.promised.fetch_add(promised, Relaxed);
         let shared = Shared {
             peer,
             meter,
             kept: Vec::new(),
             kept_bytes: 0,
+            allowance,
+            promised,
             overflowed: false,
             ended: false,
             views: 1,
@@ -143,12 +176,15 @@ impl Shared {
             Some(Err(error)) => return Poll::Ready(Some(Err(error))),
             None => {
                 self.ended = true;
+                self.promise(0);
                 self.wake();
                 return Poll::Ready(None);
             }
         };
         self.meter.count(&frame);
         self.keep(&frame);
+        let came = frame.data_ref().map_or(0, Bytes::len) as u64;
+        self.promise(if self.overflowed { 0 } else { self.promised.saturating_sub(came) });
         // Whoever sends the body may not ask again after its last frame.
         self.ended = self.peer.is_end_stream();
         self.wake();
@@ -157,7 +193,7 @@ impl Shared {
 
     fn keep(&mut self, frame: &Frame<Bytes>) {
         self.kept_bytes += frame.data_ref().map_or(0, Bytes::len);
-        if self.overflowed || self.kept_bytes > LIMIT {
+        if self.overflowed || self.kept_bytes > LIMIT || self.allowance.sparing.load(Relaxed) {
             self.overflowed = true;
             self.kept = Vec::new();
         } else if let Some(data) = frame.data_ref() {
@@ -165,6 +201,12 @@ impl Shared {
         } else if let Some(trailers) = frame.trailers_ref() {
             self.kept.push(Kept::Trailers(trailers.clone()));
         }
+    }
+
+    /// So much is still to come, and no more than was.
+    fn promise(&mut self, left: u64) {
+        self.allowance.promised.fetch_sub(self.promised - left, Relaxed);
+        self.promised = left;
     }
 
     fn kept(&self, position: usize) -> Option<Frame<Bytes>> {
@@ -176,6 +218,12 @@ impl Shared {
 
     fn wake(&mut self) {
         self.followers.drain(..).for_each(Waker::wake);
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        self.promise(0);
     }
 }
 

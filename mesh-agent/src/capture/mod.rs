@@ -19,6 +19,7 @@ mod fixed;
 mod flows;
 mod guard;
 mod guests;
+mod heap;
 pub mod inspect;
 mod instance;
 mod kernel;
@@ -55,6 +56,7 @@ pub use self::{
     direct::{DirectEndpoint, DirectRoute, DirectSet, Endpoints, OpenDirect},
     enrol::Capture,
     guests::rules_and_routes_in,
+    heap::give_back_free_memory,
     instance::Mark,
     links::clean,
     live::bring_up_to_date,

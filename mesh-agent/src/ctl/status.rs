@@ -10,7 +10,7 @@ use super::{
     client::Client,
     output::{self, Rows},
 };
-use crate::admin::{CertificateView, FailingPod, HealthView, PodsView, VersionView};
+use crate::admin::{CertificateView, FailingPod, HealthView, OverloadView, PodsView, VersionView};
 
 #[derive(Debug, Serialize)]
 struct Status {
@@ -25,6 +25,7 @@ struct Status {
     failing: Vec<FailingPod>,
     services: usize,
     certificates: usize,
+    overload: OverloadView,
 }
 
 pub(super) async fn run(client: &Client, output: Output, out: &mut dyn Write) -> Result<(), Failure> {
@@ -32,6 +33,7 @@ pub(super) async fn run(client: &Client, output: Output, out: &mut dyn Write) ->
     let health: HealthView = client.get("/healthz").await?;
     let config: Value = client.get("/config_dump").await?;
     let pods: PodsView = client.get("/pods").await?;
+    let overload: OverloadView = client.get("/overload").await?;
     let certificates: Vec<CertificateView> = client.get("/certs").await?;
     let count = |name: &str| config[name].as_array().map_or(0, Vec::len);
     let strings = |value: &Value| {
@@ -49,6 +51,7 @@ pub(super) async fn run(client: &Client, output: Output, out: &mut dyn Write) ->
         failing: pods.failing,
         services: count("services"),
         certificates: certificates.len(),
+        overload,
     };
     output::print(output, out, &status, rows)
 }
@@ -68,8 +71,13 @@ fn rows(status: &Status) -> Rows {
         ("services", status.services.to_string()),
         ("certificates", status.certificates.to_string()),
         ("problems", status.problems.len().to_string()),
+        ("memory", memory(&status.overload)),
+        ("sheds", sheds(&status.overload).to_owned()),
     ] {
         rows.push(&[what.to_owned(), is]);
+    }
+    for pod in &status.overload.shed {
+        rows.push(&["shed".to_owned(), pod.clone()]);
     }
     for FailingPod { pod, reason } in &status.failing {
         rows.push(&["not enrolled".to_owned(), format!("{pod}: {reason}")]);
@@ -78,4 +86,23 @@ fn rows(status: &Status) -> Rows {
         rows.push(&["problem".to_owned(), problem.clone()]);
     }
     rows
+}
+
+fn memory(overload: &OverloadView) -> String {
+    let mebibytes = |bytes: u64| format!("{} MiB", bytes >> 20);
+    match overload.memory_limit_bytes {
+        Some(limit) => {
+            let [used, promised] = [overload.memory_bytes, overload.memory_promised_bytes].map(mebibytes);
+            format!("{used} and {promised} to come, of {}", mebibytes(limit))
+        }
+        None => "has no limit".to_owned(),
+    }
+}
+
+fn sheds(overload: &OverloadView) -> &'static str {
+    match overload.level.as_str() {
+        "none" => "no",
+        "critical" => "all new work: memory is at its limit",
+        _ => "new work of pods that hold most: memory is near its limit",
+    }
 }

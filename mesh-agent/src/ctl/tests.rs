@@ -66,6 +66,9 @@ async fn status_config_and_certs_tell_what_the_agent_has() -> Result<()> {
         "node             a",
         "enrolled pods    1 of this node",
         "failing pods     1 of this node",
+        "memory           440 MiB and 9 MiB to come, of 512 MiB",
+        "sheds            new work of pods that hold most: memory is near its limit",
+        "shed             default/client",
         "not enrolled     default/lost: its network namespace is not there",
     ] {
         assert!(status.contains(line), "{status}");

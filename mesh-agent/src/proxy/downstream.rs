@@ -322,7 +322,8 @@ async fn answer(
         (Answered::Switch(head, ..), None) => head.map(|()| Reported::silent(Body::Empty)),
         (Answered::Response(mut response), _) => {
             gate.switched(false);
-            if server.pod().drain.is_leaving() {
+            let overload = &server.mesh().overload;
+            if server.pod().drain.is_leaving() || overload.sheds(|| server.pod().held()) {
                 // Closed without a word, it might cross the client's next request.
                 response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
             }

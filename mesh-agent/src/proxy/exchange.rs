@@ -25,7 +25,7 @@ use crate::{
     route,
     state::snapshot::{Cluster, HttpRoute, Protocol},
     tunnel,
-    upstream::{Lease, message, retry},
+    upstream::{Held, Lease, message, retry},
 };
 
 /// What `grpc-message` has encoded, beside what is not ASCII (gRPC over HTTP/2, "Responses").
@@ -76,6 +76,8 @@ pub(super) struct Exchange {
     pub chosen: Option<Chosen>,
     /// Counts as under way at the cluster until the response has ended.
     pub under_way: Option<UnderWay>,
+    /// Counts as the pod's until the response has ended.
+    pub held: Option<Held>,
     method: Method,
     path: String,
     unread: bool,
@@ -138,6 +140,7 @@ impl Exchange {
             lease: None,
             chosen: None,
             under_way: None,
+            held: None,
             method: request.method.clone(),
             path: request.uri.path_and_query().map_or_else(|| "/".to_owned(), ToString::to_string),
             unread: false,

@@ -61,6 +61,7 @@ pub(super) async fn answer(
     let reporter = &outbound.mesh.reporter;
     let mut exchange = Exchange::begin(reporter, Sides::Source, source, outbound.ends, client, &parts);
     exchange.cluster = Some(cluster);
+    exchange.held = Some(outbound.pod.hold());
     let made = match refused {
         Some(error) => {
             exchange.unread();
@@ -95,6 +96,7 @@ async fn forward(
     let wanted = Switch::asked(&parts);
     let expects = message::expects_continue(exchange.client.version, &parts.headers);
     accept(outbound, exchange, &mut parts)?;
+    outbound.mesh.overload.admit(|| outbound.pod.held())?;
 
     let workload = outbound.pod.workload();
     let (port, routes) = routes(outbound, exchange, &workload)?;
@@ -234,7 +236,7 @@ async fn send(
     } else {
         let protocol = upstream_protocol(cluster, exchange.client.version, exchange.grpc);
         let kept = terms.retries.attempts > 0 || !route.mirrors.is_empty();
-        let sendable = Sendable::new(parts, body, kept, exchange);
+        let sendable = Sendable::new(parts, body, kept, &outbound.pod, exchange);
         mirror::send(outbound, route, terms.timeout, &sendable, exchange.grpc);
         // Boxed: its room goes back once the head of the response is there, while the body may take long.
         Box::pin(tries::run(outbound, exchange, &terms.retries, cluster, protocol, sendable)).await?

@@ -111,6 +111,11 @@ impl Inbound {
         Arc::new(Self::new(mesh, pod, Ends { client, ..self.ends }, self.source.identity.clone()))
     }
 
+    /// Whether there is memory for another request or stream.
+    pub fn admit(&self) -> Result<()> {
+        self.mesh.overload.admit(|| self.pod.held())
+    }
+
     fn security(&self) -> Security {
         if self.source.identity.is_some() { Security::MutualTls } else { Security::None }
     }
@@ -158,7 +163,9 @@ async fn serve_stream(inbound: Arc<Inbound>, stream: MeshStream) {
 async fn tunnelled(inbound: Arc<Inbound>, tunnel: Tunnel) {
     let destination = tunnel.destination;
     let inbound = inbound.told(tunnel.client());
-    let opened = match inbound.may_connect(destination) {
+    let _held = inbound.pod.hold();
+    let admitted = inbound.admit();
+    let opened = match admitted.and_then(|()| inbound.may_connect(destination)) {
         Ok(Ruling::Permitted(permit)) => hand_over(&inbound, &permit, destination).await,
         Ok(Ruling::BytesDecide) => {
             if let Ok(stream) = tunnel.accept() {
@@ -225,6 +232,7 @@ pub(super) fn begin(
     let (reporter, source) = (&inbound.mesh.reporter, inbound.source.clone());
     let mut exchange = Exchange::begin(reporter, Sides::Destination, source, inbound.ends, client, parts);
     exchange.destination = vouched(&inbound.workload);
+    exchange.held = Some(inbound.pod.hold());
     exchange.security = inbound.security();
     exchange.endpoint = Some(app);
     exchange.tries = 1;
@@ -250,7 +258,8 @@ async fn answer(
     let own = &inbound.workload.identity;
     message::client_certificate(&mut parts.headers, inbound.source.identity.as_ref(), own);
     let mut request = Request::from_parts(parts, body.metered(Arc::clone(&exchange.request)));
-    let sent = match inbound.may_request(app, &mut request) {
+    let admitted = inbound.admit();
+    let sent = match admitted.and_then(|()| inbound.may_request(app, &mut request)) {
         Ok(permit) => tries(inbound, &permit, &mut exchange, request, app, protocol).await,
         Err(error) => Err(error),
     };

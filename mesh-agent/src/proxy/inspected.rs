@@ -129,6 +129,7 @@ async fn forward(
     message::client_certificate(&mut parts.headers, source, own);
     exchange.authority = parts.uri.authority().map(ToString::to_string).unwrap_or_default();
     let mut request = Request::from_parts(parts, body.metered(Arc::clone(&exchange.request)));
+    inbound.admit()?;
     let permit = inbound.may_request(app, &mut request)?;
     if expects {
         exchange.client.inform.inform(StatusCode::CONTINUE, &HeaderMap::new());

@@ -27,6 +27,7 @@ use crate::{
     capture::{Captured, Endpoints, Listener, Refused},
     config::{HttpLimits, PathNormalization},
     error::{Error, Kind},
+    overload::Overload,
     report::{FlowFacts, Peer, Reporter, RequestProtocol, Security, Side},
     state::snapshot::{Endpoint, Snapshot, Workload},
     upstream::{LocalPods, Pod, Via},
@@ -51,6 +52,8 @@ pub struct Mesh {
     pub direct: bool,
     /// What the kernel chooses from, where it chooses.
     pub endpoints: Arc<Endpoints>,
+    /// Whether new work is refused for want of memory.
+    pub overload: Arc<Overload>,
     /// How long a carrier connection stands before it is made anew.
     pub carrier_interval: Duration,
 }
@@ -64,6 +67,10 @@ impl Mesh {
 
 /// A place for one more connection of the pod; without one it is refused and counted.
 fn admit(mesh: &Mesh, pod: &Pod, side: Side, ends: Ends) -> Option<OwnedSemaphorePermit> {
+    if let Err(error) = mesh.overload.admit(|| pod.held()) {
+        mesh.reporter.refused(side, &pod.workload(), ends.client, Some(ends.original_dst), &error);
+        return None;
+    }
     let place = pod.admit();
     if place.is_none() {
         let text = format!("the pod has {} connections open already", pod.most_connections());

@@ -27,7 +27,7 @@ use crate::{
     policy,
     report::GaveUp,
     state::snapshot::{Cluster, Endpoint, Protocol, RetryPolicy},
-    upstream::{self, Destination, Via, retry},
+    upstream::{self, Destination, Pod, Via, retry},
 };
 
 /// A request that may be sent more than once.
@@ -44,12 +44,12 @@ enum Source {
 }
 
 impl Sendable {
-    /// `kept`: the body is needed again, for other tries or for mirrors.
-    pub fn new(parts: request::Parts, body: Body, kept: bool, exchange: &Exchange) -> Self {
+    /// `kept`: the body is needed again, for other tries or for mirrors; where the pod has memory for that.
+    pub fn new(parts: request::Parts, body: Body, kept: bool, pod: &Pod, exchange: &Exchange) -> Self {
         let meter = Arc::clone(&exchange.request);
         let body = match body {
             body if body.is_end_stream() => Source::Empty,
-            Body::Peer(peer) if kept => Source::Kept(Replay::new(peer, meter)),
+            Body::Peer(peer) if kept => Source::Kept(Replay::new(peer, meter, Arc::clone(pod.allowance()))),
             body => Source::Once(Some(body.metered(meter))),
         };
         Self { parts, body }

@@ -120,7 +120,8 @@ const fn never_established(kind: Kind) -> bool {
         | Kind::Denied
         | Kind::FaultAbort(_)
         | Kind::IllegalDestination
-        | Kind::Overflow => true,
+        | Kind::Overflow
+        | Kind::Overload => true,
         Kind::BadRequest
         | Kind::UpstreamReset
         | Kind::Timeout

@@ -88,6 +88,10 @@ pub(super) struct Metrics {
     pub config_revision: Gauge<u64, AtomicU64>,
     pub enrolled_pods: Gauge,
     pub enrolment_failures: Gauge,
+    pub memory: Gauge<u64, AtomicU64>,
+    pub memory_promised: Gauge<u64, AtomicU64>,
+    pub memory_limit: Gauge<u64, AtomicU64>,
+    pub overload_level: Gauge<u64, AtomicU64>,
     pub flows_closed: Counter,
     pub log_dropped: Counter,
     pub kernel_refusals: Family<[(&'static str, &'static str); 1], Counter>,
@@ -139,6 +143,10 @@ impl Metrics {
             config_revision: Gauge::default(),
             enrolled_pods: Gauge::default(),
             enrolment_failures: Gauge::default(),
+            memory: Gauge::default(),
+            memory_promised: Gauge::default(),
+            memory_limit: Gauge::default(),
+            overload_level: Gauge::default(),
             flows_closed: Counter::default(),
             log_dropped: Counter::default(),
             kernel_refusals: Family::default(),
@@ -233,6 +241,15 @@ impl Metrics {
             "mesh_enrolment_failures",
             "Pods of this node that cannot be enrolled now",
             self.enrolment_failures.clone(),
+        );
+        r.register("mesh_memory_bytes", "Memory in use, where there is a limit", self.memory.clone());
+        let promised = self.memory_promised.clone();
+        r.register("mesh_memory_promised_bytes", "Memory that what is under way will come to use", promised);
+        r.register("mesh_memory_limit_bytes", "Memory that may be used, 0: any", self.memory_limit.clone());
+        r.register(
+            "mesh_overload_level",
+            "Whether new work is refused for want of memory: 0 no, 1 of pods that hold most, 2 all",
+            self.overload_level.clone(),
         );
         r.register("mesh_flows_closed", "Flows that ended", self.flows_closed.clone());
         r.register(

@@ -13,6 +13,7 @@ mod metrics;
 mod policy;
 #[cfg(test)]
 mod samples;
+mod seldom;
 
 use std::{
     io,
@@ -33,7 +34,9 @@ pub use self::{
     flows::{Clock, Context, Direction, FindFacts, FlowView, Protection, Verdict, join, socket_addr},
     policy::PolicyNote,
 };
-use self::{access_log::Log, facts::FactsTable, inherited::Inherited, labels::Flags, metrics::Metrics};
+use self::{
+    access_log::Log, facts::FactsTable, inherited::Inherited, labels::Flags, metrics::Metrics, seldom::Seldom,
+};
 use crate::{
     error::{Error, Kind},
     identity::SpiffeId,
@@ -213,6 +216,8 @@ pub struct Reporter {
     facts: FactsTable,
     inherited: Inherited,
     closed: broadcast::Sender<Arc<FlowView>>,
+    /// Lines of connections and of requests that were refused for want of memory: there may be very many.
+    shed: [Seldom; 2],
 }
 
 impl Default for Reporter {
@@ -232,7 +237,8 @@ impl Reporter {
         let metrics = Metrics::new();
         let log = log(metrics.log_dropped.clone());
         let (facts, inherited) = (FactsTable::default(), Inherited::default());
-        Self { metrics, log, facts, inherited, closed: broadcast::Sender::new(FOLLOW_QUEUE) }
+        let (closed, shed) = (broadcast::Sender::new(FOLLOW_QUEUE), Default::default());
+        Self { metrics, log, facts, inherited, closed, shed }
     }
 
     /// With an access log on standard output. An `Err` when its thread cannot be started.
@@ -252,9 +258,12 @@ impl Reporter {
         failed.map(|()| reporter)
     }
 
-    /// A request was answered: metrics and one access-log line.
+    /// A request was answered: metrics and one access-log line, of those refused for want of memory ten a second.
     pub fn request(&self, outcome: &RequestOutcome<'_>) {
         self.metrics.request(outcome);
+        if outcome.error.is_some_and(|error| error.kind == Kind::Overload) && !self.shed[1].may() {
+            return;
+        }
         self.log.line(|line| {
             line.text("event", Some("request"));
             line.text("reporter", Some(outcome.side.word()));
@@ -303,7 +312,7 @@ impl Reporter {
     }
 
     /// A connection was refused before it became a request or an opaque connection (`mesh_refused_total` by kind
-    /// and side, one log line with the peer and what it `dialled`).
+    /// and side, one log line with the peer and what it `dialled`; ten a second of those for want of memory).
     pub fn refused(
         &self,
         side: Side,
@@ -313,6 +322,9 @@ impl Reporter {
         error: &Error,
     ) {
         self.metrics.refused(side, pod, error.kind.row().word);
+        if error.kind == Kind::Overload && !self.shed[0].may() {
+            return;
+        }
         self.log.line(|line| {
             line.text("event", Some("refused"));
             line.text("reporter", Some(side.word()));
@@ -361,6 +373,15 @@ impl Reporter {
     pub fn set_pods(&self, enrolled: usize, failing: usize) {
         self.metrics.enrolled_pods.set(enrolled.cast_signed() as i64);
         self.metrics.enrolment_failures.set(failing.cast_signed() as i64);
+    }
+
+    /// Memory in use, what will come on top, its limit, and the level of shedding: `mesh_memory_bytes`,
+    /// `mesh_memory_promised_bytes`, `mesh_memory_limit_bytes`, `mesh_overload_level`.
+    pub fn set_memory(&self, used: u64, promised: u64, limit: u64, level: u8) {
+        self.metrics.memory.set(used);
+        self.metrics.memory_promised.set(promised);
+        self.metrics.memory_limit.set(limit);
+        self.metrics.overload_level.set(level.into());
     }
 
     /// Connections that the kernel has refused for want of room since the last call: `mesh_kernel_refusals_total`.

@@ -48,7 +48,7 @@ pub fn strip_mesh_headers(headers: &mut HeaderMap) {
 }
 
 /// Failures to get a response of the app that the source is told of: what its retries ask for.
-const TOLD: [Kind; 3] = [Kind::ConnectFailure, Kind::UpstreamReset, Kind::RefusedStream];
+const TOLD: [Kind; 4] = [Kind::ConnectFailure, Kind::UpstreamReset, Kind::RefusedStream, Kind::Overload];
 
 /// Says in a response that it stands for this failure, where that is of interest to the source.
 pub fn tell_failure(headers: &mut HeaderMap, kind: Kind) {

@@ -22,7 +22,7 @@ use tokio::net::TcpStream;
 
 pub use self::{
     dial::Dial,
-    pod::{LocalPods, Pod, PodLimits, PodName},
+    pod::{Held, LocalPods, Pod, PodLimits, PodName},
     pool::{Key, Lease, Pool},
     stream::UpstreamStream,
     switch::{Io, Switch, Switched},

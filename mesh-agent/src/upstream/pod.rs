@@ -4,7 +4,10 @@ use std::{
     collections::HashMap,
     fmt,
     net::{IpAddr, SocketAddr},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -14,7 +17,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::{Destination, Lease, Pool, carrier::Carriers, in_form};
 use crate::{
-    body::{Body, Inform},
+    body::{Allowance, Body, Inform},
     capture::PodNet,
     drain::Drain,
     error::Result,
@@ -41,7 +44,26 @@ pub struct Pod {
     pub drain: Drain,
     /// Places for connections with the agent.
     places: Arc<Semaphore>,
+    /// Requests and tunnelled streams under way.
+    requests: Arc<AtomicU64>,
+    /// What the bodies of its requests may keep.
+    allowance: Arc<Allowance>,
     pub(super) limits: PodLimits,
+}
+
+/// What is open costs the agent so much memory each, about, in a unit of its own: an idle connection, and a request with
+/// its buffers, on top of the connection that it came on.
+const CONNECTION: u64 = 1;
+const REQUEST: u64 = 2;
+
+/// A request or stream under way, counted as its pod's until this is dropped.
+#[derive(Debug)]
+pub struct Held(Arc<AtomicU64>);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// What a pod may take of the agent, and how often the way to its neighbours is looked at.
@@ -66,6 +88,8 @@ impl Pod {
             carriers: Carriers::default(),
             drain,
             places: Arc::new(Semaphore::new(limits.connections)),
+            requests: Arc::default(),
+            allowance: Arc::default(),
             limits,
         }
     }
@@ -78,6 +102,29 @@ impl Pod {
     /// A place for one more connection, held until it has ended; `None` when all are taken.
     pub fn admit(&self) -> Option<OwnedSemaphorePermit> {
         Arc::clone(&self.places).try_acquire_owned().ok()
+    }
+
+    /// One more request or stream is under way.
+    pub fn hold(&self) -> Held {
+        self.requests.fetch_add(1, Ordering::Relaxed);
+        Held(Arc::clone(&self.requests))
+    }
+
+    /// How much of the agent's memory its connections and requests take, in a unit in which pods can be compared.
+    pub fn held(&self) -> u64 {
+        let connections = self.limits.connections.saturating_sub(self.places.available_permits()) as u64;
+        connections * CONNECTION + self.requests.load(Ordering::Relaxed) * REQUEST
+    }
+
+    /// What the bodies of its requests may keep for other tries.
+    pub fn allowance(&self) -> &Arc<Allowance> {
+        &self.allowance
+    }
+
+    /// Closes connections to apps and to what is not in the mesh that nobody uses now.
+    pub fn close_idle(&self) {
+        self.apps.close_idle();
+        self.plain.close_idle();
     }
 
     /// Its network namespace.

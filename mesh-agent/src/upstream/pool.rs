@@ -76,8 +76,8 @@ struct Idle {
 }
 
 impl Idle {
-    fn is_stale(&self) -> bool {
-        self.since.elapsed() >= IDLE || self.sender.is_closed()
+    fn is_stale(&self, idle: Duration) -> bool {
+        self.since.elapsed() >= idle || self.sender.is_closed()
     }
 }
 
@@ -182,7 +182,7 @@ impl Pool {
         let kept = idle.get_mut(key)?;
         // Last in, first out: the warmest connection, and the others may grow old and go.
         while let Some(warmest) = kept.pop() {
-            if warmest.sender.is_ready() && !warmest.is_stale() {
+            if warmest.sender.is_ready() && !warmest.is_stale(IDLE) {
                 return Some(warmest.sender);
             }
         }
@@ -205,16 +205,21 @@ impl Pool {
         }
     }
 
-    /// Closes what is stale; whether nothing is left.
-    fn sweep(&self) -> bool {
+    /// Closes what nobody uses now, however short a time that is.
+    pub fn close_idle(&self) {
+        self.sweep(Duration::ZERO);
+    }
+
+    /// Closes what has been idle for so long; whether nothing is left.
+    fn sweep(&self, limit: Duration) -> bool {
         let mut idle = lock(&self.idle);
         for kept in idle.values_mut() {
-            kept.retain(|idle| !idle.is_stale());
+            kept.retain(|idle| !idle.is_stale(limit));
         }
         idle.retain(|_, kept| !kept.is_empty());
         let mut shared = lock(&self.shared);
         // Nobody waits for it, and nothing of it is open.
-        shared.retain(|_, slot| slot.sweep(IDLE) || Arc::strong_count(slot) > 1);
+        shared.retain(|_, slot| slot.sweep(limit) || Arc::strong_count(slot) > 1);
         let empty = idle.is_empty() && shared.is_empty();
         if empty {
             self.swept.store(false, Ordering::Relaxed);
@@ -227,7 +232,7 @@ async fn sweep(pool: Weak<Pool>) {
     loop {
         tokio::time::sleep(IDLE / 2).await;
         let Some(pool) = pool.upgrade() else { return };
-        if pool.sweep() {
+        if pool.sweep(IDLE) {
             return;
         }
     }

@@ -20,7 +20,8 @@ pub fn covers_error(on: &RetryOn, error: &Error) -> bool {
     let any = on.server_error || on.gateway_error || on.reset;
     match error.kind {
         Kind::ConnectFailure | Kind::TlsFailure => any || on.connect_failure || on.reset_before_request,
-        Kind::RefusedStream => any || on.refused_stream || on.reset_before_request,
+        // The agent of the endpoint's node has not looked at it; another node may have room.
+        Kind::RefusedStream | Kind::Overload => any || on.refused_stream || on.reset_before_request,
         Kind::UpstreamReset => any,
         // A try that ran into perTryTimeout is a 504 made by the mesh.
         Kind::Timeout => any || on.status_codes.contains(&504),
@@ -90,18 +91,18 @@ mod tests {
 
     #[test]
     fn each_condition_covers_its_failures_and_no_others() {
-        use Kind::{ConnectFailure, Denied, RefusedStream, Timeout, TlsFailure, UpstreamReset};
+        use Kind::{ConnectFailure, Denied, Overload, RefusedStream, Timeout, TlsFailure, UpstreamReset};
         let none = RetryOn::default;
-        let all = [ConnectFailure, TlsFailure, RefusedStream, UpstreamReset, Timeout, Denied];
-        let any: &[Kind] = &[ConnectFailure, TlsFailure, RefusedStream, UpstreamReset, Timeout];
-        let unsent: &[Kind] = &[ConnectFailure, TlsFailure, RefusedStream];
+        let all = [ConnectFailure, TlsFailure, RefusedStream, Overload, UpstreamReset, Timeout, Denied];
+        let any: &[Kind] = &[ConnectFailure, TlsFailure, RefusedStream, Overload, UpstreamReset, Timeout];
+        let unsent: &[Kind] = &[ConnectFailure, TlsFailure, RefusedStream, Overload];
         let table = [
             ("5xx", RetryOn { server_error: true, ..none() }, any),
             ("gateway-error", RetryOn { gateway_error: true, ..none() }, any),
             ("reset", RetryOn { reset: true, ..none() }, any),
             ("reset-before-request", RetryOn { reset_before_request: true, ..none() }, unsent),
             ("connect-failure", RetryOn { connect_failure: true, ..none() }, &[ConnectFailure, TlsFailure]),
-            ("refused-stream", RetryOn { refused_stream: true, ..none() }, &[RefusedStream]),
+            ("refused-stream", RetryOn { refused_stream: true, ..none() }, &[RefusedStream, Overload]),
             ("504", RetryOn { status_codes: vec![504], ..none() }, &[Timeout]),
             ("retriable-4xx", RetryOn { retriable_4xx: true, ..none() }, &[]),
         ];

@@ -28,6 +28,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("copy", &[]),
     ("http1", &[]),
     ("http2", &[]),
+    ("overload", &[]),
     // around the path
     ("admin", &["balance", "capture", "identity", "source", "upstream"]),
     ("handover", &["admin", "capture"]),

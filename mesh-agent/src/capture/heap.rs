@@ -1,0 +1,12 @@
+//! What the allocator keeps though nobody uses it: glibc's gives freed memory back only at the end of its heaps.
+
+/// Gives freed memory back to the system, whichever thread freed it (`malloc_trim(3)`). Takes milliseconds for each
+/// hundred MiB, and whoever allocates meanwhile may wait for them. Where the C library has nothing of the kind, nothing happens.
+pub fn give_back_free_memory() {
+    #[cfg(target_env = "gnu")]
+    #[expect(unsafe_code, reason = "no library in use offers it")]
+    // SAFETY: it takes a number, touches only memory that nobody has allocated, and locks what it looks at.
+    unsafe {
+        nix::libc::malloc_trim(0);
+    }
+}
