@@ -181,6 +181,7 @@ fn load_capture(config: &NodeConfig, before: Option<&mut Before>) -> Result<Capt
     let capture = CaptureConfig {
         cgroup_root: config.cgroup_root.clone(),
         pods_cgroup: config.pods_cgroup.clone(),
+        kubelet_cgroup: config.kubelet_cgroup.clone(),
         node: config.node.clone(),
         bpf_dir: config.bpf_dir.clone(),
         ebpf_log: config.ebpf_log,

@@ -86,6 +86,10 @@ pub struct NodeConfig {
     /// at the cgroup root run [default: `kubepods.slice` or `kubepods` where there is one, else the cgroup root]
     #[arg(long, env = "MESH_PODS_CGROUP", value_name = "DIR")]
     pub pods_cgroup: Option<PathBuf>,
+    /// The kubelet's cgroup, from the cgroup root on: from there alone, probes that a pod declares reach it whatever policies
+    /// say [default: `system.slice/kubelet.service` and other places where a service manager puts it]
+    #[arg(long, env = "MESH_KUBELET_CGROUP", value_name = "PATH")]
+    pub kubelet_cgroup: Option<PathBuf>,
     /// Directory in a mounted bpffs for this agent's pins
     #[arg(long, env = "MESH_BPF_DIR", value_name = "DIR", default_value = BPF_DIR)]
     pub bpf_dir: PathBuf,

@@ -168,6 +168,11 @@ impl<S> Prefixed<S> {
         Self { prefix: BytesMut::new(), inner }
     }
 
+    /// Whether no byte has come so far, of those that were asked for.
+    pub fn is_unread(&self) -> bool {
+        self.prefix.is_empty()
+    }
+
     /// The stream below.
     pub fn inner(&self) -> &S {
         &self.inner

@@ -209,6 +209,7 @@ impl Enrolment {
             let snapshot = Arc::clone(&snapshots.borrow_and_update());
             self.mesh.snapshot.store(Arc::clone(&snapshot));
             self.reconcile(&snapshot).await;
+            self.capture.follow_kubelet();
             // A pod that could not be enrolled again stays refused as it was.
             if self.failing.reasons().is_empty() && !self.drain.is_leaving() {
                 self.capture.forget_crashed();

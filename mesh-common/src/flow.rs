@@ -73,6 +73,8 @@ pub mod verdict {
     pub const LEAKED: u8 = 5;
     /// From app to app without the agent, as the agent allows it.
     pub const DIRECT: u8 = 6;
+    /// From the kubelet to the app without the agent: a probe that sends nothing.
+    pub const PROBE: u8 = 7;
 }
 
 #[cfg(feature = "user")]

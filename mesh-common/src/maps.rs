@@ -2,12 +2,16 @@
 //! these names under `BPF_DIR/maps/`.
 //!
 //! Maps "of a pod" exist once for each enrolled pod, so that no pod can fill another's: the shared maps
-//! [`ORIGINAL_DST`], [`CLIENTS`], [`FLOWS`], [`PACKET_FLOWS`], [`STEERING`] and [`ADMITTED`] hold them by the network namespace's cookie.
+//! [`ORIGINAL_DST`], [`CLIENTS`], [`FLOWS`], [`PACKET_FLOWS`], [`STEERING`], [`ADMITTED`] and [`PROBES`] hold them by the network namespace's cookie.
 //! Layouts only ever grow at their end: an older agent may have pinned them.
 
 mod direct;
+mod probes;
 
-pub use self::direct::{Admitted, DirectKey, DirectService, Endpoint, HeldKey, Slot, SlotKey, balancing};
+pub use self::{
+    direct::{Admitted, DirectKey, DirectService, Endpoint, HeldKey, Slot, SlotKey, balancing},
+    probes::{Probe, ProbePort, probe},
+};
 use crate::addr::Addr;
 
 /// Enrolled pods: network namespace cookie → [`PodAddrs`].
@@ -43,6 +47,12 @@ pub const ENDPOINTS: &str = "ENDPOINTS";
 pub const HELD: &str = "HELD";
 /// Network namespace cookie → the pod's [`POD_ADMITTED`].
 pub const ADMITTED: &str = "ADMITTED";
+/// Ports that this node's pods declare for probes: [`Addr`] → [`ProbePort`].
+pub const PROBE_PORTS: &str = "PROBE_PORTS";
+/// Network namespace cookie → the pod's [`POD_PROBES`].
+pub const PROBES: &str = "PROBES";
+/// Of a pod: the kubelet's connections to its declared ports, [`Tuple`] → [`Probe`].
+pub const POD_PROBES: &str = "POD_PROBES";
 /// Of a pod: direct connections to it, [`Tuple`] → [`Admitted`].
 pub const POD_ADMITTED: &str = "POD_ADMITTED";
 /// Of a pod: the app's captured connections, [`Tuple`] → [`Entry`] with the address dialled.
@@ -66,7 +76,7 @@ pub const NETNS_COOKIE: &str = "NETNS_COOKIE";
 pub const NETNS_NUMBER: &str = "NETNS_NUMBER";
 
 /// Maps that all programs of one agent share, pinned under these names.
-pub const SHARED: [&str; 16] = [
+pub const SHARED: [&str; 18] = [
     PODS,
     SOCKETS,
     ORIGINAL_DST,
@@ -83,9 +93,11 @@ pub const SHARED: [&str; 16] = [
     ENDPOINTS,
     ADMITTED,
     HELD,
+    PROBE_PORTS,
+    PROBES,
 ];
 /// Maps that exist once for each pod.
-pub const OF_A_POD: [&str; 8] = [
+pub const OF_A_POD: [&str; 9] = [
     POD_ORIGINAL_DST,
     POD_CLIENTS,
     POD_FLOWS,
@@ -94,6 +106,7 @@ pub const OF_A_POD: [&str; 8] = [
     INNER_LINKS,
     POD_GUESTS,
     POD_ADMITTED,
+    POD_PROBES,
 ];
 
 /// How every map and program of ours is called in the object, before the agent that loads it puts the mark of its
@@ -101,7 +114,7 @@ pub const OF_A_POD: [&str; 8] = [
 pub const UNMARKED: &str = "m000000_";
 
 /// What follows the mark in the kernel's name of each map.
-pub const KERNEL_NAMES: [(&str, &str); 24] = [
+pub const KERNEL_NAMES: [(&str, &str); 27] = [
     (PODS, "pods"),
     (SOCKETS, "sockets"),
     (ORIGINAL_DST, "origdst"),
@@ -119,6 +132,9 @@ pub const KERNEL_NAMES: [(&str, &str); 24] = [
     (ADMITTED, "admit"),
     (HELD, "held"),
     (POD_ADMITTED, "pod_adm"),
+    (PROBE_PORTS, "prbport"),
+    (PROBES, "probes"),
+    (POD_PROBES, "pod_prb"),
     (POD_ORIGINAL_DST, "pod_dst"),
     (POD_CLIENTS, "pod_cli"),
     (POD_FLOWS, "pod_flw"),
@@ -158,6 +174,12 @@ pub const ENDPOINTS_CAPACITY: usize = 32_768;
 pub const ADMITTED_CAPACITY: usize = 65_536;
 /// Pairs of pods with direct connections. What does not fit is not counted.
 pub const HELD_CAPACITY: usize = 65_536;
+/// Ports that a pod may declare for probes; those beyond have no privilege.
+pub const PROBE_PORTS_OF_A_POD: usize = 64;
+/// Ports that the pods of a node may declare for probes, each once for every address of its pod.
+pub const PROBE_PORTS_CAPACITY: usize = 32_768;
+/// Connections of the kubelet to the declared ports of a pod at once.
+pub const PROBES_CAPACITY: usize = 1024;
 /// Bytes of the ring buffer of ended flows: about 7700 flows, so 77,000 a second at ten reads a second.
 pub const CLOSED_BYTES: usize = 1 << 20;
 
@@ -215,8 +237,12 @@ pub mod counter {
     pub const LEAKED: u32 = 5;
     /// Direct connections that found the [`super::POD_ADMITTED`] of their server's pod full.
     pub const ADMITTED_FULL: u32 = 6;
+    /// Connections of the kubelet's that found the [`super::POD_PROBES`] of their pod full.
+    pub const PROBES_FULL: u32 = 7;
+    /// Packets dropped because they carry bytes to a port where only bare connections are declared as probes.
+    pub const PROBE_BYTES: u32 = 8;
     /// How many there are.
-    pub const COUNT: usize = 7;
+    pub const COUNT: usize = 9;
 }
 
 /// Addresses of an enrolled pod.
@@ -385,7 +411,8 @@ const _: () = assert!(size_of::<PacketKey>() == 44);
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct SocketFacts {
-    /// When the flow began (`CLOCK_MONOTONIC`, ns).
+    /// When the flow began (`CLOCK_MONOTONIC`, ns). Of a kubelet's socket whose connection is listed: the network namespace
+    /// cookie of the pod that it is listed for.
     pub start_ns: u64,
     /// When the flow's record was last written.
     pub written_ns: u64,
@@ -428,17 +455,25 @@ pub mod kind {
     pub const APP: u8 = 7;
     /// An app's socket whose connection the pod has excluded from capture.
     pub const EXCLUDED: u8 = 8;
+    /// A socket of the kubelet's.
+    pub const KUBELET: u8 = 9;
+    /// The same, connected to a port where only bare connections are declared as probes.
+    pub const BARE_PROBE: u8 = 10;
+    /// A connection of the kubelet's to a port with declared requests, at the agent.
+    pub const PROBE: u8 = 11;
 }
 
 #[cfg(feature = "user")]
 mod user {
     #![expect(unsafe_code, reason = "aya copies keys and values as bytes only for types marked so")]
 
-    use super::{CidrOf, Entry, PacketKey, PodAddrs, PodPolicy, SocketFacts, Tuple};
+    use super::{Addr, CidrOf, Entry, PacketKey, PodAddrs, PodPolicy, SocketFacts, Tuple};
 
-    // SAFETY (all seven): `repr(C)`, all fields are integers or arrays of them, and there is no padding: each size is
+    // SAFETY (all eight): `repr(C)`, all fields are integers or arrays of them, and there is no padding: each size is
     // asserted beside its type to be the sum of its fields.
     unsafe impl aya::Pod for PodAddrs {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Addr {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Tuple {}
     // SAFETY: as above.

@@ -10,12 +10,12 @@ use core::ptr::read_volatile;
 use mesh_common::{
     addr::Addr,
     decide::{self, IPPROTO_TCP, Inbound},
-    maps::{Admitted, Entry, Tuple, port},
+    maps::{Admitted, Entry, Tuple, port, probe},
 };
 
 use crate::maps::{
-    INNER_LINKS, LISTENERS, NETNS_COOKIE, POD_ADMITTED, POD_CLIENTS, POD_GUESTS, POD_ORIGINAL_DST, POLICIES,
-    excludes_inbound, join,
+    INNER_LINKS, LISTENERS, NETNS_COOKIE, POD_ADMITTED, POD_CLIENTS, POD_GUESTS, POD_ORIGINAL_DST,
+    POD_PROBES, POLICIES, excludes_inbound, join,
 };
 
 const SK_DROP: u32 = 0;
@@ -76,7 +76,8 @@ pub fn m000000_inbound(ctx: SkLookupContext) -> u32 {
         // SAFETY: only whether there is an entry counts.
         decide::from_inner(unsafe { POD_GUESTS.get(&tuple) }.is_some())
     } else {
-        let passes = dst.port != port::MESH && (admitted(&tuple) || excluded(dst.port, &src));
+        let passes =
+            dst.port != port::MESH && (admitted(&tuple) || is_bare_probe(&tuple) || excluded(dst.port, &src));
         decide::inbound(&dst, captured, passes)
     };
     let Inbound::Listener(index) = choice else { return verdict(choice) };
@@ -108,6 +109,13 @@ fn is_inner(interface: u32) -> bool {
 fn admitted(tuple: &Tuple) -> bool {
     // SAFETY: an entry is freed after the programs that hold it have ended.
     unsafe { POD_ADMITTED.get(tuple) }.is_some_and(Admitted::is_awaited)
+}
+
+/// Whether it is a probe of the kubelet's that sends nothing, which has no socket yet.
+#[inline(always)]
+fn is_bare_probe(tuple: &Tuple) -> bool {
+    // SAFETY: an entry is freed after the programs that hold it have ended.
+    unsafe { POD_PROBES.get(tuple) }.is_some_and(|one| one.kind == probe::BARE && one.accepted == 0)
 }
 
 /// Whether the pod excludes its port or the address that dials it.

@@ -3,7 +3,7 @@
 //! `connect.rs` sends the connections of enrolled pods to the agent, or to where `direct.rs` chooses, `sockops.rs` tells
 //! both ends what belongs together and counts flows, `peername.rs` tells apps the truth about their peers, `inbound.rs` steers what arrives
 //! at a pod, `tc.rs` counts packets no socket hook sees, `guests.rs` hands over the connections of nested containers and
-//! virtual machines, `guard.rs` drops what leaves around the agent. Never sends a packet of its own and never changes one.
+//! virtual machines, `guard.rs` drops what leaves around the agent, `probes.rs` knows the kubelet's connections. Never sends a packet of its own and never changes one.
 //! Built by `cargo xtask build-ebpf`; on any other target it is an empty program. Tested in the lab
 //! (`tests/tests/capture/`).
 #![cfg_attr(target_arch = "bpf", no_std, no_main, feature(asm_experimental_arch))]
@@ -39,6 +39,8 @@ mod inbound;
 mod maps;
 #[cfg(target_arch = "bpf")]
 mod peername;
+#[cfg(target_arch = "bpf")]
+mod probes;
 #[cfg(target_arch = "bpf")]
 mod sockops;
 #[cfg(target_arch = "bpf")]

@@ -16,8 +16,9 @@ use mesh_common::{
         ADMITTED_CAPACITY, Admitted, CLIENTS_CAPACITY, CLOSED_BYTES, CidrKey, CidrOf, DIRECT_CAPACITY,
         DIRECT_SLOTS_CAPACITY, DirectKey, DirectService, ENDPOINTS_CAPACITY, EXCLUDED_CIDRS_CAPACITY,
         Endpoint, Entry, FLOWS_CAPACITY, GUESTS_CAPACITY, HELD_CAPACITY, HeldKey, INNER_LINKS_CAPACITY,
-        NO_PREALLOC, ORIGINAL_DST_CAPACITY, PACKET_FLOWS_CAPACITY, PODS_CAPACITY, PacketKey, PodAddrs,
-        PodPolicy, STORAGE_FLAGS, Slot, SlotKey, SocketFacts, Tuple, counter, listener, policy,
+        NO_PREALLOC, ORIGINAL_DST_CAPACITY, PACKET_FLOWS_CAPACITY, PODS_CAPACITY, PROBE_PORTS_CAPACITY,
+        PROBES_CAPACITY, PacketKey, PodAddrs, PodPolicy, Probe, ProbePort, STORAGE_FLAGS, Slot, SlotKey,
+        SocketFacts, Tuple, counter, listener, policy,
     },
 };
 
@@ -26,6 +27,7 @@ type Clients = HashMap<Tuple, Entry, CLIENTS_CAPACITY, NO_PREALLOC>;
 type Flows = HashMap<u64, FlowRecord, FLOWS_CAPACITY, NO_PREALLOC>;
 pub type Listeners = SockMap<{ listener::COUNT }>;
 type Admissions = HashMap<Tuple, Admitted, ADMITTED_CAPACITY, NO_PREALLOC>;
+type Probes = HashMap<Tuple, Probe, PROBES_CAPACITY, NO_PREALLOC>;
 type PacketFlows = HashMap<PacketKey, FlowRecord, PACKET_FLOWS_CAPACITY, NO_PREALLOC>;
 
 #[btf_map(name = "m000000_pods")]
@@ -61,6 +63,10 @@ pub static ENDPOINTS: HashMap<u32, Endpoint, ENDPOINTS_CAPACITY, NO_PREALLOC> = 
 pub static ADMITTED: HashOfMaps<u64, Admissions, PODS_CAPACITY> = HashOfMaps::new();
 #[btf_map(name = "m000000_held")]
 pub static HELD: HashMap<HeldKey, u64, HELD_CAPACITY, NO_PREALLOC> = HashMap::new();
+#[btf_map(name = "m000000_prbport")]
+pub static PROBE_PORTS: HashMap<Addr, ProbePort, PROBE_PORTS_CAPACITY, NO_PREALLOC> = HashMap::new();
+#[btf_map(name = "m000000_probes")]
+pub static PROBES: HashOfMaps<u64, Probes, PODS_CAPACITY> = HashOfMaps::new();
 
 // One of each per pod: the object is loaded once more for it.
 #[btf_map(name = "m000000_pod_dst")]
@@ -73,6 +79,8 @@ pub static POD_FLOWS: Flows = HashMap::new();
 pub static POD_PACKET_FLOWS: PacketFlows = HashMap::new();
 #[btf_map(name = "m000000_pod_adm")]
 pub static POD_ADMITTED: Admissions = HashMap::new();
+#[btf_map(name = "m000000_pod_prb")]
+pub static POD_PROBES: Probes = HashMap::new();
 #[btf_map(name = "m000000_listen")]
 pub static LISTENERS: Listeners = SockMap::new();
 
@@ -81,7 +89,7 @@ pub static INNER_LINKS: HashMap<u32, u32, INNER_LINKS_CAPACITY, NO_PREALLOC> = H
 #[btf_map(name = "m000000_guests")]
 pub static POD_GUESTS: LruHashMap<Tuple, u64, GUESTS_CAPACITY> = LruHashMap::new();
 
-/// Network namespace cookie of the pod a program instance is for.
+/// Network namespace cookie of the pod a program instance is for; of the node itself, for the node's programs.
 #[unsafe(no_mangle)]
 pub static NETNS_COOKIE: Global<u64> = Global::new(0);
 

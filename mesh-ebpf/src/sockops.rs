@@ -31,6 +31,7 @@ use crate::{
     direct,
     ends::ends,
     maps::{CLIENTS, CLOSED, FLOWS, ORIGINAL_DST, PODS, POLICIES, SOCKETS, count, excludes_inbound},
+    probes,
 };
 
 /// The agent reads the ring buffer on its own clock; waking it for each record would cost six times the call.
@@ -52,14 +53,17 @@ pub fn m000000_sockops(ctx: SockOpsContext) -> u32 {
         BPF_SOCK_OPS_TCP_CONNECT_CB => {
             direct::connecting(SockOpsContext::new(ops), sk);
             connecting(SockOpsContext::new(ops), sk);
+            probes::connecting(SockOpsContext::new(ops), sk);
         }
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => {
             taken(SockOpsContext::new(ops), sk);
             accepted(SockOpsContext::new(ops), sk);
+            probes::accepted(SockOpsContext::new(ops), sk);
         }
         BPF_SOCK_OPS_STATE_CB => {
             state(SockOpsContext::new(ops), sk);
             direct::closing(SockOpsContext::new(ops), sk);
+            probes::closing(SockOpsContext::new(ops), sk);
         }
         BPF_SOCK_OPS_RTT_CB => acknowledged(SockOpsContext::new(ops), sk),
         BPF_SOCK_OPS_PARSE_HDR_OPT_CB => segment_after_fin(SockOpsContext::new(ops), sk),

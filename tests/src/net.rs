@@ -24,7 +24,7 @@ use nix::{
 pub const NETNS_DIR: &str = "/run/netns";
 
 /// A named network namespace. It stays until [`Netns::remove`].
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Netns {
     name: String,
     inode: u64,

@@ -225,6 +225,22 @@ impl Pod {
         Ok(Self { node: node.clone(), inner: guest })
     }
 
+    /// What runs on the node itself, in its network namespace and this cgroup of it (`system.slice/kubelet.service`): clients
+    /// run there as they do in a pod. No manifest tells of it.
+    pub fn on_host(node: &Node, cgroup: &str) -> Result<Self> {
+        let (v4, v6) = (node.addresses().v4, node.addresses().v6);
+        let host = Arc::new(PodInner {
+            name: cgroup.replace('/', "-"),
+            namespace: "host".to_owned(),
+            number: 0,
+            addresses: Addresses { v4, v6 },
+            netns: node.netns().clone(),
+            cgroup: node.cgroup().join(cgroup),
+        });
+        fs::create_dir_all(&host.cgroup).context("making a cgroup of a node's")?;
+        Ok(Self { node: node.clone(), inner: host })
+    }
+
     /// Starts a process in the pod. It lives until it ends, is stopped, or the lab goes.
     pub fn spawn(&self, command: Command) -> Result<Process> {
         let Self { node, inner } = self;
@@ -297,22 +313,37 @@ impl Pod {
         self.change_metadata("annotations", key, value)
     }
 
+    /// Gives its manifest other containers, as a pod made anew would have.
+    pub fn set_containers(&self, containers: serde_json::Value) -> Result<()> {
+        self.change(|object| {
+            object["spec"]["containers"] = containers;
+            Ok(())
+        })
+    }
+
     /// Enrols it by its label, or keeps it out, whatever its namespace says.
     pub fn enrol(&self, enrolled: bool) -> Result<()> {
         self.change_metadata("labels", manifest::ENROLMENT, Some(if enrolled { "node" } else { "none" }))
     }
 
     fn change_metadata(&self, field: &str, key: &str, value: Option<&str>) -> Result<()> {
+        self.change(|object| {
+            let entries = object["metadata"][field].as_object_mut();
+            let entries = entries.with_context(|| format!("a pod without {field}"))?;
+            match value {
+                Some(value) => drop(entries.insert(key.to_owned(), value.into())),
+                None => drop(entries.remove(key)),
+            }
+            Ok(())
+        })
+    }
+
+    fn change(&self, change: impl FnOnce(&mut serde_json::Value) -> Result<()>) -> Result<()> {
         let file = self.inner.file();
         let path = self.node.world.config_dir().join(&file);
         let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
         let mut object: serde_json::Value = serde_json::from_str(&text)?;
-        let entries = object["metadata"][field].as_object_mut();
-        let entries = entries.with_context(|| format!("a pod without {field}"))?;
-        match value {
-            Some(value) => drop(entries.insert(key.to_owned(), value.into())),
-            None => drop(entries.remove(key)),
-        }
+        change(&mut object)?;
         self.node.world.apply_object(&file, &object)
     }
 

@@ -16,13 +16,14 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use aya::maps::MapInfo;
 use mesh_common::{
+    addr::Addr,
     flow::FlowRecord,
     maps::{
         ADMITTED, Admitted, CLIENTS, CLOSED, COUNTERS, CidrOf, DIRECT, DIRECT_SLOTS, DirectKey,
         DirectService, ENDPOINTS, EXCLUDED_CIDRS, Endpoint, Entry, FLOWS, HELD, HeldKey, INNER_LINKS,
         LISTENERS, ORIGINAL_DST, PACKET_FLOWS, POD_ADMITTED, POD_CLIENTS, POD_FLOWS, POD_GUESTS,
-        POD_ORIGINAL_DST, POD_PACKET_FLOWS, PODS, POLICIES, PacketKey, PodAddrs, PodPolicy, SOCKETS,
-        STEERING, Slot, SlotKey, SocketFacts, Tuple,
+        POD_ORIGINAL_DST, POD_PACKET_FLOWS, POD_PROBES, PODS, POLICIES, PROBE_PORTS, PROBES, PacketKey,
+        PodAddrs, PodPolicy, Probe, ProbePort, SOCKETS, STEERING, Slot, SlotKey, SocketFacts, Tuple,
     },
 };
 use tokio::net::TcpListener;
@@ -36,6 +37,7 @@ use super::{
     links::{BpfDir, detach_others},
     loader::{self, CaptureConfig, Loading, Object},
     netns::Netns,
+    probes::Probes,
 };
 use crate::state::snapshot::Workload;
 
@@ -108,8 +110,10 @@ impl Capture {
         check_layout(&dir.maps(), &shared_layout())?;
         let with = Loading::of(config);
         let node = loader::load(&dir, &with)?;
-        let capture = Self::of(dir, Cgroups { root, pods }, (with, config.when_agent_is_down), node);
+        let probes = Probes::new(config.kubelet_cgroup.as_deref(), &root, &pods)?;
+        let capture = Self::of(dir, Cgroups { root, pods }, (with, config.when_agent_is_down), node, probes);
         capture.learn_endpoints()?;
+        capture.learn_probes()?;
         Ok(capture)
     }
 
@@ -151,6 +155,7 @@ impl Capture {
             let mut node = self.node.lock().unwrap_or_else(PoisonError::into_inner);
             failed.extend(loader::attach(&mut node, &self.dir, &self.cgroups.root, &self.cgroups.pods).err());
         }
+        self.follow_kubelet();
         failed.extend(self.forward_log().err());
         let mut gone = offered.clone();
         for pod in adopted {
@@ -172,6 +177,7 @@ impl Capture {
         addrs.low_ports = pods.get(&cookie, 0).map_or(0, |before| before.low_ports);
         addrs.flags = self.write_policy(cookie, &net.workload.capture)?;
         pods.insert(cookie, addrs, 0).context("map PODS")?;
+        self.write_probes(cookie, &net.workload)?;
         let Net::Kernel(kernel) = &net.net else { return Ok(()) };
         let links = self.dir.pod(cookie);
         enrol::attach(&mut object, kernel.netns(), &links)?;
@@ -198,7 +204,7 @@ fn offered(net: &PodNet) -> io::Result<Option<OfferedPod>> {
 /// Name of a map, and the bytes of its keys and values. The capacity may differ: that of the map that is there counts.
 type Layout = (&'static str, usize, usize);
 
-fn shared_layout() -> [Layout; 16] {
+fn shared_layout() -> [Layout; 18] {
     const MAP: usize = size_of::<u32>();
     const COOKIE: usize = size_of::<u64>();
     [
@@ -219,10 +225,12 @@ fn shared_layout() -> [Layout; 16] {
         (ENDPOINTS, size_of::<u32>(), size_of::<Endpoint>()),
         (ADMITTED, COOKIE, MAP),
         (HELD, size_of::<HeldKey>(), size_of::<i64>()),
+        (PROBE_PORTS, size_of::<Addr>(), size_of::<ProbePort>()),
+        (PROBES, COOKIE, MAP),
     ]
 }
 
-fn pod_layout() -> [Layout; 8] {
+fn pod_layout() -> [Layout; 9] {
     [
         (POD_ORIGINAL_DST, size_of::<Tuple>(), size_of::<Entry>()),
         (POD_CLIENTS, size_of::<Tuple>(), size_of::<Entry>()),
@@ -232,6 +240,7 @@ fn pod_layout() -> [Layout; 8] {
         (INNER_LINKS, size_of::<u32>(), size_of::<u32>()),
         (POD_GUESTS, size_of::<Tuple>(), size_of::<u64>()),
         (POD_ADMITTED, size_of::<Tuple>(), size_of::<Admitted>()),
+        (POD_PROBES, size_of::<Tuple>(), size_of::<Probe>()),
     ]
 }
 

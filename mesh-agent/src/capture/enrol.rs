@@ -23,8 +23,8 @@ use mesh_common::{
     flow::FlowRecord,
     maps::{
         ADMITTED, Admitted, CLIENTS, Entry, FLOWS, LISTENERS, ORIGINAL_DST, PACKET_FLOWS, POD_ADMITTED,
-        POD_CLIENTS, POD_FLOWS, POD_ORIGINAL_DST, POD_PACKET_FLOWS, PODS, PacketKey, PodAddrs, STEERING,
-        Tuple, kind,
+        POD_CLIENTS, POD_FLOWS, POD_ORIGINAL_DST, POD_PACKET_FLOWS, POD_PROBES, PODS, PROBES, PacketKey,
+        PodAddrs, Probe, STEERING, Tuple, kind,
     },
 };
 use socket2::Socket;
@@ -40,6 +40,7 @@ use super::{
     loader::{self, CaptureConfig, EbpfLog, Loading, Object},
     netns::Netns,
     policy::Policies,
+    probes::Probes,
 };
 use crate::state::snapshot::{WhenAgentIsDown, Workload};
 
@@ -61,6 +62,7 @@ pub struct Capture {
     pub(super) cgroups: Cgroups,
     pub(super) policies: Policies,
     pub(super) direct: Direct,
+    pub(super) probes: Probes,
     /// Keeps the programs of the node; its maps are used through handles of their own.
     pub(super) node: Mutex<Object>,
     /// What reads the kernel's buffers, each of which has one reader.
@@ -137,13 +139,16 @@ impl Capture {
     pub fn load(config: &CaptureConfig) -> Result<Self> {
         let root = cgroup::root(config.cgroup_root.as_deref())?;
         let pods = cgroup::pods(config.pods_cgroup.as_deref(), &root)?;
+        let probes = Probes::new(config.kubelet_cgroup.as_deref(), &root, &pods)?;
         let dir = BpfDir::create(&config.bpf_dir)?;
         let with = Loading::of(config);
         let loaded = loader::load(&dir, &with)
             .and_then(|mut node| loader::attach(&mut node, &dir, &root, &pods).map(|()| node));
         match loaded {
             Ok(node) => {
-                let capture = Self::of(dir, Cgroups { root, pods }, (with, config.when_agent_is_down), node);
+                let capture =
+                    Self::of(dir, Cgroups { root, pods }, (with, config.when_agent_is_down), node, probes);
+                capture.follow_kubelet();
                 capture.forward_log()?;
                 Ok(capture)
             }
@@ -159,12 +164,13 @@ impl Capture {
         cgroups: Cgroups,
         (with, when_agent_is_down): (Loading, WhenAgentIsDown),
         node: Object,
+        probes: Probes,
     ) -> Self {
         let shared = Arc::new(Shared { pods: Mutex::default() });
         let policies = Policies::new(when_agent_is_down);
         let (node, reading, forwarding) = (Mutex::new(node), Mutex::default(), Mutex::default());
         let direct = Direct::default();
-        Self { dir, shared, with, cgroups, policies, direct, node, reading, forwarding }
+        Self { dir, shared, with, cgroups, policies, direct, probes, node, reading, forwarding }
     }
 
     pub(super) fn forward_log(&self) -> Result<()> {
@@ -206,6 +212,7 @@ impl Capture {
             addrs.flags = flags;
             let pod = self.prepare(workload, netns)?;
             self.pods_map()?.insert(cookie, addrs, 0).context("map PODS")?;
+            self.write_probes(cookie, &pod.net.workload)?;
             Ok(pod)
         });
         match made {
@@ -268,6 +275,8 @@ impl Capture {
         self.list(FLOWS, cookie, &sockets)?;
         self.list(PACKET_FLOWS, cookie, &packets)?;
         self.list(ADMITTED, cookie, &admitted)?;
+        let probes: BpfHashMap<MapData, Tuple, Probe> = loader::take(object, POD_PROBES)?;
+        self.list(PROBES, cookie, &probes)?;
         let (sockets, packets, admitted) = (Mutex::new(sockets), Mutex::new(packets), Mutex::new(admitted));
         Ok(Arc::new(Flows { sockets, packets, admitted }))
     }
@@ -309,8 +318,9 @@ impl Capture {
         let captured = self.pods_map().and_then(|mut map| missing_is_fine(map.remove(&cookie)));
         let links = detach_all(&self.dir.pod(cookie));
         let routes = guests::leave(&self.dir.guests().join(cookie.to_string()));
-        let policy = self.forget_policy(cookie).and(self.forget_direct(cookie));
-        let tables = [ADMITTED, ORIGINAL_DST, CLIENTS, FLOWS, PACKET_FLOWS, STEERING].map(|name| {
+        let policy =
+            self.forget_policy(cookie).and(self.forget_direct(cookie)).and(self.forget_probes(cookie));
+        let tables = [PROBES, ADMITTED, ORIGINAL_DST, CLIENTS, FLOWS, PACKET_FLOWS, STEERING].map(|name| {
             let mut map: HashOfMaps<MapData, u64, MapData> = loader::open(&self.dir, name)?;
             missing_is_fine(map.remove(&cookie)).with_context(|| format!("map {name}"))
         });

@@ -16,9 +16,9 @@ use mesh_common::maps::{KERNEL_NAMES, UNMARKED};
 use serde::{Serialize, Serializer};
 
 /// What follows the mark in the names of the programs.
-pub(super) const PROGRAMS: [&str; 11] = [
+pub(super) const PROGRAMS: [&str; 14] = [
     "conn4", "conn6", "peer4", "peer6", "sockops", "inbound", "egress", "ingress", "gst_in", "gst_out",
-    "guard",
+    "guard", "kube4", "kube6", "kubeout",
 ];
 
 /// Bits of the hash in a mark.

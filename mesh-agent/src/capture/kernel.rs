@@ -21,7 +21,7 @@ use mesh_common::{
 };
 use tokio::net::TcpStream;
 
-use super::{Listener, canonical, client_gone, netns::Netns, sockets};
+use super::{Listener, Meant, canonical, client_gone, netns::Netns, sockets};
 use crate::error::{Error, Kind, Result};
 
 /// One pod's network namespace and its way to the socket storage.
@@ -83,14 +83,15 @@ impl KernelNet {
         sockets::into_tokio(socket).connect(to).await
     }
 
-    /// What an accepted connection was meant for, and the endpoint that the kernel has chosen for it; an error says why
-    /// the agent does not serve it.
-    pub(super) fn original_dst(&self, listener: Listener, stream: &TcpStream) -> Result<(SocketAddr, u32)> {
+    /// What an accepted connection was meant for, and what the kernel knows of it; an error says why the agent does not
+    /// serve it.
+    pub(super) fn original_dst(&self, listener: Listener, stream: &TcpStream) -> Result<Meant> {
         let gone = |error: io::Error| client_gone(&error);
         match listener {
             Listener::Outbound => match self.facts.read(stream).map_err(gone)? {
                 Some(facts) if facts.kind == kind::ACCEPTED && facts.addr.port != 0 => {
-                    Ok((facts.addr.into(), facts.endpoint))
+                    let meant = Meant::dialled(facts.addr.into());
+                    Ok(Meant { endpoint: facts.endpoint, ..meant })
                 }
                 _ => Err(illegal("the outbound port was dialled itself: nothing says what was meant")),
             },
@@ -100,10 +101,14 @@ impl KernelNet {
                     port::OUTBOUND | port::INBOUND | port::MESH => {
                         Err(illegal(format!("{local} is the agent's own, not an app's")))
                     }
-                    _ => Ok((local, 0)),
+                    _ => {
+                        let facts = self.facts.read(stream).map_err(gone)?;
+                        let probe = facts.is_some_and(|facts| facts.kind == kind::PROBE);
+                        Ok(Meant { probe, ..Meant::dialled(local) })
+                    }
                 }
             }
-            Listener::Mesh => Ok((stream.local_addr().map_err(gone)?, 0)),
+            Listener::Mesh => Ok(Meant::dialled(stream.local_addr().map_err(gone)?)),
         }
     }
 }

@@ -14,7 +14,8 @@ use aya::{
     Ebpf, EbpfLoader,
     maps::{Map, MapData},
     programs::{
-        CgroupAttachMode, CgroupSockAddr, Program, ProgramError, SchedClassifier, SockOps, links::FdLink,
+        CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, CgroupSockAddr, Program, ProgramError,
+        SchedClassifier, SockOps, links::FdLink,
     },
 };
 use aya_log::EbpfLogger;
@@ -28,6 +29,8 @@ use tokio::{
 use super::{
     instance::Mark,
     links::{BpfDir, detach_others, pin, replace},
+    netns::Netns,
+    probes,
     tables::PodTables,
 };
 use crate::state::snapshot::WhenAgentIsDown;
@@ -50,6 +53,8 @@ pub struct CaptureConfig {
     pub cgroup_root: Option<PathBuf>,
     /// The cgroup below it that holds the pods alone; `None` looks for a kubelet's, and takes the root where there is none.
     pub pods_cgroup: Option<PathBuf>,
+    /// The kubelet's cgroup, from the root on; `None` looks for it.
+    pub kubelet_cgroup: Option<PathBuf>,
     /// The name of the agent's node.
     pub node: String,
     /// Where maps and links are pinned; no other agent may have the same.
@@ -105,11 +110,13 @@ pub(super) struct Object {
 /// Loads the programs of the node. The shared maps are pinned on the way, or found where they are pinned.
 pub(super) fn load(dir: &BpfDir, with: &Loading) -> Result<Object> {
     raise_limits();
-    let mut node = load_object(dir, with, None, 0)?;
+    let own = Netns::open(Path::new("/proc/self/ns/net"))?;
+    let mut node = load_object(dir, with, Of::Node(own.cookie()), 0)?;
     for (name, program) in node.ebpf.programs_mut() {
         let loaded = match program {
             Program::SockOps(program) => uninterrupted(|| program.load()),
             Program::CgroupSockAddr(program) => uninterrupted(|| program.load()),
+            Program::CgroupSkb(program) => uninterrupted(|| program.load()),
             _ => Ok(()),
         };
         loaded.with_context(|| {
@@ -128,7 +135,7 @@ pub(super) fn load(dir: &BpfDir, with: &Loading) -> Result<Object> {
 /// Loads the programs of the pod in the network namespace with this cookie. Its maps are pinned on the way, or found
 /// where they are pinned.
 pub(super) fn load_pod(dir: &BpfDir, with: &Loading, cookie: u64) -> Result<Object> {
-    let mut pod = load_object(dir, with, Some(cookie), 0)?;
+    let mut pod = load_object(dir, with, Of::Pod(cookie), 0)?;
     let guard = pod.mark.name(GUARD);
     // Before any map is taken out and closed: until it is loaded a program knows its maps by their descriptors.
     for (name, program) in pod.ebpf.programs_mut() {
@@ -146,7 +153,7 @@ pub(super) fn load_pod(dir: &BpfDir, with: &Loading, cookie: u64) -> Result<Obje
 
 /// Loads the guard of a pod that [`load_pod`] was called for. `number`: of its network namespace in the agent's.
 pub(super) fn load_guard(dir: &BpfDir, with: &Loading, cookie: u64, number: u64) -> Result<Object> {
-    let mut object = load_object(dir, with, Some(cookie), number)?;
+    let mut object = load_object(dir, with, Of::Pod(cookie), number)?;
     let guard: &mut SchedClassifier = program(&mut object, GUARD)?;
     uninterrupted(|| guard.load()).with_context(|| format!("the kernel refuses the {GUARD} program"))?;
     Ok(object)
@@ -165,15 +172,26 @@ fn uninterrupted(mut load: impl FnMut() -> Result<(), ProgramError>) -> Result<(
     load()
 }
 
-fn load_object(dir: &BpfDir, with: &Loading, pod: Option<u64>, number: u64) -> Result<Object> {
+/// Whose programs are loaded, by the cookie of the network namespace.
+#[derive(Debug, Clone, Copy)]
+enum Of {
+    Node(u64),
+    Pod(u64),
+}
+
+fn load_object(dir: &BpfDir, with: &Loading, of: Of, number: u64) -> Result<Object> {
     if OBJECT.is_empty() {
         bail!(
             "this agent was built without its kernel programs: run `cargo xtask build-ebpf` and build it again"
         );
     }
-    let (level, cookie, mark) = (with.log as u8, pod.unwrap_or_default(), with.mark);
+    let (level, mark) = (with.log as u8, with.mark);
+    let (cookie, is_pod) = match of {
+        Of::Node(cookie) => (cookie, false),
+        Of::Pod(cookie) => (cookie, true),
+    };
     let shared = SHARED.into_iter().chain([LOG_MAP]).map(|name| (mark.map_name(name), dir.maps().join(name)));
-    let own = pod.is_some().then_some(OF_A_POD).into_iter().flatten();
+    let own = is_pod.then_some(OF_A_POD).into_iter().flatten();
     let own = own.map(|name| (mark.map_name(name), dir.maps_of(cookie).join(name)));
     let (pins, sizes): (Vec<_>, _) = (shared.chain(own).collect(), with.tables.sizes(mark));
     let mut loader = EbpfLoader::new();
@@ -219,10 +237,12 @@ pub(super) fn attach(node: &mut Object, dir: &BpfDir, root: &Path, pods: &Path) 
         pin(link, &pinned)?;
     }
     // Hooks of an older agent that this one does without.
-    detach_others(&dir.links(), |pinned| OF_THE_NODE.iter().any(|(_, hook)| *hook == pinned))
+    detach_others(&dir.links(), |pinned| {
+        OF_THE_NODE.iter().any(|(_, hook)| *hook == pinned) || probes::is_pin(pinned)
+    })
 }
 
-fn attach_to_cgroup(program: &mut Program, cgroup: &std::fs::File) -> Result<FdLink> {
+pub(super) fn attach_to_cgroup(program: &mut Program, cgroup: &std::fs::File) -> Result<FdLink> {
     // A link attaches beside others, whatever their number; "single" is the flags value 0 that links have to be
     // given.
     let mode = CgroupAttachMode::Single;
@@ -237,12 +257,17 @@ fn attach_to_cgroup(program: &mut Program, cgroup: &std::fs::File) -> Result<FdL
             let id = program.attach(cgroup, mode)?;
             program.take_link(id)?.try_into()?
         }
+        Program::CgroupSkb(program) => {
+            let program: &mut CgroupSkb = program;
+            let id = program.attach(cgroup, CgroupSkbAttachType::Egress, mode)?;
+            program.take_link(id)?.try_into()?
+        }
         other => bail!("unexpected type of program: {:?}", other.prog_type()),
     })
 }
 
 impl Object {
-    fn program_mut(&mut self, name: &str) -> Result<&mut Program> {
+    pub(super) fn program_mut(&mut self, name: &str) -> Result<&mut Program> {
         self.ebpf.program_mut(&self.mark.name(name)).ok_or_else(|| missing(name))
     }
 }

@@ -29,6 +29,7 @@ mod loader;
 mod netns;
 pub mod objects;
 mod policy;
+mod probes;
 mod prove;
 pub mod residue;
 mod rtnetlink;
@@ -87,6 +88,23 @@ pub struct Captured {
     pub original_dst: SocketAddr,
     /// Number of the endpoint that the kernel has chosen for it ([`Endpoints`]); 0 leaves that to the agent.
     pub endpoint: u32,
+    /// Whether the kubelet has dialled it, to a port for which the pod declares requests.
+    pub probe: bool,
+}
+
+/// What is known of an accepted connection.
+#[derive(Debug)]
+struct Meant {
+    original_dst: SocketAddr,
+    endpoint: u32,
+    probe: bool,
+}
+
+impl Meant {
+    /// Nothing but what was dialled.
+    const fn dialled(original_dst: SocketAddr) -> Self {
+        Self { original_dst, endpoint: 0, probe: false }
+    }
 }
 
 /// A connection that the agent does not serve.
@@ -280,12 +298,12 @@ impl PodNet {
         let client = canonical(client);
         let found = match &self.net {
             Net::Kernel(net) => net.original_dst(listener, &stream),
-            Net::Fixed(net) => net.original_dst(listener, &stream).map(|dst| (dst, 0)),
+            Net::Fixed(net) => net.original_dst(listener, &stream).map(Meant::dialled),
         };
         match found {
-            Ok((original_dst, endpoint)) => {
+            Ok(Meant { original_dst, endpoint, probe }) => {
                 let original_dst = canonical(original_dst);
-                Ok(Captured { stream, pod: Arc::clone(self), client, original_dst, endpoint })
+                Ok(Captured { stream, pod: Arc::clone(self), client, original_dst, endpoint, probe })
             }
             Err(error) => Err(Refused { client, error }),
         }

@@ -56,6 +56,7 @@ impl Capture {
             let mut addrs = pods.get(&cookie, 0).context("map PODS")?;
             addrs.flags = flags;
             pods.insert(cookie, addrs, 0).context("map PODS")?;
+            self.write_probes(cookie, workload)?;
             self.guard(cookie, net.netns(), &workload.ips, workload.capture.restrict_egress)
         })
     }

@@ -139,6 +139,18 @@ pub const REASONS: [Reason; counter::COUNT] = {
             "direct_connections_full",
             "--max-direct-connections-per-pod are open to a pod",
         ),
+        reason(
+            counter::PROBES_FULL,
+            Refused,
+            "probes_full",
+            "the kubelet has 1024 connections open to the ports that a pod declares for probes",
+        ),
+        reason(
+            counter::PROBE_BYTES,
+            Dropped,
+            "probe_bytes",
+            "the kubelet sends bytes to a port that its pod declares for TCP probes alone: some pod's httpGet.host names that pod",
+        ),
     ]
 };
 

@@ -12,6 +12,7 @@ mod path;
 mod tests;
 
 pub mod direct;
+pub mod probes;
 
 use std::net::SocketAddr;
 

@@ -3,6 +3,7 @@
 //! Reads top to bottom. Mesh (port 15008): accept → identify by mTLS → each stream of the connection is a tunnel or a
 //! native request → permit → hand over to the app → report. Plaintext (port 15006): accept → permit → hand over →
 //! report; the peer has no identity. Where requests decide what is permitted, bytes are read first (`inspected.rs`).
+//! So are those of the kubelet, whose declared requests are permitted whatever policies say.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -75,6 +76,8 @@ pub(super) struct Inbound {
     pub workload: Arc<Workload>,
     pub source: Peer,
     pub ends: Ends,
+    /// The kernel says that it is the kubelet's, to a port with declared requests.
+    pub probe: bool,
     flow: FlowGuard,
 }
 
@@ -92,7 +95,8 @@ impl Inbound {
             facts.mutual_tls = identity.is_some();
             facts.protocol = Some(RequestProtocol::Tcp);
         });
-        Self { mesh, pod, workload, source: Peer { workload: by_address, identity }, ends, flow }
+        let source = Peer { workload: by_address, identity };
+        Self { mesh, pod, workload, source, ends, probe: false, flow }
     }
 
     /// `app`: what was asked for within the connection.
@@ -328,8 +332,8 @@ pub(super) async fn hand_over(
 
 async fn plaintext_connection(mesh: Arc<Mesh>, pod: Arc<Pod>, captured: Captured) -> Result<()> {
     let ends = Ends::from(&captured);
-    let inbound = Inbound::new(mesh, pod, ends, None);
-    match inbound.may_connect(ends.original_dst)? {
+    let inbound = Inbound { probe: captured.probe, ..Inbound::new(mesh, pod, ends, None) };
+    match inbound.may_begin(ends.original_dst)? {
         Ruling::Permitted(permit) => {
             let app = hand_over(&inbound, &permit, ends.original_dst).await?;
             let client = captured.stream;

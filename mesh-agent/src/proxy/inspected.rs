@@ -38,7 +38,12 @@ where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     let mut client = Prefixed::new(client);
-    let served = match protocol(&inbound, &mut client).await {
+    let detected = protocol(&inbound, &mut client).await;
+    // It was a question whether anybody listens.
+    if inbound.probe && client.is_unread() {
+        return;
+    }
+    let served = match detected {
         Ok(Protocol::Opaque) => opaque(&inbound, client, app).await,
         Ok(version) => {
             let server = Server::Inbound(Arc::clone(&inbound), app);

@@ -63,13 +63,36 @@ impl Inbound {
         self.ask(app, |asked| policy::connection(asked, &self.mesh.reporter))
     }
 
+    /// The same for a connection in plaintext. The kubelet's is let in where it would be refused, for the requests in it that
+    /// the pod declares; each of the others is refused.
+    pub(super) fn may_begin(&self, app: SocketAddr) -> Result<Ruling> {
+        match self.may_connect(app) {
+            Err(error) if self.probe && error.kind == Kind::Denied => Ok(Ruling::BytesDecide),
+            ruling => ruling,
+        }
+    }
+
     /// The same for a connection that carries no requests.
     pub(super) fn may_pass(&self, app: SocketAddr, server_name: Option<&str>) -> Result<Permit> {
+        if self.probe
+            && let Ruling::Permitted(permit) = self.may_connect(app)?
+        {
+            return Ok(permit);
+        }
         self.ask(app, |asked| policy::opaque(asked, server_name, &self.mesh.reporter))
     }
 
     /// Whether a request may go to this address of the pod.
     pub(super) fn may_request(&self, app: SocketAddr, request: &mut Request<Body>) -> Result<Permit> {
+        if self.probe {
+            if let Some(permit) = policy::probes::declared(&self.pod.workload(), app, request) {
+                return Ok(permit);
+            }
+            // What refuses the connection has not kept it out.
+            if let Ruling::Permitted(permit) = self.may_connect(app)? {
+                return Ok(permit);
+            }
+        }
         self.ask(app, |asked| of_request(&self.mesh, asked, request))
     }
 

@@ -128,6 +128,8 @@ pub enum Verdict {
     Leaked,
     /// From app to app without the agent, as the agent allows it.
     Direct,
+    /// From the kubelet to the app without the agent: a probe that sends nothing.
+    Probe,
     /// A record of another version says something else.
     Unknown,
 }
@@ -142,6 +144,7 @@ impl Verdict {
             Self::Excluded => "excluded",
             Self::Leaked => "leaked",
             Self::Direct => "direct",
+            Self::Probe => "probe",
             Self::Unknown => "unknown",
         }
     }
@@ -345,6 +348,7 @@ fn verdict_of(value: u8) -> Verdict {
         verdict::EXCLUDED => Verdict::Excluded,
         verdict::LEAKED => Verdict::Leaked,
         verdict::DIRECT => Verdict::Direct,
+        verdict::PROBE => Verdict::Probe,
         _ => Verdict::Unknown,
     }
 }

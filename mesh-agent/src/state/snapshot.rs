@@ -18,6 +18,7 @@ mod authorization;
 mod capture;
 mod cluster;
 mod http;
+mod probes;
 mod retry;
 mod stream;
 
@@ -32,6 +33,7 @@ pub use self::http::{
     Percentage, Redirect, RedirectPort, RequestMatch, Rewrite, RouteAction, StringMatch, UnmatchedPreflights,
     WeightedBackend,
 };
+pub use self::probes::{ProbePort, ProbeRequest};
 pub use self::retry::{RetryBudget, RetryOn, RetryPolicy};
 pub use self::stream::{SniHost, StreamMatch, StreamRoute, Subnet};
 

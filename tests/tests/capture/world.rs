@@ -221,6 +221,7 @@ impl Agent {
         let config = CaptureConfig {
             cgroup_root: Some(root),
             pods_cgroup: None,
+            kubelet_cgroup: None,
             node: "node".to_owned(),
             bpf_dir: bpffs()?.join(unique("bpf")?),
             ebpf_log: EbpfLog::Off,

@@ -19,8 +19,8 @@ use crate::{
     identity::SpiffeId,
     state::{
         defaults,
-        resource::{ObjectKey, Objects, Resource, pod},
-        snapshot::{Authorization, Snapshot, Workload},
+        resource::{ObjectKey, Objects, Resource, pod, probes},
+        snapshot::{Authorization, CapturePolicy, Snapshot, Workload},
     },
 };
 
@@ -202,13 +202,24 @@ fn workload(
         labels: meta.labels.iter().flatten().map(|(k, v)| (k.as_str().into(), v.as_str().into())).collect(),
         enrolled,
         netns,
-        // Checked when the pod was read.
-        capture: pod::capture_policy(meta.annotations.as_ref()).unwrap_or_default(),
+        capture: capture(entry, enrolled, problems),
         authorization,
         canonical_service: service.unwrap_or(workload_name).into(),
         canonical_revision: revision.unwrap_or("latest").into(),
         workload_name: workload_name.into(),
     }
+}
+
+/// What it asks of its capture, and what the kubelet may ask of it.
+fn capture(entry: &PodEntry<'_>, enrolled: bool, problems: &mut Problems<'_>) -> CapturePolicy {
+    // Checked when the pod was read.
+    let asked = pod::capture_policy(entry.pod.metadata.annotations.as_ref()).unwrap_or_default();
+    let Some(spec) = entry.pod.spec.as_ref().filter(|_| enrolled) else { return asked };
+    let (probes, left_out) = probes::declared(spec, &entry.ips);
+    for problem in left_out {
+        problems.add(entry.key, &problem.field, problem.message);
+    }
+    CapturePolicy { probes, ..asked }
 }
 
 /// The pod's own label decides, else its namespace's.

@@ -28,6 +28,7 @@ pub mod export_to;
 pub mod field;
 mod headers;
 pub mod pod;
+pub mod probes;
 mod string_match;
 pub mod virtual_service;
 

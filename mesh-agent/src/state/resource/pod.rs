@@ -68,6 +68,7 @@ pub fn capture_policy(annotations: Option<&Annotations>) -> Checked<CapturePolic
         when_agent_is_down: down.transpose()?,
         restrict_egress: restricted.transpose()?.unwrap_or_default(),
         no_direct: no_direct.transpose()?.unwrap_or_default(),
+        probes: Vec::new(),
     };
     if policy.exclude_inbound.ports.iter().any(|range| (range.first..=range.last).contains(&port::MESH)) {
         let message = format!("port {} is the mesh's own and cannot be excluded", port::MESH);

@@ -1,8 +1,8 @@
-//! What a pod's annotations say of its capture. Read in `resource/pod.rs`, carried out in the kernel.
+//! What a pod's annotations say of its capture, and what it declares for the kubelet. Read in `resource/pod.rs`, carried out in the kernel.
 
 use std::fmt;
 
-use super::Subnet;
+use super::{ProbePort, Subnet};
 
 /// What a pod asks of its capture.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -17,6 +17,8 @@ pub struct CapturePolicy {
     pub restrict_egress: bool,
     /// Whether all connections from and to it take the agent (`mesh.io/direct: disabled`).
     pub no_direct: bool,
+    /// What the kubelet may ask of it.
+    pub probes: Vec<ProbePort>,
 }
 
 /// What is not captured: a connection that any of these holds.
