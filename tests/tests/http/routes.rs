@@ -89,11 +89,12 @@ async fn what_a_route_does_is_seen_by_the_client_counted_and_logged() -> Result<
         ("404", "NR", 4),
         ("200", "-", 6),
         ("403", "-", 6),
+        ("400", "DPE", 2),
     ] {
         world.requests(&[("response_code", status), ("response_flags", flags)], count).await?;
     }
-    for route in ["team", "asked"] {
-        counted(&world.pair.agent_a, "mesh_route_requests_total", &[("route", route)], 2).await?;
+    for (route, count) in [("team", 2), ("asked", 4)] {
+        counted(&world.pair.agent_a, "mesh_route_requests_total", &[("route", route)], count).await?;
     }
     for (route, path, status, flags) in [
         ("hasty", "/slow/30000", "504", "UT"),
