@@ -208,7 +208,10 @@ impl Enrolment {
         loop {
             let snapshot = Arc::clone(&snapshots.borrow_and_update());
             self.mesh.snapshot.store(Arc::clone(&snapshot));
-            self.reconcile(&snapshot).await;
+            let newer = || snapshots.has_changed().unwrap_or(false);
+            if !self.reconcile(&snapshot, newer).await {
+                continue;
+            }
             self.capture.follow_kubelet();
             // A pod that could not be enrolled again stays refused as it was.
             if self.failing.reasons().is_empty() && !self.drain.is_leaving() {
@@ -230,7 +233,8 @@ impl Enrolment {
         Ended::Left
     }
 
-    async fn reconcile(&mut self, snapshot: &Snapshot) {
+    /// `newer`: whether there is something newer already. False: it was left half done for that.
+    async fn reconcile(&mut self, snapshot: &Snapshot, newer: impl Fn() -> bool) -> bool {
         let mut wanted = wanted(snapshot, &self.mesh.node);
         self.failing.keep_only(&wanted);
         wanted.retain(|name, pod| self.namespace_stands(name, pod));
@@ -249,11 +253,16 @@ impl Enrolment {
                 break;
             }
             self.try_join(workload).await;
+            // Nor does a change of policy wait for the last of them.
+            if newer() {
+                return false;
+            }
         }
         self.look_for_new_ways_out();
         self.look_for_lost_listeners();
         let failing = self.failing.reasons().len();
         self.mesh.reporter.set_pods(self.mesh.pods.all().len(), failing);
+        true
     }
 
     /// False when the pod's namespace is not there, or is no longer the one that was enrolled.
@@ -403,7 +412,10 @@ mod tests {
     use std::net::{IpAddr, Ipv4Addr};
 
     use super::*;
-    use crate::{identity::SpiffeId, state::snapshot::CapturePolicy};
+    use crate::{
+        identity::SpiffeId,
+        state::snapshot::{Authentication, CapturePolicy},
+    };
 
     fn pod(name: &str, ip: u8, version: &str) -> (PodName, Arc<Workload>) {
         let text = Arc::<str>::from;
@@ -422,6 +434,7 @@ mod tests {
             netns: Some("/run/netns/x".into()),
             capture: CapturePolicy::default(),
             authorization: Arc::default(),
+            authentication: Authentication::default(),
             workload_name: text(name),
             canonical_service: text(name),
             canonical_revision: text(version),

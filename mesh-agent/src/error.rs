@@ -32,6 +32,8 @@ pub enum Kind {
     Unauthenticated,
     /// Policy says no.
     Denied,
+    /// Plaintext, where mutual TLS alone is taken.
+    Plaintext,
     /// The injected fault of a route.
     FaultAbort(FaultStatus),
     /// A destination the mesh never proxies to (its own ports).
@@ -131,6 +133,8 @@ impl Kind {
             }
             Self::Unauthenticated => (Downstream, StatusCode::UNAUTHORIZED, 16, "UAEX", "unauthenticated"),
             Self::Denied => (Downstream, StatusCode::FORBIDDEN, 7, "DENY", "denied"),
+            // Envoy's, where none of a port's filter chains takes the connection.
+            Self::Plaintext => (Downstream, StatusCode::FORBIDDEN, 7, "NR", "plaintext"),
             Self::FaultAbort(FaultStatus::Http(status)) => {
                 (Mesh, status, grpc_of(status), "FI", "fault_abort")
             }

@@ -1,5 +1,9 @@
 //! Who may do what at a pod: `AuthorizationPolicy` holds for every way in, across nodes and within one, through services
-//! and past them, in plaintext too; requests are told 403, bytes are cut off, and a change holds for the next request.
+//! and past them, in plaintext too; requests are told 403, bytes are cut off, and a change holds for the next request and
+//! cuts what is open and would be refused.
+
+#[path = "authorization/cut.rs"]
+mod cut;
 
 use std::time::Duration;
 

@@ -11,10 +11,10 @@ use serde_json::{Value, json};
 mod tests;
 
 use crate::state::snapshot::{
-    Abort, Applied, Authorization, Backend, CapturePolicy, Cluster, CorsPolicy, Exclusions, Fault,
-    HeaderMatch, HeaderOp, HttpRoute, Mirror, PathRewrite, Percentage, Policy, Protocol, RequestMatch,
-    RetryOn, RetryPolicy, Rewrite, RouteAction, Service, ServicePort, Snapshot, SniHost, StreamMatch,
-    StreamRoute, StringMatch, Visibility, WeightedBackend, WhenAgentIsDown, Workload,
+    Abort, Applied, Authentication, Authorization, Backend, CapturePolicy, Cluster, CorsPolicy, Exclusions,
+    Fault, HeaderMatch, HeaderOp, HttpRoute, Mirror, Mtls, PathRewrite, Percentage, Policy, Protocol,
+    RequestMatch, RetryOn, RetryPolicy, Rewrite, RouteAction, Service, ServicePort, Snapshot, SniHost,
+    StreamMatch, StreamRoute, StringMatch, Visibility, WeightedBackend, WhenAgentIsDown, Workload,
 };
 
 /// The whole snapshot.
@@ -42,11 +42,24 @@ fn workload(w: &Workload) -> Value {
         "enrolled": w.enrolled,
         "netns": w.netns,
         "capture": capture(&w.capture),
+        "mtls": authentication(&w.authentication),
         "authorization": authorization(&w.authorization),
         "workload_name": *w.workload_name,
         "canonical_service": *w.canonical_service,
         "canonical_revision": *w.canonical_revision,
     })
+}
+
+/// Whether a pod takes plaintext, on which ports it is otherwise, and who says so.
+fn authentication(all: &Authentication) -> Value {
+    let mode = |one: &Mtls| json!({ "mode": one.mode.word(), "by": one.by.as_deref() });
+    let mut value = mode(&all.mtls);
+    if !all.ports.is_empty() {
+        let ports: BTreeMap<_, _> =
+            all.ports.iter().map(|(port, one)| (port.to_string(), mode(one))).collect();
+        value["ports"] = json!(ports);
+    }
+    value
 }
 
 /// The policies that select a pod, by what they do; each as `NAMESPACE/NAME`, with its ports where it has its own.

@@ -33,6 +33,16 @@ pub use self::{
 };
 use crate::error::Error;
 
+/// A body that may break off while nobody takes what it has.
+pub trait Breaking: http_body::Body<Data = Bytes, Error = BodyError> + Unpin {
+    /// Ready when it has: it is not asked for frames again.
+    fn poll_broken(&mut self, _cx: &mut Context<'_>) -> Poll<BodyError> {
+        Poll::Pending
+    }
+}
+
+impl Breaking for Body {}
+
 /// A request or response body. An enum rather than a boxed trait object: no allocation for the common case.
 #[derive(Debug, Default)]
 pub enum Body {

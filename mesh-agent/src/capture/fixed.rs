@@ -88,7 +88,10 @@ pub(super) mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
-    use crate::{identity::SpiffeId, state::snapshot::CapturePolicy};
+    use crate::{
+        identity::SpiffeId,
+        state::snapshot::{Authentication, CapturePolicy},
+    };
 
     pub(crate) fn workload() -> Arc<Workload> {
         let text = |s: &str| Arc::<str>::from(s);
@@ -108,6 +111,7 @@ pub(super) mod tests {
             netns: None,
             capture: CapturePolicy::default(),
             authorization: Arc::default(),
+            authentication: Authentication::default(),
             workload_name: text("a"),
             canonical_service: text("a"),
             canonical_revision: text("latest"),

@@ -6,7 +6,8 @@ use crate::{
     state::{
         defaults,
         snapshot::{
-            Action, Applied, Authorization, Balancing, CapturePolicy, Cluster, Policy, Protocol, StreamRoute,
+            Action, Applied, Authentication, Authorization, Balancing, CapturePolicy, Cluster, Mtls,
+            MtlsMode, Policy, Protocol, StreamRoute,
         },
     },
 };
@@ -32,6 +33,7 @@ fn workload(name: &str, ip: &str, no_direct: bool) -> Arc<Workload> {
         netns: None,
         capture: CapturePolicy { no_direct, ..CapturePolicy::default() },
         authorization: Arc::default(),
+        authentication: Authentication::default(),
         workload_name: text(name),
         canonical_service: text(name),
         canonical_revision: text("latest"),
@@ -166,6 +168,25 @@ fn a_pod_whose_policies_are_asked_takes_the_agent() {
         let snapshot = snapshot(&OPAQUE);
         assert!(!wanted(&snapshot, &local).contains_key(&(CLIENT, open().dialled)), "{action:?}");
         assert_eq!(forbidden(&snapshot, &local, &open()), Some(Because::Judged), "{action:?}");
+    }
+}
+
+#[test]
+fn a_port_that_takes_mutual_tls_alone_takes_the_agent() {
+    let strict = Mtls { mode: MtlsMode::Strict, by: None };
+    let whole = Authentication { mtls: strict.clone(), ..Authentication::default() };
+    let ports =
+        |port| Authentication { ports: Box::new([(port, strict.clone())]), ..Authentication::default() };
+    for (authentication, because) in
+        [(whole, Some(Because::Strict)), (ports(80), Some(Because::Strict)), (ports(81), None)]
+    {
+        let server = Workload { authentication, ..Workload::clone(&workload("server", "10.0.0.2", false)) };
+        let mut local = Local::default();
+        local.add(CLIENT, &workload("client", "10.0.0.1", false));
+        local.add(SERVER, &Arc::new(server));
+        let snapshot = snapshot(&OPAQUE);
+        assert_eq!(wanted(&snapshot, &local).contains_key(&(CLIENT, open().dialled)), because.is_none());
+        assert_eq!(forbidden(&snapshot, &local, &open()), because);
     }
 }
 

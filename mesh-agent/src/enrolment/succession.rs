@@ -11,7 +11,7 @@ use crate::{
     handover::Asked,
     identity::WorkloadIdentity,
     report::Reporter,
-    state::snapshot::Snapshot,
+    state::snapshot::{Snapshot, Workload},
     upstream::PodName,
 };
 
@@ -110,7 +110,9 @@ impl Enrolment {
                     }
                 },
                 Ok(()) = snapshots.changed() => {
-                    self.mesh.snapshot.store(Arc::clone(&snapshots.borrow_and_update()));
+                    let snapshot = Arc::clone(&snapshots.borrow_and_update());
+                    self.mesh.snapshot.store(Arc::clone(&snapshot));
+                    self.update_policies(&snapshot);
                 }
                 () = self.drain.started() => return false,
             }
@@ -118,6 +120,17 @@ impl Enrolment {
         self.capture.let_go().await;
         self.drain.leave();
         true
+    }
+
+    /// What pods ask of those who come does not wait for the rest.
+    fn update_policies(&self, snapshot: &Snapshot) {
+        for (name, now) in wanted(snapshot, &self.mesh.node) {
+            let Some(pod) = self.mesh.pods.all().get(&name).cloned() else { continue };
+            let (authorization, authentication) =
+                (Arc::clone(&now.authorization), now.authentication.clone());
+            let held = Workload::clone(&pod.workload());
+            pod.update(Arc::new(Workload { authorization, authentication, ..held }));
+        }
     }
 
     /// Follows the configuration for the connections that were open when another agent took over: those of pods that

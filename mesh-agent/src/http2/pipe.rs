@@ -8,11 +8,9 @@ use std::{
     task::{Context, Poll, ready},
 };
 
+use crate::body::Breaking;
 use bytes::Bytes;
 use h2::{Reason, SendStream};
-use http_body::Body;
-
-use crate::body::BodyError;
 
 /// Sends a body; completes when all of it is queued, or when the stream has ended otherwise.
 pub(super) struct Pipe<B> {
@@ -33,7 +31,7 @@ pub(super) enum Broken {
 
 impl<B> Pipe<B>
 where
-    B: Body<Data = Bytes, Error = BodyError> + Unpin,
+    B: Breaking,
 {
     pub fn new(body: B, stream: SendStream<Bytes>) -> Self {
         Self { body, stream, waiting: Bytes::new() }
@@ -68,7 +66,7 @@ where
 
 impl<B> Future for Pipe<B>
 where
-    B: Body<Data = Bytes, Error = BodyError> + Unpin,
+    B: Breaking,
 {
     type Output = Result<(), Broken>;
 
@@ -79,7 +77,14 @@ where
             if this.stream.poll_reset(cx).is_ready() {
                 return Poll::Ready(Err(Broken::Stream));
             }
-            if ready!(this.poll_waiting(cx))? {
+            let Poll::Ready(waiting) = this.poll_waiting(cx) else {
+                // A peer that takes nothing does not put that off.
+                return this.body.poll_broken(cx).map(|error| {
+                    this.stream.send_reset(error.reason());
+                    Err(Broken::Body)
+                });
+            };
+            if waiting? {
                 return Poll::Ready(Ok(()));
             }
             let frame = match ready!(Pin::new(&mut this.body).poll_frame(cx)) {

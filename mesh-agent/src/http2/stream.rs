@@ -19,11 +19,10 @@ use atomic_waker::AtomicWaker;
 use bytes::Bytes;
 use h2::{Reason, RecvStream, server::SendResponse};
 use http::{HeaderMap, Response, StatusCode};
-use http_body::Body;
 use tokio::time::Instant;
 
 use super::{bytes::ByteStream, pipe::Pipe};
-use crate::body::{Activity, BodyError, Connection, Inform, Stall};
+use crate::body::{Activity, Breaking, Connection, Inform, Stall};
 
 /// Completes when a stream that has become bytes is over and reported.
 pub type Taken = Pin<Box<dyn Future<Output = ()> + Send>>;
@@ -145,7 +144,7 @@ impl ServerStream {
     /// Answers with what `making` comes to, and sees it through to the last frame.
     pub async fn run<B>(mut self, making: impl Future<Output = Reply<B>>, stall: Stall)
     where
-        B: Body<Data = Bytes, Error = BodyError> + Unpin,
+        B: Breaking,
     {
         let Some(reply) = self.make(making).await else {
             // Who has waited for an answer and gives up is no flood.
@@ -192,7 +191,7 @@ impl ServerStream {
 
     async fn respond<B>(mut self, response: Response<B>, stall: Stall)
     where
-        B: Body<Data = Bytes, Error = BodyError> + Unpin,
+        B: Breaking,
     {
         let (parts, body) = response.into_parts();
         let no_body = body.is_end_stream();

@@ -1,5 +1,6 @@
 //! Streams as both ends see them, over in-memory pipes and with a paused clock.
 
+mod breaking;
 use std::{
     future::Future,
     pin::Pin,

@@ -58,9 +58,9 @@ pub enum Ruling {
 /// Whether a connection may be handed to the pod's app, going by what is known before its first byte.
 ///
 /// # Errors
-/// [`Kind::Denied`], [`Kind::IllegalDestination`].
+/// [`Kind::Denied`], [`Kind::Plaintext`], [`Kind::IllegalDestination`].
 pub fn connection(asked: &Asked<'_>, reporter: &Reporter) -> Result<Ruling> {
-    let permit = inbound(asked.destination)?;
+    let permit = inbound(asked)?;
     let facts = Facts { asked, bytes: Bytes::Unread };
     match verdict(&asked.workload.authorization, &facts) {
         Verdict::Open => Ok(Ruling::BytesDecide),
@@ -74,7 +74,7 @@ pub fn connection(asked: &Asked<'_>, reporter: &Reporter) -> Result<Ruling> {
 /// The same for a connection whose bytes are no requests; `server_name` is what its `ClientHello` says.
 ///
 /// # Errors
-/// [`Kind::Denied`], [`Kind::IllegalDestination`].
+/// [`Kind::Denied`], [`Kind::Plaintext`], [`Kind::IllegalDestination`].
 pub fn opaque(asked: &Asked<'_>, server_name: Option<&str>, reporter: &Reporter) -> Result<Permit> {
     decide(asked, Bytes::Opaque { server_name }, reporter)
 }
@@ -82,13 +82,46 @@ pub fn opaque(asked: &Asked<'_>, server_name: Option<&str>, reporter: &Reporter)
 /// Whether a request may be handed to the pod's app.
 ///
 /// # Errors
-/// [`Kind::Denied`], [`Kind::IllegalDestination`].
+/// [`Kind::Denied`], [`Kind::Plaintext`], [`Kind::IllegalDestination`].
 pub fn request(asked: &Asked<'_>, head: &Head<'_>, reporter: &Reporter) -> Result<Permit> {
     decide(asked, Bytes::Request(head), reporter)
 }
 
+/// What is open already.
+#[derive(Debug, Clone, Copy)]
+pub enum Open<'a> {
+    /// A connection whose bytes pass unread.
+    Connection,
+    /// A connection whose requests are judged one by one.
+    Requests,
+    /// A connection whose bytes are no requests, and its server name.
+    Opaque(Option<&'a str>),
+    /// A request, until its response has ended.
+    Request(Head<'a>),
+}
+
+/// Whether what was permitted would be permitted now. Notes nothing of what is only tried: that was done when it began.
+///
+/// # Errors
+/// As for who asks anew. Of a connection that passes unread nobody knows the requests: where those would decide it has no
+/// permit.
+pub fn stands(asked: &Asked<'_>, open: Open<'_>) -> Result<()> {
+    let permit = inbound(asked)?;
+    let said = |bytes| verdict(&asked.workload.authorization, &Facts { asked, bytes });
+    let now = match open {
+        Open::Connection => said(Bytes::Unread),
+        Open::Requests => match said(Bytes::Unread) {
+            Verdict::Open => Verdict::Allowed,
+            decided => decided,
+        },
+        Open::Opaque(server_name) => said(Bytes::Opaque { server_name }),
+        Open::Request(head) => said(Bytes::Request(&head)),
+    };
+    now.settle(permit).map(|_| ())
+}
+
 fn decide(asked: &Asked<'_>, bytes: Bytes<'_>, reporter: &Reporter) -> Result<Permit> {
-    let permit = inbound(asked.destination)?;
+    let permit = inbound(asked)?;
     let facts = Facts { asked, bytes };
     note(&facts, reporter);
     verdict(&asked.workload.authorization, &facts).settle(permit)

@@ -7,7 +7,7 @@
 use std::{fmt, net::SocketAddr};
 
 use super::MESH_PORTS;
-use crate::state::snapshot::{Protocol, ServicePort, Workload};
+use crate::state::snapshot::{MtlsMode, Protocol, ServicePort, Workload};
 
 /// Why a connection takes the agent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,6 +22,8 @@ pub enum Because {
     Asked,
     /// An `AuthorizationPolicy` selects the server's pod, and is asked by the agent.
     Judged,
+    /// A `PeerAuthentication` asks for mutual TLS at the server's port, and these bytes cross the node in the clear.
+    Strict,
     /// The mesh's own port is nobody's app.
     MeshPort,
 }
@@ -34,6 +36,7 @@ impl fmt::Display for Because {
             Self::Limited => "a DestinationRule limits its connections",
             Self::Asked => "a pod has mesh.io/direct: disabled",
             Self::Judged => "an AuthorizationPolicy selects the server's pod",
+            Self::Strict => "a PeerAuthentication asks for mutual TLS at the server's port",
             Self::MeshPort => "the port is the mesh's own",
         })
     }
@@ -63,6 +66,9 @@ pub fn port(port: &ServicePort) -> Result<(), Because> {
 pub fn pods(client: &Workload, server: &Workload, app: SocketAddr) -> Result<(), Because> {
     if !server.authorization.is_empty() {
         return Err(Because::Judged);
+    }
+    if server.authentication.of(app.port()).mode == MtlsMode::Strict {
+        return Err(Because::Strict);
     }
     if client.capture.no_direct || server.capture.no_direct {
         return Err(Because::Asked);

@@ -1,12 +1,13 @@
 //! Who may talk to whom.
 //!
 //! The only place that makes a [`Permit`], and without a permit there is no lease and no hand-over to an app. The mesh's
-//! ports are never a destination; what else is refused, the authorization policies say that select the destination's
-//! pod, at the destination's node, for each connection and each request (`authorization.rs`). Tested below and in
-//! `tests/`; in the lab by `authorization.rs`.
+//! ports are never a destination; what else is refused, the destination's pod says, at its node, for each connection and
+//! each request: first whether it takes plaintext (`mtls.rs`), then the authorization policies that select it
+//! (`authorization.rs`). Tested below and in `tests/`; in the lab by `authorization.rs` and `mtls_modes.rs`.
 
 mod authorization;
 mod matching;
+mod mtls;
 mod path;
 #[cfg(test)]
 mod tests;
@@ -17,7 +18,7 @@ pub mod probes;
 use std::net::SocketAddr;
 
 pub use self::{
-    authorization::{Asked, Head, Ruling, connection, opaque, request},
+    authorization::{Asked, Head, Open, Ruling, connection, opaque, request, stands},
     path::{Malformed, normalise},
 };
 use crate::{
@@ -42,8 +43,9 @@ pub fn outbound(workload: Option<&Workload>, endpoint: SocketAddr) -> Result<Per
 }
 
 /// Whether anything at all may be handed to the pod's app.
-fn inbound(destination: SocketAddr) -> Result<Permit> {
-    refuse_mesh_ports(true, destination)
+fn inbound(asked: &Asked<'_>) -> Result<Permit> {
+    mtls::admits(asked)?;
+    refuse_mesh_ports(true, asked.destination)
 }
 
 fn refuse_mesh_ports(enrolled: bool, destination: SocketAddr) -> Result<Permit> {

@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 
 use http::{Method, Request};
 
-use super::{Permit, inbound};
+use super::{Permit, refuse_mesh_ports};
 use crate::state::snapshot::{ProbePort, ProbeRequest, Workload};
 
 /// The one call of the gRPC health service that the kubelet makes.
@@ -17,7 +17,7 @@ const GRPC_CHECK: &str = "/grpc.health.v1.Health/Check";
 pub fn declared<B>(workload: &Workload, destination: SocketAddr, request: &Request<B>) -> Option<Permit> {
     let target = request.uri().path_and_query().map_or("", |target| target.as_str());
     let is = is_declared(&workload.capture.probes, destination.port(), request.method(), target);
-    is.then(|| inbound(destination).ok()).flatten()
+    is.then(|| refuse_mesh_ports(true, destination).ok()).flatten()
 }
 
 fn is_declared(probes: &[ProbePort], port: u16, method: &Method, target: &str) -> bool {

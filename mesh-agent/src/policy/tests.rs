@@ -16,7 +16,7 @@ use crate::{
     source::read_text,
     state::{
         compile::{Settings, compile},
-        snapshot::Snapshot,
+        snapshot::{Mtls, MtlsMode, Snapshot, Workload},
     },
 };
 
@@ -235,6 +235,57 @@ fn refusals_name_policy_and_rule_as_envoy_does() {
     assert!(request(&asked(2), &head, &reporter).is_ok());
 }
 
+/// The mode is asked before the policies, of plaintext alone.
+#[test]
+fn plaintext_is_refused_where_mutual_tls_is_asked_for_whatever_policies_say() {
+    let reporter = Reporter::default();
+    let snapshot = compiled(&["DENY {to: [{operation: {methods: [GET]}}]}"]);
+    let strict = Mtls { mode: MtlsMode::Strict, by: Some("app/strict".into()) };
+    let mut workload = Workload::clone(snapshot.workload_at("10.0.0.9".parse().unwrap()).unwrap());
+    workload.authentication.ports = Box::new([(80, strict)]);
+    let id = "spiffe://cluster.local/ns/app/sa/x".parse().unwrap();
+    let (method, headers) = (Method::GET, HeaderMap::new());
+    let head = Head { method: &method, authority: "app", path: "/", headers: &headers };
+    for (port, source, expected) in
+        [(80, None, Kind::Plaintext), (80, Some(&id), Kind::Denied), (81, None, Kind::Denied)]
+    {
+        let destination = SocketAddr::new("10.0.0.9".parse().unwrap(), port);
+        let asked = Asked { workload: &workload, destination, source, client: "10.0.0.1:1".parse().unwrap() };
+        let refused = request(&asked, &head, &reporter).unwrap_err();
+        assert_eq!(refused.kind, expected, "{port} {source:?}");
+        assert_eq!(connection(&asked, &reporter).is_err(), expected == Kind::Plaintext);
+        if expected == Kind::Plaintext {
+            assert!(refused.detail.contains("PeerAuthentication app/strict"), "{}", refused.detail);
+        }
+    }
+}
+
+/// What is open would be refused now, or not, as it would be if it came now.
+#[test]
+fn what_is_open_is_judged_by_what_is_known_of_it() {
+    let client = "10.0.0.1:1".parse().unwrap();
+    let head = Question::read("GET /a");
+    let (method, _) = head.request.clone().unwrap();
+    let head = Head { method: &method, authority: "app", path: "/a", headers: &head.headers };
+    let opaque = Open::Opaque(Some("db.example.com"));
+    // Policies, and whether a connection, one that is read, bytes with a name and a request go on.
+    for (policies, expected) in [
+        (&[][..], [true; 4]),
+        (&["DENY {to: [{operation: {ports: ['80']}}]}"], [false; 4]),
+        (&["DENY {to: [{operation: {paths: [/a]}}]}"], [false, true, false, false]),
+        (&["DENY {to: [{operation: {paths: [/b]}}]}"], [false, true, false, true]),
+        (&["ALLOW {to: [{operation: {paths: [/a]}}]}"], [false, true, false, true]),
+        (&["ALLOW {when: [{key: connection.sni, values: [db.example.com]}]}"], [false, true, true, false]),
+        (&["DENY dry-run {}"], [true; 4]),
+    ] {
+        let snapshot = compiled(policies);
+        let workload = snapshot.workload_at("10.0.0.9".parse().unwrap()).unwrap();
+        let asked = Asked { workload, destination: "10.0.0.9:80".parse().unwrap(), source: None, client };
+        let all = [Open::Connection, Open::Requests, opaque, Open::Request(head)];
+        assert_eq!(all.map(|open| stands(&asked, open).is_ok()), expected, "{policies:?}");
+    }
+}
+
 #[test]
 fn what_is_tried_or_audited_is_counted_and_passes() {
     let reporter = Reporter::default();
@@ -274,10 +325,16 @@ fn what_is_tried_or_audited_is_counted_and_passes() {
 
 #[test]
 fn the_meshs_own_ports_are_refused_at_enrolled_pods_only() {
+    let snapshot = compiled(&[]);
+    let workload = snapshot.workload_at("10.0.0.9".parse().unwrap()).unwrap();
+    let asked = |port| {
+        let at = SocketAddr::from(([10, 0, 0, 9], port));
+        Asked { workload, destination: at, source: None, client: at }
+    };
     for port in MESH_PORTS {
-        let at = SocketAddr::from(([10, 0, 0, 1], port));
-        assert_eq!(inbound(at).map_err(|e| e.kind).err(), Some(Kind::IllegalDestination));
-        assert!(outbound(None, at).is_ok());
+        let asked = asked(port);
+        assert_eq!(inbound(&asked).map_err(|e| e.kind).err(), Some(Kind::IllegalDestination));
+        assert!(outbound(None, asked.destination).is_ok());
     }
-    assert!(inbound(SocketAddr::from(([10, 0, 0, 1], 9080))).is_ok());
+    assert!(inbound(&asked(9080)).is_ok());
 }

@@ -5,7 +5,7 @@ use std::{
     net::SocketAddr,
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll, ready},
+    task::{Context, Poll},
     time::Duration,
 };
 
@@ -15,10 +15,10 @@ use http_body::{Body as _, Frame, SizeHint};
 use percent_encoding::{AsciiSet, CONTROLS, percent_encode};
 use tokio::time::{Instant, Sleep};
 
-use super::{Ends, tries::UnderWay};
+use super::{Ends, permits::Stands, tries::UnderWay};
 use crate::{
     balance::Chosen,
-    body::{Activity, Body, BodyError, Inform, Meter},
+    body::{Activity, Body, BodyError, Breaking, Inform, Meter},
     error::{Error, Kind, grpc_of},
     http1::Turn,
     report::{GaveUp, Peer, Reporter, RequestOutcome, RequestProtocol, Security, Side},
@@ -72,6 +72,8 @@ pub(super) struct Exchange {
     pub deadline: Option<Instant>,
     /// Held until the response has ended.
     pub lease: Option<Lease>,
+    /// At a pod of this node: what is asked again when its policies change.
+    pub standing: Stands,
     /// Counts as in flight until the response has ended.
     pub chosen: Option<Chosen>,
     /// Counts as under way at the cluster until the response has ended.
@@ -138,6 +140,7 @@ impl Exchange {
             request_id: None,
             deadline: None,
             lease: None,
+            standing: None,
             chosen: None,
             under_way: None,
             held: None,
@@ -202,8 +205,8 @@ impl Exchange {
             // The detail names endpoints and policies: it is the operator's, in the log, not the client's.
             Body::from(Bytes::from_static(error.kind.told().as_bytes()))
         };
-        // Our own answer is whole; the time that was the endpoint's does not cut it off.
-        self.deadline = None;
+        // Our own answer is whole: neither the time that was the endpoint's nor a change of its policies cuts it off.
+        (self.deadline, self.standing) = (None, None);
         self.error = Some(error);
         self.respond(parts, body)
     }
@@ -350,7 +353,7 @@ impl Reported {
         let row = error.kind.row();
         exchange.grpc_status = Some(row.grpc);
         let mut trailers = HeaderMap::new();
-        set_grpc(&mut trailers, row.grpc, row.word.as_bytes());
+        set_grpc(&mut trailers, row.grpc, error.kind.told().as_bytes());
         (self.body, self.deadline) = (Body::Empty, None);
         self.fail(error);
         Ok(Frame::trailers(trailers))
@@ -379,6 +382,16 @@ impl Drop for Reported {
     }
 }
 
+impl Breaking for Reported {
+    fn poll_broken(&mut self, cx: &mut Context<'_>) -> Poll<BodyError> {
+        let standing = self.exchange.as_mut().and_then(|exchange| exchange.standing.as_mut());
+        match standing.map(|standing| standing.poll_cut(cx)) {
+            Some(Poll::Ready(error)) => Poll::Ready(self.fail(error)),
+            _ => Poll::Pending,
+        }
+    }
+}
+
 impl http_body::Body for Reported {
     type Data = Bytes;
     type Error = BodyError;
@@ -388,8 +401,11 @@ impl http_body::Body for Reported {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let this = self.get_mut();
-        if let Some(exchange) = &this.exchange {
+        if let Some(exchange) = &mut this.exchange {
             exchange.client.activity.asked();
+            if let Some(error) = exchange.standing.as_mut().and_then(|standing| standing.look()) {
+                return Poll::Ready(Some(this.break_off(error)));
+            }
         }
         if let Some(deadline) = &mut this.deadline
             && deadline.as_mut().poll(cx).is_ready()
@@ -397,7 +413,14 @@ impl http_body::Body for Reported {
             let error = Error::new(Kind::Timeout, "the route's timeout ran out within the response body");
             return Poll::Ready(Some(this.break_off(error)));
         }
-        match ready!(Pin::new(&mut this.body).poll_frame(cx)) {
+        let Poll::Ready(polled) = Pin::new(&mut this.body).poll_frame(cx) else {
+            let standing = this.exchange.as_mut().and_then(|exchange| exchange.standing.as_mut());
+            return match standing.map(|standing| standing.poll_cut(cx)) {
+                Some(Poll::Ready(error)) => Poll::Ready(Some(this.break_off(error))),
+                _ => Poll::Pending,
+            };
+        };
+        match polled {
             Some(Ok(frame)) => {
                 this.note(&frame);
                 // Trailers are the last frame (RFC 9110 section 6.5): an HTTP/1.1 client's connection asks for no more.

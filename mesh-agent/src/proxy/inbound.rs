@@ -12,6 +12,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::{
     Ends, Mesh, admit, assert_small,
+    cut::{self, Standing},
     exchange::{Client, Exchange, Reported, Sides},
     headers, inspected, next, pod_name, unsent, vouched,
 };
@@ -168,21 +169,23 @@ async fn tunnelled(inbound: Arc<Inbound>, tunnel: Tunnel) {
     let destination = tunnel.destination;
     let inbound = inbound.told(tunnel.client());
     let _held = inbound.pod.hold();
-    let admitted = inbound.admit();
-    let opened = match admitted.and_then(|()| inbound.may_connect(destination)) {
-        Ok(Ruling::Permitted(permit)) => hand_over(&inbound, &permit, destination).await,
-        Ok(Ruling::BytesDecide) => {
+    let opened = match inbound.admit().and_then(|()| inbound.may_connect(destination)) {
+        Ok((Ruling::Permitted(permit), standing)) => {
+            hand_over(&inbound, &permit, destination).await.map(|app| (app, standing))
+        }
+        Ok((Ruling::BytesDecide, standing)) => {
             if let Ok(stream) = tunnel.accept() {
                 // Boxed: few tunnels need the room.
-                Box::pin(inspected::serve(inbound, stream, unsent::not_known, destination)).await;
+                let serving = inspected::serve(inbound, stream, unsent::not_known, destination, standing);
+                Box::pin(serving).await;
             }
             return;
         }
         Err(error) => Err(error),
     };
     match opened {
-        Ok(app) => match tunnel.accept() {
-            Ok(stream) => copy_to_app(&inbound, stream, app, destination).await,
+        Ok((app, standing)) => match tunnel.accept() {
+            Ok(stream) => copy_to_app(&inbound, stream, app, destination, standing).await,
             Err(error) => tracing::debug!(%destination, %error, "the peer left before its tunnel was open"),
         },
         Err(error) => {
@@ -264,7 +267,12 @@ async fn answer(
     let mut request = Request::from_parts(parts, body.metered(Arc::clone(&exchange.request)));
     let admitted = inbound.admit();
     let sent = match admitted.and_then(|()| inbound.may_request(app, &mut request)) {
-        Ok(permit) => tries(inbound, &permit, &mut exchange, request, app, protocol).await,
+        Ok((permit, mut standing)) => {
+            let sending = tries(inbound, &permit, &mut exchange, request, app, protocol);
+            let sent = cut::unless_cut(Some(&mut standing), sending).await;
+            exchange.standing = Some(standing);
+            sent
+        }
         Err(error) => Err(error),
     };
     match sent {
@@ -334,19 +342,20 @@ async fn plaintext_connection(mesh: Arc<Mesh>, pod: Arc<Pod>, captured: Captured
     let ends = Ends::from(&captured);
     let inbound = Inbound { probe: captured.probe, ..Inbound::new(mesh, pod, ends, None) };
     match inbound.may_begin(ends.original_dst)? {
-        Ruling::Permitted(permit) => {
+        (Ruling::Permitted(permit), standing) => {
             let app = hand_over(&inbound, &permit, ends.original_dst).await?;
             let client = captured.stream;
             let copy = async |moved: &Moved| copy::between_sockets(client, &[], app, moved).await;
-            moving(&inbound, ends.original_dst, copy).await;
+            moving(&inbound, ends.original_dst, standing, copy).await;
         }
-        Ruling::BytesDecide => {
+        (Ruling::BytesDecide, standing) => {
             // Boxed: few connections need the room.
             Box::pin(inspected::serve(
                 Arc::new(inbound),
                 captured.stream,
                 unsent::of_socket,
                 ends.original_dst,
+                standing,
             ))
             .await;
         }
@@ -359,14 +368,21 @@ pub(super) async fn copy_to_app<C>(
     client: C,
     app: tokio::net::TcpStream,
     destination: SocketAddr,
+    standing: Box<Standing>,
 ) where
     C: AsyncRead + AsyncWrite + Unpin,
 {
-    moving(inbound, destination, async |moved: &Moved| copy::both_ways(client, app, moved).await).await;
+    let copy = async |moved: &Moved| copy::both_ways(client, app, moved).await;
+    moving(inbound, destination, standing, copy).await;
 }
 
-/// Reports a connection whose bytes `copy` moves.
-async fn moving(inbound: &Inbound, destination: SocketAddr, copy: impl AsyncFnOnce(&Moved) -> Result<()>) {
+/// Reports a connection whose bytes `copy` moves for as long as it may stand.
+async fn moving(
+    inbound: &Inbound,
+    destination: SocketAddr,
+    mut standing: Box<Standing>,
+    copy: impl AsyncFnOnce(&Moved) -> Result<()>,
+) {
     let guard = inbound.mesh.reporter.connection(TcpLabels {
         side: Side::Destination,
         source: inbound.source.clone(),
@@ -378,8 +394,11 @@ async fn moving(inbound: &Inbound, destination: SocketAddr, copy: impl AsyncFnOn
         endpoint: Some(destination),
     });
     let moved = Moved::default();
-    let error = copy(&moved).await.err();
+    let error = cut::unless_cut(Some(&mut standing), copy(&moved)).await.err();
     let (sent, received) = moved.get();
     guard.moved(sent, received);
     guard.closed(error.as_ref());
+    if let Some(error) = error.filter(cut::is_cut) {
+        inbound.refused(Some(destination), &error);
+    }
 }

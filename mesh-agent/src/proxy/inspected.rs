@@ -14,6 +14,7 @@ use tokio::{
 };
 
 use super::{
+    cut::{Standing, What, unless_cut},
     downstream::{self, Server},
     exchange::{Client, Exchange},
     http::{self as requests, Answered, Made},
@@ -33,21 +34,27 @@ use crate::{
 };
 
 /// Serves a connection to this address of the pod, until it ends.
-pub(super) async fn serve<S>(inbound: Arc<Inbound>, client: S, left: Left<Prefixed<S>>, app: SocketAddr)
-where
+pub(super) async fn serve<S>(
+    inbound: Arc<Inbound>,
+    client: S,
+    left: Left<Prefixed<S>>,
+    app: SocketAddr,
+    standing: Box<Standing>,
+) where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     let mut client = Prefixed::new(client);
-    let detected = protocol(&inbound, &mut client).await;
+    let mut standing = standing.known_as(if inbound.probe { What::Probe } else { What::Requests });
+    let detected = unless_cut(Some(&mut standing), protocol(&inbound, &mut client)).await;
     // It was a question whether anybody listens.
     if inbound.probe && client.is_unread() {
         return;
     }
     let served = match detected {
-        Ok(Protocol::Opaque) => opaque(&inbound, client, app).await,
+        Ok(Protocol::Opaque) => opaque(&inbound, client, app, standing).await,
         Ok(version) => {
             let server = Server::Inbound(Arc::clone(&inbound), app);
-            downstream::serve(server, client, left, version).await
+            unless_cut(Some(&mut standing), downstream::serve(server, client, left, version)).await
         }
         Err(error) => Err(error),
     };
@@ -68,7 +75,12 @@ where
     }
 }
 
-async fn opaque<S>(inbound: &Inbound, mut client: Prefixed<S>, app: SocketAddr) -> Result<()>
+async fn opaque<S>(
+    inbound: &Inbound,
+    mut client: Prefixed<S>,
+    app: SocketAddr,
+    standing: Box<Standing>,
+) -> Result<()>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
@@ -79,7 +91,7 @@ where
     };
     let permit = inbound.may_pass(app, name.as_deref())?;
     let server = inbound::hand_over(inbound, &permit, app).await?;
-    inbound::copy_to_app(inbound, client, server, app).await;
+    inbound::copy_to_app(inbound, client, server, app, standing.known_as(What::Opaque(name))).await;
     Ok(())
 }
 
@@ -135,21 +147,27 @@ async fn forward(
     exchange.authority = parts.uri.authority().map(ToString::to_string).unwrap_or_default();
     let mut request = Request::from_parts(parts, body.metered(Arc::clone(&exchange.request)));
     inbound.admit()?;
-    let permit = inbound.may_request(app, &mut request)?;
+    let (permit, mut standing) = inbound.may_request(app, &mut request)?;
     if expects {
         exchange.client.inform.inform(StatusCode::CONTINUE, &HeaderMap::new());
     }
     let response = if let Some(wanted) = wanted {
         // Boxed: rare.
-        match Box::pin(switch(inbound, &permit, exchange, request, app, &wanted)).await? {
+        let switching = Box::pin(switch(inbound, &permit, exchange, request, app, &wanted));
+        match unless_cut(Some(&mut standing), switching).await? {
             Made::Response(response) => response,
-            switched @ Made::Switch(_) => return Ok(switched),
+            switched @ Made::Switch(_) => {
+                exchange.standing = Some(standing);
+                return Ok(switched);
+            }
         }
     } else {
-        let (response, lease) = inbound::tries(inbound, &permit, exchange, request, app, version).await?;
+        let sending = inbound::tries(inbound, &permit, exchange, request, app, version);
+        let (response, lease) = unless_cut(Some(&mut standing), sending).await?;
         exchange.lease = Some(lease);
         response
     };
+    exchange.standing = Some(standing);
     let (mut head, body) = response.into_parts();
     message::for_client(&mut head.headers, head.status);
     tunnel::strip_mesh_headers(&mut head.headers);

@@ -12,7 +12,9 @@ use http_body::Body as _;
 use tokio::time::timeout;
 
 use super::{
-    Mesh, headers,
+    Mesh,
+    cut::unless_cut,
+    headers,
     outbound::Outbound,
     permits,
     tries::{Sendable, UnderWay},
@@ -109,7 +111,7 @@ async fn one(
     let via = upstream::via(&mesh.pods, &mesh.node, endpoint)?;
     let own = pod.workload();
     let from = permits::From { identity: Some(&own.identity), client };
-    let permit = permits::request_to(mesh, from, &via, endpoint, &mut request)?;
+    let (permit, mut standing) = permits::request_to(mesh, from, &via, endpoint, &mut request)?;
     let destination = Destination {
         address: endpoint.address,
         via: &via,
@@ -118,7 +120,8 @@ async fn one(
         flow: None,
     };
     let nobody: Arc<dyn Inform> = Arc::new(Nobody);
-    let (response, lease) = pod.send(&permit, &destination, request, client, &nobody).await?;
+    let sending = pod.send(&permit, &destination, request, client, &nobody);
+    let (response, lease) = unless_cut(standing.as_mut(), sending).await?;
     // Read to its end, so that the connection can be used again.
     let mut body = response.into_body();
     while let Some(frame) = std::future::poll_fn(|cx| std::pin::Pin::new(&mut body).poll_frame(cx)).await {

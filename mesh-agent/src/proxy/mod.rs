@@ -5,6 +5,7 @@
 //! the lab with real eBPF.
 
 mod asked;
+mod cut;
 mod downstream;
 mod exchange;
 mod headers;

@@ -13,10 +13,12 @@ use tokio::{
 };
 
 use super::{
-    Ends, Mesh, admit, assert_small,
+    Ends, Mesh, admit, assert_small, cut,
     downstream::{self, Server},
     inbound::Inbound,
-    inspected, learn_end, next, permits, pod_name, unsent, vouched,
+    inspected, learn_end, next,
+    permits::{self, Stands},
+    pod_name, unsent, vouched,
 };
 use crate::{
     balance::{self, Chosen},
@@ -278,7 +280,7 @@ impl Outbound {
         connect_timeout: Duration,
     ) -> Result<Opened> {
         let via = upstream::via(&self.mesh.pods, &self.mesh.node, &endpoint)?;
-        let ruling = permits::connection_to(&self.mesh, self.asks(), &via, &endpoint)?;
+        let (ruling, standing) = permits::connection_to(&self.mesh, self.asks(), &via, &endpoint)?;
         let destination = Destination {
             address: endpoint.address,
             via: &via,
@@ -291,8 +293,17 @@ impl Outbound {
         let permit = match ruling {
             Ruling::Permitted(permit) => permit,
             Ruling::BytesDecide => {
-                let stream = self.open_inspected(&destination).await?;
-                return Ok(Opened { stream, endpoint, via, received: 0, _in_flight: chosen, _flow: None });
+                let stream = self.open_inspected(&destination, standing).await?;
+                let standing = None;
+                return Ok(Opened {
+                    stream,
+                    endpoint,
+                    via,
+                    received: 0,
+                    standing,
+                    _in_flight: chosen,
+                    _flow: None,
+                });
             }
         };
         // Boxed: dialling is over soon, copying lasts.
@@ -302,13 +313,13 @@ impl Outbound {
             self.passed_flow(&endpoint, service, RequestProtocol::Tcp)
         };
         let flow = matches!(via, Via::Local(_)).then(passed).flatten();
-        Ok(Opened { stream, endpoint, via, received: 0, _in_flight: chosen, _flow: flow })
+        Ok(Opened { stream, endpoint, via, received: 0, standing, _in_flight: chosen, _flow: flow })
     }
 
     /// The other end of a pass within the node, where the bytes decide what is permitted: what another node's agent does
     /// with a tunnel is done here with a pipe.
-    async fn open_inspected(&self, to: &Destination<'_>) -> Result<UpstreamStream> {
-        let Via::Local(pod) = to.via else {
+    async fn open_inspected(&self, to: &Destination<'_>, standing: Stands) -> Result<UpstreamStream> {
+        let (Via::Local(pod), Some(standing)) = (to.via, standing) else {
             return Err(Error::new(Kind::Denied, "bytes are read at the node of the pod they are for"));
         };
         Box::pin(self.pod.pass(to)).await?;
@@ -316,7 +327,7 @@ impl Outbound {
         let ends = Ends { client: self.shown, original_dst: to.address, endpoint: 0 };
         let (mesh, source) = (Arc::clone(&self.mesh), self.source.identity.clone());
         let inbound = Arc::new(Inbound::new(mesh, Arc::clone(pod), ends, source));
-        pod.drain.spawn(inspected::serve(inbound, far, unsent::not_known, to.address));
+        pod.drain.spawn(inspected::serve(inbound, far, unsent::not_known, to.address, standing));
         Ok(UpstreamStream::Pipe(near))
     }
 
@@ -346,8 +357,8 @@ impl Outbound {
         Some(flow)
     }
 
-    /// Moves bytes until both sides are done, and reports. From here on a failure is the connection's end, not a
-    /// refusal.
+    /// Moves bytes until both sides are done, and reports. From here on a failure is the connection's end, and a refusal
+    /// only where policy cuts it.
     async fn copy(
         &self,
         client: Prefixed<TcpStream>,
@@ -375,20 +386,23 @@ impl Outbound {
             .map(|labels| self.mesh.reporter.connection(labels))
             .collect();
         let moved = Moved::default();
-        let copied = match server.stream {
-            UpstreamStream::Tcp(server) => {
-                let (said, client) = client.into_parts();
-                copy::between_sockets(client, &said, server, &moved).await
+        let mut standing = server.standing;
+        let copying = async {
+            match server.stream {
+                UpstreamStream::Tcp(server) => {
+                    let (said, client) = client.into_parts();
+                    copy::between_sockets(client, &said, server, &moved).await
+                }
+                server => copy::both_ways(client, server, &moved).await,
             }
-            server => copy::both_ways(client, server, &moved).await,
         };
-        let error = copied.err();
+        let error = cut::unless_cut(standing.as_mut(), copying).await.err();
         let (sent, received) = moved.get();
         for guard in guards {
             guard.moved(sent, received + server.received);
             guard.closed(error.as_ref());
         }
-        Ok(())
+        error.filter(cut::is_cut).map_or(Ok(()), Err)
     }
 }
 
@@ -406,6 +420,8 @@ struct Opened {
     via: Via,
     /// Bytes of the server that were handed on before the copy began.
     received: u64,
+    /// In a pass within the node.
+    standing: Stands,
     _in_flight: Option<Chosen>,
     /// The facts of the app's end, in a pass within the node.
     _flow: Option<FlowGuard>,

@@ -15,6 +15,7 @@ use hyper::body::Body as _;
 use tokio::time::{Instant, sleep_until};
 
 use super::{
+    cut::unless_cut,
     exchange::{Exchange, Sides},
     headers, learn_end,
     outbound::Outbound,
@@ -22,7 +23,7 @@ use super::{
 };
 use crate::{
     balance,
-    body::{Body, Follow, Replay},
+    body::{Activity, Body, Follow, Replay},
     error::{Error, Kind, Result},
     policy,
     report::GaveUp,
@@ -160,7 +161,7 @@ pub(super) async fn run(
             tried.extend(exchange.endpoint);
         }
         // What the failed try held goes back before the next one chooses.
-        (exchange.lease, exchange.chosen) = (None, None);
+        (exchange.lease, exchange.chosen, exchange.standing) = (None, None, None);
         drop(result);
         let _own = exchange.client.activity.own_wait();
         tokio::time::sleep(next.wait).await;
@@ -242,7 +243,8 @@ pub(super) fn pick(
     exchange.endpoint = Some(endpoint.address);
     let via = upstream::via(&outbound.mesh.pods, &outbound.mesh.node, &endpoint)?;
     note(outbound, exchange, &endpoint, &via);
-    let permit = permits::request_to(&outbound.mesh, outbound.asks(), &via, &endpoint, request)?;
+    let (permit, standing) = permits::request_to(&outbound.mesh, outbound.asks(), &via, &endpoint, request)?;
+    exchange.standing = standing;
     Ok(Picked { endpoint, via, permit })
 }
 
@@ -257,7 +259,8 @@ async fn one(
 ) -> Result<Response<Body>> {
     let Picked { endpoint, via, permit } = pick(outbound, exchange, cluster, &mut request, tried)?;
     let service = exchange.cluster.as_ref().map(|cluster| &cluster.host);
-    let passed = || outbound.passed_flow(&endpoint, service.cloned(), exchange.protocol());
+    let (service, protocol_seen) = (service.cloned(), exchange.protocol());
+    let passed = || outbound.passed_flow(&endpoint, service.clone(), protocol_seen);
     let destination = Destination {
         address: endpoint.address,
         via: &via,
@@ -268,7 +271,8 @@ async fn one(
     };
     let (client, inform) = (outbound.shown, &exchange.client.inform);
     let sending = outbound.pod.send(&permit, &destination, request, client, inform);
-    let (response, lease) = in_time(outbound, exchange, endpoint.address, limit, sending).await?;
+    let sending = in_time(outbound, &exchange.client.activity, endpoint.address, limit, sending);
+    let (response, lease) = unless_cut(exchange.standing.as_mut(), sending).await?;
     exchange.lease = Some(lease);
     Ok(response)
 }
@@ -276,7 +280,7 @@ async fn one(
 /// Waits for what an endpoint answers: until `limit`, and for as long as anything moves.
 pub(super) async fn in_time<T>(
     outbound: &Outbound,
-    exchange: &Exchange,
+    activity: &Activity,
     endpoint: SocketAddr,
     limit: Option<Instant>,
     answer: impl Future<Output = Result<T>>,
@@ -291,7 +295,7 @@ pub(super) async fn in_time<T>(
         biased;
         answer = answer => answer,
         () = late => Err(Error::new(Kind::Timeout, format!("no response from {endpoint} in time"))),
-        () = exchange.client.activity.stalled(outbound.mesh.limits.stall()) => {
+        () = activity.stalled(outbound.mesh.limits.stall()) => {
             let text = format!("nothing moved for too long while waiting for {endpoint}");
             Err(Error::new(Kind::StreamIdle, text))
         }

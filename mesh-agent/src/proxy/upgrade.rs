@@ -7,6 +7,7 @@ use http_body::Body as _;
 use tokio::{sync::oneshot, time::Instant};
 
 use super::{
+    cut::{is_cut, unless_cut},
     exchange::Exchange,
     headers,
     http::{self, Answered, Made},
@@ -91,7 +92,9 @@ async fn one(
         flow: None,
     };
     let asking = outbound.pod.switch(&permit, &destination, request, wanted, outbound.shown);
-    match tries::in_time(outbound, exchange, endpoint.address, exchange.deadline, asking).await? {
+    let activity = &exchange.client.activity;
+    let asking = Box::pin(tries::in_time(outbound, activity, endpoint.address, exchange.deadline, asking));
+    match unless_cut(exchange.standing.as_mut(), asking).await? {
         Switched::Answered(response) => Ok(Made::Response(response)),
         Switched::Agreed(head, bytes) => {
             // What limits a request does not limit what it has become.
@@ -116,7 +119,7 @@ pub(super) fn agree(
 pub(super) fn carry<C: Send + Sync + 'static>(
     connection: Arc<C>,
     drain: &Drain,
-    exchange: Exchange,
+    mut exchange: Exchange,
     agreed: Agreed,
 ) -> Answered {
     let Agreed { head, endpoint } = agreed;
@@ -131,8 +134,9 @@ pub(super) fn carry<C: Send + Sync + 'static>(
             return exchange.switched(status, 0, Some(gone));
         };
         let moved = Moved::default();
-        let mut error = copy::both_ways(client, endpoint, &moved).await.err();
-        if error.is_some() && exchange.client.activity.has_stalled() {
+        let copying = copy::both_ways(client, endpoint, &moved);
+        let mut error = unless_cut(exchange.standing.as_mut(), copying).await.err();
+        if error.as_ref().is_some_and(|error| !is_cut(error)) && exchange.client.activity.has_stalled() {
             error = Some(Error::new(Kind::StreamIdle, "the client's connection was given up"));
         }
         let (sent, received) = moved.get();

@@ -117,7 +117,6 @@ const fn never_established(kind: Kind) -> bool {
         | Kind::TlsFailure
         | Kind::IdentityMismatch
         | Kind::Unauthenticated
-        | Kind::Denied
         | Kind::FaultAbort(_)
         | Kind::IllegalDestination
         | Kind::Overflow
@@ -130,7 +129,10 @@ const fn never_established(kind: Kind) -> bool {
         | Kind::HeadTooLarge
         | Kind::TargetTooLong
         | Kind::StreamIdle
-        | Kind::NoUpgrade => false,
+        | Kind::NoUpgrade
+        // It was established, and then cut.
+        | Kind::Denied
+        | Kind::Plaintext => false,
     }
 }
 

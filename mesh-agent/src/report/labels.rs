@@ -110,8 +110,9 @@ impl Flags {
 
     /// The flags of a request.
     pub fn of(outcome: &RequestOutcome<'_>) -> Self {
-        // Of a request that policy refuses Envoy has a status and a detail, and no flag.
-        let failed = outcome.error.filter(|error| error.kind != Kind::Denied);
+        // Of a request that policy refuses Envoy has a status and a detail, and no flag. One that is cut has another status.
+        let refused = outcome.status == 403 || outcome.grpc_status.is_some();
+        let failed = outcome.error.filter(|error| error.kind != Kind::Denied || !refused);
         Self { delay: outcome.delay_injected, gave_up: outcome.gave_up, ..Self::new(failed) }
     }
 }

@@ -6,7 +6,7 @@ use crate::{
     identity::SpiffeId,
     state::{
         defaults,
-        snapshot::{Balancing, CapturePolicy, Cluster, Workload},
+        snapshot::{Authentication, Balancing, CapturePolicy, Cluster, Workload},
     },
 };
 
@@ -33,6 +33,7 @@ pub fn workload(name: &str, host: u8) -> Arc<Workload> {
         netns: None,
         capture: CapturePolicy::default(),
         authorization: Arc::default(),
+        authentication: Authentication::default(),
         workload_name: name.into(),
         canonical_service: name.into(),
         canonical_revision: "v1".into(),

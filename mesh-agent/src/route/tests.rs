@@ -15,8 +15,8 @@ use crate::{
     state::{
         compile::{Settings, compile},
         snapshot::{
-            Backend, CapturePolicy, HeaderOp, HeaderOps, HttpRoute, PathRewrite, Redirect, RedirectPort,
-            RequestMatch, Rewrite, StringMatch, Workload,
+            Authentication, Backend, CapturePolicy, HeaderOp, HeaderOps, HttpRoute, PathRewrite, Redirect,
+            RedirectPort, RequestMatch, Rewrite, StringMatch, Workload,
         },
     },
 };
@@ -37,6 +37,7 @@ fn source() -> Workload {
         netns: None,
         capture: CapturePolicy::default(),
         authorization: Arc::default(),
+        authentication: Authentication::default(),
         workload_name: "client".into(),
         canonical_service: "client".into(),
         canonical_revision: "latest".into(),

@@ -14,6 +14,7 @@ use std::{
 
 use crate::identity::SpiffeId;
 
+mod authentication;
 mod authorization;
 mod capture;
 mod cluster;
@@ -22,6 +23,7 @@ mod probes;
 mod retry;
 mod stream;
 
+pub use self::authentication::{Authentication, Mtls, MtlsMode};
 pub use self::authorization::{
     Action, Applied, Authorization, Clause, Listed, PathMatch, Policy, Rule, ServiceAccount, TemplatePart,
     TextMatch,
@@ -89,6 +91,8 @@ pub struct Workload {
     pub capture: CapturePolicy,
     /// The authorization policies that select it.
     pub authorization: Arc<Authorization>,
+    /// Whether it takes plaintext.
+    pub authentication: Authentication,
     /// Metric label `*_workload`: the controller's name (owner reference, Deployment rather than `ReplicaSet`), else
     /// the pod's name.
     pub workload_name: Arc<str>,

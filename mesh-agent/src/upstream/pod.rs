@@ -13,7 +13,7 @@ use std::{
 
 use arc_swap::ArcSwap;
 use http::{Request, Response};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use super::{Destination, Lease, Pool, carrier::Carriers, in_form};
 use crate::{
@@ -31,6 +31,8 @@ use crate::{
 pub struct Pod {
     net: Arc<PodNet>,
     workload: ArcSwap<Workload>,
+    /// Told when what it asks of those who come has changed.
+    policies: watch::Sender<()>,
     identity: Arc<WorkloadIdentity>,
     /// mTLS connections to other nodes' pods.
     pub(super) tunnels: tunnel::Pool,
@@ -80,6 +82,7 @@ impl Pod {
     pub fn new(net: Arc<PodNet>, identity: Arc<WorkloadIdentity>, drain: Drain, limits: PodLimits) -> Self {
         Self {
             workload: ArcSwap::new(Arc::clone(&net.workload)),
+            policies: watch::Sender::new(()),
             net,
             identity,
             tunnels: tunnel::Pool::default(),
@@ -161,7 +164,16 @@ impl Pod {
 
     /// Takes over what the configuration says of it now (labels may change while it runs).
     pub fn update(&self, workload: Arc<Workload>) {
-        self.workload.store(workload);
+        let before = self.workload.swap(workload);
+        let now = self.workload.load();
+        if before.authorization != now.authorization || before.authentication != now.authentication {
+            self.policies.send_replace(());
+        }
+    }
+
+    /// Told whenever what it asks of those who come has changed, from now on.
+    pub fn policy_changes(&self) -> watch::Receiver<()> {
+        self.policies.subscribe()
     }
 
     /// An HTTP request through a peer that only speaks HBONE: HTTP inside a CONNECT stream, one stream a request.

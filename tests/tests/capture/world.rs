@@ -19,7 +19,7 @@ use lab::{residue, unique};
 use mesh_agent::{
     capture::{Capture, CaptureConfig, Captured, EbpfLog, Listener, PodNet, PodTables},
     identity::SpiffeId,
-    state::snapshot::{CapturePolicy, WhenAgentIsDown, Workload},
+    state::snapshot::{Authentication, CapturePolicy, WhenAgentIsDown, Workload},
 };
 use nix::{
     mount::{MsFlags, mount},
@@ -334,6 +334,7 @@ pub fn workload_as(netns: PathBuf, ips: &[&str], capture: CapturePolicy) -> Resu
         netns: Some(netns),
         capture,
         authorization: Arc::default(),
+        authentication: Authentication::default(),
         workload_name: Arc::clone(&name),
         canonical_service: name,
         canonical_revision: "latest".into(),

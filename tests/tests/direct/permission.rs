@@ -109,7 +109,14 @@ async fn rules_that_the_agent_keeps_take_the_agent() -> Result<()> {
     let routes = format!("{}---\n{}", route("near"), route("near6"));
     let policy = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\n\
                   metadata: { name: all, namespace: default }\nspec: { action: ALLOW, rules: [{}] }\n";
-    for (what, yaml) in [("connectionPool", limits), ("tcp routes", &routes), ("authorization", policy)] {
+    let strict = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
+                  metadata: { name: all, namespace: default }\nspec: { mtls: { mode: STRICT } }\n";
+    for (what, yaml) in [
+        ("connectionPool", limits),
+        ("tcp routes", &routes),
+        ("authorization", policy),
+        ("mutual TLS", strict),
+    ] {
         let apply = async |asks: bool| world.applied("rules.yaml", asks.then_some(yaml)).await;
         world.asks_for_the_agent(what, apply).await?;
     }

@@ -5,7 +5,9 @@ use std::{collections::HashMap, sync::Arc};
 use http::{HeaderName, HeaderValue, StatusCode};
 
 use super::*;
-use crate::state::snapshot::{Balancing, CapturePolicy, HeaderOps, Subnet, UnmatchedPreflights};
+use crate::state::snapshot::{
+    Authentication, Balancing, CapturePolicy, HeaderOps, Subnet, UnmatchedPreflights,
+};
 
 fn anybody() -> CorsPolicy {
     CorsPolicy {
@@ -164,6 +166,7 @@ fn a_pod_of_two_addresses_is_shown_once_and_order_is_fixed() {
             netns: None,
             capture: CapturePolicy::default(),
             authorization: Arc::default(),
+            authentication: Authentication::default(),
             workload_name: name.into(),
             canonical_service: name.into(),
             canonical_revision: "latest".into(),

@@ -7,6 +7,7 @@
 use std::{collections::HashMap, sync::Arc};
 
 use self::{
+    authentication::Authentications,
     authorization::Authorizations,
     clusters::Clusters,
     destination_rules::DestinationRules,
@@ -22,6 +23,7 @@ use super::{
     snapshot::{Service, ServicePort, Snapshot},
 };
 
+mod authentication;
 mod authorization;
 mod clusters;
 mod delegates;
@@ -76,8 +78,11 @@ pub fn compile(
     settings: &Settings,
 ) -> (Snapshot, Vec<Problem>) {
     let mut problems = Problems::new(objects);
-    let mut authorizations = Authorizations::index(objects, settings, &mut problems);
-    let pods = Pods::index(objects, previous, settings, &mut authorizations, &mut problems);
+    let mut policies = Policies {
+        authentications: Authentications::index(objects, settings),
+        authorizations: Authorizations::index(objects, settings, &mut problems),
+    };
+    let pods = Pods::index(objects, previous, settings, &mut policies, &mut problems);
     let definitions = Definitions::index(objects, &pods, &mut problems);
     let rules = DestinationRules::index(objects, settings, &definitions, &mut problems);
     let virtual_services = VirtualServices::index(objects, &definitions, &mut problems);
@@ -111,6 +116,12 @@ pub fn compile(
     }
     snapshot.workloads = pods.workloads;
     (snapshot, problems.into_sorted())
+}
+
+/// Who may come to which pod.
+struct Policies<'a> {
+    authentications: Authentications<'a>,
+    authorizations: Authorizations<'a>,
 }
 
 /// The ports of a service as the clients see them that `destinations` is for.

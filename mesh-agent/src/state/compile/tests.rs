@@ -1,6 +1,7 @@
 //! YAML in, snapshot and problems out.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+mod authentication;
 mod authorization;
 mod bookinfo;
 mod delegates;

@@ -14,13 +14,13 @@ use k8s_openapi::{
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
 
-use super::{Netns, Problems, Settings, authorization::Authorizations};
+use super::{Netns, Policies, Problems, Settings};
 use crate::{
     identity::SpiffeId,
     state::{
         defaults,
         resource::{ObjectKey, Objects, Resource, pod, probes},
-        snapshot::{Authorization, CapturePolicy, Snapshot, Workload},
+        snapshot::{Authentication, Authorization, CapturePolicy, Snapshot, Workload},
     },
 };
 
@@ -72,7 +72,7 @@ impl<'a> Pods<'a> {
         objects: &'a Objects,
         previous: Option<&Snapshot>,
         settings: &Settings,
-        authorizations: &mut Authorizations<'_>,
+        policies: &mut Policies<'_>,
         problems: &mut Problems<'_>,
     ) -> Self {
         let mut pods = Self { workloads: HashMap::new(), by_namespace: HashMap::new() };
@@ -82,8 +82,8 @@ impl<'a> Pods<'a> {
             let Resource::Pod(pod) = &object.resource else { continue };
             let Some(entry) = running(key, pod, settings, problems) else { continue };
             if !host_network(pod) && !entry.ips.is_empty() {
-                let authorization = authorizations.of(key, pod);
-                let workload = workload(&entry, objects, settings, authorization, problems);
+                let policies = (policies.authorizations.of(key, pod), policies.authentications.of(key, pod));
+                let workload = workload(&entry, objects, settings, policies, problems);
                 let workload = keep(workload, previous);
                 for ip in &entry.ips {
                     if let Some(other) = owners.insert(*ip, key) {
@@ -169,7 +169,7 @@ fn workload(
     entry: &PodEntry<'_>,
     objects: &Objects,
     settings: &Settings,
-    authorization: Arc<Authorization>,
+    (authorization, authentication): (Arc<Authorization>, Authentication),
     problems: &mut Problems<'_>,
 ) -> Workload {
     let meta = &entry.pod.metadata;
@@ -204,6 +204,7 @@ fn workload(
         netns,
         capture: capture(entry, enrolled, problems),
         authorization,
+        authentication,
         canonical_service: service.unwrap_or(workload_name).into(),
         canonical_revision: revision.unwrap_or("latest").into(),
         workload_name: workload_name.into(),

@@ -59,7 +59,7 @@ struct Wire {
 
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct WireSelector {
+pub(super) struct WireSelector {
     match_labels: Option<BTreeMap<String, String>>,
 }
 
@@ -172,14 +172,19 @@ fn scope(
         return Err(FieldError::new("targetRefs", format!("has more than {MOST_TARGETS} entries")));
     }
     if targets.is_empty() {
-        let labels = selector.and_then(|selector| selector.match_labels).unwrap_or_default();
-        for (label, value) in &labels {
-            check_label(label, value).map_err(entry("selector.matchLabels", label))?;
-        }
-        return Ok(Scope::Labels(labels));
+        return labels_of(selector).map(Scope::Labels);
     }
     let services = targets.into_iter().map(|(at, target)| target.check(namespace).map_err(under(&at.field)));
     Ok(Scope::Services(services.collect::<Checked<_>>()?))
+}
+
+/// The labels that pods have to carry; none: all pods.
+pub(super) fn labels_of(selector: Option<WireSelector>) -> Checked<BTreeMap<String, String>> {
+    let labels = selector.and_then(|selector| selector.match_labels).unwrap_or_default();
+    for (label, value) in &labels {
+        check_label(label, value).map_err(entry("selector.matchLabels", label))?;
+    }
+    Ok(labels)
 }
 
 fn check_label(label: &str, value: &str) -> Checked<()> {

@@ -17,6 +17,7 @@ use self::{
     authorization_policy::AuthorizationPolicy,
     destination_rule::DestinationRule,
     field::{Checked, FieldError, under},
+    peer_authentication::PeerAuthentication,
     virtual_service::VirtualService,
 };
 use super::{Problem, defaults};
@@ -27,6 +28,7 @@ mod duration;
 pub mod export_to;
 pub mod field;
 mod headers;
+pub mod peer_authentication;
 pub mod pod;
 pub mod probes;
 mod string_match;
@@ -91,6 +93,8 @@ pub enum Resource {
     DestinationRule(Box<DestinationRule>),
     /// Istio's `AuthorizationPolicy`.
     AuthorizationPolicy(Box<AuthorizationPolicy>),
+    /// Istio's `PeerAuthentication`.
+    PeerAuthentication(Box<PeerAuthentication>),
     /// A kind that belongs in manifests and that nothing is compiled from yet: Node, `ServiceAccount`, Secret,
     /// `ConfigMap`. It was checked, and its content is not kept.
     Accepted,
@@ -185,9 +189,10 @@ fn resource(header: &Header<'_>, value: &Value) -> Checked<Resource> {
             "networking.istio.io/v1alpha3" | "networking.istio.io/v1beta1" | "networking.istio.io/v1",
             "VirtualService" | "DestinationRule",
         )
-        | ("security.istio.io/v1beta1" | "security.istio.io/v1", "AuthorizationPolicy") => {
-            istio(header, value)
-        }
+        | (
+            "security.istio.io/v1beta1" | "security.istio.io/v1",
+            "AuthorizationPolicy" | "PeerAuthentication",
+        ) => istio(header, value),
         (api_version, kind) => {
             let group = api_version.split_once('/').map_or("", |(group, _)| group);
             let ours = group.ends_with("istio.io") || group == "gateway.networking.k8s.io";
@@ -256,6 +261,10 @@ fn istio(header: &Header<'_>, value: &Value) -> Checked<Resource> {
             let dry_run = authorization_policy::dry_run(&annotations).map_err(under("metadata"))?;
             let checked = authorization_policy::check(key, dry_run, spec).map_err(under_spec)?;
             Resource::AuthorizationPolicy(Box::new(checked))
+        }
+        "PeerAuthentication" => {
+            let checked = peer_authentication::check(key, created, spec).map_err(under_spec)?;
+            Resource::PeerAuthentication(Box::new(checked))
         }
         _ => {
             let checked = destination_rule::check(key, created, spec).map_err(under_spec)?;

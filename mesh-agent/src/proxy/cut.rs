@@ -1,0 +1,158 @@
+//! What stands open, and is cut once it would not be permitted any more.
+//!
+//! Promises: whoever is permitted something holds a [`Standing`] made before policy was asked, so that no change is
+//! missed; when what the pod asks of those who come has changed, it is asked again, and an answer of no ends what is open
+//! with the error of a refusal. Costs nothing while nothing changes: it waits for its pod's word, and is not asked byte by
+//! byte. Tested in the lab (`tests/tests/authorization.rs`, `mtls_modes.rs`).
+
+use std::{
+    fmt,
+    future::poll_fn,
+    net::SocketAddr,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+};
+
+use http::{HeaderMap, Method, Request, Uri};
+use tokio::sync::watch;
+
+use super::permits::From;
+use crate::{
+    config::PathNormalization,
+    error::{Error, Kind, Result},
+    identity::SpiffeId,
+    policy::{self, Asked, Head, Open},
+    route,
+    upstream::Pod,
+};
+
+/// What is open.
+#[derive(Debug)]
+pub(super) enum What {
+    /// A connection that passes unread.
+    Connection,
+    /// A connection whose requests are judged one by one.
+    Requests,
+    /// Bytes that are no requests, with the server name of their `ClientHello`.
+    Opaque(Option<String>),
+    /// The kubelet's, which no policy refuses: what it may ask for is looked at with each request.
+    Probe,
+    /// A request, as it was judged. `raw_path`: what becomes of its path before it is judged, where that has not been done.
+    Request { method: Method, uri: Uri, headers: HeaderMap, raw_path: Option<PathNormalization> },
+}
+
+impl What {
+    /// A request under way.
+    pub fn request<B>(request: &Request<B>, raw_path: Option<PathNormalization>) -> Self {
+        Self::Request {
+            method: route::method(request.method(), request.extensions()).clone(),
+            uri: request.uri().clone(),
+            headers: request.headers().clone(),
+            raw_path,
+        }
+    }
+}
+
+/// Something open at a pod of this node: who has it, and for what.
+pub(super) struct Standing {
+    pod: Arc<Pod>,
+    source: Option<SpiffeId>,
+    client: SocketAddr,
+    app: SocketAddr,
+    pub what: What,
+    changes: watch::Receiver<()>,
+    /// Only of what lasts.
+    waiting: Option<Pin<Box<dyn Future<Output = ()> + Send + Sync>>>,
+}
+
+impl fmt::Debug for Standing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Standing").field("app", &self.app).field("what", &self.what).finish_non_exhaustive()
+    }
+}
+
+impl Standing {
+    /// To be made before policy is asked: what changes from here on is seen.
+    pub fn new(pod: &Arc<Pod>, from: From<'_>, app: SocketAddr, what: What) -> Box<Self> {
+        let From { identity, client } = from;
+        let (pod, source) = (Arc::clone(pod), identity.cloned());
+        let changes = pod.policy_changes();
+        Box::new(Self { pod, source, client, app, what, changes, waiting: None })
+    }
+
+    /// The same connection, of which more is known.
+    pub fn known_as(mut self: Box<Self>, what: What) -> Box<Self> {
+        self.what = what;
+        self
+    }
+
+    /// Why it has to end now, if it has: looks only whether anything has changed since it was last asked.
+    pub fn look(&mut self) -> Option<Error> {
+        // An `Err` says that the pod is gone, which this keeps.
+        if !self.changes.has_changed().unwrap_or(false) {
+            return None;
+        }
+        self.changes.mark_unchanged();
+        self.ask().err()
+    }
+
+    /// Ready when it has to end.
+    pub fn poll_cut(&mut self, cx: &mut Context<'_>) -> Poll<Error> {
+        loop {
+            if let Some(error) = self.look() {
+                return Poll::Ready(error);
+            }
+            let changes = &self.changes;
+            let waiting = self.waiting.get_or_insert_with(|| Box::pin(change(changes.clone())));
+            ready!(waiting.as_mut().poll(cx));
+            self.waiting = None;
+        }
+    }
+
+    fn ask(&self) -> Result<()> {
+        let workload = self.pod.workload();
+        let (source, client) = (self.source.as_ref(), self.client);
+        let asked = Asked { workload: &workload, destination: self.app, source, client };
+        let open = match &self.what {
+            What::Probe => return Ok(()),
+            What::Connection => Open::Connection,
+            What::Requests => Open::Requests,
+            What::Opaque(name) => Open::Opaque(name.as_deref()),
+            What::Request { method, uri, headers, raw_path } => {
+                let form = raw_path.filter(|_| workload.authorization.reads_paths);
+                let normal = form.map(|form| policy::normalise(uri.path(), form)).transpose();
+                let normal = normal.map_err(|bad| Error::new(Kind::BadRequest, bad.to_string()))?;
+                let path = normal.as_deref().unwrap_or_else(|| uri.path());
+                let authority = uri.authority().map_or("", |authority| authority.as_str());
+                return policy::stands(&asked, Open::Request(Head { method, authority, path, headers }));
+            }
+        };
+        policy::stands(&asked, open)
+    }
+}
+
+/// The pod's word is kept for as long as this is: nobody waits for a pod that is gone.
+async fn change(mut changes: watch::Receiver<()>) {
+    if changes.changed().await.is_err() {
+        std::future::pending::<()>().await;
+    }
+}
+
+/// Whether the end of a connection is a cut: it is reported as a refusal too.
+pub(super) const fn is_cut(error: &Error) -> bool {
+    matches!(error.kind, Kind::Denied | Kind::Plaintext)
+}
+
+/// What `work` comes to, unless what stands is cut before.
+pub(super) async fn unless_cut<T>(
+    standing: Option<&mut Box<Standing>>,
+    work: impl Future<Output = Result<T>>,
+) -> Result<T> {
+    let Some(standing) = standing else { return work.await };
+    tokio::select! {
+        biased;
+        done = work => done,
+        error = poll_fn(|cx| standing.poll_cut(cx)) => Err(error),
+    }
+}
