@@ -90,12 +90,15 @@ pub static INNER_LINKS: HashMap<u32, u32, INNER_LINKS_CAPACITY, NO_PREALLOC> = H
 pub static POD_GUESTS: LruHashMap<Tuple, u64, GUESTS_CAPACITY> = LruHashMap::new();
 
 /// Network namespace cookie of the pod a program instance is for; of the node itself, for the node's programs.
+///
+/// The agent always sets it. A value that nothing else has keeps the compiler from letting other constants share its place,
+/// which would change with it.
 #[unsafe(no_mangle)]
-pub static NETNS_COOKIE: Global<u64> = Global::new(0);
+pub static NETNS_COOKIE: Global<u64> = Global::new(0x6d65_7368_2063_6f6f);
 
-/// The number of that pod's network namespace in the agent's, for its guard.
+/// The number of that pod's network namespace in the agent's, for its guard. Always set, as the cookie.
 #[unsafe(no_mangle)]
-pub static NETNS_NUMBER: Global<u64> = Global::new(0);
+pub static NETNS_NUMBER: Global<u64> = Global::new(0x6d65_7368_206e_756d);
 
 /// Socket storage that sockets accepted by a listener inherit. (The library's own type has no flag for that.)
 #[repr(C)]

@@ -68,8 +68,8 @@ async fn garbage_is_answered_400_and_counted() -> Result<()> {
         Ok(())
     })
     .await?;
-    let line = [("status", "400"), ("flags", "DPE"), ("src.workload", "client"), ("reporter", "source")];
-    pair.agent_a.logged(&line).await?;
+    let error = ("error", "several Host headers in one request (RFC 9112 §3.2)");
+    pair.agent_a.logged(&[("status", "400"), ("flags", "DPE"), ("reporter", "source"), error]).await?;
     let line = [("event", "refused"), ("kind", "bad_request"), ("pod", "client"), ("flags", "DPE")];
     pair.agent_a.logged(&line).await?;
     ensure!(pair.client.http_get(&service.url(80, "/"), &[]).await?.status == 200);

@@ -37,7 +37,8 @@ async fn unary_and_streaming_calls_pass_across_and_within_nodes() -> Result<()> 
     pair.settled().await?;
     let refused = pair.client.grpc(&empty.url(50051, ""), "count/1").await?;
     ensure!(refused.check == "Unavailable", "{refused:?}");
-    let line = [("reporter", "source"), ("grpc_status", "14"), ("flags", "UH"), ("src.workload", "client")];
+    let path = ("path", "/grpc.health.v1.Health/Check");
+    let line = [("reporter", "source"), ("grpc_status", "14"), ("flags", "UH"), path];
     ensure!(pair.agent_a.logged(&line).await?["endpoint"] == "-");
     let labels = [("reporter", "source"), ("grpc_response_status", "14"), ("response_flags", "UH")];
     ensure!(lab::metric(&pair.agent_a.metrics().await?, "istio_requests_total", &labels) >= 1.0);

@@ -26,6 +26,14 @@ spec:
   rules: [{ from: [{ source: { principals: ['*'] } }] }]
 ";
 
+/// The same by the mode of mutual TLS.
+const STRICT: &str = "
+apiVersion: security.istio.io/v1
+kind: PeerAuthentication
+metadata: { name: strict, namespace: default }
+spec: { mtls: { mode: STRICT } }
+";
+
 /// Dials from a port and asks for a path: `python3 -c … PORT TARGET PORT PATH`. Says the status, or what went wrong.
 const FROM: &str = "
 import socket, sys
@@ -185,6 +193,46 @@ async fn declared_probes_come_through_and_nothing_else_does() -> Result<()> {
     let logged = pair.agent_a.access_log();
     let denied = |line: &&String| line.contains("path=/admin ") && line.contains("matched_policy[none]");
     ensure!(logged.iter().any(|line| denied(&line)), "{logged:#?}");
+    world.pair.finish().await
+}
+
+#[tokio::test]
+async fn strict_mutual_tls_lets_declared_probes_in_and_nothing_else() -> Result<()> {
+    if !require_root()? {
+        return Ok(());
+    }
+    let world = World::new("probes-strict").await?;
+    let World { pair, server, kubelet, others, .. } = &world;
+    // In the place of the policy: from here on the mode alone refuses.
+    pair.apply("mesh-only.yaml", STRICT).await?;
+    let by_mode = [("event", "refused"), ("kind", "plaintext"), ("pod", "server"), ("side", "destination")];
+    eventually("the mode is in force", async || {
+        ensure!(others[0].http_get(&world.url("/"), &[]).await.is_err(), "plaintext came through");
+        Ok(())
+    })
+    .await?;
+    pair.agent_a.logged(&by_mode).await?;
+    let path = "/status/200?probe=1";
+    for to in [server.at(8080), server.at6(8080)] {
+        ensure!(status(kubelet, &format!("http://{to}{path}")).await?.0 == 200, "{to}");
+        for path in ["/status/200", "/admin"] {
+            let (told, body) = status(kubelet, &format!("http://{to}{path}")).await?;
+            ensure!(told == 403, "{to}{path}: {told} {body}");
+        }
+    }
+    kubelet.raw(server.at(7000)).leave().run().await?;
+    ensure!(kubelet.grpc(&format!("http://{}", server.at(9000)), "count/1").await?.check == "SERVING");
+    for other in others {
+        for port in [8080, 8081, 7000, 9000] {
+            let told = raw(other, server.at(port), &get(path, "close")).await;
+            ensure!(told.as_ref().is_ok_and(|told| told.received.0.is_empty()), "{port}: {told:?}");
+        }
+    }
+    let told = raw(kubelet, server.at(8081), &get(path, "close")).await?;
+    ensure!(told.received.0.is_empty(), "{told:?}");
+    let metrics = pair.agent_a.metrics().await?;
+    let labels = [("side", "destination"), ("kind", "plaintext"), ("pod", "server")];
+    ensure!(metric(&metrics, "mesh_refused_total", &labels) >= 9.0, "{metrics}");
     world.pair.finish().await
 }
 
