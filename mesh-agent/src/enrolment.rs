@@ -22,7 +22,7 @@ use tokio::sync::{Notify, watch};
 pub use self::succession::{Prepared, Served};
 use crate::{
     admin::{BlockReady, FailingPod, PodsView},
-    capture::{Capture, Listener, PodNet},
+    capture::{self, Capture, Listener, PodNet},
     drain::Drain,
     handover::{Asked, Door},
     identity::{Authority, WorkloadIdentity},
@@ -243,6 +243,9 @@ impl Enrolment {
         let plan = plan(&enrolled, &wanted);
         for name in &plan.leave {
             self.leave(name);
+        }
+        if !plan.leave.is_empty() {
+            capture::give_back_soon();
         }
         for workload in plan.update {
             self.update(workload);

@@ -205,7 +205,8 @@ async fn strict_mutual_tls_lets_declared_probes_in_and_nothing_else() -> Result<
     let World { pair, server, kubelet, others, .. } = &world;
     // In the place of the policy: from here on the mode alone refuses.
     pair.apply("mesh-only.yaml", STRICT).await?;
-    let by_mode = [("event", "refused"), ("kind", "plaintext"), ("pod", "server"), ("side", "destination")];
+    let by_mode =
+        [("event", "refused"), ("kind", "plaintext"), ("pod", "server"), ("reporter", "destination")];
     eventually("the mode is in force", async || {
         ensure!(others[0].http_get(&world.url("/"), &[]).await.is_err(), "plaintext came through");
         Ok(())

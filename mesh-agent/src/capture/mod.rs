@@ -57,7 +57,7 @@ pub use self::{
     direct::{DirectEndpoint, DirectRoute, DirectSet, Endpoints, OpenDirect},
     enrol::Capture,
     guests::rules_and_routes_in,
-    heap::give_back_free_memory,
+    heap::{give_back_free_memory, give_back_soon},
     instance::Mark,
     links::clean,
     live::bring_up_to_date,

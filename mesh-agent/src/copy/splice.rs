@@ -7,13 +7,14 @@ use std::{
     cell::RefCell,
     io,
     net::Shutdown,
-    os::fd::{AsFd, OwnedFd},
-    sync::atomic::{AtomicU64, Ordering},
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    sync::atomic::{AtomicU64, AtomicUsize, Ordering},
 };
 
 use nix::{
     errno::Errno,
     fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice},
+    sys::socket::{MsgFlags, recv},
     unistd::pipe2,
 };
 use socket2::SockRef;
@@ -32,8 +33,12 @@ const PIPE: u32 = 256 << 10;
 /// What stands in for a pipe, bytes.
 const BUFFER: usize = 16 << 10;
 
-/// Empty pipes that a thread keeps for its next connection with something to say.
-const KEPT: usize = 16;
+/// Pipes of the process at a time: who sends and takes nothing keeps one, with two descriptors and what is in it. Beyond that
+/// bytes go through buffers.
+const MOST: usize = 128;
+
+/// Empty carriers that a thread keeps for its next connection with something to say.
+const KEPT: usize = 8;
 
 /// Moves bytes both ways until both ends have closed; `said` is what was read of the client's before.
 ///
@@ -64,7 +69,7 @@ async fn one_way(from: &TcpStream, to: &TcpStream, moved: &AtomicU64, blame: Bla
             // A task that always finds bytes gives others their turn.
             consume_budget().await;
             match carrier.fill(from) {
-                Ok(0) => {
+                Ok(Filled { bytes: 0, .. }) => {
                     carrier.give_back();
                     return match SockRef::from(to).shutdown(Shutdown::Write) {
                         Err(error) if is_gone(&error) => Ok(()),
@@ -73,7 +78,7 @@ async fn one_way(from: &TcpStream, to: &TcpStream, moved: &AtomicU64, blame: Bla
                 }
                 Ok(filled) => {
                     carrier.empty(to, filled).await.map_err(|error| writing(&error))?;
-                    moved.fetch_add(filled as u64, Ordering::Relaxed);
+                    moved.fetch_add(filled.bytes as u64, Ordering::Relaxed);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(error) => return Err(reading(&error)),
@@ -84,10 +89,22 @@ async fn one_way(from: &TcpStream, to: &TcpStream, moved: &AtomicU64, blame: Bla
 }
 
 /// What carries bytes for a while. Holds none but between `fill` and the end of `empty`.
-enum Carrier {
-    Pipe(Pipe),
-    Buffer(Vec<u8>),
+struct Carrier {
+    pipe: Option<Pipe>,
+    buffer: Vec<u8>,
+    /// Whether the pipe is to be tried first.
+    by_pipe: bool,
 }
+
+/// How many bytes a carrier has taken, and where they are.
+#[derive(Clone, Copy)]
+struct Filled {
+    bytes: usize,
+    in_pipe: bool,
+}
+
+/// Pipes of this process.
+static PIPES: AtomicUsize = AtomicUsize::new(0);
 
 struct Pipe {
     read: OwnedFd,
@@ -95,39 +112,55 @@ struct Pipe {
 }
 
 thread_local! {
-    static IDLE: RefCell<Vec<Pipe>> = const { RefCell::new(Vec::new()) };
+    static IDLE: RefCell<Vec<Carrier>> = const { RefCell::new(Vec::new()) };
 }
 
 impl Carrier {
     fn take() -> Self {
-        let kept = IDLE.with_borrow_mut(Vec::pop);
-        kept.map_or_else(Pipe::new, Ok).map_or_else(|_| Self::Buffer(vec![0; BUFFER]), Self::Pipe)
+        IDLE.with_borrow_mut(Vec::pop).unwrap_or_else(|| {
+            let pipe = Pipe::new();
+            Self { by_pipe: pipe.is_some(), pipe, buffer: vec![0; BUFFER] }
+        })
     }
 
-    /// For the next connection of this thread. One that still holds bytes is dropped instead.
-    fn give_back(self) {
-        let Self::Pipe(pipe) = self else { return };
+    /// For the next connection of this thread.
+    fn give_back(mut self) {
+        self.by_pipe = self.pipe.is_some();
         IDLE.with_borrow_mut(|idle| {
-            if idle.len() < KEPT {
-                idle.push(pipe);
+            if idle.len() < KEPT && self.by_pipe {
+                idle.push(self);
             }
         });
     }
 
-    /// How many bytes it has taken from a socket that may have some; none is the socket's end.
-    fn fill(&mut self, from: &TcpStream) -> io::Result<usize> {
-        match self {
-            Self::Pipe(pipe) => from.try_io(Interest::READABLE, || pass(from, &pipe.write, PIPE as usize)),
-            Self::Buffer(buffer) => from.try_read(buffer),
-        }
+    /// Takes what a socket has, that may have nothing; no bytes are its end. That is the word of `recv` alone: `splice` stops at
+    /// a byte that was sent as urgent, as if there were nothing, and takes what comes after for the end.
+    fn fill(&mut self, from: &TcpStream) -> io::Result<Filled> {
+        from.try_io(Interest::READABLE, || {
+            if let Some(pipe) = self.pipe.as_ref().filter(|_| self.by_pipe) {
+                match pass(from, &pipe.write, PIPE as usize) {
+                    Ok(0) => {}
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                    Ok(bytes) => {
+                        // Where little came there is nothing more as a rule, and `recv` has to say so.
+                        self.by_pipe = bytes >= BUFFER;
+                        return Ok(Filled { bytes, in_pipe: true });
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+            let bytes = recv(from.as_raw_fd(), &mut self.buffer, MsgFlags::MSG_DONTWAIT)?;
+            self.by_pipe = self.pipe.is_some() && bytes == self.buffer.len();
+            Ok(Filled { bytes, in_pipe: false })
+        })
     }
 
-    async fn empty(&self, to: &TcpStream, filled: usize) -> io::Result<()> {
+    async fn empty(&self, to: &TcpStream, filled: Filled) -> io::Result<()> {
         let mut done = 0;
-        while done < filled {
-            let tried = match self {
-                Self::Pipe(pipe) => to.try_io(Interest::WRITABLE, || pass(&pipe.read, to, filled - done)),
-                Self::Buffer(buffer) => to.try_write(&buffer[done..filled]),
+        while done < filled.bytes {
+            let tried = match self.pipe.as_ref().filter(|_| filled.in_pipe) {
+                Some(pipe) => to.try_io(Interest::WRITABLE, || pass(&pipe.read, to, filled.bytes - done)),
+                None => to.try_write(&self.buffer[done..filled.bytes]),
             };
             match tried {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
@@ -141,11 +174,25 @@ impl Carrier {
 }
 
 impl Pipe {
-    fn new() -> io::Result<Self> {
-        let (read, write) = pipe2(OFlag::O_NONBLOCK | OFlag::O_CLOEXEC)?;
+    /// `None`: there are enough of them, or the process is out of descriptors.
+    fn new() -> Option<Self> {
+        if PIPES.fetch_add(1, Ordering::Relaxed) >= MOST {
+            PIPES.fetch_sub(1, Ordering::Relaxed);
+            return None;
+        }
+        let Ok((read, write)) = pipe2(OFlag::O_NONBLOCK | OFlag::O_CLOEXEC) else {
+            PIPES.fetch_sub(1, Ordering::Relaxed);
+            return None;
+        };
         // Less does as well.
         let _ = fcntl(&write, FcntlArg::F_SETPIPE_SZ(PIPE.cast_signed()));
-        Ok(Self { read, write })
+        Some(Self { read, write })
+    }
+}
+
+impl Drop for Pipe {
+    fn drop(&mut self) {
+        PIPES.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -260,16 +307,39 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn what_is_sent_as_urgent_holds_nothing_up() -> io::Result<()> {
+        let (client, mut server, copying) = joined(b"").await?;
+        let mut heard = [0; 6];
+        SockRef::from(&client).send(b"before")?;
+        server.read_exact(&mut heard).await?;
+        SockRef::from(&client).send_out_of_band(b"!")?;
+        let (mut read, mut write) = client.into_split();
+        write.write_all(b"after ").await?;
+        let mut all = Vec::new();
+        // The urgent byte itself is passed over, as read(2) has it.
+        server.read_exact(&mut heard).await?;
+        all.extend(heard);
+        write.write_all(b"and more").await?;
+        write.shutdown().await?;
+        server.read_to_end(&mut all).await?;
+        assert_eq!(String::from_utf8_lossy(&all), "after and more");
+        server.shutdown().await?;
+        assert_eq!(read.read(&mut [0; 1]).await?, 0);
+        assert_eq!(copying.await?.1, (20, 0));
+        Ok(())
+    }
+
+    #[tokio::test]
     async fn bytes_move_without_a_pipe_too() -> io::Result<()> {
         let ((mut client, from), (to, mut server)) = tokio::try_join!(pair(), pair())?;
-        let mut carrier = Carrier::Buffer(vec![0; 4]);
+        let mut carrier = Carrier { pipe: None, buffer: vec![0; 4], by_pipe: false };
         client.write_all(b"sixteen bytes...").await?;
         let (mut moved, mut heard) = (0, [0; 16]);
         while moved < 16 {
             from.readable().await?;
             let Ok(filled) = carrier.fill(&from) else { continue };
             carrier.empty(&to, filled).await?;
-            moved += filled;
+            moved += filled.bytes;
         }
         server.read_exact(&mut heard).await?;
         assert_eq!(&heard, b"sixteen bytes...");

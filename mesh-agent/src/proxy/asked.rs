@@ -21,6 +21,9 @@ const STATUS_CODES: HeaderName = HeaderName::from_static("x-envoy-retriable-stat
 /// What they all begin with.
 const FAMILY: &str = "x-envoy-";
 
+/// More retries than this are not to be had by asking: the budget they come from is that of all who call the service.
+const MOST_RETRIES: u32 = 10;
+
 /// What holds for one request: what it asks for, else what its route says.
 pub(super) struct Terms<'a> {
     /// For the whole request; `None` is unlimited.
@@ -52,7 +55,7 @@ pub(super) fn terms<'a>(headers: &mut HeaderMap, route: &'a HttpRoute) -> Terms<
     let most = number(headers.remove(MAX_RETRIES)).map(|most| u32::try_from(most).unwrap_or(u32::MAX));
     // Who asks for retries without saying how many gets one.
     match most {
-        Some(most) => terms.retries.to_mut().attempts = most,
+        Some(most) => terms.retries.to_mut().attempts = most.min(MOST_RETRIES.max(route.retries.attempts)),
         None if asked && terms.retries.attempts == 0 => terms.retries.to_mut().attempts = 1,
         None => {}
     }
@@ -96,13 +99,14 @@ mod tests {
         let route = route(Some(Duration::from_secs(1)), 0);
         let on = RetryOn::default;
         let gateway = RetryOn { gateway_error: true, status_codes: vec![418, 429], ..on() };
-        let table: [(&[(&'static str, &'static str)], Expected); 9] = [
+        let table: [(&[(&'static str, &'static str)], Expected); 10] = [
             (&[("x-envoy-other", "7")], (Some(1_000), None, 0, on())),
             (&[("x-envoy-upstream-rq-timeout-ms", "250")], (Some(250), None, 0, on())),
             (&[("x-envoy-upstream-rq-timeout-ms", "0")], (None, None, 0, on())),
             (&[("x-envoy-upstream-rq-timeout-ms", "-1")], (Some(1_000), None, 0, on())),
             (&[("x-envoy-upstream-rq-per-try-timeout-ms", "9")], (Some(1_000), Some(9), 0, on())),
             (&[("x-envoy-max-retries", "4")], (Some(1_000), None, 4, on())),
+            (&[("x-envoy-max-retries", "4294967295")], (Some(1_000), None, 10, on())),
             (
                 &[
                     ("x-envoy-retry-on", "gateway-error, nonsense"),

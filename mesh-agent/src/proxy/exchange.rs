@@ -70,6 +70,8 @@ pub(super) struct Exchange {
     pub request_id: Option<HeaderValue>,
     /// When the whole response must have passed.
     pub deadline: Option<Instant>,
+    /// The deadline of a call by its client's own word (`grpc-timeout`).
+    pub told: Option<Instant>,
     /// Held until the response has ended.
     pub lease: Option<Lease>,
     /// At a pod of this node: what is asked again when its policies change.
@@ -139,6 +141,7 @@ impl Exchange {
             authority: String::new(),
             request_id: None,
             deadline: None,
+            told: None,
             lease: None,
             standing: None,
             chosen: None,

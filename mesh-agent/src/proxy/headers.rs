@@ -48,6 +48,7 @@ pub(super) fn served_in(headers: &mut HeaderMap, took: Duration) {
 }
 
 /// Tells the endpoint by when it is expected to answer, as Envoy does: a gRPC server may give up then too.
+/// `grpc`: by gRPC's own header too.
 pub(super) fn expected(headers: &mut HeaderMap, by: Instant, grpc: bool) {
     let left = by.saturating_duration_since(Instant::now()).as_millis() as u64;
     headers.insert(EXPECTED_TIMEOUT, HeaderValue::from(left));

@@ -150,6 +150,7 @@ fn accept(outbound: &Outbound, exchange: &mut Exchange, parts: &mut request::Par
     exchange.request_id = Some(headers::identify(&mut parts.headers));
     if exchange.grpc {
         exchange.limit(headers::grpc_timeout(&parts.headers));
+        exchange.told = exchange.deadline;
     }
     Ok(())
 }

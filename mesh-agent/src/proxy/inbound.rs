@@ -46,7 +46,13 @@ pub async fn serve(mesh: Arc<Mesh>, pod: Arc<Pod>, listener: Listener) {
         let Some(captured) = captured else { return };
         let captured = if listener == Listener::Mesh { pod.take_carrier(captured) } else { Some(captured) };
         let Some(captured) = captured else { continue };
-        let Some(place) = admit(&mesh, &pod, Side::Destination, (&captured).into()) else { continue };
+        // The kubelet asks whether the pod is well, not whether there is room; the kernel bounds how often at a time.
+        let place = if captured.probe {
+            None
+        } else {
+            let Some(place) = admit(&mesh, &pod, Side::Destination, (&captured).into()) else { continue };
+            Some(place)
+        };
         let connection = connection(Arc::clone(&mesh), Arc::clone(&pod), listener, captured);
         let connection = async move {
             connection.await;
@@ -118,7 +124,7 @@ impl Inbound {
 
     /// Whether there is memory for another request or stream.
     pub fn admit(&self) -> Result<()> {
-        self.mesh.overload.admit(|| self.pod.held())
+        if self.probe { Ok(()) } else { self.mesh.overload.admit(|| self.pod.held()) }
     }
 
     fn security(&self) -> Security {

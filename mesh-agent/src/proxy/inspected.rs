@@ -137,7 +137,8 @@ async fn forward(
 ) -> Result<Made> {
     let (mut parts, body) = request.into_parts();
     requests::within(&inbound.mesh.limits, &parts)?;
-    let (version, wanted) = (exchange.client.version, Switch::asked(&parts));
+    // No probe needs another protocol.
+    let (version, wanted) = (exchange.client.version, Switch::asked(&parts).filter(|_| !inbound.probe));
     let expects = message::expects_continue(version, &parts.headers);
     message::normalise(&mut parts, app)?;
     message::strip_hop_by_hop(&mut parts.headers);

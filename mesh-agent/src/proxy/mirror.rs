@@ -70,7 +70,7 @@ pub(super) fn send(
         // Not the connection: its place among the pod's is free again when its client has gone.
         let (mesh, pod) = (Arc::clone(&outbound.mesh), Arc::clone(&outbound.pod));
         let (client, cluster) = (outbound.shown, Arc::clone(cluster));
-        let limit = within.unwrap_or(LIMIT);
+        let limit = within.unwrap_or(LIMIT).min(route.timeout.unwrap_or(LIMIT));
         tokio::spawn(async move {
             let _place = place;
             let sent = timeout(limit, one(&mesh, &pod, client, &cluster, copy, grpc)).await;
@@ -120,13 +120,17 @@ async fn one(
         flow: None,
     };
     let nobody: Arc<dyn Inform> = Arc::new(Nobody);
-    let sending = pod.send(&permit, &destination, request, client, &nobody);
-    let (response, lease) = unless_cut(standing.as_mut(), sending).await?;
-    // Read to its end, so that the connection can be used again.
-    let mut body = response.into_body();
-    while let Some(frame) = std::future::poll_fn(|cx| std::pin::Pin::new(&mut body).poll_frame(cx)).await {
-        frame.map_err(|error| Error::new(Kind::UpstreamReset, error.to_string()))?;
-    }
-    lease.finished();
+    let sending = async {
+        let (response, lease) = pod.send(&permit, &destination, request, client, &nobody).await?;
+        // Read to its end, so that the connection can be used again.
+        let mut body = response.into_body();
+        while let Some(frame) = std::future::poll_fn(|cx| std::pin::Pin::new(&mut body).poll_frame(cx)).await
+        {
+            frame.map_err(|error| Error::new(Kind::UpstreamReset, error.to_string()))?;
+        }
+        lease.finished();
+        Ok(())
+    };
+    unless_cut(standing.as_mut(), sending).await?;
     Ok(())
 }

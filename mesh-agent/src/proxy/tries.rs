@@ -148,7 +148,9 @@ pub(super) async fn run(
         };
         let limit = try_limit(exchange, policy);
         if let Some(limit) = limit {
-            headers::expected(sending.headers_mut(), limit, exchange.grpc);
+            // What the client has said of its call itself stands as it is, the first time.
+            let lowered = exchange.tries > 0 || exchange.told != Some(limit);
+            headers::expected(sending.headers_mut(), limit, exchange.grpc && lowered);
         }
         let result = one(outbound, exchange, cluster, protocol, sending, &tried, limit).await;
         // What the failed try held of the budget goes back before the next one asks.

@@ -19,6 +19,7 @@ use crate::{
     copy::{self, Moved},
     drain::Drain,
     error::{Error, Kind, Result},
+    report::GaveUp,
     state::snapshot::{Cluster, RetryPolicy},
     upstream::{Destination, Io, Switch, Switched, retry},
 };
@@ -57,12 +58,18 @@ pub(super) async fn ask(
         let asked = one(outbound, exchange, cluster, request, wanted, &tried).await;
         let Err(error) = &asked else { return asked };
         let unsent = matches!(error.kind, Kind::ConnectFailure | Kind::TlsFailure | Kind::RefusedStream);
-        if !unsent || !retry::covers_error(&policy.on, error) || exchange.tries > more {
+        if !unsent || !retry::covers_error(&policy.on, error) || policy.attempts == 0 {
+            return asked;
+        }
+        if exchange.tries > more {
+            exchange.gave_up = Some(GaveUp::Tries);
             return asked;
         }
         drop(counted);
         counted = tries::UnderWay::retry(cluster);
         if counted.is_none() {
+            exchange.gave_up = Some(GaveUp::Budget);
+            outbound.mesh.reporter.retry_over_budget(cluster);
             return asked;
         }
         tried.extend(exchange.endpoint);

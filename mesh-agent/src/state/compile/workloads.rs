@@ -216,7 +216,9 @@ fn capture(entry: &PodEntry<'_>, enrolled: bool, problems: &mut Problems<'_>) ->
     // Checked when the pod was read.
     let asked = pod::capture_policy(entry.pod.metadata.annotations.as_ref()).unwrap_or_default();
     let Some(spec) = entry.pod.spec.as_ref().filter(|_| enrolled) else { return asked };
-    let (probes, left_out) = probes::declared(spec, &entry.ips);
+    let (mut probes, left_out) = probes::declared(spec, &entry.ips);
+    // What is excluded passes in any case, with whatever bytes there are.
+    probes.retain(|probe| !asked.exclude_inbound.ports.iter().any(|range| range.holds(probe.port)));
     for problem in left_out {
         problems.add(entry.key, &problem.field, problem.message);
     }

@@ -4,7 +4,10 @@
 //! container, a target is written as the kubelet writes it, and what goes to another `host` is not listed. What cannot be
 //! understood makes no pod invalid: it is left out, and named with its field. Tested below.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 use k8s_openapi::{
     api::core::v1::{Container, HTTPGetAction, LifecycleHandler, PodSpec, Probe, TCPSocketAction},
@@ -20,7 +23,7 @@ const OF_THE_MESH: [u16; 3] = [port::OUTBOUND, port::INBOUND, port::MESH];
 
 /// What the kubelet may ask of a pod with these addresses, by port, and what was left out.
 pub fn declared(spec: &PodSpec, ips: &[IpAddr]) -> (Vec<ProbePort>, Vec<FieldError>) {
-    let mut found = Found { ips, ports: BTreeMap::new(), problems: Vec::new() };
+    let mut found = Found { ips, ports: BTreeMap::new(), left_out: BTreeSet::new(), problems: Vec::new() };
     for (i, container) in spec.containers.iter().enumerate() {
         found.container(container, &format!("spec.containers[{i}]"));
     }
@@ -30,6 +33,9 @@ pub fn declared(spec: &PodSpec, ips: &[IpAddr]) -> (Vec<ProbePort>, Vec<FieldErr
             found.container(container, &format!("spec.initContainers[{i}]"));
         }
     }
+    // Where only TCP probes are listed the kernel lets no byte of the kubelet's through: not where it is to send others.
+    let Found { left_out, ports, .. } = &mut found;
+    ports.retain(|port, requests| !requests.is_empty() || !left_out.contains(port));
     if found.ports.len() > PROBE_PORTS_OF_A_POD {
         let message = format!(
             "probes of {} ports: those beyond the first {PROBE_PORTS_OF_A_POD} have no privilege",
@@ -44,6 +50,8 @@ pub fn declared(spec: &PodSpec, ips: &[IpAddr]) -> (Vec<ProbePort>, Vec<FieldErr
 struct Found<'a> {
     ips: &'a [IpAddr],
     ports: BTreeMap<u16, Vec<ProbeRequest>>,
+    /// Ports with a probe that has no privilege.
+    left_out: BTreeSet<u16>,
     problems: Vec<FieldError>,
 }
 
@@ -99,12 +107,14 @@ impl Found<'_> {
                  probe by HTTP, TCP or gRPC, or exclude the port (mesh.io/exclude-inbound-ports)"
             );
             self.problems.push(FieldError::new(format!("{path}.scheme"), message));
+            self.left_out.extend(resolve(container, &get.port));
             return;
         }
         let written = get.path.as_deref().unwrap_or_default();
         let Some(target) = target(written) else {
             let message = format!("{written:?} is no path: the probe has no privilege");
             self.problems.push(FieldError::new(format!("{path}.path"), message));
+            self.left_out.extend(resolve(container, &get.port));
             return;
         };
         let request = ProbeRequest::Get(target.into());

@@ -39,6 +39,13 @@ pub struct PortRange {
     pub last: u16,
 }
 
+impl PortRange {
+    /// Whether a port is one of them.
+    pub const fn holds(self, port: u16) -> bool {
+        self.first <= port && port <= self.last
+    }
+}
+
 impl fmt::Display for PortRange {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
