@@ -1,7 +1,8 @@
 //! Bytes from one socket to another through a pipe of the kernel's (`splice(2)`), without a copy through this process.
 //!
-//! Promises what `copy.rs` does. A pipe is borrowed for as long as there are bytes to move, so that an idle connection
-//! holds neither a buffer nor a descriptor; where none can be had, bytes go through a buffer for that while. Tested below.
+//! Promises what `copy.rs` does. What carries bytes is borrowed for as long as there are bytes to move, so that an idle
+//! connection holds neither a buffer nor a descriptor. Little goes through a buffer, much through the pipe, where one can be
+//! had. Tested below.
 
 use std::{
     cell::RefCell,
@@ -92,7 +93,8 @@ async fn one_way(from: &TcpStream, to: &TcpStream, moved: &AtomicU64, blame: Bla
 struct Carrier {
     pipe: Option<Pipe>,
     buffer: Vec<u8>,
-    /// Whether the pipe is to be tried first.
+    /// Whether the pipe is tried first: it is for much at a time. What fits a buffer costs less by way of that (measured: a
+    /// fifth).
     by_pipe: bool,
 }
 
@@ -117,17 +119,18 @@ thread_local! {
 
 impl Carrier {
     fn take() -> Self {
-        IDLE.with_borrow_mut(Vec::pop).unwrap_or_else(|| {
-            let pipe = Pipe::new();
-            Self { by_pipe: pipe.is_some(), pipe, buffer: vec![0; BUFFER] }
+        IDLE.with_borrow_mut(Vec::pop).unwrap_or_else(|| Self {
+            pipe: Pipe::new(),
+            buffer: vec![0; BUFFER],
+            by_pipe: false,
         })
     }
 
     /// For the next connection of this thread.
     fn give_back(mut self) {
-        self.by_pipe = self.pipe.is_some();
+        self.by_pipe = false;
         IDLE.with_borrow_mut(|idle| {
-            if idle.len() < KEPT && self.by_pipe {
+            if idle.len() < KEPT && self.pipe.is_some() {
                 idle.push(self);
             }
         });
@@ -142,7 +145,6 @@ impl Carrier {
                     Ok(0) => {}
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                     Ok(bytes) => {
-                        // Where little came there is nothing more as a rule, and `recv` has to say so.
                         self.by_pipe = bytes >= BUFFER;
                         return Ok(Filled { bytes, in_pipe: true });
                     }
