@@ -75,7 +75,7 @@ impl Marks {
     }
 }
 
-/// Who holds less is refused nothing at [`Level::High`], however little others hold: it is some MiB at most.
+/// Who holds less is refused nothing at [`Level::High`], however little others hold: an agent has room for so many.
 const LEAST: u64 = 32;
 
 /// Every pod may hold what it likes.
