@@ -317,6 +317,23 @@ mod tests {
     }
 
     #[test]
+    fn a_probe_without_privilege_is_not_kept_away_by_a_bare_one_on_its_port() {
+        for other in [json!({ "port": 443, "scheme": "HTTPS" }), json!({ "port": 443, "path": "//host/x" })] {
+            let (ports, problems) = read(json!({ "containers": [
+                { "name": "app", "livenessProbe": { "tcpSocket": { "port": 443 } } },
+                { "name": "side", "readinessProbe": { "httpGet": other }, "startupProbe": { "tcpSocket": { "port": 80 } } },
+            ]}));
+            assert_eq!(ports, [port(80, &[])], "the kernel would drop the bytes of {other}");
+            assert_eq!(problems.len(), 1);
+        }
+        let declared = json!({ "httpGet": { "port": 443 } });
+        let (ports, _) = read(json!({ "containers": [
+            { "name": "app", "livenessProbe": declared, "readinessProbe": { "httpGet": { "port": 443, "scheme": "HTTPS" } } },
+        ]}));
+        assert_eq!(ports, [port(443, &[get("/")])], "what is declared of it stays");
+    }
+
+    #[test]
     fn targets_are_written_as_the_kubelet_writes_them() {
         for (path, expected) in [
             ("", "/"),
