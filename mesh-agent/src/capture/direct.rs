@@ -148,9 +148,8 @@ impl Capture {
         Ok(())
     }
 
-    /// The pod with this cookie dials through the agent from now on, and none of its connections count.
+    /// The pod with this cookie dials through the agent from now on.
     pub(super) fn forget_direct(&self, cookie: u64) -> Result<()> {
-        self.forget_held(cookie)?;
         let mut state = self.direct.state.lock().unwrap_or_else(PoisonError::into_inner);
         let Some((tables, written)) = &mut *state else { return Ok(()) };
         let routes: Vec<DirectRoute> =

@@ -324,8 +324,11 @@ impl Capture {
             let mut map: HashOfMaps<MapData, u64, MapData> = loader::open(&self.dir, name)?;
             missing_is_fine(map.remove(&cookie)).with_context(|| format!("map {name}"))
         });
+        // Not before the table has left the list: until then connections to the pod are counted.
+        let held = self.forget_held(cookie);
         let pins = unpin_all(&self.dir.maps_of(cookie));
-        captured.and(links).and(routes).and(policy).and(tables.into_iter().collect::<Result<()>>()).and(pins)
+        let tables = tables.into_iter().collect::<Result<()>>();
+        captured.and(links).and(routes).and(policy).and(tables).and(held).and(pins)
     }
 
     /// Pods enrolled now.

@@ -56,7 +56,7 @@ impl Capture {
     }
 
     /// The pod with this cookie has none any more, and nobody has any in its table.
-    pub(super) fn forget_held(&self, cookie: u64) -> Result<()> {
+    pub(in crate::capture) fn forget_held(&self, cookie: u64) -> Result<()> {
         let mut held = self.held()?;
         let keys: Vec<HeldKey> = held.keys().filter_map(Result::ok).collect();
         let mut of_it = keys.into_iter().filter(|key| key.server == cookie || key.client == cookie);
