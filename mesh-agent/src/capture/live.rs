@@ -5,7 +5,11 @@
 //! Promises to ask once for each pod and family, whatever the number of flows. Never writes into the kernel's maps.
 //! Tested in the lab (`tests/tests/flows.rs`).
 
-use std::{collections::HashMap, io, io::Read as _};
+use std::{
+    collections::HashMap,
+    io::{self, Read as _},
+    net::{IpAddr, SocketAddr},
+};
 
 use mesh_common::{
     decide::{self, seen, tcp},
@@ -27,9 +31,13 @@ use super::{Net, PodNet, netns::Netns};
 /// `NETLINK_SOCK_DIAG`
 const SOCK_DIAG: i32 = 4;
 
-/// Bytes of `struct inet_diag_msg`, and where in it are the port of the socket's own side, the socket's cookie and inode.
+/// Bytes of `struct inet_diag_msg`, and where in it are the port and address of the socket's own side, those of the other,
+/// the socket's cookie and inode. The first byte is the family.
 const HEADER: usize = 72;
 const SOURCE_PORT: usize = 4;
+const DESTINATION_PORT: usize = 6;
+const SOURCE: usize = 8;
+const DESTINATION: usize = 24;
 const COOKIE: usize = 44;
 const INODE: usize = 68;
 
@@ -77,6 +85,16 @@ impl<'a> Told<'a> {
 
     fn source_port(&self) -> u16 {
         u16::from_be_bytes(self.at(SOURCE_PORT))
+    }
+
+    /// As the apps would say it, were they of one family: an IPv4 address is one in a socket of IPv6 too.
+    fn end(&self, address: usize, port: usize) -> SocketAddr {
+        let ip = if self.0[0] == AF_INET {
+            IpAddr::from(self.at::<4>(address))
+        } else {
+            IpAddr::from(self.at::<16>(address)).to_canonical()
+        };
+        SocketAddr::new(ip, u16::from_be_bytes(self.at(port)))
     }
 
     fn cookie(&self) -> u64 {
@@ -128,6 +146,26 @@ pub(super) fn listening(netns: &Netns) -> io::Result<Vec<(u16, u32)>> {
         found.push((socket.source_port(), socket.inode()));
     })?;
     Ok(found)
+}
+
+/// A TCP socket that is open, or whose handshake is not done.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct OpenSocket {
+    pub local: SocketAddr,
+    pub remote: SocketAddr,
+    /// The cookie. That of a handshake goes over to the socket that comes of it.
+    pub cookie: u64,
+}
+
+/// Those of a network namespace.
+pub(super) fn open_sockets(netns: &Netns, mut each: impl FnMut(OpenSocket)) -> io::Result<()> {
+    ask(netns, &open_states(), |socket| {
+        each(OpenSocket {
+            local: socket.end(SOURCE, SOURCE_PORT),
+            remote: socket.end(DESTINATION, DESTINATION_PORT),
+            cookie: socket.cookie(),
+        });
+    })
 }
 
 /// A socket by which the kernel is asked about those of this thread's network namespace.
@@ -223,7 +261,7 @@ mod tests {
         let mut seen = Vec::new();
         ask(&netns, &open_states(), |socket| {
             let (source, destination) =
-                (socket.source_port(), u16::from_be_bytes(socket.at(SOURCE_PORT + 2)));
+                (socket.source_port(), u16::from_be_bytes(socket.at(DESTINATION_PORT)));
             if source == port || destination == port {
                 let dialled = source == port;
                 let direction = if dialled { direction::OUTBOUND } else { direction::INBOUND };

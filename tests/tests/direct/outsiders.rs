@@ -7,7 +7,7 @@ use lab::{Agent, Pod, Process, Recording, Tap, apps, eventually, require_root};
 use mesh_common::maps;
 use serde_json::Value;
 
-use super::world::{World, cookie, entries, flow, is_direct, is_not_direct};
+use super::world::{PLAIN, World, cookie, entries, flow, is_direct, is_not_direct};
 
 /// The first source port of those that `forged` claims.
 const SOURCE: u16 = 40_000;
@@ -34,6 +34,57 @@ conn.recv(4)
 conn.setsockopt(socket.IPPROTO_TCP, 19, 1)
 conn.close()
 print('connected', flush=True)
+";
+
+/// Dials from this port, and never learns that it is answered, for a packet filter of the pod's own keeps the answer from
+/// it. Says what the server's answer was: `connected SEQUENCE ACKNOWLEDGED`.
+const HALF: &str = "
+import socket, struct, subprocess, sys, time
+source, sport, host, port = sys.argv[1:]
+drop = f'iptables -w -A INPUT -p tcp --dport {sport} -j DROP'
+subprocess.run(drop.split(), check=True)
+packets = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x800))
+conn = socket.socket()
+conn.setblocking(False)
+conn.bind((source, int(sport)))
+conn.connect_ex((host, int(port)))
+while True:
+    packet = packets.recv(65536)
+    tcp = packet[(packet[0] & 15) * 4:]
+    if packet[9] == 6 and tcp[2:4] == struct.pack('!H', int(sport)) and tcp[13] & 0x12 == 0x12:
+        break
+print('connected', *struct.unpack('!II', tcp[4:12]), flush=True)
+time.sleep(600)
+";
+
+/// Acknowledges such an answer, with bytes, past every socket: `python3 -c … SOURCE PORT TARGET PORT SEQUENCE
+/// ACKNOWLEDGED`. Says what comes of it: `reset`, or the bytes that come back.
+const ACKNOWLEDGE: &str = "
+import socket, struct, sys
+source, sport, host, port, theirs, ours = sys.argv[1:]
+ends = socket.inet_aton(source) + socket.inet_aton(host)
+def checksum(data):
+    total = sum(struct.unpack(f'!{len(data) // 2}H', data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return ~total & 0xFFFF
+fields = [int(sport), int(port), int(ours), (int(theirs) + 1) & 0xFFFFFFFF, 5 << 4, 0x18, 65535, 0, 0]
+pseudo = ends + struct.pack('!HH', 6, 24)
+fields[7] = checksum(pseudo + struct.pack('!HHIIBBHHH', *fields) + b'one\\n')
+packets = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x800))
+packets.settimeout(10)
+raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
+ip = struct.pack('!BBHHHBBH', 0x45, 0, 44, 1, 0, 64, 6, 0) + ends
+raw.sendto(ip + struct.pack('!HHIIBBHHH', *fields) + b'one\\n', (host, 0))
+while True:
+    packet = packets.recv(65536)
+    tcp = packet[(packet[0] & 15) * 4:struct.unpack('!H', packet[2:4])[0]]
+    if packet[9] != 6 or tcp[2:4] != struct.pack('!H', int(sport)):
+        continue
+    data = tcp[(tcp[12] >> 4) * 4:]
+    if tcp[13] & 4 or data:
+        print('reset' if tcp[13] & 4 else data.decode(), flush=True)
+        break
 ";
 
 /// Runs one of these until it is connected.
@@ -175,5 +226,54 @@ async fn a_client_that_closes_in_silence_hides_nothing() -> Result<()> {
         Ok(())
     })
     .await?;
+    world.pair.finish().await
+}
+
+#[tokio::test]
+async fn a_handshake_that_a_change_finds_half_done_is_not_completed_by_hand() -> Result<()> {
+    if !require_root()? {
+        return Ok(());
+    }
+    let world = World::new("direct-half").await?;
+    let World { pair, near, .. } = &world;
+    let (at, endpoint) = (world.plain(), near.at(PLAIN));
+    is_direct(&pair.agent_a, &pair.client, at).await?;
+    let acknowledge = async |half: &Process, own: u16| {
+        let said = half.stdout();
+        let mut command = Command::new("python3");
+        command.args(["-I", "-c", ACKNOWLEDGE, &pair.client.ip().to_string(), &own.to_string()]);
+        command.args([endpoint.ip().to_string(), endpoint.port().to_string()]);
+        command.args(said.split_whitespace().skip(1));
+        Ok::<_, anyhow::Error>(pair.client.run(command).await?.stdout)
+    };
+    // It is as a handshake's end is: while it is allowed, the app answers.
+    let allowed = dial(&pair.client, SOURCE, HALF, at).await?;
+    ensure!(has_other_end(near, SOURCE).await?, "the SYN was not let in");
+    let said = acknowledge(&allowed, SOURCE).await?;
+    ensure!(said == "one\n\n", "{said:?}");
+
+    let (own, strict) = (SOURCE + 1, "strict.yaml");
+    let half = dial(&pair.client, own, HALF, at).await?;
+    ensure!(has_other_end(near, own).await?, "the SYN was not let in");
+    ensure!(listed(&pair.agent_a, near)?.len() == 2, "{:?}", listed(&pair.agent_a, near)?);
+    pair.apply(
+        strict,
+        "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
+         metadata: { name: all, namespace: default }\nspec: { mtls: { mode: STRICT } }\n",
+    )
+    .await?;
+    is_not_direct(&pair.agent_a, &pair.client, at).await?;
+    eventually("the end of what was begun", async || {
+        ensure!(!has_other_end(near, SOURCE).await?, "the established one");
+        ensure!(!has_other_end(near, own).await?, "the one half done");
+        ensure!(listed(&pair.agent_a, near)?.is_empty());
+        Ok(())
+    })
+    .await?;
+    let said = acknowledge(&half, own).await?;
+    ensure!(said == "reset\n", "{said:?}");
+    for process in [allowed, half] {
+        process.stop(std::time::Duration::ZERO).await?;
+    }
     world.pair.finish().await
 }

@@ -2,6 +2,7 @@
 //! `CONFIG_INET_DIAG_DESTROY`); each is told of a reset.
 
 use std::{
+    collections::HashSet,
     io::{self, Read as _},
     net::SocketAddr,
     sync::{
@@ -47,52 +48,79 @@ impl Capture {
             let pods = self.shared.pods();
             pods.iter().map(|(cookie, pod)| (*cookie, Arc::clone(&pod.flows), Arc::clone(&pod.net))).collect()
         };
-        let mut ended = 0;
         if !self.dir.is_ours() {
-            return ended;
+            return 0;
         }
-        let miscounted = |error: &anyhow::Error| {
-            tracing::warn!(error = format!("{error:#}"), "direct connections are miscounted");
-        };
         let mut held = self.held().inspect_err(miscounted).ok();
+        let mut ended = 0;
         for (server, tables, net) in pods {
             let mut table = tables.admitted.lock().unwrap_or_else(PoisonError::into_inner);
             let found: Vec<(Tuple, Admitted)> = table.iter().filter_map(Result::ok).collect();
-            // Whoever takes an entry away counts one less, and the kernel may have been first.
-            let mut take = |tuple: &Tuple, client| {
-                if table.remove(tuple).is_ok()
+            let mut taken = HashSet::new();
+            for (tuple, one) in found {
+                let (src, dst) = (tuple.src.into(), tuple.dst.into());
+                let open =
+                    OpenDirect { client: one.netns, server, dialled: one.dialled.into(), endpoint: dst };
+                let client = self.shared.pods().get(&one.netns).map(|pod| Arc::clone(&pod.net));
+                // Of a pod that has left: its connection goes on, but its address may be another's by now.
+                if client.is_some() && !forbidden(&open) {
+                    continue;
+                }
+                // Whoever takes an entry away counts one less, and the kernel may have been first.
+                if table.remove(&tuple).is_ok()
                     && let Some(held) = &mut held
-                    && let Err(error) = held_less(held, server, client)
+                    && let Err(error) = held_less(held, server, one.netns)
                 {
                     miscounted(&error);
                 }
-            };
-            for (tuple, one) in found {
-                let open = OpenDirect {
-                    client: one.netns,
-                    server,
-                    dialled: one.dialled.into(),
-                    endpoint: tuple.dst.into(),
-                };
-                let client = self.shared.pods().get(&one.netns).map(|pod| Arc::clone(&pod.net));
-                let Some(client) = client else {
-                    // Of a pod that has left: its connection goes on, but its address may be another's by now.
-                    take(&tuple, one.netns);
-                    continue;
-                };
-                if !forbidden(&open) {
-                    continue;
+                if let Some(client) = client {
+                    destroy_in(&client, src, dst, one.socket);
+                    destroy_in(&net, dst, src, one.servers());
+                    taken.insert((dst, src));
                 }
-                // A SYN that is under way finds the agent.
-                take(&tuple, one.netns);
-                let (src, dst) = (tuple.src.into(), tuple.dst.into());
-                destroy_in(&client, src, dst, one.socket);
-                destroy_in(&net, dst, src, one.servers());
-                ended += 1;
             }
+            ended += taken.len();
+            destroy_unlisted(&net, &taken);
         }
         ended
     }
+}
+
+fn miscounted(error: &anyhow::Error) {
+    tracing::warn!(error = format!("{error:#}"), "direct connections are miscounted");
+}
+
+/// Ends what a server's pod still has of connections whose entries have been taken away: its own end of each, and the
+/// other. A SYN that comes now finds the agent. One that was let in before has a socket that no entry names, until the
+/// handshake is done or for good, and what completes the handshake asks nobody.
+fn destroy_unlisted(pod: &PodNet, taken: &HashSet<(SocketAddr, SocketAddr)>) {
+    let Net::Kernel(net) = &pod.net else { return };
+    if taken.is_empty() {
+        return;
+    }
+    await_lookups();
+    let mut left = Vec::new();
+    let told = live::open_sockets(net.netns(), |socket| {
+        if taken.contains(&(socket.local, socket.remote)) {
+            left.push(socket);
+        }
+    });
+    if let Err(error) = told {
+        warn_once(&error);
+    }
+    for socket in left {
+        destroy_in(pod, socket.local, socket.remote, socket.cookie);
+    }
+}
+
+/// Returns when what the kernel did for packets that had come before is done: it asks for an entry and makes the socket in
+/// one read-side section of RCU, and `membarrier(2)` waits for those to end. A kernel that refuses (`nohz_full`) leaves a
+/// gap of microseconds.
+#[expect(unsafe_code, reason = "no library has this call")]
+fn await_lookups() {
+    const MEMBARRIER_CMD_GLOBAL: i32 = 1;
+    // SAFETY: the call touches no memory of ours.
+    unsafe { nix::libc::syscall(nix::libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) };
 }
 
 fn destroy_in(pod: &PodNet, local: SocketAddr, remote: SocketAddr, cookie: u64) {
