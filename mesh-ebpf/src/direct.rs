@@ -151,20 +151,50 @@ pub fn connecting(ctx: SockOpsContext, sk: *mut bpf_sock) {
     // SAFETY: as above.
     let own = unsafe { PODS.get(&netns) }.is_some_and(|pod| direct::is_own(pod, &local));
     // SAFETY: as above.
-    let Some(map) = (unsafe { ADMITTED.get(&to) }).filter(|_| own) else {
+    if !own || unsafe { ADMITTED.get(&to) }.is_none() {
         facts.verdict = verdict::BYPASSED;
         return;
-    };
+    }
     let tuple = Tuple { src: local, dst: remote };
-    // SAFETY: as above.
-    let other = unsafe { map.get(&tuple) }.map(Admitted::servers);
-    let (dialled, endpoint, before) = (facts.addr, facts.endpoint, other.unwrap_or(0));
-    if map.insert(&tuple, &Admitted { netns, socket, accepted: 0, dialled, endpoint, before }, 0).is_err() {
+    let (dialled, endpoint) = (facts.addr, facts.endpoint);
+    if !list(to, &tuple, &mut Admitted { netns, socket, accepted: 0, dialled, endpoint, before: 0 }) {
         count(counter::ADMITTED_FULL);
         refuse(ctx);
-    } else if other.is_none() {
-        hold(to, netns, 1);
     }
+}
+
+/// Lists a connection in the table of the server's pod, or says that there is no room. An earlier one of the same ends is
+/// replaced, and its server's socket, while that is open, goes over into the new entry.
+#[inline(never)]
+fn list(server: u64, tuple: &Tuple, one: &mut Admitted) -> bool {
+    const BPF_NOEXIST: u64 = 1;
+    const BPF_EXIST: u64 = 2;
+    // SAFETY: inner maps, and their entries, are freed after the programs that hold them have ended.
+    let Some(map) = (unsafe { ADMITTED.get(&server) }) else { return false };
+    if let Some(other) = map.get_ptr_mut(tuple) {
+        // SAFETY: as above.
+        one.before = unsafe { read(other) }.servers();
+        if map.insert(tuple, &*one, BPF_EXIST).is_ok() {
+            // What that socket came to meanwhile is told to the entry that is replaced, and what it comes to from now on to
+            // the new one (`closed` looks twice).
+            // SAFETY: as above.
+            let now = unsafe { read(other) }.servers();
+            if now != one.before
+                && let Some(listed) = map.get_ptr_mut(tuple)
+            {
+                // SAFETY: as above.
+                unsafe { xchg(&raw mut (*listed).before, now) };
+            }
+            return true;
+        }
+        // It has been struck off, so that socket has closed.
+        one.before = 0;
+    }
+    if map.insert(tuple, &*one, BPF_NOEXIST).is_err() {
+        return false;
+    }
+    hold(server, one.netns, 1);
+    true
 }
 
 /// Leaves a connection no way to go: `connect` fails with `EHOSTUNREACH`.
@@ -207,8 +237,10 @@ pub fn closing(ctx: SockOpsContext, sk: *mut bpf_sock) {
     // One that ended before it was established counts as failed.
     if facts.kind == kind::APP && matches!(facts.verdict, verdict::DIRECT | verdict::FAILED) {
         let (local, remote) = ends(ctx);
-        // SAFETY: the helper takes the context of this hook.
-        closed(ctx, unsafe { bpf_get_netns_cookie(ctx.as_ptr()) }, &Tuple { src: remote, dst: local });
+        // SAFETY: the helpers take the context of this hook.
+        let (server, socket) =
+            unsafe { (bpf_get_netns_cookie(ctx.as_ptr()), bpf_get_socket_cookie(ctx.as_ptr())) };
+        closed(server, &Tuple { src: remote, dst: local }, socket);
         return;
     }
     if facts.kind != kind::CLIENT || facts.endpoint == 0 || facts.seen & seen::COUNTED == 0 {
@@ -220,20 +252,42 @@ pub fn closing(ctx: SockOpsContext, sk: *mut bpf_sock) {
     let Some(endpoint) = found else { return };
     add(endpoint, u64::MAX);
     let (src, dst) = ends(ctx);
-    // SAFETY: entries are freed after the programs that hold them have ended.
-    closed(ctx, unsafe { (*endpoint).netns }, &Tuple { src, dst });
+    // SAFETY: entries are freed after the programs that hold them have ended; the helper takes the context of this hook.
+    let (server, socket) = unsafe { ((*endpoint).netns, bpf_get_socket_cookie(ctx.as_ptr())) };
+    closed(server, &Tuple { src, dst }, socket);
 }
 
 /// This socket, at either end of a connection to the pod `server`, has closed.
-#[inline(always)]
-fn closed(ctx: &SockOpsContext, server: u64, tuple: &Tuple) {
-    // SAFETY: inner maps are freed after the programs that hold them have ended.
+#[inline(never)]
+fn closed(server: u64, tuple: &Tuple, socket: u64) {
+    // SAFETY: inner maps, and their entries, are freed after the programs that hold them have ended.
     let Some(map) = (unsafe { ADMITTED.get(&server) }) else { return };
     let Some(one) = map.get_ptr_mut(tuple) else { return };
-    // SAFETY: as above; the helper takes the context of this hook. Each end is written by its own socket alone, and read
-    // after that: of two that close at once, one sees both closed. A connection that took the same ends over has others.
-    let over = unsafe {
-        let socket = bpf_get_socket_cookie(ctx.as_ptr());
+    // SAFETY: as above.
+    if !unsafe { strike(one, socket) } {
+        return;
+    }
+    // A connection that takes the same ends over may have replaced that entry by one that names this socket too.
+    let Some(one) = map.get_ptr_mut(tuple) else { return };
+    // Each end is written by its own socket alone, and read after that: of two that close at once, one sees both closed.
+    // SAFETY: as above.
+    let now = unsafe {
+        strike(one, socket);
+        read(one)
+    };
+    if now.is_over() && map.remove(tuple).is_ok() {
+        hold(server, now.netns, u64::MAX);
+    }
+}
+
+/// Writes that this socket has closed, where the entry names it.
+///
+/// # Safety
+/// `one` is an entry of a table of this run.
+#[inline(always)]
+unsafe fn strike(one: *mut Admitted, socket: u64) -> bool {
+    // SAFETY: the caller's promise.
+    unsafe {
         if read_volatile(&raw const (*one).socket) == socket {
             xchg(&raw mut (*one).socket, Admitted::CLOSED);
         } else if read_volatile(&raw const (*one).accepted) == socket {
@@ -241,20 +295,27 @@ fn closed(ctx: &SockOpsContext, server: u64, tuple: &Tuple) {
         } else if read_volatile(&raw const (*one).before) == socket {
             xchg(&raw mut (*one).before, 0);
         } else {
-            return;
+            return false;
         }
+    }
+    true
+}
+
+/// What the entry says now of its client and its sockets.
+///
+/// # Safety
+/// `one` is an entry of a table of this run.
+#[inline(always)]
+unsafe fn read(one: *const Admitted) -> Admitted {
+    // SAFETY: the caller's promise.
+    unsafe {
         Admitted {
+            netns: read_volatile(&raw const (*one).netns),
             socket: read_volatile(&raw const (*one).socket),
             accepted: read_volatile(&raw const (*one).accepted),
             before: read_volatile(&raw const (*one).before),
             ..Admitted::default()
         }
-        .is_over()
-    };
-    // SAFETY: as above.
-    let client = unsafe { (*one).netns };
-    if over && map.remove(tuple).is_ok() {
-        hold(server, client, u64::MAX);
     }
 }
 
