@@ -163,8 +163,9 @@ pub fn connecting(ctx: SockOpsContext, sk: *mut bpf_sock) {
     }
 }
 
-/// Lists a connection in the table of the server's pod, or says that there is no room. An earlier one of the same ends is
-/// replaced, and its server's socket, while that is open, goes over into the new entry.
+/// Lists a connection in the table of the server's pod, or says that there is no room: the choice may be older than many
+/// others that found the same room. An earlier one of the same ends is replaced, and its server's socket, while that is
+/// open, goes over into the new entry.
 #[inline(never)]
 fn list(server: u64, tuple: &Tuple, one: &mut Admitted) -> bool {
     const BPF_NOEXIST: u64 = 1;
@@ -190,7 +191,7 @@ fn list(server: u64, tuple: &Tuple, one: &mut Admitted) -> bool {
         // It has been struck off, so that socket has closed.
         one.before = 0;
     }
-    if map.insert(tuple, &*one, BPF_NOEXIST).is_err() {
+    if !has_room(one.netns, one.endpoint) || map.insert(tuple, &*one, BPF_NOEXIST).is_err() {
         return false;
     }
     hold(server, one.netns, 1);

@@ -224,13 +224,13 @@ for conn in made:
         print(error.errno)
 ";
 
-/// As many as have chosen at once, before any was counted, do not all find room.
+/// As many as have chosen at once, before any was counted, do not all find room: a client gets its quarter of the table.
 #[tokio::test]
-async fn what_a_full_table_cannot_list_is_refused() -> Result<()> {
+async fn those_that_chose_at_once_beyond_a_share_are_refused() -> Result<()> {
     if !require_root()? {
         return Ok(());
     }
-    let world = World::with("direct-full", &["--max-direct-connections-per-pod=2"]).await?;
+    let world = World::with("direct-full", &["--max-direct-connections-per-pod=8"]).await?;
     let World { pair, .. } = &world;
     let plain = world.plain();
     is_direct(&pair.agent_a, &pair.client, plain).await?;
