@@ -32,12 +32,13 @@ use super::{Net, PodNet, netns::Netns};
 const SOCK_DIAG: i32 = 4;
 
 /// Bytes of `struct inet_diag_msg`, and where in it are the port and address of the socket's own side, those of the other,
-/// the socket's cookie and inode. The first byte is the family.
+/// the interface that the socket is bound to, its cookie and inode. The first byte is the family.
 const HEADER: usize = 72;
 const SOURCE_PORT: usize = 4;
 const DESTINATION_PORT: usize = 6;
 const SOURCE: usize = 8;
 const DESTINATION: usize = 24;
+const INTERFACE: usize = 40;
 const COOKIE: usize = 44;
 const INODE: usize = 68;
 
@@ -153,6 +154,8 @@ pub(super) fn listening(netns: &Netns) -> io::Result<Vec<(u16, u32)>> {
 pub(super) struct OpenSocket {
     pub local: SocketAddr,
     pub remote: SocketAddr,
+    /// Number of the interface that it is bound to; 0 without one.
+    pub interface: u32,
     /// The cookie. That of a handshake goes over to the socket that comes of it.
     pub cookie: u64,
 }
@@ -163,6 +166,7 @@ pub(super) fn open_sockets(netns: &Netns, mut each: impl FnMut(OpenSocket)) -> i
         each(OpenSocket {
             local: socket.end(SOURCE, SOURCE_PORT),
             remote: socket.end(DESTINATION, DESTINATION_PORT),
+            interface: u32::from_ne_bytes(socket.at(INTERFACE)),
             cookie: socket.cookie(),
         });
     })

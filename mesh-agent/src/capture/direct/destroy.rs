@@ -20,7 +20,12 @@ use netlink_packet_sock_diag::{
 };
 
 use super::tables::held_less;
-use crate::capture::{Net, PodNet, enrol::Capture, live, netns::Netns};
+use crate::capture::{
+    Net, PodNet,
+    enrol::Capture,
+    live::{self, OpenSocket},
+    netns::Netns,
+};
 
 /// `SOCK_DESTROY` of `linux/sock_diag.h`.
 const SOCK_DESTROY: u16 = 21;
@@ -74,11 +79,13 @@ impl Capture {
                     miscounted(&error);
                 }
                 if let Some(client) = client {
-                    destroy_in(&client, src, dst, one.socket);
-                    destroy_in(&net, dst, src, one.servers());
+                    let socket = |local, remote, cookie| OpenSocket { local, remote, interface: 0, cookie };
+                    destroy_in(&client, &socket(src, dst, one.socket));
+                    destroy_in(&net, &socket(dst, src, one.servers()));
                     taken.insert((dst, src));
                 }
             }
+            drop(table);
             ended += taken.len();
             destroy_unlisted(&net, &taken);
         }
@@ -90,9 +97,9 @@ fn miscounted(error: &anyhow::Error) {
     tracing::warn!(error = format!("{error:#}"), "direct connections are miscounted");
 }
 
-/// Ends what a server's pod still has of connections whose entries have been taken away: its own end of each, and the
-/// other. A SYN that comes now finds the agent. One that was let in before has a socket that no entry names, until the
-/// handshake is done or for good, and what completes the handshake asks nobody.
+/// Ends what a server's pod still has of connections whose entries have been taken away. A SYN that comes now finds the
+/// agent; one that was let in before has a socket that no entry names until its handshake is done, and what completes that
+/// asks nobody. A socket that its app has bound to an interface is found here alone.
 fn destroy_unlisted(pod: &PodNet, taken: &HashSet<(SocketAddr, SocketAddr)>) {
     let Net::Kernel(net) = &pod.net else { return };
     if taken.is_empty() {
@@ -106,10 +113,11 @@ fn destroy_unlisted(pod: &PodNet, taken: &HashSet<(SocketAddr, SocketAddr)>) {
         }
     });
     if let Err(error) = told {
-        warn_once(&error);
+        let pod = pod.name();
+        tracing::warn!(%pod, %error, "direct connections that were about to begin may go on: the pod's sockets are not told of");
     }
     for socket in left {
-        destroy_in(pod, socket.local, socket.remote, socket.cookie);
+        destroy_in(pod, &socket);
     }
 }
 
@@ -123,12 +131,12 @@ fn await_lookups() {
     unsafe { nix::libc::syscall(nix::libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) };
 }
 
-fn destroy_in(pod: &PodNet, local: SocketAddr, remote: SocketAddr, cookie: u64) {
+fn destroy_in(pod: &PodNet, socket: &OpenSocket) {
     let Net::Kernel(net) = &pod.net else { return };
-    if cookie == 0 || cookie == Admitted::CLOSED {
+    if socket.cookie == 0 || socket.cookie == Admitted::CLOSED {
         return;
     }
-    match destroy(net.netns(), local, remote, cookie) {
+    match destroy(net.netns(), socket) {
         Ok(()) => {}
         // It has ended by itself.
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -149,11 +157,11 @@ fn warn_once(error: &io::Error) {
 }
 
 /// Has the kernel close a socket as if its connection had been reset.
-fn destroy(netns: &Netns, local: SocketAddr, remote: SocketAddr, cookie: u64) -> io::Result<()> {
-    let mut socket = netns.enter(live::open)?;
-    socket.send(&request(local, remote, cookie))?;
+fn destroy(netns: &Netns, socket: &OpenSocket) -> io::Result<()> {
+    let mut kernel = netns.enter(live::open)?;
+    kernel.send(&request(socket))?;
     let mut buffer = vec![0; 4 << 10];
-    let length = socket.read(&mut buffer)?;
+    let length = kernel.read(&mut buffer)?;
     let answer =
         NetlinkMessage::<SockDiagMessage>::deserialize(&buffer[..length]).map_err(io::Error::other)?;
     match answer.payload {
@@ -162,7 +170,7 @@ fn destroy(netns: &Netns, local: SocketAddr, remote: SocketAddr, cookie: u64) ->
     }
 }
 
-fn request(local: SocketAddr, remote: SocketAddr, cookie: u64) -> Vec<u8> {
+fn request(&OpenSocket { local, remote, interface, cookie }: &OpenSocket) -> Vec<u8> {
     let mut header = NetlinkHeader::default();
     header.flags = NLM_F_REQUEST | NLM_F_ACK;
     let family = if local.is_ipv4() { AF_INET } else { AF_INET6 };
@@ -171,7 +179,7 @@ fn request(local: SocketAddr, remote: SocketAddr, cookie: u64) -> Vec<u8> {
         destination_port: remote.port(),
         source_address: local.ip(),
         destination_address: remote.ip(),
-        interface_id: 0,
+        interface_id: interface,
         cookie: cookie.to_ne_bytes(),
     };
     let request = InetRequest {
@@ -201,32 +209,72 @@ mod tests {
 
     use super::*;
 
-    #[test]
-    fn a_socket_is_closed_and_no_other() {
-        let netns = match Netns::open(Path::new("/proc/self/ns/net")) {
-            Ok(netns) => netns,
+    fn own_netns() -> Option<Netns> {
+        match Netns::open(Path::new("/proc/self/ns/net")) {
+            Ok(netns) => Some(netns),
             Err(error) if error.kind() == ErrorKind::PermissionDenied => {
-                return eprintln!("skipped: entering a network namespace takes root");
+                eprintln!("skipped: entering a network namespace takes root");
+                None
             }
             Err(error) => panic!("{error}"),
-        };
+        }
+    }
+
+    /// Whether the kernel can.
+    fn destroyed(netns: &Netns, socket: &OpenSocket) -> bool {
+        match destroy(netns, socket) {
+            Err(error) if error.raw_os_error() == Some(nix::libc::EOPNOTSUPP) => {
+                eprintln!("skipped: {error}");
+                false
+            }
+            destroyed => {
+                destroyed.unwrap();
+                true
+            }
+        }
+    }
+
+    #[test]
+    fn a_socket_is_closed_and_no_other() {
+        let Some(netns) = own_netns() else { return };
         for listen in ["127.0.0.1:0", "[::1]:0"] {
             let listener = TcpListener::bind(listen).unwrap();
             let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
             let (mut server, _) = listener.accept().unwrap();
             let (local, remote) = (client.local_addr().unwrap(), client.peer_addr().unwrap());
             let cookie = socket2::SockRef::from(&client).cookie().unwrap();
-            let wrong = destroy(&netns, local, remote, cookie + 1).unwrap_err();
+            let socket = OpenSocket { local, remote, interface: 0, cookie };
+            let wrong = destroy(&netns, &OpenSocket { cookie: cookie + 1, ..socket }).unwrap_err();
             assert_ne!(wrong.raw_os_error(), None, "{wrong}");
-            match destroy(&netns, local, remote, cookie) {
-                Err(error) if error.raw_os_error() == Some(nix::libc::EOPNOTSUPP) => {
-                    return eprintln!("skipped: {error}");
-                }
-                destroyed => destroyed.unwrap(),
+            if !destroyed(&netns, &socket) {
+                return;
             }
             let aborted = client.read(&mut [0]).unwrap_err();
             assert_eq!(aborted.kind(), ErrorKind::ConnectionAborted);
             assert_eq!(server.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionReset);
+        }
+    }
+
+    #[test]
+    fn what_is_bound_to_an_interface_is_told_of_with_it_and_closed() {
+        let Some(netns) = own_netns() else { return };
+        for listen in ["127.0.0.1:0", "[::1]:0"] {
+            let listener = TcpListener::bind(listen).unwrap();
+            socket2::SockRef::from(&listener).bind_device(Some(b"lo")).unwrap();
+            let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            let (mut server, _) = listener.accept().unwrap();
+            let (local, remote) = (server.local_addr().unwrap(), server.peer_addr().unwrap());
+            let mut found = Vec::new();
+            let is = |socket: &OpenSocket| socket.local == local && socket.remote == remote;
+            live::open_sockets(&netns, |socket| found.extend(Some(socket).filter(is))).unwrap();
+            let [socket] = found[..] else { panic!("{found:?}") };
+            assert_eq!(Some(socket.cookie), socket2::SockRef::from(&server).cookie().ok());
+            assert!(destroy(&netns, &OpenSocket { interface: 0, ..socket }).is_err());
+            if !destroyed(&netns, &socket) {
+                return;
+            }
+            assert_eq!(server.read(&mut [0]).unwrap_err().kind(), ErrorKind::ConnectionAborted);
+            drop(client);
         }
     }
 }
