@@ -1,24 +1,37 @@
 //! What the allocator keeps though nobody uses it: glibc's gives freed memory back only at the end of its heaps.
 
 use std::{
-    sync::atomic::{AtomicBool, Ordering::Relaxed},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
     time::Duration,
 };
 
-/// What leaves together gives back together.
-const SOON: Duration = Duration::from_secs(1);
+/// Longer than what has left may still be in use.
+const SOON: Duration = Duration::from_secs(6);
 
-/// Has what was freed by now given back a moment later, once for all who ask until then: it holds up whoever allocates
-/// meanwhile. To be called within a runtime.
+static ASKED: AtomicU64 = AtomicU64::new(0);
+static RUNNING: AtomicBool = AtomicBool::new(false);
+
+/// Has what is freed within the next moments given back after them, once for all who ask until then: it holds up whoever
+/// allocates meanwhile. To be called within a runtime.
 pub fn give_back_soon() {
-    static ASKED: AtomicBool = AtomicBool::new(false);
-    if ASKED.swap(true, Relaxed) {
+    ASKED.fetch_add(1, SeqCst);
+    if RUNNING.swap(true, SeqCst) {
         return;
     }
     tokio::spawn(async {
-        tokio::time::sleep(SOON).await;
-        ASKED.store(false, Relaxed);
-        let _ = tokio::task::spawn_blocking(give_back_free_memory).await;
+        loop {
+            let asked = ASKED.load(SeqCst);
+            tokio::time::sleep(SOON).await;
+            let _ = tokio::task::spawn_blocking(give_back_free_memory).await;
+            if ASKED.load(SeqCst) != asked {
+                continue;
+            }
+            RUNNING.store(false, SeqCst);
+            // Who asked in between has seen it running.
+            if ASKED.load(SeqCst) == asked || RUNNING.swap(true, SeqCst) {
+                return;
+            }
+        }
     });
 }
 

@@ -17,6 +17,8 @@ spec:
 #[tokio::test]
 async fn a_brown_out_is_amplified_by_a_fifth_at_most() -> Result<()> {
     const REQUESTS: u64 = 2000;
+    /// Retries that are allowed at a time however few requests are under way.
+    const MINIMUM: u64 = 10;
     let Some(world) = World::new("budget").await? else { return Ok(()) };
     let brown = world.pair.b.pod("brown").label("app", "brown").start().await?;
     brown.serve(apps::http(8080).arg("--delay-ms=50")).await?;
@@ -27,7 +29,8 @@ async fn a_brown_out_is_amplified_by_a_fifth_at_most() -> Result<()> {
     ensure!(streams.statuses.get(&503) == Some(&REQUESTS), "{streams:?}");
     let seen = brown.stats(8080).await?.paths["/status/503"];
     ensure!(seen > REQUESTS, "nothing was tried again");
-    ensure!(seen <= REQUESTS * 12 / 10, "{seen} tries of {REQUESTS} requests");
+    // A fifth; and once so few are left that ten are more than a fifth of them, those ten.
+    ensure!(seen <= REQUESTS * 12 / 10 + MINIMUM, "{seen} tries of {REQUESTS} requests");
     // What was tried is what the log says was tried.
     world.requests(&[("response_code", "503"), ("destination_workload", "brown")], REQUESTS).await?;
     let metrics = world.pair.agent_a.metrics().await?;
