@@ -102,7 +102,7 @@ impl UnderWay {
     }
 
     /// A retry; `None` when there are as many already as the budget allows.
-    pub fn retry(cluster: &Arc<Cluster>) -> Option<Self> {
+    fn retry(cluster: &Arc<Cluster>) -> Option<Self> {
         let retry = Self::counted(cluster, |cluster| &cluster.state.retrying);
         let state = &cluster.state;
         let retrying = state.retrying.load(Ordering::Relaxed);
@@ -155,45 +155,58 @@ pub(super) async fn run(
         let result = one(outbound, exchange, cluster, protocol, sending, &tried, limit).await;
         // What the failed try held of the budget goes back before the next one asks.
         drop(retrying.take());
-        let Some(next) = next_try(outbound, exchange, policy, cluster, &mut sendable, &result) else {
-            return result;
+        let covered = match &result {
+            Ok(response) => retry::covers_response(&policy.on, response, &sendable.parts.headers),
+            Err(error) => retry::covers_error(&policy.on, error),
         };
-        (request, retrying) = (Some(next.request), Some(next.under_way));
-        if policy.ignore_previous_hosts {
-            tried.extend(exchange.endpoint);
+        if !covered {
+            return result;
         }
-        // What the failed try held goes back before the next one chooses.
-        (exchange.lease, exchange.chosen, exchange.standing) = (None, None, None);
+        let Some(next) = another(outbound, exchange, policy, cluster) else { return result };
+        request = sendable.next(exchange.tries + 1);
+        if request.is_none() {
+            return result;
+        }
         drop(result);
-        let _own = exchange.client.activity.own_wait();
-        tokio::time::sleep(next.wait).await;
+        retrying = Some(next.wait(exchange, policy, &mut tried).await);
     }
 }
 
 /// Another try that may be made.
-struct Next {
-    request: Request<Body>,
+pub(super) struct Another {
     under_way: UnderWay,
     wait: Duration,
 }
 
-/// What the last try came to is good enough, or there may be no other: `None`.
-fn next_try(
+impl Another {
+    /// Lets go of what the failed try held, so that the next one can choose anew, and waits until that is due. What comes of
+    /// it counts as a retry for as long as it is kept.
+    pub async fn wait(
+        self,
+        exchange: &mut Exchange,
+        policy: &RetryPolicy,
+        tried: &mut Vec<SocketAddr>,
+    ) -> UnderWay {
+        if policy.ignore_previous_hosts {
+            tried.extend(exchange.endpoint);
+        }
+        (exchange.lease, exchange.chosen, exchange.standing) = (None, None, None);
+        let _own = exchange.client.activity.own_wait();
+        tokio::time::sleep(self.wait).await;
+        self.under_way
+    }
+}
+
+/// Whether there may be another try after one that the route's conditions cover.
+pub(super) fn another(
     outbound: &Outbound,
     exchange: &mut Exchange,
     policy: &RetryPolicy,
     cluster: &Arc<Cluster>,
-    sendable: &mut Sendable,
-    result: &Result<Response<Body>>,
-) -> Option<Next> {
-    let covered = match result {
-        Ok(response) => retry::covers_response(&policy.on, response, &sendable.parts.headers),
-        Err(error) => retry::covers_error(&policy.on, error),
-    };
-    let next = exchange.tries + 1;
-    let wait = retry::backoff(policy, next);
+) -> Option<Another> {
+    let wait = retry::backoff(policy, exchange.tries + 1);
     let late = |wait| exchange.deadline.is_some_and(|deadline| Instant::now() + wait >= deadline);
-    if !covered || policy.attempts == 0 || late(Duration::ZERO) {
+    if policy.attempts == 0 || late(Duration::ZERO) {
         return None;
     }
     if exchange.tries > policy.attempts {
@@ -205,10 +218,7 @@ fn next_try(
         outbound.mesh.reporter.retry_over_budget(cluster);
         return None;
     };
-    if late(wait) {
-        return None;
-    }
-    Some(Next { request: sendable.next(next)?, under_way, wait })
+    (!late(wait)).then_some(Another { under_way, wait })
 }
 
 /// When the next try must have its response headers: `perTryTimeout`, within the route's `timeout`.

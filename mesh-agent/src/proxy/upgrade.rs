@@ -4,7 +4,7 @@ use std::{net::SocketAddr, sync::Arc};
 
 use ::http::{HeaderValue, Request, Response, header::SEC_WEBSOCKET_KEY};
 use http_body::Body as _;
-use tokio::{sync::oneshot, time::Instant};
+use tokio::sync::oneshot;
 
 use super::{
     cut::{is_cut, unless_cut},
@@ -19,7 +19,6 @@ use crate::{
     copy::{self, Moved},
     drain::Drain,
     error::{Error, Kind, Result},
-    report::GaveUp,
     state::snapshot::{Cluster, RetryPolicy},
     upstream::{Destination, Io, Switch, Switched, retry},
 };
@@ -48,36 +47,22 @@ pub(super) async fn ask(
 ) -> Result<Made> {
     let (parts, body) = request.into_parts();
     // A body can be sent once: who has one asks once.
-    let more = if body.is_end_stream() { policy.attempts } else { 0 };
+    let again = body.is_end_stream();
     let mut body = Some(body.metered(Arc::clone(&exchange.request)));
-    let (mut tried, mut counted) = (Vec::new(), None);
+    let (mut tried, mut retrying) = (Vec::new(), None);
     loop {
         let mut parts = parts.clone();
         parts.headers.insert(headers::ATTEMPT_COUNT, HeaderValue::from(exchange.tries + 1));
         let request = Request::from_parts(parts, body.take().unwrap_or(Body::Empty));
         let asked = one(outbound, exchange, cluster, request, wanted, &tried).await;
         let Err(error) = &asked else { return asked };
-        let unsent = matches!(error.kind, Kind::ConnectFailure | Kind::TlsFailure | Kind::RefusedStream);
-        if !unsent || !retry::covers_error(&policy.on, error) || policy.attempts == 0 {
+        if !again || !retry::is_unsent(error.kind) || !retry::covers_error(&policy.on, error) {
             return asked;
         }
-        if exchange.tries > more {
-            exchange.gave_up = Some(GaveUp::Tries);
-            return asked;
-        }
-        drop(counted);
-        counted = tries::UnderWay::retry(cluster);
-        if counted.is_none() {
-            exchange.gave_up = Some(GaveUp::Budget);
-            outbound.mesh.reporter.retry_over_budget(cluster);
-            return asked;
-        }
-        tried.extend(exchange.endpoint);
-        let wait = retry::backoff(policy, exchange.tries + 1);
-        if exchange.deadline.is_some_and(|deadline| Instant::now() + wait >= deadline) {
-            return asked;
-        }
-        tokio::time::sleep(wait).await;
+        // What the failed try held of the budget goes back before the next one asks.
+        drop(retrying.take());
+        let Some(next) = tries::another(outbound, exchange, policy, cluster) else { return asked };
+        retrying = Some(next.wait(exchange, policy, &mut tried).await);
     }
 }
 

@@ -18,15 +18,21 @@ const LARGEST_BACKOFF: u32 = 10;
 /// the others one of them.
 pub fn covers_error(on: &RetryOn, error: &Error) -> bool {
     let any = on.server_error || on.gateway_error || on.reset;
-    match error.kind {
-        Kind::ConnectFailure | Kind::TlsFailure => any || on.connect_failure || on.reset_before_request,
+    let named = match error.kind {
+        Kind::ConnectFailure | Kind::TlsFailure => on.connect_failure,
         // The agent of the endpoint's node has not looked at it; another node may have room.
-        Kind::RefusedStream | Kind::Overload => any || on.refused_stream || on.reset_before_request,
-        Kind::UpstreamReset => any,
+        Kind::RefusedStream | Kind::Overload => on.refused_stream,
+        Kind::UpstreamReset => false,
         // A try that ran into perTryTimeout is a 504 made by the mesh.
-        Kind::Timeout => any || on.status_codes.contains(&504),
-        _ => false,
-    }
+        Kind::Timeout => on.status_codes.contains(&504),
+        _ => return false,
+    };
+    any || named || (on.reset_before_request && is_unsent(error.kind))
+}
+
+/// Whether a try failed before anything of the request was handed to an app.
+pub const fn is_unsent(kind: Kind) -> bool {
+    matches!(kind, Kind::ConnectFailure | Kind::TlsFailure | Kind::RefusedStream | Kind::Overload)
 }
 
 /// Whether the conditions cover a response to a request with these headers.

@@ -2,7 +2,7 @@
 
 use anyhow::{Result, ensure};
 
-use crate::world::{HTTP, HTTP2, UNDECLARED, World, logged_times};
+use crate::world::{APP, HTTP, HTTP2, UNDECLARED, World, logged_times};
 
 const ONLY_GETS: &str = "
 apiVersion: networking.istio.io/v1
@@ -103,5 +103,47 @@ async fn connect_is_bytes_and_never_a_native_request() -> Result<()> {
         let line = [&line[..], &[("dst.workload", side.name()), ("reporter", "source")]].concat();
         logged_times(&world.pair.agent_a, &line, 2).await?;
     }
+    world.finish().await
+}
+
+/// So many that each endpoint is asked.
+const SOCKETS: u64 = 12;
+
+#[tokio::test]
+async fn an_endpoint_that_is_not_there_is_passed_over() -> Result<()> {
+    let Some(world) = World::new("upgrade-retries").await? else { return Ok(()) };
+    // Two endpoints of one service, of which one has nobody listening.
+    let mut pods = Vec::new();
+    for (name, node) in [("up", &world.pair.a), ("down", &world.pair.b)] {
+        pods.push(node.pod(name).label("app", "shaky").start().await?);
+    }
+    pods[0].serve(lab::apps::http(APP)).await?;
+    let shaky = world.pair.lab.service("shaky").selector("app", "shaky").port("http", HTTP, APP).apply()?;
+    world.pair.settled().await?;
+    for pod in &pods {
+        pod.enrolled().await?;
+    }
+    for h2c in [false, true] {
+        for _ in 0..SOCKETS / 2 {
+            let spoken = world.client().websocket(&shaky.url(HTTP, "/ws"), h2c, &["one"]).await?;
+            ensure!(spoken.pod.as_deref() == Some("up") && spoken.messages == ["one"], "{spoken:?}");
+        }
+    }
+    for status in ["101", "200"] {
+        world.requests(&[("response_code", status), ("destination_workload", "up")], SOCKETS / 2).await?;
+    }
+    let tries = || -> Vec<String> {
+        let lines = world.pair.agent_a.access_log();
+        let lines = lines.iter().map(|line| lab::fields(line)).filter(|line| {
+            line.get("dst.workload").is_some_and(|workload| workload == "up") && line["reporter"] == "source"
+        });
+        lines.map(|line| line["tries"].clone()).collect()
+    };
+    lab::eventually("each is in the log, and some of them were tried again", async || {
+        let tries = tries();
+        ensure!(tries.len() as u64 == SOCKETS && tries.iter().any(|tries| tries == "2"), "{tries:?}");
+        Ok(())
+    })
+    .await?;
     world.finish().await
 }
