@@ -207,6 +207,8 @@ pub mod port {
     pub const INBOUND: u16 = 15006;
     /// Mesh mTLS.
     pub const MESH: u16 = 15008;
+    /// All of them: never a destination.
+    pub const ALL: [u16; 3] = [OUTBOUND, INBOUND, MESH];
 }
 
 /// Index into [`LISTENERS`].

@@ -198,6 +198,14 @@ fn list(server: u64, tuple: &Tuple, one: &mut Admitted) -> bool {
     true
 }
 
+/// Whether the change of its TCP state that a socket tells of is its end.
+#[inline(always)]
+pub fn closes(ctx: &SockOpsContext) -> bool {
+    // SAFETY: a context field.
+    let new = unsafe { read_volatile(&raw const (*ctx.ops).__bindgen_anon_1.args[1]) as u8 };
+    new == tcp::CLOSE
+}
+
 /// Leaves a connection no way to go: `connect` fails with `EHOSTUNREACH`.
 #[inline(always)]
 pub fn refuse(ctx: &SockOpsContext) {
@@ -229,9 +237,7 @@ pub fn accepted(ctx: &SockOpsContext, netns: u64, tuple: &Tuple) -> bool {
 #[inline(never)]
 pub fn closing(ctx: SockOpsContext, sk: *mut bpf_sock) {
     let ctx = &ctx;
-    // SAFETY: a context field.
-    let new = unsafe { read_volatile(&raw const (*ctx.ops).__bindgen_anon_1.args[1]) as u8 };
-    if new != tcp::CLOSE {
+    if !closes(ctx) {
         return;
     }
     let Some(facts) = SOCKETS.get(sk) else { return };

@@ -16,7 +16,7 @@ use aya_ebpf::{
 };
 use core::ptr::read_volatile;
 use mesh_common::{
-    decide::{IPPROTO_TCP, tcp},
+    decide::IPPROTO_TCP,
     flow::verdict,
     maps::{Probe, SocketFacts, Tuple, counter, kind, probe},
 };
@@ -150,9 +150,7 @@ pub fn accepted(ctx: SockOpsContext, sk: *mut bpf_sock) {
 #[inline(never)]
 pub fn closing(ctx: SockOpsContext, sk: *mut bpf_sock) {
     let ctx = &ctx;
-    // SAFETY: a context field.
-    let new = unsafe { read_volatile(&raw const (*ctx.ops).__bindgen_anon_1.args[1]) as u8 };
-    if new != tcp::CLOSE {
+    if !direct::closes(ctx) {
         return;
     }
     let Some(facts) = SOCKETS.get(sk) else { return };

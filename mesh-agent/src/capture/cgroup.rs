@@ -12,6 +12,8 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, statfs};
 
+use crate::mounts::mounts;
+
 /// The directory to attach to: the one named, else the host's hierarchy as `/proc/self/mountinfo` shows it (the hybrid
 /// layout's `unified` as well).
 pub(super) fn root(named: Option<&Path>) -> Result<PathBuf> {
@@ -60,15 +62,11 @@ pub(super) fn pods(named: Option<&Path>, root: &Path) -> Result<PathBuf> {
     Ok(found.unwrap_or_else(|| root.to_path_buf()))
 }
 
-/// Mount points of whole cgroup2 hierarchies, in the order of the text (proc(5), mountinfo).
+/// Mount points of whole cgroup2 hierarchies, in the order of the text.
 fn mounted(mountinfo: &str) -> Vec<PathBuf> {
-    let whole_cgroup2 = |line: &str| {
-        let (mount, kind) = line.split_once(" - ")?;
-        let mut fields = mount.split(' ').skip(3);
-        let (root, point) = (fields.next()?, fields.next()?);
-        (kind.starts_with("cgroup2 ") && root == "/").then(|| PathBuf::from(point))
-    };
-    mountinfo.lines().filter_map(whole_cgroup2).collect()
+    let whole_cgroup2 =
+        mounts(mountinfo).filter(|mount| mount.kind == "cgroup2" && mount.root == Path::new("/"));
+    whole_cgroup2.map(|mount| mount.point.to_owned()).collect()
 }
 
 #[cfg(test)]

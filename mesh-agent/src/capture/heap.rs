@@ -1,34 +1,28 @@
 //! What the allocator keeps though nobody uses it: glibc's gives freed memory back only at the end of its heaps.
 
 use std::{
-    sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
     time::Duration,
 };
 
 /// Longer than what has left may still be in use.
 const SOON: Duration = Duration::from_secs(6);
 
-static ASKED: AtomicU64 = AtomicU64::new(0);
-static RUNNING: AtomicBool = AtomicBool::new(false);
-
 /// Has what is freed within the next moments given back after them, once for all who ask until then: it holds up whoever
 /// allocates meanwhile. To be called within a runtime.
 pub fn give_back_soon() {
-    ASKED.fetch_add(1, SeqCst);
-    if RUNNING.swap(true, SeqCst) {
+    /// How often it was asked for since nothing was left to do.
+    static ASKED: AtomicU64 = AtomicU64::new(0);
+    if ASKED.fetch_add(1, Relaxed) > 0 {
         return;
     }
     tokio::spawn(async {
         loop {
-            let asked = ASKED.load(SeqCst);
+            let asked = ASKED.load(Relaxed);
             tokio::time::sleep(SOON).await;
             let _ = tokio::task::spawn_blocking(give_back_free_memory).await;
-            if ASKED.load(SeqCst) != asked {
-                continue;
-            }
-            RUNNING.store(false, SeqCst);
-            // Who asked in between has seen it running.
-            if ASKED.load(SeqCst) == asked || RUNNING.swap(true, SeqCst) {
+            // Who has asked meanwhile is owed another.
+            if ASKED.compare_exchange(asked, 0, Relaxed, Relaxed).is_ok() {
                 return;
             }
         }

@@ -105,13 +105,14 @@ struct Filled {
     in_pipe: bool,
 }
 
-/// Pipes of this process.
-static PIPES: AtomicUsize = AtomicUsize::new(0);
-
 struct Pipe {
     read: OwnedFd,
     write: OwnedFd,
+    _counted: Counted,
 }
+
+/// One of the pipes of the process, counted until it is dropped.
+struct Counted;
 
 thread_local! {
     static IDLE: RefCell<Vec<Carrier>> = const { RefCell::new(Vec::new()) };
@@ -178,21 +179,24 @@ impl Carrier {
 impl Pipe {
     /// `None`: there are enough of them, or the process is out of descriptors.
     fn new() -> Option<Self> {
-        if PIPES.fetch_add(1, Ordering::Relaxed) >= MOST {
-            PIPES.fetch_sub(1, Ordering::Relaxed);
-            return None;
-        }
-        let Ok((read, write)) = pipe2(OFlag::O_NONBLOCK | OFlag::O_CLOEXEC) else {
-            PIPES.fetch_sub(1, Ordering::Relaxed);
-            return None;
-        };
+        let counted = Counted::one()?;
+        let (read, write) = pipe2(OFlag::O_NONBLOCK | OFlag::O_CLOEXEC).ok()?;
         // Less does as well.
         let _ = fcntl(&write, FcntlArg::F_SETPIPE_SZ(PIPE.cast_signed()));
-        Some(Self { read, write })
+        Some(Self { read, write, _counted: counted })
     }
 }
 
-impl Drop for Pipe {
+static PIPES: AtomicUsize = AtomicUsize::new(0);
+
+impl Counted {
+    fn one() -> Option<Self> {
+        let counted = Self;
+        (PIPES.fetch_add(1, Ordering::Relaxed) < MOST).then_some(counted)
+    }
+}
+
+impl Drop for Counted {
     fn drop(&mut self) {
         PIPES.fetch_sub(1, Ordering::Relaxed);
     }

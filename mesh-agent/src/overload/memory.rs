@@ -12,6 +12,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use crate::mounts::{Mount, mounts};
+
 /// Larger limits are none: version 1 says so by the largest number of pages.
 const UNLIMITED: u64 = 1 << 60;
 
@@ -98,23 +100,16 @@ fn group(groups: &str, mounts: &str) -> Option<Group> {
         Some(path) => (path, mounted(mounts, "cgroup", Some("memory"))?, VERSION_1),
         None => (own(str::is_empty)?, mounted(mounts, "cgroup2", None)?, VERSION_2),
     };
-    let (root, top) = mount;
     // In a container the mount may begin at its own cgroup, or name it in a way that its namespace does not.
-    let below = Path::new(path).strip_prefix(root).unwrap_or(Path::new(""));
-    Some(Group { path: top.join(below), top, files })
+    let below = Path::new(path).strip_prefix(mount.root).unwrap_or(Path::new(""));
+    Some(Group { path: mount.point.join(below), top: mount.point.to_owned(), files })
 }
 
-/// Which directory of a hierarchy is mounted, and where.
-fn mounted<'a>(mounts: &'a str, kind: &str, controller: Option<&str>) -> Option<(&'a str, PathBuf)> {
-    mounts.lines().find_map(|line| {
-        let (mount, filesystem) = line.split_once(" - ")?;
-        let mut filesystem = filesystem.split(' ');
-        let is_kind = filesystem.next()? == kind;
-        let options = filesystem.nth(1)?;
-        let has = controller.is_none_or(|wanted| options.split(',').any(|one| one == wanted));
-        let mut fields = mount.split(' ').skip(3);
-        let (root, point) = (fields.next()?, fields.next()?);
-        (is_kind && has).then(|| (root, PathBuf::from(point)))
+/// The mount of a hierarchy.
+fn mounted<'a>(mountinfo: &'a str, kind: &str, controller: Option<&str>) -> Option<Mount<'a>> {
+    mounts(mountinfo).find(|mount| {
+        let has = controller.is_none_or(|wanted| mount.options.split(',').any(|one| one == wanted));
+        mount.kind == kind && has
     })
 }
 

@@ -17,6 +17,8 @@ pub mod probes;
 
 use std::net::SocketAddr;
 
+use mesh_common::maps::port;
+
 pub use self::{
     authorization::{Asked, Head, Open, Ruling, connection, opaque, request, stands},
     path::{Malformed, normalise},
@@ -27,7 +29,7 @@ use crate::{
 };
 
 /// The ports that an enrolled pod's own listeners have: outbound capture, inbound capture, mesh mTLS.
-pub const MESH_PORTS: [u16; 3] = [15001, 15006, 15008];
+pub const MESH_PORTS: [u16; 3] = port::ALL;
 
 /// Proof that policy was asked and said yes.
 #[derive(Debug)]

@@ -9,7 +9,7 @@ use std::{borrow::Cow, time::Duration};
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 
-use crate::state::snapshot::{HttpRoute, RetryPolicy};
+use crate::state::snapshot::RetryPolicy;
 
 const TIMEOUT: HeaderName = HeaderName::from_static("x-envoy-upstream-rq-timeout-ms");
 const PER_TRY_TIMEOUT: HeaderName = HeaderName::from_static("x-envoy-upstream-rq-per-try-timeout-ms");
@@ -31,9 +31,13 @@ pub(super) struct Terms<'a> {
     pub retries: Cow<'a, RetryPolicy>,
 }
 
-/// Reads the headers and takes them away.
-pub(super) fn terms<'a>(headers: &mut HeaderMap, route: &'a HttpRoute) -> Terms<'a> {
-    let mut terms = Terms { timeout: route.timeout, retries: Cow::Borrowed(&route.retries) };
+/// Reads the headers and takes them away. `timeout` and `retries`: the route's.
+pub(super) fn terms<'a>(
+    headers: &mut HeaderMap,
+    timeout: Option<Duration>,
+    retries: &'a RetryPolicy,
+) -> Terms<'a> {
+    let mut terms = Terms { timeout, retries: Cow::Borrowed(retries) };
     // Most requests have none: one look at the names tells.
     if !headers.keys().any(|name| name.as_str().starts_with(FAMILY)) {
         return terms;
@@ -55,7 +59,7 @@ pub(super) fn terms<'a>(headers: &mut HeaderMap, route: &'a HttpRoute) -> Terms<
     let most = number(headers.remove(MAX_RETRIES)).map(|most| u32::try_from(most).unwrap_or(u32::MAX));
     // Who asks for retries without saying how many gets one.
     match most {
-        Some(most) => terms.retries.to_mut().attempts = most.min(MOST_RETRIES.max(route.retries.attempts)),
+        Some(most) => terms.retries.to_mut().attempts = most.min(MOST_RETRIES.max(retries.attempts)),
         None if asked && terms.retries.attempts == 0 => terms.retries.to_mut().attempts = 1,
         None => {}
     }
@@ -69,26 +73,10 @@ fn number(value: Option<HeaderValue>) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::state::{
-        defaults,
-        snapshot::{Fault, HeaderOps, RetryOn, Rewrite, RouteAction},
-    };
+    use crate::state::{defaults, snapshot::RetryOn};
 
-    fn route(timeout: Option<Duration>, attempts: u32) -> HttpRoute {
-        HttpRoute {
-            name: "r".into(),
-            origin: "o".into(),
-            matches: Vec::new(),
-            action: RouteAction::Forward(Vec::new()),
-            fault: Fault::default(),
-            headers: HeaderOps::default(),
-            rewrite: Rewrite::default(),
-            timeout,
-            retries: RetryPolicy { attempts, on: RetryOn::default(), ..defaults::retry_policy() },
-            mirrors: Vec::new(),
-            cors: None,
-            stat_name: None,
-        }
+    fn retries(attempts: u32) -> RetryPolicy {
+        RetryPolicy { attempts, on: RetryOn::default(), ..defaults::retry_policy() }
     }
 
     /// Timeout and time of a try in milliseconds, retries, and what they are for.
@@ -96,7 +84,7 @@ mod tests {
 
     #[test]
     fn what_is_asked_for_holds_and_goes_no_further() {
-        let route = route(Some(Duration::from_secs(1)), 0);
+        let (second, none) = (Some(Duration::from_secs(1)), retries(0));
         let on = RetryOn::default;
         let gateway = RetryOn { gateway_error: true, status_codes: vec![418, 429], ..on() };
         let table: [(&[(&'static str, &'static str)], Expected); 10] = [
@@ -125,7 +113,7 @@ mod tests {
                 .iter()
                 .map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value)))
                 .collect();
-            let terms = terms(&mut headers, &route);
+            let terms = terms(&mut headers, second, &none);
             let millis = |time: Option<Duration>| time.map(|time| time.as_millis() as u64);
             let Terms { timeout, retries } = terms;
             let got =
@@ -137,12 +125,12 @@ mod tests {
 
     #[test]
     fn a_route_without_such_headers_is_borrowed_and_its_conditions_stay() {
-        let mut route = route(None, 2);
-        route.retries.on.reset = true;
+        let mut written = retries(2);
+        written.on.reset = true;
         let mut headers = HeaderMap::new();
-        assert!(matches!(terms(&mut headers, &route).retries, Cow::Borrowed(_)));
+        assert!(matches!(terms(&mut headers, None, &written).retries, Cow::Borrowed(_)));
         headers.insert(RETRY_ON, HeaderValue::from_static("5xx"));
-        let retries = terms(&mut headers, &route).retries;
+        let retries = terms(&mut headers, None, &written).retries;
         assert!(retries.on.reset && retries.on.server_error && retries.attempts == 2);
     }
 }

@@ -362,6 +362,12 @@ impl Reported {
         Ok(Frame::trailers(trailers))
     }
 
+    /// Ready when what the endpoint's pod asks of those who come has changed, and this one would be refused.
+    fn poll_cut(&mut self, cx: &mut Context<'_>) -> Poll<Error> {
+        let standing = self.exchange.as_mut().and_then(|exchange| exchange.standing.as_mut());
+        standing.map_or(Poll::Pending, |standing| standing.poll_cut(cx))
+    }
+
     fn note(&mut self, frame: &Frame<Bytes>) {
         let Some(exchange) = &mut self.exchange else { return };
         exchange.client.activity.handed_over();
@@ -387,11 +393,7 @@ impl Drop for Reported {
 
 impl Breaking for Reported {
     fn poll_broken(&mut self, cx: &mut Context<'_>) -> Poll<BodyError> {
-        let standing = self.exchange.as_mut().and_then(|exchange| exchange.standing.as_mut());
-        match standing.map(|standing| standing.poll_cut(cx)) {
-            Some(Poll::Ready(error)) => Poll::Ready(self.fail(error)),
-            _ => Poll::Pending,
-        }
+        self.poll_cut(cx).map(|error| self.fail(error))
     }
 }
 
@@ -417,11 +419,7 @@ impl http_body::Body for Reported {
             return Poll::Ready(Some(this.break_off(error)));
         }
         let Poll::Ready(polled) = Pin::new(&mut this.body).poll_frame(cx) else {
-            let standing = this.exchange.as_mut().and_then(|exchange| exchange.standing.as_mut());
-            return match standing.map(|standing| standing.poll_cut(cx)) {
-                Some(Poll::Ready(error)) => Poll::Ready(Some(this.break_off(error))),
-                _ => Poll::Pending,
-            };
+            return this.poll_cut(cx).map(|error| Some(this.break_off(error)));
         };
         match polled {
             Some(Ok(frame)) => {

@@ -224,7 +224,7 @@ async fn send(
         }
     };
     exchange.cluster = Some(Arc::clone(cluster));
-    let terms = asked::terms(&mut parts.headers, route);
+    let terms = asked::terms(&mut parts.headers, route.timeout, &route.retries);
     exchange.limit(terms.timeout);
     exchange.sent();
     let response = if let Some(wanted) = wanted {

@@ -12,7 +12,8 @@ use super::source::{Finding, Level, SourceFile};
 const ROOT: &str = "mesh-agent/src/";
 
 /// What every room may use. `identity::SpiffeId` is a noun of configuration; the rest of `identity` is a room.
-const SHARED: &[&str] = &["body", "config", "drain", "error", "identity::SpiffeId", "report", "state"];
+const SHARED: &[&str] =
+    &["body", "config", "drain", "error", "identity::SpiffeId", "mounts", "report", "state"];
 
 /// The arrows: who uses whom, besides [`SHARED`].
 const ARROWS: &[(&str, &[&str])] = &[
@@ -41,6 +42,7 @@ const ARROWS: &[(&str, &[&str])] = &[
 const NOUNS: &[(&str, &[&str])] = &[
     ("error", &[]),
     ("drain", &[]),
+    ("mounts", &[]),
     ("body", &["error"]),
     // Flags name the options of the rooms they are for.
     (

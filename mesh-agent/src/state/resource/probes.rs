@@ -14,12 +14,10 @@ use k8s_openapi::{
     apimachinery::pkg::util::intstr::IntOrString,
 };
 use mesh_common::maps::{PROBE_PORTS_OF_A_POD, port};
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, percent_encode};
 
 use super::field::FieldError;
 use crate::state::snapshot::{ProbePort, ProbeRequest};
-
-/// The ports of the agent inside a pod.
-const OF_THE_MESH: [u16; 3] = [port::OUTBOUND, port::INBOUND, port::MESH];
 
 /// What the kubelet may ask of a pod with these addresses, by port, and what was left out.
 pub fn declared(spec: &PodSpec, ips: &[IpAddr]) -> (Vec<ProbePort>, Vec<FieldError>) {
@@ -129,9 +127,9 @@ impl Found<'_> {
 
     fn declare(&mut self, port: Option<u16>, request: Option<ProbeRequest>, path: &str) {
         let problem = match port {
-            Some(port) if OF_THE_MESH.contains(&port) => format!("{port} is a port of the mesh itself"),
-            Some(port) => {
-                let requests = self.ports.entry(port).or_default();
+            Some(number) if port::ALL.contains(&number) => format!("{number} is a port of the mesh itself"),
+            Some(number) => {
+                let requests = self.ports.entry(number).or_default();
                 if let Some(request) = request.filter(|request| !requests.contains(request)) {
                     requests.push(request);
                 }
@@ -193,35 +191,30 @@ fn may_stand(byte: u8) -> bool {
 
 /// The path without its escapes; `None` where one is broken.
 fn decoded(path: &str) -> Option<Vec<u8>> {
-    let mut bytes = path.bytes();
-    let mut decoded = Vec::with_capacity(path.len());
-    while let Some(byte) = bytes.next() {
-        if byte != b'%' {
-            decoded.push(byte);
-            continue;
-        }
-        let (high, low) = (hex(bytes.next()?)?, hex(bytes.next()?)?);
-        decoded.push(high * 16 + low);
-    }
-    Some(decoded)
+    let whole = |escape: &str| {
+        escape.as_bytes().first_chunk::<2>().is_some_and(|digits| digits.iter().all(u8::is_ascii_hexdigit))
+    };
+    path.split('%').skip(1).all(whole).then(|| percent_decode_str(path).collect())
 }
 
-fn hex(digit: u8) -> Option<u8> {
-    char::from(digit).to_digit(16).and_then(|digit| u8::try_from(digit).ok())
-}
+/// What Go's escaping of a path encodes: all but letters, digits and these.
+const ESCAPED: &AsciiSet = &NON_ALPHANUMERIC
+    .remove(b'-')
+    .remove(b'_')
+    .remove(b'.')
+    .remove(b'~')
+    .remove(b'$')
+    .remove(b'&')
+    .remove(b'+')
+    .remove(b',')
+    .remove(b'/')
+    .remove(b':')
+    .remove(b';')
+    .remove(b'=')
+    .remove(b'@');
 
-/// Go's escaping of a path.
 fn escaped(path: &[u8]) -> String {
-    let mut text = String::with_capacity(path.len());
-    for byte in path {
-        if byte.is_ascii_alphanumeric() || b"-_.~$&+,/:;=@".contains(byte) {
-            text.push(char::from(*byte));
-        } else {
-            let digit = |value: u8| char::from(b"0123456789ABCDEF"[usize::from(value & 15)]);
-            text.extend(['%', digit(byte >> 4), digit(*byte)]);
-        }
-    }
-    text
+    percent_encode(path, ESCAPED).to_string()
 }
 
 #[cfg(test)]
