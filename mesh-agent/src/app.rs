@@ -39,13 +39,14 @@ use crate::{
     capture::{Capture, CaptureConfig, Losses, Outcome},
     config::NodeConfig,
     drain::Drain,
-    enrolment::{Ended, Enrolment},
+    enrolment::{Ended, Enrolment, put_in_force},
     handover::{self, Door, Offered, Place},
     identity::{Authority, CertificateInfo},
     proxy::Mesh,
     report::Reporter,
     source::{self, Source},
     state::{
+        Problem,
         compile::{Netns, Settings},
         snapshot::Snapshot,
     },
@@ -240,7 +241,8 @@ async fn serve_pods(
         carrier_interval: config.carrier_interval,
     });
     overload::watch(memory, &mesh, &config.overload).context("watching memory")?;
-    let (snapshots, drain) = (source.snapshots.clone(), Drain::default());
+    let snapshots = put_in_force(Arc::clone(&mesh), source.snapshots.clone());
+    let drain = Drain::default();
     let mut enrolment =
         Enrolment::new(Arc::clone(&mesh), Arc::clone(&capture), Arc::clone(&authority), drain.clone());
     let keep_file = listeners.admin.keep_file();
@@ -254,7 +256,8 @@ async fn serve_pods(
     let door = open_door(&listeners, &run_dir, config)?;
     let readiness = Readiness::default();
     let enrolling = readiness.block("the pods of this node");
-    let state = state(&source, &mesh, &enrolment, authority, config, (readiness, log_level));
+    let state =
+        state((&snapshots, &source.problems), &mesh, &enrolment, authority, config, (readiness, log_level));
     let stop = CancellationToken::new();
     let operators = serve_operators(listeners, state, &stop);
     let mut enrolled = tokio::spawn(enrolment.run(snapshots.clone(), enrolling, config.drain_deadline, door));
@@ -293,14 +296,13 @@ fn open_door(listeners: &Listeners, run_dir: &RunDir, config: &NodeConfig) -> Re
 
 /// What operators see, and the tasks that keep its figures.
 fn state(
-    source: &Source,
+    (snapshots, problems): (&watch::Receiver<Arc<Snapshot>>, &watch::Receiver<Arc<[Problem]>>),
     mesh: &Arc<Mesh>,
     enrolment: &Enrolment,
     authority: Arc<Authority>,
     config: &NodeConfig,
     (readiness, log_level): (Readiness, LogLevel),
 ) -> admin::State {
-    let Source { snapshots, problems, .. } = source;
     tokio::spawn(keep_gauges(
         snapshots.clone(),
         problems.clone(),
@@ -387,7 +389,7 @@ fn certificate_view(certificate: CertificateInfo) -> CertificateView {
 /// Gauges that follow the configuration and the certificates.
 async fn keep_gauges(
     mut snapshots: watch::Receiver<Arc<Snapshot>>,
-    problems: watch::Receiver<Arc<[crate::state::Problem]>>,
+    problems: watch::Receiver<Arc<[Problem]>>,
     authority: Arc<Authority>,
     reporter: Arc<Reporter>,
 ) {

@@ -6,6 +6,7 @@
 //! the lab.
 
 mod direct;
+mod in_force;
 mod succession;
 
 use std::{
@@ -17,9 +18,15 @@ use std::{
 };
 
 use nix::sys::resource::{Resource, getrlimit};
-use tokio::sync::{Notify, watch};
+use tokio::{
+    sync::{Notify, watch},
+    task::block_in_place,
+};
 
-pub use self::succession::{Prepared, Served};
+pub use self::{
+    in_force::put_in_force,
+    succession::{Prepared, Served},
+};
 use crate::{
     admin::{BlockReady, FailingPod, PodsView},
     capture::{self, Capture, Listener, PodNet},
@@ -207,7 +214,6 @@ impl Enrolment {
         let mut first_round = Some(first_round);
         loop {
             let snapshot = Arc::clone(&snapshots.borrow_and_update());
-            self.mesh.snapshot.store(Arc::clone(&snapshot));
             let newer = || snapshots.has_changed().unwrap_or(false);
             if !self.reconcile(&snapshot, newer).await {
                 continue;
@@ -221,7 +227,7 @@ impl Enrolment {
             tokio::select! {
                 changed = snapshots.changed() => if changed.is_err() { break },
                 () = tokio::time::sleep(LOOK_AGAIN) => {}
-                mut asked = door.asked() => if self.hand_over(&mut asked, &mut snapshots).await {
+                mut asked = door.asked() => if self.hand_over(&mut asked).await {
                     door.leave_file();
                     return Ended::HandedOver(Box::new(self), asked);
                 },
@@ -248,7 +254,7 @@ impl Enrolment {
             capture::give_back_soon();
         }
         for workload in plan.update {
-            self.update(workload);
+            self.update(&workload);
         }
         for workload in plan.join {
             // A node full of pods takes a while: an agent that is told to stop does not go on with it.
@@ -281,21 +287,17 @@ impl Enrolment {
         }
     }
 
-    /// The kernel first: what it refuses is tried again, as long as the pod still has what it had.
-    fn update(&self, workload: Arc<Workload>) {
-        let Some(pod) = self.mesh.pods.get(&workload) else { return };
-        let name = PodName::from(&*workload);
-        match self.capture.update(pod.net(), &workload) {
+    /// The kernel first: what it refuses is tried again, as long as the pod still has what it had. Everything else of the
+    /// pod is in force already.
+    fn update(&self, workload: &Arc<Workload>) {
+        let Some(pod) = self.mesh.pods.get(workload) else { return };
+        let name = PodName::from(&**workload);
+        match self.capture.update(pod.net(), workload) {
             Ok(()) => {
                 self.failing.forget(&name);
-                pod.update(workload);
+                pod.update(|held| Workload { capture: workload.capture.clone(), ..held.clone() });
             }
-            Err(error) => {
-                // Everything else is: a policy must not wait for an annotation.
-                let capture = pod.workload().capture.clone();
-                pod.update(Arc::new(Workload { capture, ..Workload::clone(&workload) }));
-                self.fails(&name, &format!("its annotations are not in force: {error:#}"));
-            }
+            Err(error) => self.fails(&name, &format!("its annotations are not in force: {error:#}")),
         }
     }
 
@@ -316,7 +318,8 @@ impl Enrolment {
         // The certificate first: a pod is captured only when it can be served.
         let identity =
             self.authority.identity(&workload.identity).await.map_err(|error| error.to_string())?;
-        let net = self.capture.enrol(Arc::clone(workload)).map_err(|error| format!("{error:#}"))?;
+        let net = block_in_place(|| self.capture.enrol(Arc::clone(workload)));
+        let net = net.map_err(|error| format!("{error:#}"))?;
         self.serve(net, identity, id);
         Ok(())
     }
@@ -330,6 +333,7 @@ impl Enrolment {
         };
         let pod = Arc::new(Pod::new(net, identity, self.drain.child(), limits));
         self.mesh.pods.insert(name.clone(), Arc::clone(&pod));
+        in_force::update_pod(&self.mesh, &pod);
         self.namespaces.insert(name, id);
         self.pods_changed.notify_one();
         tokio::spawn(outbound::serve(Arc::clone(&self.mesh), Arc::clone(&pod)));
@@ -341,7 +345,9 @@ impl Enrolment {
     /// The kernel lets go first, so that new connections pass untouched; open ones may finish.
     fn leave(&mut self, name: &PodName) {
         let Some(pod) = self.mesh.pods.all().get(name).cloned() else { return };
-        self.release(name, &pod);
+        if let Err(error) = block_in_place(|| self.capture.un_enrol(pod.net())) {
+            tracing::warn!(pod = %name, error = format!("{error:#}"), "something of the mesh may be left in the pod");
+        }
         self.mesh.pods.remove(name);
         self.namespaces.remove(name);
         self.pods_changed.notify_one();
@@ -351,8 +357,9 @@ impl Enrolment {
 
     async fn leave_all(&mut self, deadline: Duration) {
         let pods = self.mesh.pods.all();
-        for (name, pod) in pods.iter() {
-            self.release(name, pod);
+        let nets: Vec<_> = pods.values().map(|pod| Arc::clone(pod.net())).collect();
+        if let Err(error) = block_in_place(|| self.capture.un_enrol_all(&nets)) {
+            tracing::warn!(error = format!("{error:#}"), "something of the mesh may be left in a pod");
         }
         let all = async {
             for pod in pods.values() {
@@ -364,12 +371,6 @@ impl Enrolment {
         }
         for name in pods.keys() {
             self.mesh.pods.remove(name);
-        }
-    }
-
-    fn release(&self, name: &PodName, pod: &Pod) {
-        if let Err(error) = self.capture.un_enrol(pod.net()) {
-            tracing::warn!(pod = %name, error = format!("{error:#}"), "something of the mesh may be left in the pod");
         }
     }
 

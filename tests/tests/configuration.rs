@@ -215,3 +215,38 @@ async fn labels_enrol_and_release_and_a_vanished_namespace_disturbs_nobody() -> 
     .await?;
     pair.finish().await
 }
+
+/// A direct answer with this text, so that a request tells which configuration it was routed by.
+fn answers(text: usize) -> String {
+    format!(
+        "
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {{ name: told, namespace: default }}
+spec:
+  hosts: [told]
+  http: [{{ directResponse: {{ status: 200, body: {{ string: answer-{text} }} }} }}]
+"
+    )
+}
+
+/// Pods that are being enrolled take the agent a while each; a change of routes waits for none of them.
+#[tokio::test]
+async fn what_is_shown_is_in_force_while_pods_are_being_enrolled() -> Result<()> {
+    if !require_root()? {
+        return Ok(());
+    }
+    let pair = Pair::new("inforce").await?;
+    let service = pair.lab.service("told").selector("app", "told").port("http", 80, 8080).apply()?;
+    let mut pods = Vec::new();
+    for number in 0..8 {
+        pods.push(pair.a.pod(&format!("late-{number}")).start().await?);
+        pair.apply("told.yaml", &answers(number)).await?;
+        let answer = pair.client.http_get(&service.url(80, "/"), &[]).await?;
+        ensure!(answer.body == format!("answer-{number}"), "shown was {number}, in force {}", answer.body);
+    }
+    for pod in &pods {
+        pod.enrolled().await?;
+    }
+    pair.finish().await
+}

@@ -29,8 +29,8 @@ use mesh_common::{
 use tokio::net::TcpListener;
 
 use super::{
-    Net, PodNet, cgroup,
-    enrol::{self, Capture, Cgroups, Enrolled, Flows, pod_addrs},
+    Net, PodNet, attach, cgroup,
+    enrol::{Capture, Cgroups, Enrolled, Flows, pod_addrs},
     guard,
     guests::Guests,
     kernel::{Facts, KernelNet},
@@ -180,7 +180,7 @@ impl Capture {
         self.write_probes(cookie, &net.workload)?;
         let Net::Kernel(kernel) = &net.net else { return Ok(()) };
         let links = self.dir.pod(cookie);
-        enrol::attach(&mut object, kernel.netns(), &links)?;
+        attach::attach(&mut object, kernel.netns(), &links)?;
         let known = ["inbound", "egress-", "ingress-", "from-guest-", "to-guest-", guard::PINS];
         detach_others(&links, |pinned| known.iter().any(|name| pinned.starts_with(name)))?;
         guests.follow(&net);

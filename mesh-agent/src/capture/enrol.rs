@@ -8,16 +8,12 @@ use std::{
     collections::{HashMap, hash_map},
     io,
     net::IpAddr,
-    os::fd::AsFd as _,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
-use aya::{
-    maps::{HashMap as BpfHashMap, HashOfMaps, InnerMap, Map, MapData, SockMap},
-    programs::{LinkOrder, SchedClassifier, SkLookup, TcAttachType, links::FdLink, tc::TcAttachOptions},
-};
+use aya::maps::{HashMap as BpfHashMap, HashOfMaps, InnerMap, Map, MapData, SockMap};
 use mesh_common::{
     addr::Addr,
     flow::FlowRecord,
@@ -31,22 +27,20 @@ use socket2::Socket;
 use tokio::{net::TcpListener, task::AbortHandle};
 
 use super::{
-    Listener, Net, PodNet, cgroup,
+    Listener, Net, PodNet,
+    at_once::each_at_once,
+    attach, cgroup,
     direct::Direct,
     flows::Reading,
     guests::{self, Guests},
     kernel::{Facts, KernelNet},
-    links::{BpfDir, detach_all, make, pin, replace, unpin_all},
+    links::{BpfDir, detach_all, make, unpin_all},
     loader::{self, CaptureConfig, EbpfLog, Loading, Object},
     netns::Netns,
     policy::Policies,
     probes::Probes,
 };
 use crate::state::snapshot::{WhenAgentIsDown, Workload};
-
-/// Interfaces of a pod whose packets are counted: more than any pod needs, few enough that one which makes thousands
-/// of them does not keep the node's other pods waiting.
-const MOST_INTERFACES: usize = 32;
 
 /// `BPF_NOEXIST`: an element that is there stays as it is.
 const NO_EXIST: u64 = 1;
@@ -248,7 +242,7 @@ impl Capture {
 
         let links = self.dir.pod(cookie);
         make(&links)?;
-        attach(&mut object, &netns, &links)?;
+        attach::attach(&mut object, &netns, &links)?;
         let guests = Guests::of(&mut object, &self.dir, cookie)?;
         self.guard(cookie, &netns, &workload.ips, workload.capture.restrict_egress)?;
 
@@ -270,13 +264,16 @@ impl Capture {
         let sockets: BpfHashMap<MapData, u64, FlowRecord> = loader::take(object, POD_FLOWS)?;
         let packets: BpfHashMap<MapData, PacketKey, FlowRecord> = loader::take(object, POD_PACKET_FLOWS)?;
         let admitted: BpfHashMap<MapData, Tuple, Admitted> = loader::take(object, POD_ADMITTED)?;
-        self.list(ORIGINAL_DST, cookie, &original_dst)?;
-        self.list(CLIENTS, cookie, &clients)?;
-        self.list(FLOWS, cookie, &sockets)?;
-        self.list(PACKET_FLOWS, cookie, &packets)?;
-        self.list(ADMITTED, cookie, &admitted)?;
         let probes: BpfHashMap<MapData, Tuple, Probe> = loader::take(object, POD_PROBES)?;
-        self.list(PROBES, cookie, &probes)?;
+        let lists: [&(dyn Fn() -> Result<()> + Sync); 6] = [
+            &|| self.list(ORIGINAL_DST, cookie, &original_dst),
+            &|| self.list(CLIENTS, cookie, &clients),
+            &|| self.list(FLOWS, cookie, &sockets),
+            &|| self.list(PACKET_FLOWS, cookie, &packets),
+            &|| self.list(ADMITTED, cookie, &admitted),
+            &|| self.list(PROBES, cookie, &probes),
+        ];
+        each_at_once(&lists, |list| list())?;
         let (sockets, packets, admitted) = (Mutex::new(sockets), Mutex::new(packets), Mutex::new(admitted));
         Ok(Arc::new(Flows { sockets, packets, admitted }))
     }
@@ -298,17 +295,23 @@ impl Capture {
     /// # Errors
     /// What could not be taken away; the rest is gone all the same.
     pub fn un_enrol(&self, pod: &PodNet) -> Result<()> {
-        let Net::Kernel(net) = &pod.net else { return Ok(()) };
-        let cookie = net.netns().cookie();
-        let mut pods = self.shared.pods();
-        match pods.entry(cookie) {
-            hash_map::Entry::Occupied(entry) if std::ptr::eq(&raw const *entry.get().net, pod) => {
-                entry.remove().guests.close();
-            }
-            _ => return Ok(()),
-        }
+        let_go_of(&mut self.shared.pods(), pod).map_or(Ok(()), |net| self.leave(pod, net))
+    }
+
+    /// As [`Capture::un_enrol`] for each of them, in the time of a few.
+    ///
+    /// # Errors
+    /// One of those that there were; the rest is gone all the same.
+    pub fn un_enrol_all(&self, pods: &[Arc<PodNet>]) -> Result<()> {
+        let mut enrolled = self.shared.pods();
+        let leaving: Vec<_> =
+            pods.iter().filter_map(|pod| Some((pod, let_go_of(&mut enrolled, pod)?))).collect();
+        each_at_once(&leaving, |(pod, net)| self.leave(pod, net))
+    }
+
+    fn leave(&self, pod: &PodNet, net: &KernelNet) -> Result<()> {
         // What another agent has taken over stays.
-        let taken = if self.dir.is_ours() { self.take_away(cookie) } else { Ok(()) };
+        let taken = if self.dir.is_ours() { self.take_away(net.netns().cookie()) } else { Ok(()) };
         pod.close();
         taken.with_context(|| format!("pod {} at {}", pod.name(), net.netns().path().display()))
     }
@@ -320,14 +323,14 @@ impl Capture {
         let routes = guests::leave(&self.dir.guests().join(cookie.to_string()));
         let policy =
             self.forget_policy(cookie).and(self.forget_direct(cookie)).and(self.forget_probes(cookie));
-        let tables = [PROBES, ADMITTED, ORIGINAL_DST, CLIENTS, FLOWS, PACKET_FLOWS, STEERING].map(|name| {
+        let tables = [PROBES, ADMITTED, ORIGINAL_DST, CLIENTS, FLOWS, PACKET_FLOWS, STEERING];
+        let tables = each_at_once(&tables, |name| {
             let mut map: HashOfMaps<MapData, u64, MapData> = loader::open(&self.dir, name)?;
             missing_is_fine(map.remove(&cookie)).with_context(|| format!("map {name}"))
         });
         // Not before the table has left the list: until then connections to the pod are counted.
         let held = self.forget_held(cookie);
         let pins = unpin_all(&self.dir.maps_of(cookie));
-        let tables = tables.into_iter().collect::<Result<()>>();
         captured.and(links).and(routes).and(policy).and(tables).and(held).and(pins)
     }
 
@@ -345,9 +348,21 @@ impl Capture {
         if !self.dir.is_ours() {
             return Ok(());
         }
-        let pods = self.enrolled().into_iter().map(|pod| self.un_enrol(&pod)).collect::<Result<Vec<()>>>();
+        let pods = self.un_enrol_all(&self.enrolled());
         self.dir.remove()?;
-        pods.map(drop)
+        pods
+    }
+}
+
+/// `None` where the pod is not, or no longer, the one that is enrolled.
+fn let_go_of<'a>(pods: &mut HashMap<u64, Enrolled>, pod: &'a PodNet) -> Option<&'a KernelNet> {
+    let Net::Kernel(net) = &pod.net else { return None };
+    match pods.entry(net.netns().cookie()) {
+        hash_map::Entry::Occupied(entry) if std::ptr::eq(&raw const *entry.get().net, pod) => {
+            entry.remove().guests.close();
+            Some(net)
+        }
+        _ => None,
     }
 }
 
@@ -373,63 +388,6 @@ fn listeners(netns: &Netns, facts: &Facts) -> Result<[Socket; 3]> {
         })
     };
     Ok([open(Listener::Outbound)?, open(Listener::Inbound)?, open(Listener::Mesh)?])
-}
-
-/// Attaches the pod's programs and pins their links; a link that is there already is given the program instead.
-pub(super) fn attach(object: &mut Object, netns: &Netns, links: &Path) -> Result<()> {
-    count_packets(object, netns, links)?;
-    let program: &mut SkLookup = loader::program(object, "inbound")?;
-    let pinned = links.join("inbound");
-    if replace(&pinned, program.fd()?.as_fd())? {
-        return Ok(());
-    }
-    let id =
-        program.attach(netns).context("cannot steer inbound connections (another sk_lookup program?)")?;
-    pin(program.take_link(id)?.into(), &pinned)
-}
-
-/// Attaches the counting of packets to the pod's interfaces, loopback excepted. A kernel without TCX (before 6.6) goes
-/// without: those flows are then not counted. What the pod calls its interfaces, and how many it makes, is its own
-/// affair: neither keeps it from being enrolled.
-fn count_packets(object: &mut Object, netns: &Netns, links: &Path) -> Result<()> {
-    for (name, direction) in [("egress", TcAttachType::Egress), ("ingress", TcAttachType::Ingress)] {
-        let program: &mut SchedClassifier = loader::program(object, name)?;
-        for (index, interface) in interfaces(netns)? {
-            let pinned = links.join(format!("{name}-{index}"));
-            if replace(&pinned, program.fd()?.as_fd())? {
-                continue;
-            }
-            let attached = netns.enter(|| {
-                let order = TcAttachOptions::TcxOrder(LinkOrder::default());
-                program.attach_with_options(&interface, direction, order).map_err(io::Error::other)
-            });
-            match attached {
-                Ok(id) => {
-                    let link: FdLink = program.take_link(id)?.try_into()?;
-                    pin(link, &pinned)?;
-                }
-                Err(error) => {
-                    tracing::warn!(%interface, %error, "flows without a socket (UDP) are not counted: no TCX here");
-                }
-            }
-        }
-    }
-    Ok(())
-}
-
-/// Index and name of the first [`MOST_INTERFACES`].
-fn interfaces(netns: &Netns) -> Result<Vec<(u32, String)>> {
-    let all = netns.enter(|| nix::net::if_::if_nameindex().map_err(io::Error::from));
-    let all = all.context("cannot list its network interfaces")?;
-    let all = all.iter().map(|one| (one.index(), one.name().to_string_lossy().into_owned()));
-    let mut wanted: Vec<_> = all.filter(|(_, name)| name != "lo").collect();
-    if wanted.len() > MOST_INTERFACES {
-        let path = netns.path().display();
-        tracing::warn!(netns = %path, "flows without a socket are counted on {MOST_INTERFACES} interfaces of {}", wanted.len());
-        wanted.sort_unstable();
-        wanted.truncate(MOST_INTERFACES);
-    }
-    Ok(wanted)
 }
 
 fn exists_is_fine(inserted: Result<(), aya::maps::MapError>) -> Result<()> {

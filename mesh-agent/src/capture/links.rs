@@ -24,7 +24,7 @@ use anyhow::{Context as _, Result, bail};
 use aya::programs::links::FdLink;
 use nix::sys::statfs::{FsType, statfs};
 
-use super::{guests, netns::Netns};
+use super::{at_once::each_at_once, guests, netns::Netns};
 
 /// Under an agent's directory: its shared maps, the node's links, and the links of each pod by its cookie.
 pub(super) const MAPS: &str = "maps";
@@ -259,9 +259,7 @@ pub(super) fn detach_all(dir: &Path) -> Result<()> {
 /// routes go then.
 pub(super) fn detach_agent(dir: &Path) -> Result<()> {
     detach_all(&dir.join(LINKS))?;
-    for pod in list(&dir.join(PODS))? {
-        detach_all(&pod)?;
-    }
+    each_at_once(&list(&dir.join(PODS))?, |pod| detach_all(pod))?;
     guests::leave_all(&dir.join(GUESTS))
 }
 

@@ -10,6 +10,8 @@
 //! (`tests/tests/capture/`).
 
 mod adopt;
+mod at_once;
+mod attach;
 mod cgroup;
 mod crashed;
 pub mod descriptors;

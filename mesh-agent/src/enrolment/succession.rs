@@ -11,7 +11,7 @@ use crate::{
     handover::Asked,
     identity::WorkloadIdentity,
     report::Reporter,
-    state::snapshot::{Snapshot, Workload},
+    state::snapshot::Snapshot,
     upstream::PodName,
 };
 
@@ -84,11 +84,7 @@ impl Enrolment {
 
     /// Offers everything to a successor and lets go of it once that one serves. False: it did not come to that, and
     /// nothing has happened.
-    pub(super) async fn hand_over(
-        &self,
-        asked: &mut Asked,
-        snapshots: &mut watch::Receiver<Arc<Snapshot>>,
-    ) -> bool {
+    pub(super) async fn hand_over(&self, asked: &mut Asked) -> bool {
         tracing::info!("a successor is being offered the pods");
         let (lock, pods) = match self.capture.offer() {
             Ok(offer) => offer,
@@ -97,40 +93,18 @@ impl Enrolment {
                 return false;
             }
         };
-        let offering = asked.offer(lock, pods);
-        tokio::pin!(offering);
-        loop {
-            // Pods neither come nor go meanwhile; everything else of the configuration is in force at once.
-            tokio::select! {
-                served = &mut offering => match served {
-                    Ok(()) => break,
-                    Err(error) => {
-                        tracing::warn!(%error, "the successor did not take over; this agent goes on");
-                        return false;
-                    }
-                },
-                Ok(()) = snapshots.changed() => {
-                    let snapshot = Arc::clone(&snapshots.borrow_and_update());
-                    self.mesh.snapshot.store(Arc::clone(&snapshot));
-                    self.update_policies(&snapshot);
-                }
-                () = self.drain.started() => return false,
-            }
+        // Pods neither come nor go meanwhile; everything else of the configuration is in force at once.
+        let served = tokio::select! {
+            served = asked.offer(lock, pods) => served,
+            () = self.drain.started() => return false,
+        };
+        if let Err(error) = served {
+            tracing::warn!(%error, "the successor did not take over; this agent goes on");
+            return false;
         }
         self.capture.let_go().await;
         self.drain.leave();
         true
-    }
-
-    /// What pods ask of those who come does not wait for the rest.
-    fn update_policies(&self, snapshot: &Snapshot) {
-        for (name, now) in wanted(snapshot, &self.mesh.node) {
-            let Some(pod) = self.mesh.pods.all().get(&name).cloned() else { continue };
-            let (authorization, authentication) =
-                (Arc::clone(&now.authorization), now.authentication.clone());
-            let held = Workload::clone(&pod.workload());
-            pod.update(Arc::new(Workload { authorization, authentication, ..held }));
-        }
     }
 
     /// Follows the configuration for the connections that were open when another agent took over: those of pods that
@@ -138,7 +112,6 @@ impl Enrolment {
     pub async fn follow(mut self, mut snapshots: watch::Receiver<Arc<Snapshot>>) {
         loop {
             let snapshot = Arc::clone(&snapshots.borrow_and_update());
-            self.mesh.snapshot.store(Arc::clone(&snapshot));
             let mut wanted = wanted(&snapshot, &self.mesh.node);
             wanted.retain(|name, pod| self.namespace_stands(name, pod));
             let held = self.mesh.pods.all();
@@ -146,11 +119,6 @@ impl Enrolment {
             let plan = plan(&held, &wanted);
             for name in &plan.leave {
                 self.leave(name);
-            }
-            for workload in plan.update {
-                if let Some(pod) = self.mesh.pods.get(&workload) {
-                    pod.update(workload);
-                }
             }
             tokio::select! {
                 changed = snapshots.changed() => if changed.is_err() { break },

@@ -162,9 +162,10 @@ impl Pod {
         self.workload.load_full()
     }
 
-    /// Takes over what the configuration says of it now (labels may change while it runs).
-    pub fn update(&self, workload: Arc<Workload>) {
-        let before = self.workload.swap(workload);
+    /// Takes over what the configuration says of it now (labels may change while it runs). Changes that are made at once
+    /// by several are all made: `change` may be called again.
+    pub fn update(&self, change: impl Fn(&Workload) -> Workload) {
+        let before = self.workload.rcu(|held| change(held));
         let now = self.workload.load();
         if before.authorization != now.authorization || before.authentication != now.authentication {
             self.policies.send_replace(());

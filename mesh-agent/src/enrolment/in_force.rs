@@ -1,0 +1,62 @@
+//! Puts each configuration in force at once: for the path, and for what the enrolled pods are and ask of those who come.
+//!
+//! Promises that whoever is told of a configuration finds it in force, however long the enrolling of a pod takes. What
+//! the kernel has of a pod (its annotations) stays with `enrolment.rs`, which asks the kernel first. Tested in the lab
+//! (`tests/tests/configuration.rs`).
+
+use std::sync::Arc;
+
+use tokio::sync::watch;
+
+use super::{same_place, wanted};
+use crate::{
+    proxy::Mesh,
+    state::snapshot::{Snapshot, Workload},
+    upstream::Pod,
+};
+
+/// Follows `source` for as long as the receiver is held, which is told of each configuration once it is in force.
+pub fn put_in_force(
+    mesh: Arc<Mesh>,
+    mut source: watch::Receiver<Arc<Snapshot>>,
+) -> watch::Receiver<Arc<Snapshot>> {
+    let (told, in_force) = watch::channel(mesh.snapshot());
+    tokio::spawn(async move {
+        loop {
+            let snapshot = Arc::clone(&source.borrow_and_update());
+            mesh.snapshot.store(Arc::clone(&snapshot));
+            update_pods(&mesh, &snapshot);
+            told.send_replace(snapshot);
+            tokio::select! {
+                changed = source.changed() => if changed.is_err() { return },
+                () = told.closed() => return,
+            }
+        }
+    });
+    in_force
+}
+
+fn update_pods(mesh: &Mesh, snapshot: &Snapshot) {
+    let pods = mesh.pods.all();
+    for (name, now) in wanted(snapshot, &mesh.node) {
+        if let Some(pod) = pods.get(&name) {
+            update(pod, &now);
+        }
+    }
+}
+
+/// For a pod that has come while the configuration changed.
+pub(super) fn update_pod(mesh: &Mesh, pod: &Pod) {
+    let (snapshot, held) = (mesh.snapshot(), pod.workload());
+    let now = held.ips.first().and_then(|ip| snapshot.workload_at(*ip));
+    if let Some(now) = now.filter(|now| now.namespace == held.namespace && now.name == held.name) {
+        update(pod, now);
+    }
+}
+
+/// One that was moved, or is somebody else now, is about to be let go of as what it was.
+fn update(pod: &Pod, now: &Arc<Workload>) {
+    if same_place(&pod.workload(), now) {
+        pod.update(|held| Workload { capture: held.capture.clone(), ..Workload::clone(now) });
+    }
+}
