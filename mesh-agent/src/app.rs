@@ -42,7 +42,7 @@ use crate::{
     enrolment::{Ended, Enrolment, put_in_force},
     handover::{self, Door, Offered, Place},
     identity::{Authority, CertificateInfo},
-    proxy::Mesh,
+    proxy::{Mesh, health::watch_endpoints},
     report::Reporter,
     source::{self, Source},
     state::{
@@ -251,6 +251,7 @@ async fn serve_pods(
     {
         return Ok(());
     }
+    tokio::spawn(watch_endpoints(Arc::clone(&reporter), snapshots.clone()));
     tokio::spawn(report_flows(capture.closed_flows()?, Arc::clone(&mesh)));
     drop(capture);
     let door = open_door(&listeners, &run_dir, config)?;

@@ -103,6 +103,23 @@ pub const fn grpc_of(status: StatusCode) -> u32 {
     }
 }
 
+/// The HTTP status that a gRPC status means (`google.rpc.Code`).
+pub const fn http_of(grpc: u32) -> StatusCode {
+    match grpc {
+        0 => StatusCode::OK,
+        3 | 9 | 11 => StatusCode::BAD_REQUEST,
+        4 => StatusCode::GATEWAY_TIMEOUT,
+        5 => StatusCode::NOT_FOUND,
+        1 | 6 | 10 => StatusCode::CONFLICT,
+        7 => StatusCode::FORBIDDEN,
+        8 => StatusCode::TOO_MANY_REQUESTS,
+        12 => StatusCode::NOT_IMPLEMENTED,
+        14 => StatusCode::SERVICE_UNAVAILABLE,
+        16 => StatusCode::UNAUTHORIZED,
+        _ => StatusCode::INTERNAL_SERVER_ERROR,
+    }
+}
+
 impl Kind {
     /// What a client is told in a body or `grpc-message`: nothing of endpoints or policies, which are the operator's to
     /// know.

@@ -3,7 +3,7 @@
 //! Promises to show every field that decides anything, and the same text for the same snapshot. Never shows a
 //! secret: a snapshot holds none. Tested in `dump/tests.rs`.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, sync::atomic::Ordering::Relaxed, time::Duration};
 
 use serde_json::{Value, json};
 
@@ -11,10 +11,11 @@ use serde_json::{Value, json};
 mod tests;
 
 use crate::state::snapshot::{
-    Abort, Applied, Authentication, Authorization, Backend, CapturePolicy, Cluster, CorsPolicy, Exclusions,
-    Fault, HeaderMatch, HeaderOp, HttpRoute, Mirror, Mtls, PathRewrite, Percentage, Policy, Protocol,
-    RequestMatch, RetryOn, RetryPolicy, Rewrite, RouteAction, Service, ServicePort, Snapshot, SniHost,
-    StreamMatch, StreamRoute, StringMatch, Visibility, WeightedBackend, WhenAgentIsDown, Workload,
+    Abort, Applied, Authentication, Authorization, Backend, CapturePolicy, Cluster, ConsistentHash,
+    CorsPolicy, Exclusions, Fault, HashKey, HeaderMatch, HeaderOp, HttpRoute, Mirror, Mtls, OutlierDetection,
+    PathRewrite, Percentage, Policy, Protocol, RequestMatch, RetryOn, RetryPolicy, Rewrite, RouteAction,
+    Service, ServicePort, Snapshot, SniHost, StreamMatch, StreamRoute, StringMatch, Visibility,
+    WeightedBackend, WhenAgentIsDown, Workload,
 };
 
 /// The whole snapshot.
@@ -140,16 +141,42 @@ fn cluster(c: &Cluster) -> Value {
         json!({
             "address": e.address,
             "workload": e.workload.as_ref().map(|w| format!("{}/{}", w.namespace, w.name)),
-            "in_flight": e.state.in_flight.load(std::sync::atomic::Ordering::Relaxed),
+            "in_flight": e.state.in_flight.load(Relaxed),
+            "ejected": c.outlier.is_some() && e.state.health.is_ejected(),
+            "ejections": e.state.health.ejections.load(Relaxed),
         })
     });
     json!({
         "name": *c.name,
-        "balancing": format!("{:?}", c.balancing),
+        "balancing": c.hash.as_ref().map_or_else(|| json!(format!("{:?}", c.balancing)), hash),
+        "outlier_detection": c.outlier.as_ref().map(outlier),
         "view": c.view.as_deref(),
         "connect_timeout_ms": ms(c.connect_timeout),
         "retry_budget": { "percent": percent(c.retry_budget.percent), "min": c.retry_budget.min_concurrency },
         "endpoints": endpoints.collect::<Vec<_>>(),
+    })
+}
+
+fn hash(hash: &ConsistentHash) -> Value {
+    let by = match &*hash.key {
+        HashKey::Header(name) => json!({ "header": name.as_str() }),
+        HashKey::Cookie(cookie) => json!({ "cookie": *cookie.name, "ttl_ms": cookie.ttl.map(ms) }),
+        HashKey::SourceIp => json!("source_ip"),
+        HashKey::Query(name) => json!({ "query": **name }),
+    };
+    let (table, places) = hash.table();
+    json!({ "hash": by, "table": table, "places": places })
+}
+
+fn outlier(rule: &OutlierDetection) -> Value {
+    json!({
+        "consecutive_5xx": rule.server_errors,
+        "consecutive_gateway_errors": rule.gateway_errors,
+        "consecutive_local_origin_failures": rule.local_failures,
+        "interval_ms": ms(rule.interval),
+        "base_ejection_time_ms": ms(rule.base_ejection_time),
+        "max_ejection_percent": rule.max_ejection_percent,
+        "min_health_percent": rule.min_health_percent,
     })
 }
 

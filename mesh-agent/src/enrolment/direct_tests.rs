@@ -81,6 +81,8 @@ fn snapshot(port: &Port) -> Snapshot {
         view: None,
         endpoints: port.endpoints.iter().filter_map(endpoint).collect(),
         balancing: Balancing::Random,
+        hash: None,
+        outlier: None,
         connect_timeout: Duration::from_secs(10),
         limits_connections: port.limited,
         retry_budget: defaults::RETRY_BUDGET,

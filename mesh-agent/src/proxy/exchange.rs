@@ -82,6 +82,8 @@ pub(super) struct Exchange {
     pub under_way: Option<UnderWay>,
     /// Counts as the pod's until the response has ended.
     pub held: Option<Held>,
+    /// Given to the client with the response, so that it comes back to the same endpoint.
+    pub set_cookie: Option<HeaderValue>,
     method: Method,
     path: String,
     unread: bool,
@@ -147,6 +149,7 @@ impl Exchange {
             chosen: None,
             under_way: None,
             held: None,
+            set_cookie: None,
             method: request.method.clone(),
             path: request.uri.path_and_query().map_or_else(|| "/".to_owned(), ToString::to_string),
             unread: false,

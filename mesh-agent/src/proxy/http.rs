@@ -7,7 +7,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use http::{
     HeaderMap, HeaderValue, Request, Response, StatusCode,
-    header::{CONTENT_TYPE, LOCATION},
+    header::{CONTENT_TYPE, LOCATION, SET_COOKIE},
     request, response,
 };
 
@@ -244,6 +244,9 @@ async fn send(
     };
     let (mut head, body) = response.into_parts();
     for_client(&mut head, exchange);
+    if let Some(cookie) = exchange.set_cookie.take() {
+        head.headers.append(SET_COOKIE, cookie);
+    }
     route::apply_response(&mut head.headers, &route.headers.response);
     route::apply_response(&mut head.headers, &backend.headers.response);
     Ok(Made::Response(Response::from_parts(head, body)))

@@ -104,8 +104,9 @@ async fn one(
     mut request: Request<Body>,
     grpc: bool,
 ) -> Result<()> {
-    let Some(chosen) = balance::choose(cluster, &[]) else {
-        return Err(Error::new(Kind::NoHealthyUpstream, format!("{} has no ready endpoint", cluster.name)));
+    let keyed = balance::key(cluster, Some((request.uri(), request.headers())), client.ip());
+    let Some(chosen) = balance::choose(cluster, &[], keyed.hash) else {
+        return Err(Error::new(Kind::NoHealthyUpstream, format!("{} has no healthy endpoint", cluster.name)));
     };
     let endpoint = &chosen.endpoint;
     let via = upstream::via(&mesh.pods, &mesh.node, endpoint)?;

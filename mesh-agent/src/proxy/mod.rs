@@ -9,6 +9,7 @@ mod cut;
 mod downstream;
 mod exchange;
 mod headers;
+pub mod health;
 mod http;
 pub mod inbound;
 mod inspected;

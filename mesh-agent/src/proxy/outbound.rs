@@ -15,6 +15,7 @@ use tokio::{
 use super::{
     Ends, Mesh, admit, assert_small, cut,
     downstream::{self, Server},
+    health,
     inbound::Inbound,
     inspected, learn_end, next,
     permits::{self, Stands},
@@ -265,12 +266,15 @@ impl Outbound {
         // together they are to have the shares that they should.
         let by_kernel = self.mesh.endpoints.address(self.ends.endpoint);
         let by_kernel = by_kernel.and_then(|address| balance::chosen(cluster, address));
-        let Some(chosen) = by_kernel.or_else(|| balance::choose(cluster, &[])) else {
-            let text = format!("{} has no ready endpoint", cluster.name);
+        let hash = balance::key(cluster, None, self.shown.ip()).hash;
+        let Some(chosen) = by_kernel.or_else(|| balance::choose(cluster, &[], hash)) else {
+            let text = format!("{} has no healthy endpoint", cluster.name);
             return Err(Error::new(Kind::NoHealthyUpstream, text));
         };
         let endpoint = Arc::clone(&chosen.endpoint);
-        self.open_endpoint(endpoint, Some(chosen), cluster.connect_timeout).await
+        let opened = self.open_endpoint(Arc::clone(&endpoint), Some(chosen), cluster.connect_timeout).await;
+        health::learn_opened(&self.mesh.reporter, cluster, &endpoint, &opened);
+        opened
     }
 
     async fn open_endpoint(

@@ -17,7 +17,7 @@ use tokio::time::{Instant, sleep_until};
 use super::{
     cut::unless_cut,
     exchange::{Exchange, Sides},
-    headers, learn_end,
+    headers, health, learn_end,
     outbound::Outbound,
     permits, vouched,
 };
@@ -245,9 +245,11 @@ pub(super) fn pick(
     request: &mut Request<Body>,
     tried: &[SocketAddr],
 ) -> Result<Picked> {
-    let Some(chosen) = balance::choose(cluster, tried) else {
-        return Err(Error::new(Kind::NoHealthyUpstream, format!("{} has no ready endpoint", cluster.name)));
+    let keyed = balance::key(cluster, Some((request.uri(), request.headers())), outbound.shown.ip());
+    let Some(chosen) = balance::choose(cluster, tried, keyed.hash) else {
+        return Err(Error::new(Kind::NoHealthyUpstream, format!("{} has no healthy endpoint", cluster.name)));
     };
+    exchange.set_cookie = keyed.set_cookie;
     let endpoint = Arc::clone(&chosen.endpoint);
     exchange.chosen = Some(chosen);
     exchange.tries += 1;
@@ -284,9 +286,13 @@ async fn one(
     let (client, inform) = (outbound.shown, &exchange.client.inform);
     let sending = outbound.pod.send(&permit, &destination, request, client, inform);
     let sending = in_time(outbound, &exchange.client.activity, endpoint.address, limit, sending);
-    let (response, lease) = unless_cut(exchange.standing.as_mut(), sending).await?;
-    exchange.lease = Some(lease);
-    Ok(response)
+    let sent = unless_cut(exchange.standing.as_mut(), sending).await;
+    let result = sent.map(|(response, lease)| {
+        exchange.lease = Some(lease);
+        response
+    });
+    health::learn(&outbound.mesh.reporter, cluster, &endpoint, &result);
+    result
 }
 
 /// Waits for what an endpoint answers: until `limit`, and for as long as anything moves.

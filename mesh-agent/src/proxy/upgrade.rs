@@ -2,14 +2,17 @@
 
 use std::{net::SocketAddr, sync::Arc};
 
-use ::http::{HeaderValue, Request, Response, header::SEC_WEBSOCKET_KEY};
+use ::http::{
+    HeaderValue, Request, Response,
+    header::{SEC_WEBSOCKET_KEY, SET_COOKIE},
+};
 use http_body::Body as _;
 use tokio::sync::oneshot;
 
 use super::{
     cut::{is_cut, unless_cut},
     exchange::Exchange,
-    headers,
+    headers, health,
     http::{self, Answered, Made},
     outbound::Outbound,
     tries::{self, Picked},
@@ -86,7 +89,9 @@ async fn one(
     let asking = outbound.pod.switch(&permit, &destination, request, wanted, outbound.shown);
     let activity = &exchange.client.activity;
     let asking = Box::pin(tries::in_time(outbound, activity, endpoint.address, exchange.deadline, asking));
-    match unless_cut(exchange.standing.as_mut(), asking).await? {
+    let asked = unless_cut(exchange.standing.as_mut(), asking).await;
+    health::learn_switched(&outbound.mesh.reporter, cluster, &endpoint, &asked);
+    match asked? {
         Switched::Answered(response) => Ok(Made::Response(response)),
         Switched::Agreed(head, bytes) => {
             // What limits a request does not limit what it has become.
@@ -103,7 +108,11 @@ pub(super) fn agree(
     wanted: &Switch,
     key: Option<&HeaderValue>,
 ) -> Agreed {
-    Agreed { head: wanted.agreed(head, exchange.client.version, key), endpoint }
+    let mut head = wanted.agreed(head, exchange.client.version, key);
+    if let Some(cookie) = &exchange.set_cookie {
+        head.headers_mut().append(SET_COOKIE, cookie.clone());
+    }
+    Agreed { head, endpoint }
 }
 
 /// Tells the client, and moves bytes until both sides are done; reports then.

@@ -23,6 +23,7 @@ use prometheus_client::{
 
 use super::{
     Peer, RequestOutcome, RequestProtocol, Security, Side,
+    health::HealthMetrics,
     labels::{Flags, RefusedLabels, RequestLabels, TrafficLabels},
 };
 use crate::{
@@ -99,6 +100,7 @@ pub(super) struct Metrics {
     pub kernel_dropped: Family<[(&'static str, &'static str); 1], Counter>,
     certificates: Family<[(&'static str, String); 1], Gauge>,
     certified: Mutex<HashSet<String>>,
+    pub health: HealthMetrics,
 }
 
 /// The series of one label set of requests.
@@ -139,6 +141,7 @@ impl Metrics {
             over_budget: Family::default(),
             mirrored: Family::default(),
             policy_dry_run: Family::default(),
+            health: HealthMetrics::default(),
             config_problems: Gauge::default(),
             config_revision: Gauge::default(),
             enrolled_pods: Gauge::default(),
@@ -221,6 +224,7 @@ impl Metrics {
             "Connections and requests that a policy which is not enforced has something to say about",
             self.policy_dry_run.clone(),
         );
+        self.health.register(&mut self.registry);
         self.register_state();
     }
 

@@ -7,6 +7,7 @@ mod access_log;
 mod connection;
 mod facts;
 mod flows;
+mod health;
 mod inherited;
 mod labels;
 mod metrics;

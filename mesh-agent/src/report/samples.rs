@@ -53,6 +53,8 @@ pub fn cluster(name: &str) -> Arc<Cluster> {
         view: None,
         endpoints: Vec::new(),
         balancing: Balancing::default(),
+        hash: None,
+        outlier: None,
         connect_timeout: Duration::from_secs(10),
         limits_connections: false,
         retry_budget: defaults::RETRY_BUDGET,

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use http::{HeaderName, HeaderValue, request::Parts};
+use http::{HeaderName, HeaderValue, Uri, request::Parts};
 
 use super::authority;
 use crate::state::snapshot::{HeaderMatch, HttpRoute, RequestMatch, StringMatch, Workload};
@@ -92,12 +92,14 @@ fn header_misses(request: &Parts, name: &HeaderName, value: &HeaderMatch) -> boo
     }
 }
 
-/// The first parameter of this name, as it stands in the query (not decoded, as in Envoy).
 fn query_matches(request: &Parts, name: &str, value: &StringMatch) -> bool {
-    let mut params = request.uri.query().unwrap_or_default().split('&');
-    let found = params.find_map(|param| {
+    query_parameter(&request.uri, name).is_some_and(|given| matches(value, given.as_bytes()))
+}
+
+/// The first parameter of this name, as it stands in the query (not decoded, as in Envoy); empty where it has no value.
+pub fn query_parameter<'a>(uri: &'a Uri, name: &str) -> Option<&'a str> {
+    uri.query()?.split('&').find_map(|param| {
         let (given, value) = param.split_once('=').unwrap_or((param, ""));
         (given == name).then_some(value)
-    });
-    found.is_some_and(|given| matches(value, given.as_bytes()))
+    })
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use http::StatusCode;
 
-use super::snapshot::{Percentage, RetryBudget, RetryOn, RetryPolicy};
+use super::snapshot::{OutlierDetection, Percentage, RetryBudget, RetryOn, RetryPolicy};
 
 /// DNS suffix of service host names: `NAME.NAMESPACE.svc.cluster.local` (Kubernetes' default cluster domain).
 pub const CLUSTER_DOMAIN: &str = "cluster.local";
@@ -86,3 +86,29 @@ pub fn retry_policy() -> RetryPolicy {
         ignore_previous_hosts: true,
     }
 }
+
+/// `consistentHash.ringHash.minimumRingSize` (Istio).
+pub const RING_SIZE: u32 = 1024;
+
+/// Largest ring (Envoy's `maximum_ring_size`).
+pub const LARGEST_RING: u32 = 8 << 20;
+
+/// `consistentHash.maglev.tableSize` (Envoy).
+pub const MAGLEV_SIZE: u32 = 65_537;
+
+/// Largest table of Maglev (Envoy).
+pub const LARGEST_MAGLEV: u32 = 5_000_011;
+
+/// `outlierDetection`, where a rule has one that leaves something out (Istio, Envoy).
+pub const OUTLIER_DETECTION: OutlierDetection = OutlierDetection {
+    server_errors: 5,
+    gateway_errors: 0,
+    local_failures: None,
+    interval: Duration::from_secs(10),
+    base_ejection_time: Duration::from_secs(30),
+    max_ejection_percent: 10,
+    min_health_percent: 0,
+};
+
+/// `outlierDetection.consecutiveLocalOriginFailures`, where they are counted apart (Envoy).
+pub const LOCAL_ORIGIN_FAILURES: u32 = 5;

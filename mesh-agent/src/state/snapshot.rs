@@ -18,7 +18,9 @@ mod authentication;
 mod authorization;
 mod capture;
 mod cluster;
+mod hash;
 mod http;
+mod outlier;
 mod probes;
 mod retry;
 mod stream;
@@ -30,11 +32,13 @@ pub use self::authorization::{
 };
 pub use self::capture::{CapturePolicy, Exclusions, PortRange, WhenAgentIsDown};
 pub use self::cluster::{Balancing, Cluster, ClusterState, Endpoint, EndpointState};
+pub use self::hash::{ConsistentHash, HashCookie, HashKey, HashTable, hash_of};
 pub use self::http::{
     Abort, Backend, CorsPolicy, Fault, HeaderMatch, HeaderOp, HeaderOps, HttpRoute, Mirror, PathRewrite,
     Percentage, Redirect, RedirectPort, RequestMatch, Rewrite, RouteAction, StringMatch, UnmatchedPreflights,
     WeightedBackend,
 };
+pub use self::outlier::{Health, OutlierDetection};
 pub use self::probes::{ProbePort, ProbeRequest};
 pub use self::retry::{RetryBudget, RetryOn, RetryPolicy};
 pub use self::stream::{SniHost, StreamMatch, StreamRoute, Subnet};
@@ -57,6 +61,13 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
+    /// Every cluster that something leads to; those that several lead to, several times.
+    pub fn clusters(&self) -> impl Iterator<Item = &Arc<Cluster>> {
+        let services = self.services.values();
+        let ports = services.flat_map(|service| service.ports.iter().chain(service.views.values().flatten()));
+        ports.flat_map(ServicePort::clusters)
+    }
+
     /// The service whose cluster address this is, as far as a client of this namespace may know of it.
     pub fn service_at(&self, ip: IpAddr, namespace: &str) -> Option<&Arc<Service>> {
         self.vips.get(&ip).filter(|service| service.visible.to(namespace))
@@ -174,6 +185,26 @@ pub struct ServicePort {
     pub streams: Arc<[Arc<StreamRoute>]>,
     /// Where opaque connections go: the whole service, all subsets.
     pub cluster: Arc<Cluster>,
+}
+
+impl ServicePort {
+    /// Every cluster that the port leads to.
+    fn clusters(&self) -> impl Iterator<Item = &Arc<Cluster>> {
+        let http = self.routes.iter().flat_map(|route| {
+            let backends = match &route.action {
+                RouteAction::Forward(backends) => backends.as_slice(),
+                RouteAction::Redirect(_) | RouteAction::Direct { .. } => &[],
+            };
+            let mirrors = route.mirrors.iter().map(|mirror| &mirror.backend);
+            backends.iter().map(|backend| &backend.backend).chain(mirrors)
+        });
+        let streams = self.streams.iter().flat_map(|route| &route.backends).map(|backend| &backend.backend);
+        let named = http.chain(streams).filter_map(|backend| match backend {
+            Backend::Cluster(cluster) => Some(cluster),
+            Backend::Missing(_) => None,
+        });
+        std::iter::once(&self.cluster).chain(named)
+    }
 }
 
 /// An application protocol.

@@ -33,6 +33,8 @@ fn reviews() -> Cluster {
         view: None,
         endpoints: Vec::new(),
         balancing: Balancing::RoundRobin,
+        hash: None,
+        outlier: None,
         connect_timeout: Duration::from_secs(10),
         limits_connections: false,
         retry_budget: crate::state::defaults::RETRY_BUDGET,
@@ -89,6 +91,7 @@ fn a_route_is_shown_with_all_that_decides() {
             {"weight": 50, "request_headers": null, "response_headers": null, "cluster": {
                 "name": "outbound|9080|v2|reviews.default.svc.cluster.local",
                 "balancing": "RoundRobin", "connect_timeout_ms": 10_000, "endpoints": [],
+                "outlier_detection": null,
                 "view": null, "retry_budget": {"percent": 20.0, "min": 10},
             }},
             {"weight": 50, "request_headers": null, "response_headers": null,

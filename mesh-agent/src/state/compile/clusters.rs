@@ -17,8 +17,8 @@ use super::{
     views::Views,
 };
 use crate::state::{
-    resource::destination_rule::Subset,
-    snapshot::{Backend, Cluster, Endpoint, RouteAction, ServicePort, Snapshot},
+    resource::{destination_rule::Subset, load_balancer::Balancer},
+    snapshot::{Balancing, Cluster, ConsistentHash, Endpoint, Snapshot},
 };
 
 /// A cluster's name, and the namespace of its clients where it is theirs alone.
@@ -91,10 +91,18 @@ impl<'a, 'p> Clusters<'a, 'p> {
         if let Some(made) = self.made.get(&key) {
             return Arc::clone(made);
         }
-        let Policy { balancing, connect_timeout, limits_connections, retry_budget } =
-            destination_rules::policy(merged, subset);
+        let Policy { balancer, connect_timeout, outlier, limits_connections, retry_budget } =
+            destination_rules::policy(merged, subset, port.port);
         let before = self.before.get(&key);
         let labels = subset.map(|subset| &subset.labels);
+        let endpoints = endpoints(&port.candidates, labels, before);
+        let (balancing, hash) = match balancer {
+            Balancer::Simple(balancing) => (balancing, None),
+            Balancer::Hash(key, table) => {
+                let addresses: Vec<_> = endpoints.iter().map(|endpoint| endpoint.address).collect();
+                (Balancing::Random, Some(ConsistentHash::new(key, table, &addresses)))
+            }
+        };
         let cluster = Arc::new(Cluster {
             name,
             host: Arc::clone(&service.host),
@@ -104,8 +112,10 @@ impl<'a, 'p> Clusters<'a, 'p> {
             protocol: port.protocol,
             subset: subset.map(|subset| subset.name.as_str().into()),
             view,
-            endpoints: endpoints(&port.candidates, labels, before),
+            endpoints,
             balancing,
+            hash,
+            outlier,
             connect_timeout,
             limits_connections,
             retry_budget,
@@ -142,26 +152,6 @@ fn endpoints(
 
 /// Every cluster that a snapshot leads to.
 fn by_key(snapshot: &Snapshot) -> HashMap<Key, Arc<Cluster>> {
-    let services = snapshot.services.values();
-    let ports = services.flat_map(|service| service.ports.iter().chain(service.views.values().flatten()));
-    let clusters = ports.flat_map(clusters_of);
+    let clusters = snapshot.clusters();
     clusters.map(|cluster| ((Arc::clone(&cluster.name), cluster.view.clone()), Arc::clone(cluster))).collect()
-}
-
-/// Every cluster that a port leads to.
-fn clusters_of(port: &ServicePort) -> impl Iterator<Item = &Arc<Cluster>> {
-    let http = port.routes.iter().flat_map(|route| {
-        let backends = match &route.action {
-            RouteAction::Forward(backends) => backends.as_slice(),
-            RouteAction::Redirect(_) | RouteAction::Direct { .. } => &[],
-        };
-        let mirrors = route.mirrors.iter().map(|mirror| &mirror.backend);
-        backends.iter().map(|backend| &backend.backend).chain(mirrors)
-    });
-    let streams = port.streams.iter().flat_map(|route| &route.backends).map(|backend| &backend.backend);
-    let named = http.chain(streams).filter_map(|backend| match backend {
-        Backend::Cluster(cluster) => Some(cluster),
-        Backend::Missing(_) => None,
-    });
-    std::iter::once(&port.cluster).chain(named)
 }

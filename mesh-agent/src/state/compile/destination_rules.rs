@@ -14,9 +14,10 @@ use crate::state::{
     defaults,
     resource::{
         ObjectKey, Objects, Resource,
-        destination_rule::{DestinationRule, Subset, TrafficPolicy},
+        destination_rule::{Blocks, DestinationRule, Subset, TrafficPolicy},
+        load_balancer::Balancer,
     },
-    snapshot::{Balancing, RetryBudget, Visibility},
+    snapshot::{Balancing, OutlierDetection, RetryBudget, Visibility},
 };
 
 /// All rules of one host in one namespace that a client sees, as one.
@@ -27,13 +28,15 @@ pub(super) struct Merged<'a> {
 }
 
 /// A policy with every default filled in.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(super) struct Policy {
     /// How to choose an endpoint.
-    pub balancing: Balancing,
+    pub balancer: Balancer,
     /// How long dialling may take.
     pub connect_timeout: Duration,
-    /// Whether that was asked for, or anything else that the agent has to watch over connections for.
+    /// When an endpoint gets nothing for a while.
+    pub outlier: Option<OutlierDetection>,
+    /// Whether anything is asked for that the agent has to watch over connections for.
     pub limits_connections: bool,
     /// How many tries may be retries.
     pub retry_budget: RetryBudget,
@@ -55,16 +58,33 @@ impl<'a> Merged<'a> {
     }
 }
 
-/// The policy of a service or subset: a subset's blocks replace the service's one by one.
-pub(super) fn policy(merged: Option<&Merged<'_>>, subset: Option<&Subset>) -> Policy {
-    let layers = [subset.and_then(|subset| subset.policy.as_ref()), merged.and_then(|merged| merged.policy)];
-    let layers = || layers.into_iter().flatten();
-    let pool = layers().find_map(|policy| policy.pool);
+/// The policy of one port of a service or subset. A subset's blocks replace the service's one by one, and the settings of
+/// a port replace all of those at their level (Istio's `MergeTrafficPolicy`).
+pub(super) fn policy(merged: Option<&Merged<'_>>, subset: Option<&Subset>, port: u16) -> Policy {
+    let layers = [merged.and_then(|merged| merged.policy), subset.and_then(|subset| subset.policy.as_ref())];
+    let mut blocks = Blocks::default();
+    let mut retry_budget = defaults::RETRY_BUDGET;
+    for layer in layers.into_iter().flatten() {
+        blocks = match layer.ports.get(&port) {
+            Some(of_port) => of_port.clone(),
+            None => Blocks {
+                balancer: layer.blocks.balancer.clone().or(blocks.balancer),
+                pool: layer.blocks.pool.or(blocks.pool),
+                outlier: layer.blocks.outlier.or(blocks.outlier),
+            },
+        };
+        retry_budget = layer.retry_budget.unwrap_or(retry_budget);
+    }
+    let balancer = blocks.balancer.unwrap_or(Balancer::Simple(Balancing::default()));
+    let connect_timeout = blocks.pool.and_then(|pool| pool.connect_timeout);
     Policy {
-        balancing: layers().find_map(|policy| policy.balancing).unwrap_or_default(),
-        connect_timeout: pool.and_then(|pool| pool.connect_timeout).unwrap_or(defaults::CONNECT_TIMEOUT),
-        limits_connections: pool.is_some_and(|pool| pool.connect_timeout.is_some()),
-        retry_budget: layers().find_map(|policy| policy.retry_budget).unwrap_or(defaults::RETRY_BUDGET),
+        limits_connections: connect_timeout.is_some()
+            || blocks.outlier.is_some()
+            || matches!(balancer, Balancer::Hash(..)),
+        balancer,
+        connect_timeout: connect_timeout.unwrap_or(defaults::CONNECT_TIMEOUT),
+        outlier: blocks.outlier,
+        retry_budget,
     }
 }
 

@@ -14,11 +14,13 @@ use super::{
     duration::IstioDuration,
     export_to,
     field::{Checked, FieldError, NotYet, item, under},
+    load_balancer::{self, Balancer},
+    outlier_detection,
     virtual_service::check_host,
 };
 use crate::state::{
     defaults,
-    snapshot::{Balancing, Percentage, RetryBudget, Visibility},
+    snapshot::{OutlierDetection, Percentage, RetryBudget, Visibility},
 };
 
 /// A `DestinationRule`.
@@ -51,15 +53,26 @@ pub struct Subset {
     pub policy: Option<TrafficPolicy>,
 }
 
-/// `trafficPolicy`, block by block; what is `None` is inherited.
-#[derive(Debug, Clone, Copy, Default)]
+/// `trafficPolicy`; what is `None` is inherited.
+#[derive(Debug, Clone, Default)]
 pub struct TrafficPolicy {
-    /// `loadBalancer`.
-    pub balancing: Option<Balancing>,
-    /// `connectionPool`.
-    pub pool: Option<ConnectionPool>,
+    /// What holds for all ports.
+    pub blocks: Blocks,
+    /// `portLevelSettings`: for these ports they hold whole, and what they leave out is by default.
+    pub ports: BTreeMap<u16, Blocks>,
     /// `retryBudget`.
     pub retry_budget: Option<RetryBudget>,
+}
+
+/// What a port may have of its own.
+#[derive(Debug, Clone, Default)]
+pub struct Blocks {
+    /// `loadBalancer`.
+    pub balancer: Option<Balancer>,
+    /// `connectionPool`.
+    pub pool: Option<ConnectionPool>,
+    /// `outlierDetection`.
+    pub outlier: Option<OutlierDetection>,
 }
 
 /// `connectionPool`.
@@ -91,14 +104,13 @@ struct WireSubset {
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct WirePolicy {
-    load_balancer: Option<WireBalancer>,
+    load_balancer: Option<load_balancer::Wire>,
     connection_pool: Option<WirePool>,
-    #[serde(rename = "outlierDetection")]
-    _outlier_detection: Option<NotYet>,
+    outlier_detection: Option<outlier_detection::Wire>,
     #[serde(rename = "tls")]
     _tls: Option<NotYet>,
-    #[serde(rename = "portLevelSettings")]
-    _port_level_settings: Option<NotYet>,
+    #[serde(default)]
+    port_level_settings: Vec<WirePort>,
     #[serde(rename = "tunnel")]
     _tunnel: Option<NotYet>,
     #[serde(rename = "proxyProtocol")]
@@ -106,40 +118,28 @@ struct WirePolicy {
     retry_budget: Option<WireBudget>,
 }
 
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct WirePort {
+    port: WirePortNumber,
+    load_balancer: Option<load_balancer::Wire>,
+    connection_pool: Option<WirePool>,
+    outlier_detection: Option<outlier_detection::Wire>,
+    #[serde(rename = "tls")]
+    _tls: Option<NotYet>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WirePortNumber {
+    number: u16,
+}
+
 #[derive(Debug, Clone, Copy, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct WireBudget {
     percent: Option<f64>,
     min_retry_concurrency: Option<u32>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct WireBalancer {
-    simple: Option<Simple>,
-    #[serde(rename = "consistentHash")]
-    _consistent_hash: Option<NotYet>,
-    #[serde(rename = "localityLbSetting")]
-    _locality_lb_setting: Option<NotYet>,
-    #[serde(rename = "zoneAwareLbSetting")]
-    _zone_aware_lb_setting: Option<NotYet>,
-    #[serde(rename = "warmup")]
-    _warmup: Option<NotYet>,
-    #[serde(rename = "warmupDurationSecs")]
-    _warmup_duration_secs: Option<NotYet>,
-    #[serde(rename = "backendUtilization")]
-    _backend_utilization: Option<NotYet>,
-}
-
-#[derive(Debug, Clone, Copy, Deserialize)]
-#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
-enum Simple {
-    Unspecified,
-    LeastRequest,
-    LeastConn,
-    RoundRobin,
-    Random,
-    Passthrough,
 }
 
 #[derive(Debug, Deserialize)]
@@ -198,17 +198,42 @@ impl WireSubset {
 
 impl WirePolicy {
     fn check(self) -> Checked<TrafficPolicy> {
-        let balancing = match self.load_balancer {
-            None => None,
-            Some(balancer) => Some(balancer.check().map_err(under("loadBalancer"))?),
-        };
-        let pool = match self.connection_pool {
-            None => None,
-            Some(pool) => Some(pool.check().map_err(under("connectionPool"))?),
-        };
+        let blocks = blocks(self.load_balancer, self.connection_pool, self.outlier_detection)?;
+        let mut ports = BTreeMap::new();
+        for (i, port) in self.port_level_settings.into_iter().enumerate() {
+            let (number, blocks) = port.check().map_err(item("portLevelSettings", i))?;
+            if ports.insert(number, blocks).is_some() {
+                let error = FieldError::new("port.number", format!("duplicate port {number}"));
+                return Err(item("portLevelSettings", i)(error));
+            }
+        }
         let retry_budget =
             self.retry_budget.map(WireBudget::check).transpose().map_err(under("retryBudget"))?;
-        Ok(TrafficPolicy { balancing, pool, retry_budget })
+        Ok(TrafficPolicy { blocks, ports, retry_budget })
+    }
+}
+
+fn blocks(
+    balancer: Option<load_balancer::Wire>,
+    pool: Option<WirePool>,
+    outlier: Option<outlier_detection::Wire>,
+) -> Checked<Blocks> {
+    Ok(Blocks {
+        balancer: balancer.map(load_balancer::Wire::check).transpose().map_err(under("loadBalancer"))?,
+        pool: pool.map(WirePool::check).transpose().map_err(under("connectionPool"))?,
+        outlier: outlier
+            .map(outlier_detection::Wire::check)
+            .transpose()
+            .map_err(under("outlierDetection"))?,
+    })
+}
+
+impl WirePort {
+    fn check(self) -> Checked<(u16, Blocks)> {
+        if self.port.number == 0 {
+            return Err(FieldError::new("port.number", "port must be in range 1..65535"));
+        }
+        Ok((self.port.number, blocks(self.load_balancer, self.connection_pool, self.outlier_detection)?))
     }
 }
 
@@ -226,18 +251,6 @@ impl WireBudget {
         };
         let min_concurrency = self.min_retry_concurrency.unwrap_or(defaults::MIN_RETRY_CONCURRENCY);
         Ok(RetryBudget { percent, min_concurrency })
-    }
-}
-
-impl WireBalancer {
-    fn check(&self) -> Checked<Balancing> {
-        match self.simple {
-            None | Some(Simple::Unspecified) => Ok(Balancing::default()),
-            Some(Simple::LeastRequest | Simple::LeastConn) => Ok(Balancing::LeastRequest),
-            Some(Simple::RoundRobin) => Ok(Balancing::RoundRobin),
-            Some(Simple::Random) => Ok(Balancing::Random),
-            Some(Simple::Passthrough) => Err(FieldError::new("simple", "PASSTHROUGH is not supported yet")),
-        }
     }
 }
 
@@ -266,7 +279,7 @@ mod tests {
     #[test]
     fn bad_rules_name_their_field() {
         let pool = |tcp| json!({"host": "a", "trafficPolicy": {"connectionPool": {"tcp": tcp}}});
-        let balancer = |lb| json!({"host": "a", "trafficPolicy": {"loadBalancer": lb}});
+        let policy = |policy| json!({"host": "a", "trafficPolicy": policy});
         let table = [
             (json!({}), "", "missing field `host`"),
             (json!({"host": "a b"}), "host", "not a domain name"),
@@ -280,9 +293,11 @@ mod tests {
                 "duplicate",
             ),
             (
-                json!({"host": "a", "subsets": [{"name": "v1", "trafficPolicy": {"outlierDetection": {}}}]}),
-                "subsets[0].trafficPolicy.outlierDetection",
-                "not supported yet",
+                json!({"host": "a", "subsets": [
+                    {"name": "v1", "trafficPolicy": {"outlierDetection": {"maxEjectionPercent": 101}}}
+                ]}),
+                "subsets[0].trafficPolicy.outlierDetection.maxEjectionPercent",
+                "0..100",
             ),
             (
                 json!({"host": "a", "trafficPolicy": {"tls": {"mode": "DISABLE"}}}),
@@ -290,9 +305,31 @@ mod tests {
                 "not supported",
             ),
             (
-                balancer(json!({"simple": "PASSTHROUGH"})),
-                "trafficPolicy.loadBalancer.simple",
-                "not supported yet",
+                policy(json!({"loadBalancer": {"consistentHash": {}}})),
+                "trafficPolicy.loadBalancer.consistentHash",
+                "exactly one of",
+            ),
+            (
+                policy(json!({"portLevelSettings": [{}]})),
+                "trafficPolicy.portLevelSettings[0]",
+                "missing field `port`",
+            ),
+            (
+                policy(json!({"portLevelSettings": [{"port": {"number": 0}}]})),
+                "trafficPolicy.portLevelSettings[0].port.number",
+                "range",
+            ),
+            (
+                policy(json!({"portLevelSettings": [{"port": {"number": 1}}, {"port": {"number": 1}}]})),
+                "trafficPolicy.portLevelSettings[1].port.number",
+                "duplicate",
+            ),
+            (
+                policy(
+                    json!({"portLevelSettings": [{"port": {"number": 1}, "loadBalancer": {"simple": "BEST"}}]}),
+                ),
+                "trafficPolicy.portLevelSettings[0].loadBalancer.simple",
+                "unknown variant",
             ),
             (
                 json!({"host": "a", "trafficPolicy": {"retryBudget": {"percent": 101}}}),
@@ -303,12 +340,6 @@ mod tests {
                 json!({"host": "a", "trafficPolicy": {"retryBudget": {"minRetryConcurrency": -1}}}),
                 "trafficPolicy.retryBudget.minRetryConcurrency",
                 "invalid value",
-            ),
-            (balancer(json!({"simple": "BEST"})), "trafficPolicy.loadBalancer.simple", "unknown variant"),
-            (
-                balancer(json!({"consistentHash": {"useSourceIp": true}})),
-                "trafficPolicy.loadBalancer.consistentHash",
-                "not supported yet",
             ),
             (
                 pool(json!({"connectTimeout": "10"})),
@@ -330,22 +361,6 @@ mod tests {
             let error = read(&spec).unwrap_err();
             assert_eq!(error.field, field, "{spec}");
             assert!(error.message.contains(message), "{spec}: {}", error.message);
-        }
-    }
-
-    #[test]
-    fn balancers_are_read() {
-        let table = [
-            ("LEAST_REQUEST", Balancing::LeastRequest),
-            ("LEAST_CONN", Balancing::LeastRequest),
-            ("UNSPECIFIED", Balancing::LeastRequest),
-            ("ROUND_ROBIN", Balancing::RoundRobin),
-            ("RANDOM", Balancing::Random),
-        ];
-        for (simple, balancing) in table {
-            let rule =
-                read(&json!({"host": "a", "trafficPolicy": {"loadBalancer": {"simple": simple}}})).unwrap();
-            assert_eq!(rule.policy.unwrap().balancing, Some(balancing), "{simple}");
         }
     }
 

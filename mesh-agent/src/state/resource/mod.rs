@@ -28,6 +28,8 @@ mod duration;
 pub mod export_to;
 pub mod field;
 mod headers;
+pub mod load_balancer;
+mod outlier_detection;
 pub mod peer_authentication;
 pub mod pod;
 pub mod probes;

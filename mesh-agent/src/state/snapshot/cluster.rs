@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Protocol, RetryBudget, Workload};
+use super::{ConsistentHash, Health, OutlierDetection, Protocol, RetryBudget, Workload};
 
 /// The endpoints of one (service, port, subset) and how to choose among them.
 #[derive(Debug)]
@@ -37,6 +37,10 @@ pub struct Cluster {
     pub endpoints: Vec<Arc<Endpoint>>,
     /// How to choose.
     pub balancing: Balancing,
+    /// Chooses instead, by what a request brings along (`loadBalancer.consistentHash`).
+    pub hash: Option<ConsistentHash>,
+    /// When an endpoint gets nothing for a while (`outlierDetection`).
+    pub outlier: Option<OutlierDetection>,
     /// `connectionPool.tcp.connectTimeout`, 10 s by default.
     pub connect_timeout: Duration,
     /// Whether a rule sets what only the agent can keep: its connections are never direct.
@@ -58,6 +62,8 @@ pub struct ClusterState {
     pub retrying: AtomicU32,
     /// Copies of requests under way to it as a mirror.
     pub mirroring: AtomicU32,
+    /// Endpoints that are ejected.
+    pub ejected: AtomicU32,
 }
 
 /// How endpoints are chosen.
@@ -88,4 +94,6 @@ pub struct Endpoint {
 pub struct EndpointState {
     /// Requests or connections in flight from this agent.
     pub in_flight: AtomicU32,
+    /// How it did lately.
+    pub health: Health,
 }
