@@ -8,6 +8,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 pub use self::{limits::HttpLimits, overload::OverloadMarks};
+pub use crate::state::snapshot::PathNormalization;
 use crate::{
     admin::{Address, SOCKET_NAME},
     capture::{EbpfLog, PodTables, WhenAgentIsDown},
@@ -174,19 +175,6 @@ impl NodeConfig {
     pub fn admin(&self) -> Address {
         self.admin.clone().unwrap_or_else(|| Address::Unix(self.run_dir().join(SOCKET_NAME)))
     }
-}
-
-/// Istio's `pathNormalization`, each with all that the one before it does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
-pub enum PathNormalization {
-    /// Nothing is changed.
-    None,
-    /// RFC 3986: dot segments, percent-encoding; `\` becomes `/`.
-    Base,
-    /// Slashes in a row become one.
-    MergeSlashes,
-    /// First `%2f` and `%5c` become the slashes they stand for.
-    DecodeAndMergeSlashes,
 }
 
 /// Formats of the access log.

@@ -3,8 +3,9 @@
 //! Status, gRPC code and response flag come from the one table in [`Kind::row`]: a refusal without a kind does
 //! not compile, so every refusal is counted. Tested by the unit tests below.
 
-use std::fmt;
+use std::{fmt, sync::Arc};
 
+use bytes::Bytes;
 use http::StatusCode;
 
 /// Why a connection or request did not get its answer.
@@ -32,6 +33,10 @@ pub enum Kind {
     Unauthenticated,
     /// Policy says no.
     Denied,
+    /// An external authorizer says no.
+    ExternalDenied,
+    /// An external authorizer gives no answer.
+    ExternalError,
     /// Plaintext, where mutual TLS alone is taken.
     Plaintext,
     /// The injected fault of a route.
@@ -127,6 +132,7 @@ impl Kind {
         match self {
             // Envoy's words.
             Self::Denied => "RBAC: access denied",
+            Self::ExternalDenied | Self::ExternalError => "",
             kind => kind.row().word,
         }
     }
@@ -150,6 +156,8 @@ impl Kind {
             }
             Self::Unauthenticated => (Downstream, StatusCode::UNAUTHORIZED, 16, "UAEX", "unauthenticated"),
             Self::Denied => (Downstream, StatusCode::FORBIDDEN, 7, "DENY", "denied"),
+            Self::ExternalDenied => (Downstream, StatusCode::FORBIDDEN, 7, "UAEX", "external_denied"),
+            Self::ExternalError => (Mesh, StatusCode::FORBIDDEN, 7, "UAEX", "external_error"),
             // Envoy's, where none of a port's filter chains takes the connection.
             Self::Plaintext => (Downstream, StatusCode::FORBIDDEN, 7, "NR", "plaintext"),
             Self::FaultAbort(FaultStatus::Http(status)) => {
@@ -182,12 +190,14 @@ pub struct Error {
     pub detail: String,
     /// The code with which an HTTP/2 peer reset its stream, where that is what went wrong.
     pub reset: Option<h2::Reason>,
+    /// What the client is told instead of what the table says: the answer of an external authorizer.
+    pub answer: Option<Arc<http::Response<Bytes>>>,
 }
 
 impl Error {
     /// An error of this kind with a sentence for the operator.
     pub fn new(kind: Kind, detail: impl Into<String>) -> Self {
-        Self { kind, detail: detail.into(), reset: None }
+        Self { kind, detail: detail.into(), reset: None, answer: None }
     }
 }
 

@@ -88,6 +88,19 @@ pub fn dial(from: &Pod, to: SocketAddr) -> Result<TcpStream> {
 /// The client's half of a handshake for `mesh-h2`. In TLS 1.3 it succeeds before the server has judged the client: a
 /// refusal shows when something is read.
 pub async fn handshake(stream: TcpStream, certificate: Option<&Certificate>) -> Result<TlsStream<TcpStream>> {
+    handshake_for(stream, certificate, b"mesh-h2").await
+}
+
+/// The same for HBONE, as a ztunnel speaks it.
+pub async fn hbone_handshake(stream: TcpStream, certificate: &Certificate) -> Result<TlsStream<TcpStream>> {
+    handshake_for(stream, Some(certificate), b"h2").await
+}
+
+async fn handshake_for(
+    stream: TcpStream,
+    certificate: Option<&Certificate>,
+    alpn: &[u8],
+) -> Result<TlsStream<TcpStream>> {
     let provider = Arc::new(aws_lc_rs::default_provider());
     let config = ClientConfig::builder_with_provider(Arc::clone(&provider))
         .with_protocol_versions(&[&TLS13])?
@@ -99,7 +112,7 @@ pub async fn handshake(stream: TcpStream, certificate: Option<&Certificate>) -> 
             config.with_client_auth_cert(vec![chain.clone()], key.clone_key())?
         }
     };
-    config.alpn_protocols = vec![b"mesh-h2".to_vec()];
+    config.alpn_protocols = vec![alpn.to_vec()];
     let server = ServerName::from(stream.peer_addr()?.ip());
     Ok(TlsConnector::from(Arc::new(config)).connect(server, stream).await?)
 }

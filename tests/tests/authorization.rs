@@ -2,6 +2,8 @@
 //! and past them, in plaintext too; requests are told 403, bytes are cut off, and a change holds for the next request and
 //! cuts what is open and would be refused.
 
+#[path = "authorization/bypasses.rs"]
+mod bypasses;
 #[path = "authorization/cut.rs"]
 mod cut;
 
@@ -47,7 +49,11 @@ struct World {
 
 impl World {
     async fn new(name: &str) -> Result<Self> {
-        let pair = Pair::new(name).await?;
+        Self::with(name, &[]).await
+    }
+
+    async fn with(name: &str, flags: &[&str]) -> Result<Self> {
+        let pair = Pair::with(name, flags).await?;
         let other = pair.a.pod("other").sa("other").start().await?;
         let stranger = pair.a.pod("stranger").unenrolled().start().await?;
         let side = async |node: &lab::Node, name: &str| {
@@ -365,7 +371,7 @@ async fn policies_of_the_root_namespace_and_those_that_nobody_answers_for() -> R
         .await?;
     }
     let problems = world.pair.agent_a.config_dump().await?["problems"].to_string();
-    ensure!(problems.contains("nobody") && problems.contains("external authorization"), "{problems}");
+    ensure!(problems.contains("nobody") && problems.contains("extensionProviders"), "{problems}");
     world.pair.finish().await
 }
 

@@ -144,3 +144,15 @@ async fn what_cannot_be_measured_is_said() -> Result<()> {
     }
     Ok(())
 }
+
+#[tokio::test]
+async fn authorization_is_measured_by_the_number_of_policies() -> Result<()> {
+    if !lab::require_root()? {
+        return Ok(());
+    }
+    let kept = quick("authorization").await?;
+    let variants = ["no policies", "20 policies", "200 policies"];
+    let expected = ["judging a request", "compiling"].map(|figure| variants.map(|variant| (figure, variant)));
+    ensure!(rows(&kept) == expected.concat(), "{:?}", rows(&kept));
+    Ok(())
+}

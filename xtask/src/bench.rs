@@ -49,6 +49,8 @@ enum Suite {
     Enrolment,
     /// HTTP between two nodes over mutual TLS: none, the mesh, a bare pair, nginx, Envoy
     Http,
+    /// What authorization policies cost a request, and what compiling them costs, by how many there are
+    Authorization,
 }
 
 /// Builds what is missing and runs the benchmarks.

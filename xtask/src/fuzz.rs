@@ -20,11 +20,12 @@ use crate::setup;
 use crate::workspace;
 
 /// Directory below `tests/fuzz/seeds`, and program.
-const TARGETS: [(&str, &str); 4] = [
+const TARGETS: [(&str, &str); 5] = [
     ("detection", "fuzz-detection"),
     ("http1_edge", "fuzz-http1-edge"),
     ("config", "fuzz-config"),
     ("path", "fuzz-path"),
+    ("identity", "fuzz-identity"),
 ];
 
 /// What lets libFuzzer see which code an input reaches, and what it was compared with. Optimisation that merges

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 mod tests;
 
 use crate::state::snapshot::{
-    Abort, Applied, Authentication, Authorization, Backend, CapturePolicy, Cluster, ConsistentHash,
+    Abort, Action, Applied, Authentication, Authorization, Backend, CapturePolicy, Cluster, ConsistentHash,
     CorsPolicy, Exclusions, Fault, HashKey, HeaderMatch, HeaderOp, HttpRoute, Mirror, Mtls, OutlierDetection,
     PathRewrite, Percentage, Policy, Protocol, RequestMatch, RetryOn, RetryPolicy, Rewrite, RouteAction,
     Service, ServicePort, Snapshot, SniHost, StreamMatch, StreamRoute, StringMatch, Visibility,
@@ -68,12 +68,16 @@ fn authorization(all: &Authorization) -> Value {
     let names = |applied: &[Applied]| {
         let name = |one: &Applied| {
             let Policy { namespace, name, action, rules, .. } = &*one.policy;
-            json!({
+            let mut value = json!({
                 "policy": format!("{namespace}/{name}"),
                 "action": action.word(),
                 "rules": rules.len(),
                 "ports": one.ports,
-            })
+            });
+            if *action == Action::Custom {
+                value["provider"] = json!(one.provider.as_ref().map(|provider| &*provider.name));
+            }
+            value
         };
         applied.iter().map(name).collect::<Vec<_>>()
     };

@@ -5,6 +5,7 @@
 //! broke off never passes for a whole one. Tested in the files of the room and end to end in the lab.
 
 mod activity;
+mod ahead;
 mod inform;
 mod received;
 mod replay;
@@ -27,6 +28,7 @@ use hyper::body::Incoming;
 
 pub use self::{
     activity::{Activity, Connection, Stall, lasted},
+    ahead::{Ahead, Beginning},
     inform::Inform,
     received::Received,
     replay::{Allowance, Fate, Follow, LIMIT, Replay},
@@ -61,6 +63,8 @@ pub enum Body {
     Replay(Replay),
     /// A copy of what another try is sent, for a mirror.
     Follow(Follow),
+    /// Any of these, of which the beginning was read ahead.
+    Ahead(Box<Ahead>),
 }
 
 /// What a peer streams.
@@ -221,6 +225,7 @@ impl http_body::Body for Body {
             }
             Self::Replay(body) => Pin::new(body).poll_frame(cx),
             Self::Follow(body) => Pin::new(body).poll_frame(cx),
+            Self::Ahead(body) => Pin::new(&mut **body).poll_frame(cx),
         }
     }
 
@@ -231,6 +236,7 @@ impl http_body::Body for Body {
             Self::Peer(body) | Self::Held(body, _) | Self::Metered(body, _) => body.is_end_stream(),
             Self::Replay(body) => body.is_end_stream(),
             Self::Follow(body) => body.is_end_stream(),
+            Self::Ahead(body) => body.is_end_stream(),
         }
     }
 
@@ -241,6 +247,7 @@ impl http_body::Body for Body {
             Self::Peer(body) | Self::Held(body, _) | Self::Metered(body, _) => body.size_hint(),
             Self::Replay(body) => body.size_hint(),
             Self::Follow(body) => body.size_hint(),
+            Self::Ahead(body) => body.size_hint(),
         }
     }
 }

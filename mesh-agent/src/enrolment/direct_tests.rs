@@ -159,7 +159,7 @@ fn a_pod_whose_policies_are_asked_takes_the_agent() {
     ] {
         let policy =
             Policy { namespace: "default".into(), name: "p".into(), action, dry_run, rules: Box::default() };
-        let applied = [Applied { policy: Arc::new(policy), ports: None }];
+        let applied = [Applied { policy: Arc::new(policy), ports: None, provider: None }];
         let server = Workload {
             authorization: Arc::new(Authorization::new(&applied)),
             ..Workload::clone(&workload("server", "10.0.0.2", false))

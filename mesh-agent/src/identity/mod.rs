@@ -15,6 +15,7 @@ pub use authority::Authority;
 pub use ca::{CertificateInfo, LeafPolicy};
 pub use spiffe::{SpiffeId, SpiffeIdError};
 pub use state_dir::CaError;
+pub use verify::certified_identity;
 pub(crate) use verify::{PeerRefusal, expected_identity, single_identity};
 pub use workload::WorkloadIdentity;
 pub(crate) use workload::{ALPN_H2, ALPN_MESH_H2, server_name};

@@ -1,14 +1,17 @@
 //! What authorization policies say of a connection or request.
 //!
-//! Asked in Istio's order: what a CUSTOM or DENY policy matches is refused; where there are ALLOW policies, one of them
-//! has to match. Looks only at the policies that select the pod, allocates nothing until it refuses, and believes only
+//! Asked in Istio's order: what a CUSTOM policy matches, its authorizer has to have permitted; what a DENY policy matches
+//! is refused; where there are ALLOW policies, one of them has to match. Looks only at the policies that select the pod, allocates nothing until it refuses, and believes only
 //! what the kernel or a verified certificate says of who asks.
 //!
 //! Of a connection, what only requests have is not known. While its bytes may still turn out to be requests, that is said
 //! ([`Ruling::BytesDecide`]); once they have not, an ALLOW rule that asks for it does not hold, and a DENY rule holds
 //! whatever it asks for, as in Istio. So what is permitted as bytes would have been permitted as any request too.
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use http::{HeaderMap, Method};
 
@@ -17,7 +20,7 @@ use crate::{
     error::{Error, Kind, Result},
     identity::SpiffeId,
     report::{PolicyNote, Reporter},
-    state::snapshot::{Action, Applied, Authorization, Clause, Policy, Rule, Workload},
+    state::snapshot::{Action, Applied, Authorization, Clause, Policy, Provider, Rule, Workload},
 };
 
 /// Who asks for what.
@@ -31,6 +34,8 @@ pub struct Asked<'a> {
     pub source: Option<&'a SpiffeId>,
     /// Where the connection comes from.
     pub client: SocketAddr,
+    /// The external authorizers that have said yes to what is asked.
+    pub approved: &'a [Arc<Provider>],
 }
 
 /// The head of a request, as policies see it.
@@ -85,6 +90,25 @@ pub fn opaque(asked: &Asked<'_>, server_name: Option<&str>, reporter: &Reporter)
 /// [`Kind::Denied`], [`Kind::Plaintext`], [`Kind::IllegalDestination`].
 pub fn request(asked: &Asked<'_>, head: &Head<'_>, reporter: &Reporter) -> Result<Permit> {
     decide(asked, Bytes::Request(head), reporter)
+}
+
+/// The external authorizer that has to be asked next, if one has. To be called again once it has said yes, for what it has
+/// changed of a request may select others. `None` says nothing of whether the rest of the policies permit it.
+pub fn authorizer<'a>(asked: &Asked<'a>, open: Open<'_>) -> Option<&'a Arc<Provider>> {
+    let head;
+    let bytes = match open {
+        Open::Connection | Open::Requests => return None,
+        Open::Opaque(server_name) => Bytes::Opaque { server_name },
+        Open::Request(of_request) => {
+            head = of_request;
+            Bytes::Request(&head)
+        }
+    };
+    let facts = Facts { asked, bytes };
+    match custom(&asked.workload.authorization, &facts) {
+        Selected::Asks(provider) => Some(provider),
+        Selected::Nothing | Selected::Refused(..) | Selected::Open => None,
+    }
 }
 
 /// What is open already.
@@ -195,8 +219,13 @@ pub(super) enum Holds {
 pub(super) fn verdict<'a>(all: &'a Authorization, facts: &Facts<'_>) -> Verdict<'a> {
     let port = facts.asked.destination.port();
     let about = |applied: &'a [Applied]| applied.iter().filter(move |one| one.is_about(port));
-    let mut open = false;
-    for applied in about(&all.custom).chain(about(&all.deny)) {
+    let mut open = match custom(all, facts) {
+        Selected::Nothing => false,
+        Selected::Open => true,
+        Selected::Refused(policy, rule) => return Verdict::Denied(Some((policy, rule))),
+        Selected::Asks(_) => return Verdict::Denied(None),
+    };
+    for applied in about(&all.deny) {
         let found = matched(&applied.policy, facts);
         if let Some((rule, Holds::Yes)) = found {
             return Verdict::Denied(Some((&applied.policy, rule)));
@@ -208,6 +237,45 @@ pub(super) fn verdict<'a>(all: &'a Authorization, facts: &Facts<'_>) -> Verdict<
         Holds::Yes if !open => Verdict::Allowed,
         Holds::Yes | Holds::Open => Verdict::Open,
     }
+}
+
+/// What CUSTOM policies come to.
+enum Selected<'a> {
+    /// None matches whose authorizer has not said yes.
+    Nothing,
+    /// More has to be known before an authorizer can be asked.
+    Open,
+    /// By this rule: there is nobody who could be asked.
+    Refused(&'a Policy, usize),
+    /// This one has not been asked.
+    Asks(&'a Arc<Provider>),
+}
+
+/// Of bytes that may still turn out to be requests nobody is asked: as requests they are shown one by one.
+fn custom<'a>(all: &'a Authorization, facts: &Facts<'_>) -> Selected<'a> {
+    let port = facts.asked.destination.port();
+    let mut open = false;
+    for applied in all.custom.iter().filter(|one| one.is_about(port)) {
+        let Some((place, holds)) = matched(&applied.policy, facts) else { continue };
+        let opaque = matches!(facts.bytes, Bytes::Opaque { .. });
+        // What only requests have is not known of bytes: there is nothing to ask about. Nor is there over HTTP.
+        let can_ask = |provider: &&Arc<Provider>| {
+            !opaque || (provider.knows_connections() && !applied.policy.rules[place].http)
+        };
+        let Some(provider) = applied.provider.as_ref().filter(can_ask) else {
+            if holds == Holds::Yes {
+                return Selected::Refused(&applied.policy, place);
+            }
+            open = true;
+            continue;
+        };
+        if holds == Holds::Open || matches!(facts.bytes, Bytes::Unread) {
+            open = true;
+        } else if !facts.asked.approved.iter().any(|by| by.is_same_authorizer(provider)) {
+            return Selected::Asks(provider);
+        }
+    }
+    if open { Selected::Open } else { Selected::Nothing }
 }
 
 /// Whether one of the policies matches; where there are none, that is as if one did.
@@ -287,7 +355,7 @@ const fn both(one: Holds, other: Holds) -> Holds {
 
 /// Tells of what is only tried or audited, as far as it is certain.
 fn note(facts: &Facts<'_>, reporter: &Reporter) {
-    let Asked { workload, destination, client, source } = *facts.asked;
+    let Asked { workload, destination, client, source, .. } = *facts.asked;
     if workload.authorization.noted.is_empty() {
         return;
     }

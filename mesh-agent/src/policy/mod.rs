@@ -13,6 +13,7 @@ mod path;
 mod tests;
 
 pub mod direct;
+pub mod external;
 pub mod probes;
 
 use std::net::SocketAddr;
@@ -20,7 +21,7 @@ use std::net::SocketAddr;
 use mesh_common::maps::port;
 
 pub use self::{
-    authorization::{Asked, Head, Open, Ruling, connection, opaque, request, stands},
+    authorization::{Asked, Head, Open, Ruling, authorizer, connection, opaque, request, stands},
     path::{Malformed, normalise},
 };
 use crate::{

@@ -16,9 +16,11 @@ use crate::{
     source::read_text,
     state::{
         compile::{Settings, compile},
-        snapshot::{Mtls, MtlsMode, Snapshot, Workload},
+        snapshot::{Mtls, MtlsMode, Provider, Snapshot, Workload},
     },
 };
+
+mod custom;
 
 const CASES: &str = include_str!("tests/cases.txt");
 
@@ -106,6 +108,7 @@ impl Question {
             destination: SocketAddr::new("10.0.0.9".parse().unwrap(), self.port),
             source: self.source.as_ref(),
             client: self.client,
+            approved: &[],
         };
         let Some((method, target)) = &self.request else {
             let server_name = self.sni.as_deref();
@@ -219,6 +222,7 @@ fn refusals_name_policy_and_rule_as_envoy_does() {
         destination: SocketAddr::new("10.0.0.9".parse().unwrap(), port),
         source: None,
         client: "10.0.0.1:1".parse().unwrap(),
+        approved: &[],
     };
     let refusal = |error: Error| (error.kind, error.detail);
     assert_eq!(
@@ -250,7 +254,8 @@ fn plaintext_is_refused_where_mutual_tls_is_asked_for_whatever_policies_say() {
         [(80, None, Kind::Plaintext), (80, Some(&id), Kind::Denied), (81, None, Kind::Denied)]
     {
         let destination = SocketAddr::new("10.0.0.9".parse().unwrap(), port);
-        let asked = Asked { workload: &workload, destination, source, client: "10.0.0.1:1".parse().unwrap() };
+        let client = "10.0.0.1:1".parse().unwrap();
+        let asked = Asked { workload: &workload, destination, source, client, approved: &[] };
         let refused = request(&asked, &head, &reporter).unwrap_err();
         assert_eq!(refused.kind, expected, "{port} {source:?}");
         assert_eq!(connection(&asked, &reporter).is_err(), expected == Kind::Plaintext);
@@ -280,7 +285,8 @@ fn what_is_open_is_judged_by_what_is_known_of_it() {
     ] {
         let snapshot = compiled(policies);
         let workload = snapshot.workload_at("10.0.0.9".parse().unwrap()).unwrap();
-        let asked = Asked { workload, destination: "10.0.0.9:80".parse().unwrap(), source: None, client };
+        let destination = "10.0.0.9:80".parse().unwrap();
+        let asked = Asked { workload, destination, source: None, client, approved: &[] };
         let all = [Open::Connection, Open::Requests, opaque, Open::Request(head)];
         assert_eq!(all.map(|open| stands(&asked, open).is_ok()), expected, "{policies:?}");
     }
@@ -301,6 +307,7 @@ fn what_is_tried_or_audited_is_counted_and_passes() {
         destination: "10.0.0.9:80".parse().unwrap(),
         source: None,
         client: "10.0.0.1:1".parse().unwrap(),
+        approved: &[],
     };
     let headers = HeaderMap::new();
     for method in [Method::GET, Method::POST] {
@@ -329,7 +336,7 @@ fn the_meshs_own_ports_are_refused_at_enrolled_pods_only() {
     let workload = snapshot.workload_at("10.0.0.9".parse().unwrap()).unwrap();
     let asked = |port| {
         let at = SocketAddr::from(([10, 0, 0, 9], port));
-        Asked { workload, destination: at, source: None, client: at }
+        Asked { workload, destination: at, source: None, client: at, approved: &[] }
     };
     for port in MESH_PORTS {
         let asked = asked(port);

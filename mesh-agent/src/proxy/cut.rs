@@ -17,7 +17,7 @@ use std::{
 use http::{HeaderMap, Method, Request, Uri};
 use tokio::sync::watch;
 
-use super::permits::From;
+use super::{external::Approved, permits::From};
 use crate::{
     config::PathNormalization,
     error::{Error, Kind, Result},
@@ -61,6 +61,8 @@ pub(super) struct Standing {
     client: SocketAddr,
     app: SocketAddr,
     pub what: What,
+    /// Those external authorizers that have said yes, and what else they said.
+    approved: Approved,
     changes: watch::Receiver<()>,
     /// Only of what lasts.
     waiting: Option<Pin<Box<dyn Future<Output = ()> + Send + Sync>>>,
@@ -78,13 +80,25 @@ impl Standing {
         let From { identity, client } = from;
         let (pod, source) = (Arc::clone(pod), identity.cloned());
         let changes = pod.policy_changes();
-        Box::new(Self { pod, source, client, app, what, changes, waiting: None })
+        let approved = Approved::default();
+        Box::new(Self { pod, source, client, app, what, approved, changes, waiting: None })
     }
 
     /// The same connection, of which more is known.
     pub fn known_as(mut self: Box<Self>, what: What) -> Box<Self> {
         self.what = what;
         self
+    }
+
+    /// The same, which external authorizers have said yes to.
+    pub fn approved_by(mut self: Box<Self>, approved: Approved) -> Box<Self> {
+        self.approved = approved;
+        self
+    }
+
+    /// Makes the changes that external authorizers ask for in the response.
+    pub fn changes_of_response(&self, headers: &mut HeaderMap) {
+        policy::external::change(headers, &self.approved.response);
     }
 
     /// Why it has to end now, if it has: looks only whether anything has changed since it was last asked.
@@ -113,7 +127,8 @@ impl Standing {
     fn ask(&self) -> Result<()> {
         let workload = self.pod.workload();
         let (source, client) = (self.source.as_ref(), self.client);
-        let asked = Asked { workload: &workload, destination: self.app, source, client };
+        let approved = &*self.approved.by;
+        let asked = Asked { workload: &workload, destination: self.app, source, client, approved };
         let open = match &self.what {
             What::Probe => return Ok(()),
             What::Connection => Open::Connection,

@@ -192,6 +192,9 @@ impl Exchange {
         if let (Some(policy), Some(origin)) = (cors, &self.origin) {
             route::cors::apply(policy, origin, &mut parts.headers);
         }
+        if let Some(standing) = &self.standing {
+            standing.changes_of_response(&mut parts.headers);
+        }
         let body = if self.method == Method::HEAD { Body::Empty } else { body };
         let deadline = self.deadline.map(|deadline| Box::pin(tokio::time::sleep_until(deadline)));
         let body = Reported { body, deadline, exchange: Some(Box::new(self)) };
@@ -200,6 +203,12 @@ impl Exchange {
 
     /// The mesh answers instead of the endpoint: as a gRPC status to gRPC clients, else with the error's HTTP status.
     pub fn refuse(mut self, error: Error) -> http::Response<Reported> {
+        if let Some(answer) = &error.answer {
+            let (head, body) = http::Response::clone(answer).into_parts();
+            let (head, body) = self.local(head, body).into_parts();
+            (self.deadline, self.standing, self.error) = (None, None, Some(error));
+            return self.respond(head, body);
+        }
         let (mut parts, ()) = http::Response::new(()).into_parts();
         let row = error.kind.row();
         let body = if self.grpc {

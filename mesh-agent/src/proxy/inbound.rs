@@ -272,7 +272,11 @@ async fn answer(
     message::client_certificate(&mut parts.headers, inbound.source.identity.as_ref(), own);
     let mut request = Request::from_parts(parts, body.metered(Arc::clone(&exchange.request)));
     let admitted = inbound.admit();
-    let sent = match admitted.and_then(|()| inbound.may_request(app, &mut request)) {
+    let permitted = match admitted {
+        Ok(()) => inbound.may_request(app, &mut request).await,
+        Err(error) => Err(error),
+    };
+    let sent = match permitted {
         Ok((permit, mut standing)) => {
             let sending = tries(inbound, &permit, &mut exchange, request, app, protocol);
             let sent = cut::unless_cut(Some(&mut standing), sending).await;

@@ -89,9 +89,16 @@ where
         Ok(name) => name.map_err(|error| gone(&error))?,
         Err(_) => None,
     };
-    let permit = inbound.may_pass(app, name.as_deref())?;
+    let (permit, approved) = inbound.may_pass(app, name.as_deref()).await?;
     let server = inbound::hand_over(inbound, &permit, app).await?;
-    inbound::copy_to_app(inbound, client, server, app, standing.known_as(What::Opaque(name))).await;
+    inbound::copy_to_app(
+        inbound,
+        client,
+        server,
+        app,
+        standing.known_as(What::Opaque(name)).approved_by(approved),
+    )
+    .await;
     Ok(())
 }
 
@@ -148,8 +155,13 @@ async fn forward(
     exchange.authority = parts.uri.authority().map(ToString::to_string).unwrap_or_default();
     let mut request = Request::from_parts(parts, body.metered(Arc::clone(&exchange.request)));
     inbound.admit()?;
-    let (permit, mut standing) = inbound.may_request(app, &mut request)?;
-    if expects {
+    // Who waits to be told before it sends a body that is to be shown.
+    let shown = expects && inbound.pod.workload().authorization.reads_bodies;
+    if shown {
+        exchange.client.inform.inform(StatusCode::CONTINUE, &HeaderMap::new());
+    }
+    let (permit, mut standing) = inbound.may_request(app, &mut request).await?;
+    if expects && !shown {
         exchange.client.inform.inform(StatusCode::CONTINUE, &HeaderMap::new());
     }
     let response = if let Some(wanted) = wanted {

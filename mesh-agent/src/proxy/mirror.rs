@@ -112,7 +112,7 @@ async fn one(
     let via = upstream::via(&mesh.pods, &mesh.node, endpoint)?;
     let own = pod.workload();
     let from = permits::From { identity: Some(&own.identity), client };
-    let (permit, mut standing) = permits::request_to(mesh, from, &via, endpoint, &mut request)?;
+    let (permit, mut standing) = permits::request_to(mesh, from, &via, endpoint, &mut request).await?;
     let destination = Destination {
         address: endpoint.address,
         via: &via,

@@ -8,6 +8,7 @@ mod asked;
 mod cut;
 mod downstream;
 mod exchange;
+mod external;
 mod headers;
 pub mod health;
 mod http;
@@ -48,7 +49,7 @@ pub struct Mesh {
     pub reporter: Arc<Reporter>,
     /// What apps may ask for over HTTP.
     pub limits: HttpLimits,
-    /// What becomes of a path before policy is asked about it.
+    /// What becomes of a path before policy is asked about it, where the mesh-wide settings do not say.
     pub path_normalization: PathNormalization,
     /// Whether apps of this node may speak without the agent at all.
     pub direct: bool,
@@ -64,6 +65,11 @@ impl Mesh {
     /// The configuration in force now.
     pub fn snapshot(&self) -> Arc<Snapshot> {
         self.snapshot.load_full()
+    }
+
+    /// What becomes of a path before routes and policies are asked about it.
+    fn path_form(&self) -> PathNormalization {
+        self.snapshot.load().path_normalization.unwrap_or(self.path_normalization)
     }
 }
 

@@ -4,7 +4,7 @@
 //! What policy has judged of a path is what the app is given. With each permit at a pod of this node goes what is asked
 //! again when the pod's policies change.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, sync::Arc};
 
 use http::{
     Request, Uri,
@@ -14,16 +14,17 @@ use http::{
 use super::{
     Mesh,
     cut::{self, Standing, What},
+    external::{self, Approved},
     inbound::Inbound,
 };
 use crate::{
     body::Body,
     error::{Error, Kind, Result},
     identity::SpiffeId,
-    policy::{self, Asked, Head, Permit, Ruling},
+    policy::{self, Asked, Head, Open, Permit, Ruling},
     route,
-    state::snapshot::Endpoint,
-    upstream::Via,
+    state::snapshot::{Endpoint, Workload},
+    upstream::{Pod, Via, message},
 };
 
 /// Who asks, from where.
@@ -50,12 +51,13 @@ pub(super) fn connection_to(
     let standing = Standing::new(pod, from, endpoint.address, What::Connection);
     let workload = pod.workload();
     let From { identity: source, client } = from;
-    let asked = Asked { workload: &workload, destination: endpoint.address, source, client };
+    let asked = Asked { workload: &workload, destination: endpoint.address, source, client, approved: &[] };
     Ok((policy::connection(&asked, &mesh.reporter)?, Some(standing)))
 }
 
-/// Whether a request may go to an endpoint, as far as that is this node's to say.
-pub(super) fn request_to(
+/// Whether a request may go to an endpoint, as far as that is this node's to say. May ask external authorizers, who may
+/// change its headers.
+pub(super) async fn request_to(
     mesh: &Mesh,
     from: From<'_>,
     via: &Via,
@@ -68,16 +70,44 @@ pub(super) fn request_to(
     let standing = Standing::new(pod, from, endpoint.address, What::Connection);
     let workload = pod.workload();
     let From { identity: source, client } = from;
-    let asked = Asked { workload: &workload, destination: endpoint.address, source, client };
-    let (permit, what) = of_request(mesh, &asked, request)?;
-    Ok((permit, Some(standing.known_as(what))))
+    // What it says of its sender itself is not what policies go by.
+    message::client_certificate(request.headers_mut(), source, &workload.identity);
+    let asked = Asked { workload: &workload, destination: endpoint.address, source, client, approved: &[] };
+    let (permit, what, approved) = of_request(mesh, pod, &asked, request).await?;
+    Ok((permit, Some(standing.known_as(what).approved_by(approved))))
+}
+
+/// Whether a question to an external authorizer may go to an endpoint of it. No authorizer is asked about that: where one
+/// would have to be, the question is refused.
+pub(super) fn question_to(
+    mesh: &Mesh,
+    from: From<'_>,
+    via: &Via,
+    endpoint: &Endpoint,
+    request: &mut Request<Body>,
+) -> Result<Permit> {
+    let Via::Local(pod) = via else {
+        return policy::outbound(endpoint.workload.as_deref(), endpoint.address);
+    };
+    let workload = pod.workload();
+    let From { identity: source, client } = from;
+    let asked = Asked { workload: &workload, destination: endpoint.address, source, client, approved: &[] };
+    if workload.authorization.reads_paths {
+        settle_path(mesh, request.uri_mut())?;
+    }
+    if policy::authorizer(&asked, Open::Request(head(request))).is_some() {
+        let text = "a CUSTOM policy selects the authorizer itself: exclude its pods or its port";
+        return Err(Error::new(Kind::Denied, text));
+    }
+    policy::request(&asked, &head(request), &mesh.reporter)
 }
 
 impl Inbound {
     /// Whether a connection may go to this address of the pod.
     pub(super) fn may_connect(&self, app: SocketAddr) -> Result<(Ruling, Box<Standing>)> {
         let standing = self.standing(app);
-        Ok((self.ask(app, |asked| policy::connection(asked, &self.mesh.reporter))?, standing))
+        let workload = self.pod.workload();
+        Ok((policy::connection(&self.asked(&workload, app), &self.mesh.reporter)?, standing))
     }
 
     /// The same for a connection in plaintext. The kubelet's is let in where it would be refused, for the requests in it that
@@ -90,17 +120,30 @@ impl Inbound {
     }
 
     /// The same for a connection that carries no requests.
-    pub(super) fn may_pass(&self, app: SocketAddr, server_name: Option<&str>) -> Result<Permit> {
+    pub(super) async fn may_pass(
+        &self,
+        app: SocketAddr,
+        server_name: Option<&str>,
+    ) -> Result<(Permit, Approved)> {
         if self.probe
             && let (Ruling::Permitted(permit), _) = self.may_connect(app)?
         {
-            return Ok(permit);
+            return Ok((permit, Approved::default()));
         }
-        self.ask(app, |asked| policy::opaque(asked, server_name, &self.mesh.reporter))
+        let workload = self.pod.workload();
+        let mut approved = Approved::default();
+        if !workload.authorization.custom.is_empty() {
+            let asked = self.asked(&workload, app);
+            // Boxed: rare, and over soon.
+            approved = Box::pin(external::connection(&self.mesh, &self.pod, &asked, server_name)).await?;
+        }
+        let asked = Asked { approved: &approved.by, ..self.asked(&workload, app) };
+        let permit = policy::opaque(&asked, server_name, &self.mesh.reporter)?;
+        Ok((permit, approved))
     }
 
-    /// Whether a request may go to this address of the pod.
-    pub(super) fn may_request(
+    /// Whether a request may go to this address of the pod. May ask external authorizers, who may change its headers.
+    pub(super) async fn may_request(
         &self,
         app: SocketAddr,
         request: &mut Request<Body>,
@@ -115,8 +158,10 @@ impl Inbound {
                 return Ok((permit, standing));
             }
         }
-        let (permit, what) = self.ask(app, |asked| of_request(&self.mesh, asked, request))?;
-        Ok((permit, standing.known_as(what)))
+        let workload = self.pod.workload();
+        let asked = self.asked(&workload, app);
+        let (permit, what, approved) = of_request(&self.mesh, &self.pod, &asked, request).await?;
+        Ok((permit, standing.known_as(what).approved_by(approved)))
     }
 
     fn standing(&self, app: SocketAddr) -> Box<Standing> {
@@ -124,35 +169,48 @@ impl Inbound {
         Standing::new(&self.pod, from, app, What::Connection)
     }
 
-    /// The policies are those of now, however old the connection is.
-    fn ask<T>(&self, app: SocketAddr, ask: impl FnOnce(&Asked<'_>) -> Result<T>) -> Result<T> {
-        let workload = self.pod.workload();
+    /// What is asked of the policies of now, however old the connection is.
+    fn asked<'a>(&'a self, workload: &'a Workload, app: SocketAddr) -> Asked<'a> {
         let (source, client) = (self.source.identity.as_ref(), self.ends.client);
-        ask(&Asked { workload: &workload, destination: app, source, client })
+        Asked { workload, destination: app, source, client, approved: &[] }
     }
 }
 
-fn of_request(mesh: &Mesh, asked: &Asked<'_>, request: &mut Request<Body>) -> Result<(Permit, What)> {
+async fn of_request(
+    mesh: &Mesh,
+    pod: &Arc<Pod>,
+    asked: &Asked<'_>,
+    request: &mut Request<Body>,
+) -> Result<(Permit, What, Approved)> {
     let settled = asked.workload.authorization.reads_paths;
     if settled {
         settle_path(mesh, request.uri_mut())?;
     }
-    let head = Head {
+    let mut approved = Approved::default();
+    if !asked.workload.authorization.custom.is_empty() {
+        // Boxed: rare, and over soon.
+        approved = Box::pin(external::request(mesh, pod, asked, request)).await?;
+    }
+    let asked = Asked { approved: &approved.by, ..*asked };
+    let permit = policy::request(&asked, &head(request), &mesh.reporter)?;
+    Ok((permit, What::request(request, (!settled).then(|| mesh.path_form())), approved))
+}
+
+/// What policies see of a request.
+pub(super) fn head<B>(request: &Request<B>) -> Head<'_> {
+    Head {
         method: route::method(request.method(), request.extensions()),
         authority: request.uri().authority().map_or("", |authority| authority.as_str()),
         path: request.uri().path(),
         headers: request.headers(),
-    };
-    let permit = policy::request(asked, &head, &mesh.reporter)?;
-    Ok((permit, What::request(request, (!settled).then_some(mesh.path_normalization))))
+    }
 }
 
 /// Brings the path into the form in which routes and policies are asked about it, and in which the app gets it.
 pub(super) fn settle_path(mesh: &Mesh, uri: &mut Uri) -> Result<()> {
     let bad = |why: String| Error::new(Kind::BadRequest, why);
     let path = uri.path();
-    let normal =
-        policy::normalise(path, mesh.path_normalization).map_err(|malformed| bad(malformed.to_string()))?;
+    let normal = policy::normalise(path, mesh.path_form()).map_err(|malformed| bad(malformed.to_string()))?;
     if *normal == *path {
         return Ok(());
     }

@@ -238,7 +238,7 @@ pub(super) struct Picked {
 }
 
 /// Chooses an endpoint of the cluster for a request, and notes it in the exchange.
-pub(super) fn pick(
+pub(super) async fn pick(
     outbound: &Outbound,
     exchange: &mut Exchange,
     cluster: &Cluster,
@@ -257,7 +257,8 @@ pub(super) fn pick(
     exchange.endpoint = Some(endpoint.address);
     let via = upstream::via(&outbound.mesh.pods, &outbound.mesh.node, &endpoint)?;
     note(outbound, exchange, &endpoint, &via);
-    let (permit, standing) = permits::request_to(&outbound.mesh, outbound.asks(), &via, &endpoint, request)?;
+    let (permit, standing) =
+        permits::request_to(&outbound.mesh, outbound.asks(), &via, &endpoint, request).await?;
     exchange.standing = standing;
     Ok(Picked { endpoint, via, permit })
 }
@@ -271,7 +272,7 @@ async fn one(
     tried: &[SocketAddr],
     limit: Option<Instant>,
 ) -> Result<Response<Body>> {
-    let Picked { endpoint, via, permit } = pick(outbound, exchange, cluster, &mut request, tried)?;
+    let Picked { endpoint, via, permit } = pick(outbound, exchange, cluster, &mut request, tried).await?;
     let service = exchange.cluster.as_ref().map(|cluster| &cluster.host);
     let (service, protocol_seen) = (service.cloned(), exchange.protocol());
     let passed = || outbound.passed_flow(&endpoint, service.clone(), protocol_seen);

@@ -78,7 +78,8 @@ async fn one(
     tried: &[SocketAddr],
 ) -> Result<Made> {
     let key = request.headers().get(SEC_WEBSOCKET_KEY).cloned();
-    let Picked { endpoint, via, permit } = tries::pick(outbound, exchange, cluster, &mut request, tried)?;
+    let Picked { endpoint, via, permit } =
+        tries::pick(outbound, exchange, cluster, &mut request, tried).await?;
     let destination = Destination {
         address: endpoint.address,
         via: &via,

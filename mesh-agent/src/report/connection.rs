@@ -132,6 +132,8 @@ const fn never_established(kind: Kind) -> bool {
         | Kind::NoUpgrade
         // It was established, and then cut.
         | Kind::Denied
+        | Kind::ExternalDenied
+        | Kind::ExternalError
         | Kind::Plaintext => false,
     }
 }

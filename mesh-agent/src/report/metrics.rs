@@ -85,6 +85,7 @@ pub(super) struct Metrics {
     over_budget: Family<ClusterLabels, Counter>,
     mirrored: Family<MirrorLabels, Counter>,
     policy_dry_run: Family<[(&'static str, String); 3], Counter>,
+    pub external_authorization: Family<[(&'static str, String); 2], Counter>,
     pub config_problems: Gauge,
     pub config_revision: Gauge<u64, AtomicU64>,
     pub enrolled_pods: Gauge,
@@ -142,6 +143,7 @@ impl Metrics {
             mirrored: Family::default(),
             policy_dry_run: Family::default(),
             health: HealthMetrics::default(),
+            external_authorization: Family::default(),
             config_problems: Gauge::default(),
             config_revision: Gauge::default(),
             enrolled_pods: Gauge::default(),
@@ -225,6 +227,11 @@ impl Metrics {
             self.policy_dry_run.clone(),
         );
         self.health.register(&mut self.registry);
+        self.registry.register(
+            "mesh_external_authorization",
+            "Questions to external authorizers, by what came of them",
+            self.external_authorization.clone(),
+        );
         self.register_state();
     }
 

@@ -33,7 +33,7 @@ pub use self::{
     connection::{ConnectionGuard, TcpLabels},
     facts::{FlowGuard, FlowKey, KEPT, KnownFlow},
     flows::{Clock, Context, Direction, FindFacts, FlowView, Protection, Verdict, join, socket_addr},
-    policy::PolicyNote,
+    policy::{Asked, PolicyNote},
 };
 use self::{
     access_log::Log, facts::FactsTable, inherited::Inherited, labels::Flags, metrics::Metrics, seldom::Seldom,

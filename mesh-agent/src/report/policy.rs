@@ -1,4 +1,4 @@
-//! What policies that are only tried, or only audit, have to say.
+//! What policies that are only tried, or only audit, have to say, and what external authorizers have said.
 
 use std::net::SocketAddr;
 
@@ -38,7 +38,38 @@ impl PolicyNote<'_> {
     }
 }
 
+/// What came of asking an external authorizer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Asked {
+    /// It said yes.
+    Allowed,
+    /// It said no.
+    Denied,
+    /// It gave no answer, and what was asked about is refused.
+    Error,
+    /// It gave no answer, and `failOpen` lets in what was asked about.
+    FailedOpen,
+}
+
+impl Asked {
+    /// The word in metrics.
+    const fn word(self) -> &'static str {
+        match self {
+            Self::Allowed => "allowed",
+            Self::Denied => "denied",
+            Self::Error => "error",
+            Self::FailedOpen => "failed_open",
+        }
+    }
+}
+
 impl Reporter {
+    /// An external authorizer was asked: `mesh_external_authorization_total`.
+    pub fn asked(&self, provider: &str, came_of_it: Asked) {
+        let labels = [("provider", provider.to_owned()), ("result", came_of_it.word().to_owned())];
+        self.metrics.external_authorization.get_or_create(&labels).inc();
+    }
+
     /// A policy that is not enforced was asked: `mesh_policy_dry_run_total`, and one log line.
     pub fn noted(&self, note: &PolicyNote<'_>) {
         let policy = note.by.map(|(policy, _)| format!("{}/{}", policy.namespace, policy.name));

@@ -19,7 +19,11 @@ use serde_json::Value;
 
 use crate::state::{
     Problem,
-    resource::{self, Object, ObjectKey, Objects, Refused, Resource},
+    resource::{
+        self, Object, ObjectKey, Objects, Refused, Resource, authorization_policy,
+        field::{FieldError, under},
+        mesh_config,
+    },
 };
 
 /// Largest file that is read, in bytes.
@@ -95,6 +99,9 @@ impl Directory {
                     Entry::Vacant(entry) => {
                         entry.insert(Arc::clone(object));
                     }
+                    Entry::Occupied(mut entry) if entry.get().is_stand_in() => {
+                        entry.insert(Arc::clone(object));
+                    }
                     Entry::Occupied(entry) => problems.push(Problem {
                         object: Some(key.to_string()),
                         ..problem(
@@ -152,7 +159,7 @@ impl File {
         let mut refused = Vec::new();
         let (results, foreign) = read_all(&documents);
         self.foreign = foreign;
-        for result in results {
+        for (result, written) in results {
             match result {
                 Ok((key, resource)) if seen.insert(key.clone()) => {
                     let file = Arc::clone(&name);
@@ -162,17 +169,38 @@ impl File {
                     object: Some(key.to_string()),
                     ..problem(path, "the file has this object twice; the first holds".to_owned())
                 }),
-                Err(error) => refused.push(error),
+                Err(error) => refused.push((error, written)),
             }
         }
-        self.problems.extend(refused.iter().map(|refused| refused.problem(&name)));
+        self.keep(&name, fresh, &seen, &refused);
+    }
+
+    /// Of what was refused the last good state stays; of a policy that there never was a good state of, what refuses in
+    /// its place.
+    fn keep(
+        &mut self,
+        name: &Arc<str>,
+        mut fresh: Vec<(ObjectKey, Arc<Object>)>,
+        seen: &HashSet<ObjectKey>,
+        refused: &[(Refused, &Value)],
+    ) {
+        let causes = || refused.iter().map(|(refused, _)| refused);
+        self.problems.extend(causes().map(|refused| refused.problem(name)));
         // Of a manifest that does not say what it is, any object may be the last good state.
-        let unnamed = refused.iter().any(|refused| refused.key.is_none());
-        let named: HashSet<&ObjectKey> = refused.iter().filter_map(|refused| refused.key.as_ref()).collect();
-        let old = std::mem::take(&mut self.objects);
-        fresh.extend(
-            old.into_iter().filter(|(key, _)| !seen.contains(key) && (unnamed || named.contains(key))),
-        );
+        let unnamed = causes().any(|refused| refused.key.is_none());
+        let named: HashSet<&ObjectKey> = causes().filter_map(|refused| refused.key.as_ref()).collect();
+        let old = std::mem::take(&mut self.objects).into_iter().filter(|(_, object)| !object.is_stand_in());
+        let old = old.filter(|(key, _)| !seen.contains(key) && (unnamed || named.contains(key)));
+        fresh.extend(old);
+        let mut known: HashSet<ObjectKey> = fresh.iter().map(|(key, _)| key.clone()).collect();
+        for (refused, written) in refused {
+            let Some(key) = &refused.key else { continue };
+            let Some(policy) = authorization_policy::stand_in(key, written) else { continue };
+            if known.insert(key.clone()) {
+                let resource = Resource::AuthorizationPolicy(Box::new(policy));
+                fresh.push((key.clone(), Arc::new(Object { file: Arc::clone(name), resource })));
+            }
+        }
         self.objects = fresh;
     }
 }
@@ -234,12 +262,27 @@ fn json_documents(text: &str) -> Result<Vec<Value>, String> {
 
 type ReadResult = Result<(ObjectKey, Resource), Refused>;
 
+/// Reads one object; the text of the mesh-wide settings, which is YAML within it, too.
+fn read_object(object: &Value) -> ReadResult {
+    let (key, resource) = resource::read(object)?;
+    let Some(text) = mesh_config::text(&key, object) else { return Ok((key, resource)) };
+    let settings = match documents(text) {
+        Ok(mut all) if all.len() <= 1 => mesh_config::check(&all.pop().unwrap_or_default()),
+        Ok(_) => Err(FieldError::new("", "is several YAML documents")),
+        Err(error) => Err(FieldError::new("", format!("not valid YAML: {error}"))),
+    };
+    match settings.map_err(under("data.mesh")) {
+        Ok(settings) => Ok((key, Resource::MeshConfig(Box::new(settings)))),
+        Err(error) => Err(Refused { key: Some(key), error }),
+    }
+}
+
 /// Reads each object, those of Lists too; and the kinds that were passed over.
-fn read_all(documents: &[Value]) -> (Vec<ReadResult>, BTreeSet<String>) {
+fn read_all(documents: &[Value]) -> (Vec<(ReadResult, &Value)>, BTreeSet<String>) {
     let (mut results, mut foreign) = (Vec::new(), BTreeSet::new());
-    let mut read = |object: &Value, at: String| match foreign_kind(object) {
+    let mut read = |object, at: String| match foreign_kind(object) {
         Some(kind) => drop(foreign.insert(kind)),
-        None => results.push(place(resource::read(object), &at)),
+        None => results.push((place(read_object(object), &at), object)),
     };
     for (i, document) in documents.iter().enumerate() {
         let list = document["kind"] == "List" && document["apiVersion"] == "v1";

@@ -10,6 +10,8 @@ use std::{
 use super::*;
 use crate::state::snapshot::RouteAction;
 
+mod policies;
+
 const HOST: &str = "a.default.svc.cluster.local";
 
 fn service(name: &str) -> String {

@@ -65,6 +65,16 @@ pub const DURATION: Duration = Duration::from_millis(1);
 /// Largest body of a `directResponse` (Istio), in bytes.
 pub const DIRECT_RESPONSE_BODY: usize = 1024 * 1024;
 
+/// `timeout` of an external authorizer that says none (Istio).
+pub const CHECK_TIMEOUT: Duration = Duration::from_mins(10);
+
+/// `statusOnError` of an external authorizer that says none (Istio).
+pub const CHECK_STATUS: StatusCode = StatusCode::FORBIDDEN;
+
+/// Largest `includeRequestBodyInCheck.maxRequestBytes`, in bytes: with its headers a request has to fit into a message of
+/// gRPC, which servers take up to 4 MiB of by default.
+pub const MOST_CHECKED_BODY: usize = 2 * 1024 * 1024;
+
 /// Ports whose service declares no protocol, and which are known to carry protocols where the server speaks first
 /// or that are not HTTP: SMTP, submission, `MySQL`, Galera, `PostgreSQL`, Redis, Elasticsearch
 /// transport, memcached (Linkerd's list of opaque ports).

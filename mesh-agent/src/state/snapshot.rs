@@ -18,8 +18,10 @@ mod authentication;
 mod authorization;
 mod capture;
 mod cluster;
+mod external;
 mod hash;
 mod http;
+mod mesh;
 mod outlier;
 mod probes;
 mod retry;
@@ -32,12 +34,14 @@ pub use self::authorization::{
 };
 pub use self::capture::{CapturePolicy, Exclusions, PortRange, WhenAgentIsDown};
 pub use self::cluster::{Balancing, Cluster, ClusterState, Endpoint, EndpointState};
+pub use self::external::{BodyInCheck, CheckProtocol, HttpCheck, Provider};
 pub use self::hash::{ConsistentHash, HashCookie, HashKey, HashTable, hash_of};
 pub use self::http::{
     Abort, Backend, CorsPolicy, Fault, HeaderMatch, HeaderOp, HeaderOps, HttpRoute, Mirror, PathRewrite,
     Percentage, Redirect, RedirectPort, RequestMatch, Rewrite, RouteAction, StringMatch, UnmatchedPreflights,
     WeightedBackend,
 };
+pub use self::mesh::PathNormalization;
 pub use self::outlier::{Health, OutlierDetection};
 pub use self::probes::{ProbePort, ProbeRequest};
 pub use self::retry::{RetryBudget, RetryOn, RetryPolicy};
@@ -58,6 +62,8 @@ pub struct Snapshot {
     /// The service that an app's address belongs to, for what the destination reports; the first by host name where
     /// several share an endpoint.
     pub inbound: HashMap<SocketAddr, Arc<Cluster>>,
+    /// `pathNormalization` of the mesh-wide settings; `None`: what the agent's flag says.
+    pub path_normalization: Option<PathNormalization>,
 }
 
 impl Snapshot {

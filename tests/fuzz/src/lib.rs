@@ -6,6 +6,7 @@
 pub mod config;
 pub mod detection;
 pub mod http1_edge;
+pub mod identity;
 pub mod path;
 
 #[cfg(test)]
@@ -35,6 +36,11 @@ mod tests {
     #[test]
     fn path() -> io::Result<()> {
         seeds("path", super::path::run)
+    }
+
+    #[test]
+    fn identity() -> io::Result<()> {
+        seeds("identity", super::identity::run)
     }
 
     #[test]

@@ -6,6 +6,7 @@
 
 mod answers;
 mod attack;
+mod authorizer;
 mod call;
 mod load;
 mod pattern;
@@ -17,6 +18,7 @@ pub use answers::{
     Answer, Consumed, Echo, GrpcAnswer, Stats, Streams, Tally, TcpAnswer, TcpReport, Transfer, UdpAnswer,
 };
 pub use attack::{Attack, AttackKind, End, Goaway};
+pub use authorizer::{Question, WANT, authorizer, questions};
 pub use call::{Call, CallKind, Called, Note};
 pub use load::{Load, LoadKind, Loaded};
 pub use pattern::{Pattern, pattern};

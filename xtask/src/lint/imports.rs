@@ -58,6 +58,7 @@ const NOUNS: &[(&str, &[&str])] = &[
             "error",
             "report::AccessLog",
             "state::defaults",
+            "state::snapshot::PathNormalization",
         ],
     ),
     ("state", &["error", "identity::SpiffeId"]),

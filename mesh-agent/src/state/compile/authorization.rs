@@ -13,6 +13,7 @@ use k8s_openapi::api::core::v1::{Pod, Service};
 use super::{
     Problems, Settings,
     endpoints::{is_tcp, selects, target_port},
+    mesh_config::MeshSettings,
 };
 use crate::state::{
     defaults,
@@ -20,12 +21,12 @@ use crate::state::{
         ObjectKey, Objects, Resource,
         authorization_policy::{AuthorizationPolicy, Scope},
     },
-    snapshot::{Action, Applied, Authorization, Policy},
+    snapshot::{Applied, Authorization, Policy, Provider},
 };
 
 /// All policies, by what selects pods.
 pub(super) struct Authorizations<'a> {
-    policies: Vec<Arc<Policy>>,
+    policies: Vec<Compiled>,
     /// By namespace; those of the root namespace under `None`.
     selectors: HashMap<Option<&'a str>, Selectors<'a>>,
     /// Of each namespace, those that are for a Service.
@@ -39,6 +40,9 @@ type Labels = BTreeMap<String, String>;
 /// The place of a policy that selects a pod, and the ports that it is about.
 type Selected = (usize, Option<Box<[u16]>>);
 
+/// A policy, and who is asked where it is a CUSTOM one.
+type Compiled = (Arc<Policy>, Option<Arc<Provider>>);
+
 /// The selectors of one namespace, with the places of their policies.
 #[derive(Default)]
 struct Selectors<'a> {
@@ -50,7 +54,12 @@ struct Selectors<'a> {
 
 impl<'a> Authorizations<'a> {
     /// Looks through all policies.
-    pub fn index(objects: &'a Objects, settings: &Settings, problems: &mut Problems<'_>) -> Self {
+    pub fn index(
+        objects: &'a Objects,
+        settings: &Settings,
+        mesh: &MeshSettings,
+        problems: &mut Problems<'_>,
+    ) -> Self {
         let mut index = Self {
             policies: Vec::new(),
             selectors: HashMap::new(),
@@ -59,13 +68,17 @@ impl<'a> Authorizations<'a> {
         };
         for (key, object) in objects {
             let Resource::AuthorizationPolicy(written) = &object.resource else { continue };
-            report(key, written, problems);
+            for field in &written.passed_over {
+                problems.add(key, &format!("spec.{}", field.field), &*field.message);
+            }
             let place = index.policies.len();
-            index.policies.push(if *settings.trust_domain == *defaults::TRUST_DOMAIN {
+            let aliases = &mesh.trust_domain_aliases;
+            let policy = if *settings.trust_domain == *defaults::TRUST_DOMAIN && aliases.is_empty() {
                 Arc::clone(&written.policy)
             } else {
-                Arc::new(written.policy.in_trust_domain(&settings.trust_domain))
-            });
+                Arc::new(written.policy.in_trust_domains(&settings.trust_domain, aliases))
+            };
+            index.policies.push((policy, provider(key, written, mesh, problems)));
             match &written.scope {
                 Scope::Labels(labels) => {
                     let whole_mesh = key.namespace == settings.root_namespace;
@@ -123,8 +136,9 @@ impl<'a> Authorizations<'a> {
         let made = self.made.entry(selected.into_iter().collect());
         let made = made.or_insert_with_key(|selected| {
             let applied = selected.iter().map(|(place, ports)| Applied {
-                policy: Arc::clone(&policies[*place]),
+                policy: Arc::clone(&policies[*place].0),
                 ports: ports.clone(),
+                provider: policies[*place].1.clone(),
             });
             Arc::new(Authorization::new(&applied.collect::<Vec<_>>()))
         });
@@ -155,13 +169,20 @@ fn ports_behind(service: &Service, pod: &Pod) -> Option<Vec<u16>> {
     Some(ports.filter_map(|port| target_port(port, pod)).collect())
 }
 
-fn report(key: &ObjectKey, written: &AuthorizationPolicy, problems: &mut Problems<'_>) {
-    if written.policy.action == Action::Custom {
-        let provider = written.provider.as_deref().unwrap_or_default();
+/// Who is asked what a CUSTOM policy matches.
+fn provider(
+    key: &ObjectKey,
+    written: &AuthorizationPolicy,
+    mesh: &MeshSettings,
+    problems: &mut Problems<'_>,
+) -> Option<Arc<Provider>> {
+    let name = written.provider.as_deref()?;
+    let found = mesh.providers.iter().find(|provider| *provider.name == *name);
+    if found.is_none() {
         let message = format!(
-            "the provider {provider:?} is not asked, for external authorization is not supported yet: what the rules \
-             match is refused"
+            "{name:?} is none of the extensionProviders of the mesh-wide settings: what the rules match is refused"
         );
-        problems.add(key, "spec.action", message);
+        problems.add(key, "spec.provider.name", message);
     }
+    found.cloned()
 }

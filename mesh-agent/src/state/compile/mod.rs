@@ -12,6 +12,7 @@ use self::{
     clusters::Clusters,
     destination_rules::DestinationRules,
     destinations::Destinations,
+    mesh_config::MeshSettings,
     services::{Definition, Definitions},
     views::Views,
     virtual_services::{Routed, VirtualServices},
@@ -31,6 +32,7 @@ mod destination_rules;
 mod destinations;
 mod endpoints;
 mod hosts;
+mod mesh_config;
 mod protocol;
 mod routes;
 mod services;
@@ -78,12 +80,15 @@ pub fn compile(
     settings: &Settings,
 ) -> (Snapshot, Vec<Problem>) {
     let mut problems = Problems::new(objects);
+    let (mesh, settings) = MeshSettings::find(objects, settings, &mut problems);
+    let settings = &*settings;
     let mut policies = Policies {
         authentications: Authentications::index(objects, settings),
-        authorizations: Authorizations::index(objects, settings, &mut problems),
+        authorizations: Authorizations::index(objects, settings, &mesh, &mut problems),
     };
     let pods = Pods::index(objects, previous, settings, &mut policies, &mut problems);
     let definitions = Definitions::index(objects, &pods, &mut problems);
+    mesh.check(&definitions, &mut problems);
     let rules = DestinationRules::index(objects, settings, &definitions, &mut problems);
     let virtual_services = VirtualServices::index(objects, &definitions, &mut problems);
     let views = Views::index(&definitions, &rules, &pods);
@@ -94,6 +99,7 @@ pub fn compile(
         services: HashMap::with_capacity(definitions.len()),
         vips: HashMap::new(),
         inbound: HashMap::new(),
+        path_normalization: mesh.path_normalization,
     };
     for definition in definitions.iter() {
         let mut seen = |client| {

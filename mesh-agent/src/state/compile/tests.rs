@@ -6,6 +6,7 @@ mod authorization;
 mod bookinfo;
 mod delegates;
 mod endpoints;
+mod mesh_config;
 mod streams;
 mod views;
 mod workloads;

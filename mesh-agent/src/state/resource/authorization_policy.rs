@@ -6,6 +6,7 @@
 
 mod condition;
 mod rule;
+mod stand_in;
 #[cfg(test)]
 mod tests;
 
@@ -14,6 +15,7 @@ use std::{collections::BTreeMap, sync::Arc};
 use serde::Deserialize;
 
 use self::rule::{Owner, WireRule};
+pub use self::stand_in::stand_in;
 use super::{
     ObjectKey, dns_name,
     field::{Checked, FieldError, entry, item, under},
@@ -35,6 +37,10 @@ pub struct AuthorizationPolicy {
     pub scope: Scope,
     /// `provider.name` of a `CUSTOM` one.
     pub provider: Option<String>,
+    /// Targets that are not there in this mesh: their fields, and what that means.
+    pub passed_over: Vec<FieldError>,
+    /// Whether it stands in the place of a policy that cannot be read.
+    pub stand_in: bool,
 }
 
 /// Which workloads a policy is about.
@@ -109,7 +115,7 @@ pub(super) fn check(
     let spec = if spec.is_null() { &nothing } else { spec };
     let Wire { selector, target_ref, target_refs, action, provider, rules } =
         super::field::deserialize(spec)?;
-    let scope = scope(&key.namespace, selector, target_ref, target_refs)?;
+    let (scope, passed_over) = scope(&key.namespace, selector, target_ref, target_refs)?;
     let action = match action {
         None | Some(WireAction::Allow) => Action::Allow,
         Some(WireAction::Deny) => Action::Deny,
@@ -135,7 +141,7 @@ pub(super) fn check(
     }
     let (namespace, name) = (Arc::clone(&key.namespace), Arc::clone(&key.name));
     let policy = Arc::new(Policy { namespace, name, action, dry_run, rules: checked.into() });
-    Ok(AuthorizationPolicy { policy, scope, provider })
+    Ok(AuthorizationPolicy { policy, scope, provider, passed_over, stand_in: false })
 }
 
 fn provider_of(action: Action, provider: Option<WireProvider>) -> Checked<Option<String>> {
@@ -154,7 +160,7 @@ fn scope(
     selector: Option<WireSelector>,
     one: Option<WireTarget>,
     several: Option<Vec<WireTarget>>,
-) -> Checked<Scope> {
+) -> Checked<(Scope, Vec<FieldError>)> {
     let targets = match (one, several) {
         (Some(_), Some(_)) => {
             return Err(FieldError::new("targetRefs", "only one of targetRef and targetRefs may be given"));
@@ -172,10 +178,23 @@ fn scope(
         return Err(FieldError::new("targetRefs", format!("has more than {MOST_TARGETS} entries")));
     }
     if targets.is_empty() {
-        return labels_of(selector).map(Scope::Labels);
+        return Ok((Scope::Labels(labels_of(selector)?), Vec::new()));
     }
-    let services = targets.into_iter().map(|(at, target)| target.check(namespace).map_err(under(&at.field)));
-    Ok(Scope::Services(services.collect::<Checked<_>>()?))
+    let (mut services, mut passed_over) = (Vec::new(), Vec::new());
+    for (at, target) in targets {
+        match target.check(namespace).map_err(under(&at.field))? {
+            Target::Service(name) => services.push(name),
+            Target::NotHere(why) => passed_over.push(FieldError::new(at.field, why)),
+        }
+    }
+    Ok((Scope::Services(services), passed_over))
+}
+
+/// What one of `targetRefs` comes to.
+enum Target {
+    Service(String),
+    /// There is none of its kind in this mesh yet, so that the policy holds for nothing of it.
+    NotHere(String),
 }
 
 /// The labels that pods have to carry; none: all pods.
@@ -198,15 +217,16 @@ fn check_label(label: &str, value: &str) -> Checked<()> {
 }
 
 impl WireTarget {
-    fn check(self, namespace: &str) -> Checked<String> {
+    fn check(self, namespace: &str) -> Checked<Target> {
         let group = self.group.as_deref().unwrap_or_default();
         match (group, &*self.kind) {
             ("" | "core", "Service") => {}
             ("gateway.networking.k8s.io", "Gateway" | "GatewayClass")
             | ("networking.istio.io", "ServiceEntry") => {
-                let message =
-                    format!("a policy for a {} is not supported yet, and holds for nothing", self.kind);
-                return Err(FieldError::new("kind", message));
+                return Ok(Target::NotHere(format!(
+                    "{} {} is not there: the mesh has none yet, and for it the policy holds for nothing",
+                    self.kind, self.name
+                )));
             }
             _ => {
                 let message =
@@ -218,6 +238,6 @@ impl WireTarget {
             return Err(FieldError::new("namespace", "a policy is for what is in its own namespace"));
         }
         dns_name(&self.name).map_err(under("name"))?;
-        Ok(self.name)
+        Ok(Target::Service(self.name))
     }
 }

@@ -17,6 +17,7 @@ use self::{
     authorization_policy::AuthorizationPolicy,
     destination_rule::DestinationRule,
     field::{Checked, FieldError, under},
+    mesh_config::MeshConfig,
     peer_authentication::PeerAuthentication,
     virtual_service::VirtualService,
 };
@@ -30,6 +31,7 @@ pub mod field;
 mod headers;
 pub mod load_balancer;
 mod outlier_detection;
+pub mod mesh_config;
 pub mod peer_authentication;
 pub mod pod;
 pub mod probes;
@@ -75,6 +77,13 @@ pub struct Object {
     pub resource: Resource,
 }
 
+impl Object {
+    /// Whether it stands in the place of a policy that cannot be read.
+    pub fn is_stand_in(&self) -> bool {
+        matches!(&self.resource, Resource::AuthorizationPolicy(policy) if policy.stand_in)
+    }
+}
+
 /// The input of `compile`: objects by key.
 pub type Objects = BTreeMap<ObjectKey, Arc<Object>>;
 
@@ -97,6 +106,8 @@ pub enum Resource {
     AuthorizationPolicy(Box<AuthorizationPolicy>),
     /// Istio's `PeerAuthentication`.
     PeerAuthentication(Box<PeerAuthentication>),
+    /// Mesh-wide settings: the `ConfigMap` `mesh`.
+    MeshConfig(Box<MeshConfig>),
     /// A kind that belongs in manifests and that nothing is compiled from yet: Node, `ServiceAccount`, Secret,
     /// `ConfigMap`. It was checked, and its content is not kept.
     Accepted,

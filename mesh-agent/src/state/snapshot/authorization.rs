@@ -7,12 +7,12 @@ use std::sync::Arc;
 
 use http::HeaderName;
 
-use super::Subnet;
+use super::{Provider, Subnet};
 
 /// The policies that select a workload, in the order in which they are asked.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Authorization {
-    /// `CUSTOM`: what one of them matches is refused, for nobody asks their provider yet.
+    /// `CUSTOM`: what one of them matches, its authorizer has to permit.
     pub custom: Box<[Applied]>,
     /// `DENY`: what one of them matches is refused.
     pub deny: Box<[Applied]>,
@@ -22,6 +22,8 @@ pub struct Authorization {
     pub noted: Box<[Applied]>,
     /// Whether one of them looks at the path of requests.
     pub reads_paths: bool,
+    /// Whether one of them has bodies of requests shown to its authorizer.
+    pub reads_bodies: bool,
 }
 
 impl Authorization {
@@ -37,7 +39,12 @@ impl Authorization {
             deny: enforced(Action::Deny),
             allow: enforced(Action::Allow),
             noted: noted.cloned().collect(),
-            reads_paths: applied.iter().any(|one| one.policy.reads_paths()),
+            // Authorizers are told the path too.
+            reads_paths: applied.iter().any(|one| one.policy.reads_paths() || one.provider.is_some()),
+            reads_bodies: applied
+                .iter()
+                .filter_map(|one| one.provider.as_ref())
+                .any(|one| one.body.is_some()),
         }
     }
 
@@ -54,6 +61,8 @@ pub struct Applied {
     pub policy: Arc<Policy>,
     /// The ports of the pod that it is about, sorted, where it is written for a Service; `None`: all of them.
     pub ports: Option<Box<[u16]>>,
+    /// Of a `CUSTOM` policy: who is asked; `None` where that is nobody who is known, so that what it matches is refused.
+    pub provider: Option<Arc<Provider>>,
 }
 
 impl Applied {
@@ -113,15 +122,17 @@ impl Policy {
         self.clauses().any(|clause| matches!(clause, Clause::Path(_)))
     }
 
-    /// The same policy where `cluster.local`, which stands for the mesh's own trust domain, is this one.
+    /// The same policy where `cluster.local`, and each alias, stands for the mesh's own trust domain and all its aliases:
+    /// policies outlive a change of its name.
     #[must_use]
-    pub fn in_trust_domain(&self, trust_domain: &str) -> Self {
+    pub fn in_trust_domains(&self, own: &str, aliases: &[Arc<str>]) -> Self {
+        let domains: Vec<&str> = std::iter::once(own).chain(aliases.iter().map(|alias| &**alias)).collect();
         let mut policy = self.clone();
         for rule in &mut policy.rules {
             for clause in rule.from.iter_mut().flatten().chain(&mut rule.when) {
                 if let Clause::Principal(named) = clause {
-                    for text in named.any_of.iter_mut().chain(&mut named.none_of) {
-                        text.in_trust_domain(trust_domain);
+                    for texts in [&mut named.any_of, &mut named.none_of] {
+                        *texts = texts.iter().flat_map(|text| text.in_trust_domains(&domains)).collect();
                     }
                 }
             }
@@ -258,11 +269,26 @@ impl TextMatch {
         }
     }
 
-    fn in_trust_domain(&mut self, trust_domain: &str) {
-        let (Self::Exact(text) | Self::Prefix(text)) = self else { return };
-        if let Some(rest) = text.strip_prefix("cluster.local/") {
-            *text = format!("{trust_domain}/{rest}").into();
+    /// What a principal comes to, where it names one of these trust domains, the first of which is the mesh's own.
+    fn in_trust_domains(&self, domains: &[&str]) -> Vec<Self> {
+        let (Self::Exact(text) | Self::Prefix(text) | Self::Suffix(text)) = self else {
+            return vec![self.clone()];
+        };
+        let Some((named, rest)) = text.split_once('/') else { return vec![self.clone()] };
+        // `*` for a trust domain is any; `*-old/ns/…` is those that end so.
+        let suffix = matches!(self, Self::Suffix(_));
+        let is_named = |domain: &&str| if suffix { domain.ends_with(named) } else { *domain == named };
+        let own = (!suffix && named == "cluster.local") || domains.iter().any(is_named);
+        if !own || (suffix && named.is_empty()) {
+            return vec![self.clone()];
         }
+        let written = |domain: &&str| -> Box<str> { format!("{domain}/{rest}").into() };
+        let all = domains.iter().map(|domain| match self {
+            Self::Prefix(_) => Self::Prefix(written(domain)),
+            _ => Self::Exact(written(domain)),
+        });
+        // Whoever else it names, it goes on to name.
+        all.chain(suffix.then(|| self.clone())).collect()
     }
 }
 

@@ -1,6 +1,7 @@
 //! Servers and clients to run inside the pods of the lab. Servers print one line of JSON once they listen and run
 //! until they are ended; clients print one object of JSON, or a sentence on standard error and exit 1.
 
+mod authorizer;
 mod frames;
 mod grpc;
 mod h2_attack;
@@ -41,6 +42,8 @@ enum Command {
     UdpEcho(ServerOptions),
     /// gRPC server with the health service, and calls of all kinds
     Grpc(ServerOptions),
+    /// External authorizer, over gRPC and HTTP
+    Authorizer(ServerOptions),
     /// HTTP client: one request
     Get(http_client::Get),
     /// HTTP client: many requests, counted
@@ -107,6 +110,7 @@ async fn main() -> Result<()> {
         }
         Command::UdpEcho(options) => udp::serve(options).await,
         Command::Grpc(options) => grpc::serve(options).await,
+        Command::Authorizer(options) => authorizer::serve(options).await,
         Command::Get(client) => client.run().await,
         Command::Many(client) => client.run().await,
         Command::Streams(client) => client.run().await,

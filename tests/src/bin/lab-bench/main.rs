@@ -5,6 +5,7 @@
 //! stays inside network namespaces that the run has made, and nothing of them is left when it ends. Never: asserts how
 //! fast anything is. Tested by `tests/benchmarks.rs`.
 
+mod authorization;
 mod capture;
 mod enrolment;
 mod figures;
@@ -60,6 +61,8 @@ enum Suite {
     Enrolment,
     /// HTTP between two nodes over mutual TLS: none, the mesh, a bare pair, nginx, Envoy
     Http,
+    /// What authorization policies cost a request, and what compiling them costs, by how many there are
+    Authorization,
 }
 
 impl Suite {
@@ -69,6 +72,7 @@ impl Suite {
             Self::Unenrolled => "unenrolled",
             Self::Enrolment => "enrolment",
             Self::Http => "http",
+            Self::Authorization => "authorization",
         }
     }
 
@@ -78,6 +82,7 @@ impl Suite {
             Self::Unenrolled => unenrolled::run(plan).await,
             Self::Enrolment => enrolment::run(plan).await,
             Self::Http => http::run(plan).await,
+            Self::Authorization => authorization::run(plan),
         }
     }
 }

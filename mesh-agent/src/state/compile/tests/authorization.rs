@@ -1,7 +1,7 @@
 //! Which policies select which pods.
 
 use super::*;
-use crate::state::snapshot::{Applied, Workload};
+use crate::state::snapshot::{Applied, Clause, TextMatch, Workload};
 
 fn policy(place: &str, spec: &str) -> String {
     let (namespace, name) = place.split_once('/').unwrap();
@@ -82,14 +82,16 @@ fn a_policy_for_a_service_is_about_its_pods_and_their_ports() {
 }
 
 #[test]
-fn a_custom_policy_is_a_problem_and_refuses() {
+fn a_custom_policy_whose_provider_is_not_known_is_a_problem_and_refuses() {
     let custom = policy("app/ext", "{action: CUSTOM, provider: {name: opa}, rules: [{}]}");
     let (snapshot, problems) = build(&[pod("app", "web", "v1", "10.0.0.1"), custom].concat());
     assert_eq!(of(&snapshot, "10.0.0.1"), ["CUSTOM app/ext"]);
     assert_problems(
         &problems,
-        &["AuthorizationPolicy app/ext: spec.action: the provider \"opa\" is not asked"],
+        &["AuthorizationPolicy app/ext: spec.provider.name: \"opa\" is none of the extensionProviders"],
     );
+    let workload = snapshot.workload_at("10.0.0.1".parse().unwrap()).unwrap();
+    assert_eq!(workload.authorization.custom[0].provider, None);
 }
 
 #[test]
@@ -102,6 +104,60 @@ fn cluster_local_is_the_meshs_own_trust_domain() {
     let text = format!("{:?}", workload.authorization.allow);
     assert!(text.contains("corp/ns/a/sa/x") && text.contains("other/ns/a/sa/x"), "{text}");
     assert!(!text.contains("cluster.local"), "{text}");
+}
+
+/// A mesh that has had other names: policies that name one of them name it.
+#[test]
+fn aliases_of_the_trust_domain_stand_for_it() {
+    let principals = "[old/ns/a/sa/x, 'cluster.local/ns/b/*', '*-mesh/ns/c/sa/x', 'foreign/ns/a/sa/x', '*/ns/d/sa/x', '*']";
+    let rule = format!("{{rules: [{{from: [{{source: {{principals: {principals}}}}}]}}]}}");
+    let mesh = "---\n{apiVersion: v1, kind: ConfigMap, metadata: {name: mesh, namespace: istio-system}, \
+                data: {mesh: 'trustDomainAliases: [old, my-mesh]'}}\n";
+    let text = [pod("app", "web", "v1", "10.0.0.1"), policy("app/p", &rule), mesh.to_owned()].concat();
+    let (objects, _) = read_text(&text);
+    let settings = Settings { trust_domain: "corp".into(), ..settings() };
+    let (snapshot, problems) = compile(&objects, None, &settings);
+    assert_problems(&problems, &[]);
+    let workload = snapshot.workload_at("10.0.0.1".parse().unwrap()).unwrap();
+    let rules = &workload.authorization.allow[0].policy.rules;
+    let Clause::Principal(listed) = &rules[0].from[0][0] else { panic!("{rules:?}") };
+    let expected = [
+        "corp/ns/a/sa/x",
+        "old/ns/a/sa/x",
+        "my-mesh/ns/a/sa/x",
+        "corp/ns/b/*",
+        "old/ns/b/*",
+        "my-mesh/ns/b/*",
+        "corp/ns/c/sa/x",
+        "old/ns/c/sa/x",
+        "my-mesh/ns/c/sa/x",
+        "*-mesh/ns/c/sa/x",
+        "foreign/ns/a/sa/x",
+        "*/ns/d/sa/x",
+        "*",
+    ];
+    assert_eq!(*listed.any_of, expected.map(|text| TextMatch::parse(text).unwrap()));
+}
+
+#[test]
+fn a_policy_for_what_is_not_there_is_a_problem_and_holds_for_the_rest() {
+    let gateway = "{group: gateway.networking.k8s.io, kind: Gateway, name: g}";
+    let text = [
+        pod("app", "web", "v1", "10.0.0.1"),
+        service("app", "web", "{name: a, port: 80, targetPort: 8080}"),
+        policy("app/both", &format!("{{targetRefs: [{{kind: Service, name: web}}, {gateway}]}}")),
+        policy("app/gateway", &format!("{{action: DENY, rules: [{{}}], targetRefs: [{gateway}]}}")),
+    ]
+    .concat();
+    let (snapshot, problems) = build(&text);
+    assert_eq!(of(&snapshot, "10.0.0.1"), ["ALLOW app/both [8080]"]);
+    assert_problems(
+        &problems,
+        &[
+            "AuthorizationPolicy app/both: spec.targetRefs[1]: Gateway g is not there",
+            "AuthorizationPolicy app/gateway: spec.targetRefs[0]: Gateway g is not there",
+        ],
+    );
 }
 
 /// Pods that the same policies select share what is made of them, and keep it while nothing changes.

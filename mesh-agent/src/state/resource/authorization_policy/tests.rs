@@ -39,11 +39,6 @@ fn policies_that_cannot_mean_what_they_say_are_refused() {
             "targetRefs",
             "only one of selector",
         ),
-        (
-            json!({"targetRefs": [{"group": "gateway.networking.k8s.io", "kind": "Gateway", "name": "a"}]}),
-            "targetRefs[0].kind",
-            "not supported yet",
-        ),
         (json!({"targetRefs": [{"kind": "Pod", "name": "a"}]}), "targetRefs[0].kind", "only a Service"),
         (json!({"targetRef": {"kind": "Service", "name": "a b"}}), "targetRef.name", "is not a name"),
         (
@@ -144,6 +139,11 @@ fn scopes_and_annotations_are_read() {
     for (spec, scope) in table {
         assert_eq!(read(&spec).unwrap().scope, scope, "{spec}");
     }
+    let gateway =
+        json!({"targetRef": {"group": "gateway.networking.k8s.io", "kind": "GatewayClass", "name": "a"}});
+    let read = read(&gateway).unwrap();
+    assert_eq!(read.scope, Scope::Services(Vec::new()));
+    assert_eq!(read.passed_over[0].field, "targetRef");
     let annotated = |value: &str| dry_run(&[(DRY_RUN.to_owned(), value.to_owned())].into());
     assert_eq!(
         (annotated("true"), annotated("false"), dry_run(&BTreeMap::new())),
