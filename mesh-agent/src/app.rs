@@ -5,6 +5,7 @@
 //! and its pods are enrolled. Tested by the lab, which runs the real thing.
 
 mod clean;
+mod controller;
 mod flows;
 mod listeners;
 mod overload;
@@ -28,7 +29,10 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::{EnvFilter, layer::SubscriberExt as _, reload, util::SubscriberInitExt as _};
 
-pub use self::clean::clean;
+pub use self::{
+    clean::clean,
+    controller::{controller, token},
+};
 use self::{
     flows::{flows_of, report_flows},
     listeners::Listeners,
@@ -37,11 +41,11 @@ use self::{
 use crate::{
     admin::{self, CertificateView, LogLevel, Readiness, RunDir},
     capture::{Capture, CaptureConfig, Losses, Outcome},
-    config::NodeConfig,
+    config::{CaSource, NodeConfig},
     drain::Drain,
     enrolment::{Ended, Enrolment, put_in_force},
     handover::{self, Door, Offered, Place},
-    identity::{Authority, CertificateInfo},
+    identity::{Authority, CertificateInfo, RemoteCaConfig},
     proxy::{Mesh, health::watch_endpoints},
     report::Reporter,
     source::{self, Source},
@@ -124,8 +128,7 @@ async fn run_node(config: NodeConfig, dir: &Path, log_level: LogLevel) -> Result
         () = signals.until_told_to_stop(|| {}) => return Ok(()),
         begun = begin(&config, dir) => begun?,
     };
-    let authority = Authority::open(&config.state_dir, &config.trust_domain)
-        .with_context(|| format!("--state-dir {}", config.state_dir.display()))?;
+    let authority = authority(&config)?;
     let reporter = Arc::new(Reporter::new(config.access_log.into()).context("starting the access log")?);
     let capture = Arc::new(load_capture(&config, begun.before.as_mut())?);
     let ended = match start_capture(&capture, &mut begun, &config.bpf_dir, &reporter) {
@@ -171,6 +174,18 @@ async fn begin(config: &NodeConfig, dir: &Path) -> Result<Begun> {
     let listeners = Listeners::take_over(config, own).await?;
     let before = Some(Before { succession, lock: Some(lock), made_run_dir, pods });
     Ok(Begun { source, listeners, before, run_dir })
+}
+
+fn authority(config: &NodeConfig) -> Result<Authority> {
+    let (state_dir, trust_domain) = (&config.state_dir, &config.trust_domain);
+    match config.ca.source() {
+        CaSource::Embedded => Authority::open(state_dir, trust_domain)
+            .with_context(|| format!("--state-dir {}", state_dir.display())),
+        CaSource::Remote { address, server_name, roots, token } => {
+            let remote = RemoteCaConfig { address, server_name, roots, token };
+            Authority::remote(remote, trust_domain).context("--ca-address")
+        }
+    }
 }
 
 fn place(config: &NodeConfig) -> Place {

@@ -1,5 +1,7 @@
 //! Flags of `mesh-agent`. Each has an environment variable `MESH_…`; every default is in `--help`.
 
+mod ca;
+mod controller;
 mod limits;
 mod overload;
 
@@ -7,7 +9,12 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
-pub use self::{limits::HttpLimits, overload::OverloadMarks};
+pub use self::{
+    ca::{CaFlags, CaSource},
+    controller::{ControllerConfig, ServiceAccountName, TokenConfig},
+    limits::HttpLimits,
+    overload::OverloadMarks,
+};
 pub use crate::state::snapshot::PathNormalization;
 use crate::{
     admin::{Address, SOCKET_NAME},
@@ -22,6 +29,9 @@ pub const BPF_DIR: &str = "/sys/fs/bpf/mesh";
 
 /// Where agents keep their run directories, one for each node.
 pub const RUN_DIRS: &str = "/run/mesh";
+
+/// Where certificate authorities keep their keys, unless told otherwise.
+pub const STATE_DIR: &str = "/var/lib/mesh";
 
 /// Service mesh without sidecars: the agent of one node.
 #[derive(Debug, Parser)]
@@ -41,6 +51,12 @@ pub enum Role {
     /// Captures, secures and routes the traffic of this node's pods (one per node, as root); started beside one that runs,
     /// with the same node and directories, it takes over from it, and no connection is lost
     Node(Box<NodeConfig>),
+    /// Serves the certificate authority of a mesh: agents ask it for the certificates of their pods
+    /// (`mesh-agent node --ca-address`), each only for pods that run on its own node
+    Controller(Box<ControllerConfig>),
+    /// Makes the token with which the agent of one node shows the controller who it is (run where the controller's
+    /// `--state-dir` is)
+    Token(TokenConfig),
     /// Removes every trace that an agent left in the kernel and on disk, its certificate authority excepted: that of one
     /// node where it is told which (by its name, pins or sockets), else of all; never anything of an agent that runs
     Clean(CleanConfig),
@@ -66,8 +82,11 @@ pub struct NodeConfig {
     #[arg(long, env = "MESH_PATH_NORMALIZATION", value_enum, default_value_t = PathNormalization::Base)]
     pub path_normalization: PathNormalization,
     /// Where the embedded certificate authority is kept; agents given the same directory share it
-    #[arg(long, env = "MESH_STATE_DIR", value_name = "DIR", default_value = "/var/lib/mesh")]
+    #[arg(long, env = "MESH_STATE_DIR", value_name = "DIR", default_value = STATE_DIR)]
     pub state_dir: PathBuf,
+    /// Who certifies the pods.
+    #[command(flatten)]
+    pub ca: CaFlags,
     /// Sockets of this agent, mode 0700 [default: /run/mesh/NODE]
     #[arg(long, env = "MESH_RUN_DIR", value_name = "DIR")]
     pub run_dir: Option<PathBuf>,
@@ -239,7 +258,7 @@ mod tests {
         let run_dir = |arguments: &[&str]| match Cli::try_parse_from(arguments).map(|cli| cli.role) {
             Ok(Role::Node(node)) => Some(node.run_dir()),
             Ok(Role::Clean(clean)) => Some(clean.run_dir()),
-            Err(_) => None,
+            Ok(Role::Controller(_) | Role::Token(_)) | Err(_) => None,
         };
         for flags in [&[][..], &["--node", "a"], &["--run-dir", "/run/elsewhere"]] {
             let [node, clean] =

@@ -9,6 +9,7 @@ pub mod balance;
 pub mod body;
 pub mod capture;
 pub mod config;
+pub mod controller;
 pub mod copy;
 pub mod ctl;
 pub mod detect;

@@ -14,6 +14,8 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let ended = match cli.role {
         Role::Node(config) => app::node(*config, &cli.log).map(|()| true),
+        Role::Controller(config) => app::controller(*config, &cli.log).map(|()| true),
+        Role::Token(config) => app::token(&config, &mut io::stdout().lock()).map(|()| true),
         Role::Clean(config) => app::clean(&config, &mut io::stdout().lock()),
     };
     match ended {

@@ -367,7 +367,7 @@ impl Node {
     }
 }
 
-async fn run(node: &Node, command: Command) -> Result<String> {
+pub(crate) async fn run(node: &Node, command: Command) -> Result<String> {
     let (status, said) = outcome(node, command).await?;
     ensure!(status.success(), "it ended with {status}\n{said}");
     Ok(said)

@@ -34,6 +34,7 @@ pub mod bookinfo;
 pub mod bpf;
 pub mod cgroup;
 pub mod clients;
+mod controller;
 mod eventually;
 mod fetch;
 pub mod foreign;
@@ -57,6 +58,7 @@ pub mod uring;
 pub mod wire;
 
 pub use agent::{Agent, AgentBuilder, fields};
+pub use controller::Controller;
 pub use eventually::{PATIENCE, eventually, eventually_within};
 pub use guest::{Behind, Guest};
 pub use hello::client_hello;

@@ -12,13 +12,19 @@ use std::{
     time::Duration,
 };
 
+use arc_swap::ArcSwapOption;
 use time::OffsetDateTime;
-use tokio::time::Instant;
+use tokio::{
+    sync::{OwnedMutexGuard, oneshot},
+    time::Instant,
+};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::{
     CaError, SpiffeId,
-    ca::{Ca, CertificateInfo, Credential, EmbeddedCa, LeafPolicy},
+    ca::{Ca, CertificateInfo, Credential, EmbeddedCa, LeafPolicy, Urgency, no_certificate},
+    remote::{RemoteCa, RemoteCaConfig},
+    spiffe::is_trust_domain,
     workload::{Current, WorkloadIdentity},
 };
 use crate::error::{Error, Kind, Result};
@@ -35,7 +41,31 @@ const RETRY_MOST: Duration = Duration::from_mins(1);
 /// How often the wall clock is looked at while waiting: it may run ahead of ours when the machine was suspended.
 const WALL_CLOCK_CHECK: Duration = Duration::from_mins(10);
 
-type Slot = Arc<tokio::sync::Mutex<Weak<WorkloadIdentity>>>;
+/// How long an asker waits for a certificate: an authority elsewhere may take its time, and pods that have theirs, and
+/// policies, must not wait for it.
+const PATIENCE: Duration = Duration::from_millis(500);
+/// How long a certificate is kept that came after its asker had given up: he asks again within a second.
+const KEPT_FOR_ASKER: Duration = Duration::from_secs(10);
+
+/// How long it is remembered why an identity was not certified.
+const FAILURE_KEPT: Duration = Duration::from_mins(1);
+
+/// The place of one identity. Clones are the same place.
+#[derive(Debug, Clone, Default)]
+struct Slot {
+    /// The handle, while somebody holds it; locked by whoever fills it.
+    handle: Arc<tokio::sync::Mutex<Weak<WorkloadIdentity>>>,
+    /// Why and when it could not be filled, for askers who do not wait so long.
+    failure: Arc<ArcSwapOption<(Error, Instant)>>,
+}
+
+impl Slot {
+    fn is_used(&self) -> bool {
+        Arc::strong_count(&self.handle) > 1
+            || self.handle.try_lock().is_ok_and(|held| held.strong_count() > 0)
+            || self.failure.load().as_ref().is_some_and(|failure| failure.1.elapsed() < FAILURE_KEPT)
+    }
+}
 
 /// Issues and renews certificates; one per agent.
 #[derive(Debug)]
@@ -68,6 +98,17 @@ impl Authority {
         Ok(Self::new(trust_domain, Ca::Embedded(ca), LeafPolicy::default()))
     }
 
+    /// An authority reached over the network. It is not asked before somebody needs a certificate.
+    ///
+    /// # Errors
+    /// When the trust domain or the server's name cannot be one.
+    pub fn remote(config: RemoteCaConfig, trust_domain: &str) -> std::result::Result<Self, CaError> {
+        if !is_trust_domain(trust_domain) {
+            return Err(CaError::TrustDomain(trust_domain.to_owned()));
+        }
+        Ok(Self::new(trust_domain, Ca::Remote(RemoteCa::new(config)?), LeafPolicy::default()))
+    }
+
     fn new(trust_domain: &str, ca: Ca, policy: LeafPolicy) -> Self {
         Self { trust_domain: trust_domain.into(), ca: Arc::new(ca), policy, slots: Mutex::default() }
     }
@@ -86,7 +127,8 @@ impl Authority {
     /// The signing handle of one identity: certified on first use, renewed in the background while held.
     ///
     /// # Errors
-    /// [`Kind::TlsFailure`] when `id` is of another trust domain or the authority cannot sign.
+    /// [`Kind::TlsFailure`] when `id` is of another trust domain, or the authority cannot sign or has not answered yet: it
+    /// is still being asked then, and the next caller finds what it said.
     pub async fn identity(&self, id: &SpiffeId) -> Result<Arc<WorkloadIdentity>> {
         if id.trust_domain != self.trust_domain {
             let ours = &self.trust_domain;
@@ -95,23 +137,51 @@ impl Authority {
                 format!("cannot certify {id}: the trust domain of this mesh is {ours}"),
             ));
         }
-        let slot = self.slot(id);
-        let mut slot = slot.lock().await;
-        if let Some(identity) = slot.upgrade() {
-            if identity.is_expired() {
-                identity.replace(self.ca.certify(id, self.policy).await?)?;
+        let trouble = self.ca.trouble();
+        let patience = if trouble.is_some() { Duration::ZERO } else { PATIENCE };
+        let place = self.slot(id);
+        let late = || match (&trouble, &*place.failure.load()) {
+            (Some(reason), _) => Error::new(Kind::TlsFailure, no_certificate(id, &*self.ca, &reason)),
+            (None, Some(failure)) => failure.0.clone(),
+            (None, None) => {
+                Error::new(Kind::TlsFailure, no_certificate(id, &*self.ca, &"it has not answered yet"))
             }
+        };
+        let handle = Arc::clone(&place.handle);
+        let Ok(slot) = tokio::time::timeout(patience, handle.lock_owned()).await else {
+            return Err(late());
+        };
+        if let Some(identity) = slot.upgrade()
+            && !identity.is_expired()
+        {
             return Ok(identity);
         }
-        let identity = self.issue(id).await?;
-        *slot = Arc::downgrade(&identity);
-        Ok(identity)
+        let (told, mut asked) = oneshot::channel();
+        let (issuer, failure) = (self.issuer(id), Arc::clone(&place.failure));
+        tokio::spawn(async move {
+            let filled = issuer.fill(slot).await;
+            let failed = filled.as_ref().err().map(|error| Arc::new((error.clone(), Instant::now())));
+            failure.store(failed);
+            if let Err(Ok(kept)) = told.send(filled) {
+                tokio::time::sleep(KEPT_FOR_ASKER).await;
+                drop(kept);
+            }
+        });
+        match tokio::time::timeout(patience, &mut asked).await {
+            Ok(Ok(filled)) => filled,
+            // What comes in this very moment is in the channel, and must not be lost for the next asker.
+            Err(_) => {
+                asked.close();
+                asked.try_recv().unwrap_or_else(|_| Err(late()))
+            }
+            Ok(Err(_)) => Err(late()),
+        }
     }
 
     /// The certificates in use, by identity.
     pub fn certificates(&self) -> Vec<CertificateInfo> {
         let slots: Vec<Slot> = self.lock().values().cloned().collect();
-        let in_use = |slot: Slot| Some(slot.try_lock().ok()?.upgrade()?.certificate());
+        let in_use = |slot: Slot| Some(slot.handle.try_lock().ok()?.upgrade()?.certificate());
         let mut certificates: Vec<_> = slots.into_iter().filter_map(in_use).collect();
         certificates.sort_by(|a, b| a.identity.cmp(&b.identity));
         certificates
@@ -125,17 +195,47 @@ impl Authority {
     fn slot(&self, id: &SpiffeId) -> Slot {
         let mut slots = self.lock();
         if let Some(slot) = slots.get(id) {
-            return Arc::clone(slot);
+            return slot.clone();
         }
-        // A slot somebody else has in hand is being filled.
-        slots.retain(|_, slot| {
-            Arc::strong_count(slot) > 1 || slot.try_lock().is_ok_and(|held| held.strong_count() > 0)
-        });
-        Arc::clone(slots.entry(id.clone()).or_default())
+        slots.retain(|_, slot| slot.is_used());
+        slots.entry(id.clone()).or_default().clone()
     }
 
-    async fn issue(&self, id: &SpiffeId) -> Result<Arc<WorkloadIdentity>> {
-        let current = Current::new(self.ca.certify(id, self.policy).await?, &self.trust_domain)?;
+    fn issuer(&self, id: &SpiffeId) -> Issuer {
+        Issuer {
+            id: id.clone(),
+            trust_domain: Arc::clone(&self.trust_domain),
+            ca: Arc::clone(&self.ca),
+            policy: self.policy,
+        }
+    }
+}
+
+/// What it takes to certify one identity, for as long as that lasts.
+#[derive(Debug)]
+struct Issuer {
+    id: SpiffeId,
+    trust_domain: Arc<str>,
+    ca: Arc<Ca>,
+    policy: LeafPolicy,
+}
+
+impl Issuer {
+    /// A certificate for the slot, whose handle may be there and expired.
+    async fn fill(self, mut slot: OwnedMutexGuard<Weak<WorkloadIdentity>>) -> Result<Arc<WorkloadIdentity>> {
+        let credential = self.ca.certify(&self.id, self.policy, Urgency::Now).await?;
+        if let Some(identity) = slot.upgrade() {
+            identity.replace(credential)?;
+            return Ok(identity);
+        }
+        let identity = self.begin(credential)?;
+        *slot = Arc::downgrade(&identity);
+        Ok(identity)
+    }
+
+    fn begin(self, credential: Credential) -> Result<Arc<WorkloadIdentity>> {
+        let Self { id, trust_domain, ca, policy } = self;
+        let current = Current::new(credential, &trust_domain)?;
         let first = current.info().clone();
         if first.not_after <= OffsetDateTime::now_utc() {
             let at = first.not_after;
@@ -145,19 +245,13 @@ impl Authority {
             ));
         }
         Ok(Arc::new_cyclic(|handle| {
-            let (ca, policy, id) = (Arc::clone(&self.ca), self.policy, id.clone());
             let renewed = id.clone();
             let certify = move || {
                 let (ca, id) = (Arc::clone(&ca), renewed.clone());
-                async move { ca.certify(&id, policy).await }
+                async move { ca.certify(&id, policy, Urgency::Renewal).await }
             };
             let renewal = tokio::spawn(keep_renewed(Weak::clone(handle), first, certify));
-            WorkloadIdentity::new(
-                id,
-                Arc::clone(&self.trust_domain),
-                current,
-                AbortOnDropHandle::new(renewal),
-            )
+            WorkloadIdentity::new(id, trust_domain, current, AbortOnDropHandle::new(renewal))
         }))
     }
 }
@@ -287,7 +381,7 @@ mod tests {
     async fn kept_while_renewal_fails() -> TestResult {
         let authority = authority()?;
         let (ca, policy, id) = (Arc::clone(&authority.ca), authority.policy, id("reviews")?);
-        let current = Current::new(ca.certify(&id, policy).await?, &authority.trust_domain)?;
+        let current = Current::new(ca.certify(&id, policy, Urgency::Now).await?, &authority.trust_domain)?;
         let first = current.info().clone();
         // A handle without a renewal of its own: the one under test is driven below.
         let idle = AbortOnDropHandle::new(tokio::spawn(std::future::ready(())));
@@ -303,7 +397,7 @@ mod tests {
                 if count < 5 {
                     return Err(Error::new(Kind::TlsFailure, "away"));
                 }
-                ca.certify(&id, policy).await
+                ca.certify(&id, policy, Urgency::Now).await
             }
         };
         let mut renewals = identity.renewals();
@@ -325,7 +419,7 @@ mod tests {
 
         let authority = authority.with_leaf_policy(LeafPolicy::default());
         let identity = authority.identity(&id("reviews")?).await?;
-        identity.replace(authority.ca.certify(&identity.id, expired).await?)?;
+        identity.replace(authority.ca.certify(&identity.id, expired, Urgency::Now).await?)?;
         assert!(identity.is_expired());
         assert!(identity.server_config().is_err() && identity.client_config(&[], &[]).is_err());
         let renewed = authority.identity(&identity.id).await?;

@@ -18,6 +18,8 @@ use zeroize::Zeroize;
 
 use super::{
     SpiffeId,
+    issue::Issued,
+    remote::RemoteCa,
     state_dir::{self, CaError},
 };
 use crate::error::{Error, Kind, Result};
@@ -83,11 +85,31 @@ impl fmt::Debug for Credential {
     }
 }
 
-/// Who signs. One variant today; a signer reached over the network joins here.
+/// How soon a certificate is needed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Urgency {
+    /// Somebody waits for it.
+    Now,
+    /// The one before still holds.
+    Renewal,
+}
+
+/// Who signs.
 #[derive(Debug)]
 pub(super) enum Ca {
     /// In this process, its key in the state directory (or in memory).
     Embedded(EmbeddedCa),
+    /// Reached over the network, by Istio's certificate service.
+    Remote(RemoteCa),
+}
+
+impl fmt::Display for Ca {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Embedded(_) => f.write_str("the embedded certificate authority"),
+            Self::Remote(ca) => ca.fmt(f),
+        }
+    }
 }
 
 impl Ca {
@@ -95,19 +117,35 @@ impl Ca {
     ///
     /// # Errors
     /// [`Kind::TlsFailure`] when the authority cannot sign now; a later try may succeed.
-    pub async fn certify(&self, id: &SpiffeId, policy: LeafPolicy) -> Result<Credential> {
+    pub async fn certify(&self, id: &SpiffeId, policy: LeafPolicy, urgency: Urgency) -> Result<Credential> {
         match self {
-            // Async for the signers to come; this one takes some 100 µs and waits for nothing.
-            Self::Embedded(ca) => std::future::ready(ca.certify(id, policy)).await,
+            // Some 100 µs, and nothing to wait for.
+            Self::Embedded(ca) => ca.certify(id, policy),
+            Self::Remote(ca) => ca.certify(id, policy, urgency).await,
+        }
+    }
+
+    /// Why it was not heard when it was asked last, if it was not: nobody should wait for it again.
+    pub fn trouble(&self) -> Option<Arc<String>> {
+        match self {
+            Self::Embedded(_) => None,
+            Self::Remote(ca) => ca.trouble(),
         }
     }
 }
 
+/// What is said when an authority elsewhere gives no certificate.
+pub(super) fn no_certificate(id: &SpiffeId, ca: &dyn fmt::Display, reason: &dyn fmt::Display) -> String {
+    format!("no certificate for {id} from {ca}: {reason}")
+}
+
 /// A root and its key in this process.
-pub(super) struct EmbeddedCa {
-    issuer: Issuer<'static, KeyPair>,
+pub(crate) struct EmbeddedCa {
+    pub(super) issuer: Issuer<'static, KeyPair>,
     roots: Arc<RootCertStore>,
-    not_after: OffsetDateTime,
+    /// The same, for those who have none yet.
+    pub(super) bundle: Vec<CertificateDer<'static>>,
+    pub(super) not_after: OffsetDateTime,
 }
 
 impl fmt::Debug for EmbeddedCa {
@@ -136,54 +174,35 @@ impl EmbeddedCa {
         let (_, parsed) =
             X509Certificate::from_der(root).map_err(|_| rcgen::Error::CouldNotParseCertificate)?;
         let not_after = parsed.validity().not_after.to_datetime();
-        Ok(Self { issuer: Issuer::from_ca_cert_der(root, key)?, roots: Arc::new(roots), not_after })
+        let (roots, bundle) = (Arc::new(roots), vec![root.clone()]);
+        Ok(Self { issuer: Issuer::from_ca_cert_der(root, key)?, roots, bundle, not_after })
     }
 
     fn certify(&self, id: &SpiffeId, policy: LeafPolicy) -> Result<Credential> {
-        let now = OffsetDateTime::now_utc();
-        if self.not_after <= now {
-            let at = self.not_after;
-            return Err(Error::new(
-                Kind::TlsFailure,
-                format!(
-                    "cannot certify {id}: the root certificate expired at {at}; replace it in the state directory"
-                ),
-            ));
-        }
-        self.sign(id, now - policy.backdate, policy.lifetime)
-            .map_err(|error| Error::new(Kind::TlsFailure, format!("cannot certify {id}: {error}")))
-    }
-
-    fn sign(
-        &self,
-        id: &SpiffeId,
-        not_before: OffsetDateTime,
-        lifetime: Duration,
-    ) -> std::result::Result<Credential, rcgen::Error> {
-        let mut key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
-        let not_after = (not_before + lifetime).min(self.not_after);
-        let leaf = leaf_params(id, not_before, not_after)?.signed_by(&key, &self.issuer)?;
-        let signing_key =
-            any_ecdsa_type(&PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialized_der())));
-        key.zeroize();
-        let chain = vec![leaf.der().clone()];
-        Ok(Credential {
-            info: info(id, &chain[0])?,
-            key: signing_key.map_err(|_| rcgen::Error::CouldNotParseKeyPair)?,
-            roots: Arc::clone(&self.roots),
-            chain,
-        })
+        let failed = |error| Error::new(Kind::TlsFailure, format!("cannot certify {id}: {error}"));
+        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(failed)?;
+        let Issued { chain, info } = self.issue(id, &key, policy)?;
+        let key = into_signing_key(key).map_err(failed)?;
+        Ok(Credential { info, key, roots: Arc::clone(&self.roots), chain })
     }
 }
 
-fn leaf_params(
-    id: &SpiffeId,
+/// The key as handshakes use it; the other copy is wiped.
+pub(super) fn into_signing_key(mut key: KeyPair) -> std::result::Result<Arc<dyn SigningKey>, rcgen::Error> {
+    let signing_key = any_ecdsa_type(&PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialized_der())));
+    key.zeroize();
+    signing_key.map_err(|_| rcgen::Error::CouldNotParseKeyPair)
+}
+
+/// A leaf for these names, whose key signs handshakes at either end.
+pub(super) fn leaf_params(
+    names: Vec<SanType>,
     not_before: OffsetDateTime,
     not_after: OffsetDateTime,
-) -> std::result::Result<CertificateParams, rcgen::Error> {
+) -> CertificateParams {
     let mut params = CertificateParams::default();
     params.distinguished_name = DistinguishedName::new();
-    params.subject_alt_names = vec![SanType::URI(id.to_string().try_into()?)];
+    params.subject_alt_names = names;
     params.not_before = not_before;
     params.not_after = not_after;
     params.is_ca = IsCa::ExplicitNoCa;
@@ -191,7 +210,7 @@ fn leaf_params(
     params.extended_key_usages =
         vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
     params.use_authority_key_identifier_extension = true;
-    Ok(params)
+    params
 }
 
 /// A root for this key: Istio's shape (organisation = trust domain), plus the URI SAN that SPIFFE asks for.
@@ -211,7 +230,10 @@ pub(super) fn self_signed(
     params.self_signed(key)
 }
 
-fn info(id: &SpiffeId, leaf: &CertificateDer<'_>) -> std::result::Result<CertificateInfo, rcgen::Error> {
+pub(super) fn info(
+    id: &SpiffeId,
+    leaf: &CertificateDer<'_>,
+) -> std::result::Result<CertificateInfo, rcgen::Error> {
     let (_, parsed) = X509Certificate::from_der(leaf).map_err(|_| rcgen::Error::CouldNotParseCertificate)?;
     Ok(CertificateInfo {
         identity: id.clone(),

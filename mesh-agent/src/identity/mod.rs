@@ -4,17 +4,27 @@
 //! the state directory. A room of the path gets one [`WorkloadIdentity`], never the [`Authority`]. Tested beside
 //! each file, and in handshakes by `tunnel/tests`.
 
+mod answer;
 mod authority;
 mod ca;
+mod issue;
+mod istio;
+mod remote;
 mod spiffe;
 mod state_dir;
+mod turns;
 mod verify;
 mod workload;
 
 pub use authority::Authority;
+pub(crate) use ca::EmbeddedCa;
 pub use ca::{CertificateInfo, LeafPolicy};
+pub(crate) use issue::{Issued, IssuedServer};
+pub(crate) use istio::{CREATE_CERTIFICATE, CertificateRequest, CertificateResponse};
+pub use remote::RemoteCaConfig;
 pub use spiffe::{SpiffeId, SpiffeIdError};
 pub use state_dir::CaError;
+pub(crate) use state_dir::{prepare, publish, replace};
 pub use verify::certified_identity;
 pub(crate) use verify::{PeerRefusal, expected_identity, single_identity};
 pub use workload::WorkloadIdentity;

@@ -5,6 +5,7 @@
 //! place. Nothing waits, nothing is ever overwritten. Tested by the unit tests below.
 
 use std::{
+    ffi::OsString,
     fs::{self, DirBuilder, File, OpenOptions},
     io::{self, Read, Write},
     os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
@@ -28,6 +29,9 @@ pub enum CaError {
     /// The trust domain asked for cannot be one.
     #[error("trust domain {0:?} is not lower-case letters, digits, '.', '-' and '_'")]
     TrustDomain(String),
+    /// The name asked for cannot be a server's.
+    #[error("{0:?} is neither a DNS name nor an address")]
+    ServerName(String),
     /// The file system said no.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {
@@ -105,7 +109,8 @@ pub(super) fn load_or_create(
     Ok((root, key))
 }
 
-fn prepare(dir: &Path) -> Result<(), CaError> {
+/// Makes the directory, the user's own; refuses one that others may write to.
+pub(crate) fn prepare(dir: &Path) -> Result<(), CaError> {
     if let Some(parent) = dir.parent() {
         fs::create_dir_all(parent).map_err(io("create the directory", parent))?;
     }
@@ -176,7 +181,7 @@ fn create_certificate(
 }
 
 /// Puts a whole file in place unless there is one already; which of the two is no matter to the caller.
-fn publish(dir: &Path, name: &str, mode: u32, contents: &[u8]) -> Result<(), CaError> {
+pub(crate) fn publish(dir: &Path, name: &str, mode: u32, contents: &[u8]) -> Result<(), CaError> {
     let temporary = dir.join(format!(".{name}.{:016x}", fastrand::u64(..)));
     let written = OpenOptions::new()
         .write(true)
@@ -192,6 +197,26 @@ fn publish(dir: &Path, name: &str, mode: u32, contents: &[u8]) -> Result<(), CaE
     linked.map_err(io("write", &dir.join(name)))?;
     removed.map_err(io("remove", &temporary))?;
     File::open(dir).and_then(|dir| dir.sync_all()).map_err(io("sync", dir))
+}
+
+/// Puts a whole file in place of what is there.
+pub(crate) fn replace(path: &Path, mode: u32, contents: &[u8]) -> Result<(), CaError> {
+    let mut name = OsString::from(".");
+    name.push(path.file_name().unwrap_or_default());
+    name.push(format!(".{:016x}", fastrand::u64(..)));
+    let temporary = path.with_file_name(name);
+    let written = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(mode)
+        .open(&temporary)
+        .and_then(|mut file| file.write_all(contents).and_then(|()| file.sync_all()))
+        .and_then(|()| fs::rename(&temporary, path));
+    if written.is_err() {
+        // It may not have been made at all.
+        let _ = fs::remove_file(&temporary);
+    }
+    written.map_err(io("write", path))
 }
 
 fn check(root: &CertificateDer<'_>, key: &KeyPair, trust_domain: &str, path: &Path) -> Result<(), CaError> {

@@ -1,0 +1,88 @@
+//! `mesh-agent controller` and `mesh-agent token`: their parts, put together and ended in order.
+
+use std::{io::Write, path::Path, sync::Arc};
+
+use anyhow::{Context as _, Result};
+use time::OffsetDateTime;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use super::{NotStarted, Signals, start_log};
+use crate::{
+    admin::{self, Readiness},
+    config::{ControllerConfig, TokenConfig},
+    controller::{
+        Accounts, CertificateService, Limits, ServerCertificate, TokenFor, TokenKey, Tokens, serve,
+    },
+    identity::{EmbeddedCa, replace},
+    source,
+    state::compile::{Netns, Settings},
+};
+
+/// `mesh-agent controller`: runs until SIGTERM or SIGINT.
+pub fn controller(config: ControllerConfig, log: &str) -> Result<()> {
+    start_log(log)?;
+    let Some(dir) = config.config.clone() else {
+        let text = "nothing to configure the controller from: looked for --config DIR and MESH_CONFIG";
+        return Err(NotStarted(text.to_owned()).into());
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(run(config, &dir))
+}
+
+async fn run(config: ControllerConfig, dir: &Path) -> Result<()> {
+    let mut signals = Signals::register().context("listening for signals")?;
+    let settings = Settings {
+        trust_domain: config.trust_domain.as_str().into(),
+        root_namespace: config.root_namespace.as_str().into(),
+        netns: Netns::Annotation,
+    };
+    let source = source::directory(dir.to_path_buf(), settings).await?;
+    let listener =
+        TcpListener::bind(config.listen).await.with_context(|| format!("--listen {}", config.listen))?;
+    let readiness = admin::Listener::bind(config.readiness).await?;
+    let state = || format!("--state-dir {}", config.state_dir.display());
+    let ca = EmbeddedCa::open(&config.state_dir, &config.trust_domain).with_context(state)?;
+    let ca = Arc::new(ca);
+    let tokens =
+        Tokens::open(&config.state_dir, &config.trust_domain, &config.token_audience).with_context(state)?;
+    let certificate =
+        ServerCertificate::new(Arc::clone(&ca), config.server_names.clone()).context("--server-names")?;
+    let limits = Limits {
+        lifetime: config.certificate_lifetime,
+        max_lifetime: config.max_certificate_lifetime,
+        requests_per_second: config.requests_per_second,
+        burst: config.request_burst,
+    };
+    let agents = Accounts::new(config.agent_accounts);
+    let snapshots = source.snapshots.clone();
+    let service = CertificateService::new(ca, &config.trust_domain, tokens, agents, snapshots, limits);
+    let stop = CancellationToken::new();
+    tokio::spawn(admin::serve_readiness(readiness, Readiness::default(), stop.clone()));
+    let served = tokio::spawn(serve(listener, certificate, service, stop.clone()));
+    tracing::info!(listen = %config.listen, "controller started");
+    signals.until_told_to_stop(|| source.reread.reread()).await;
+    stop.cancel();
+    served.await.context("serving certificates")?;
+    tracing::info!("controller stopped");
+    Ok(())
+}
+
+/// `mesh-agent token`: makes one token.
+pub fn token(config: &TokenConfig, out: &mut impl Write) -> Result<()> {
+    let key = TokenKey::open(&config.state_dir)
+        .with_context(|| format!("--state-dir {}", config.state_dir.display()))?;
+    let whom = TokenFor {
+        trust_domain: &config.trust_domain,
+        audience: &config.audience,
+        account: &config.service_account,
+        node: &config.node,
+        duration: config.duration,
+    };
+    let token = key.issue(&whom, OffsetDateTime::now_utc())?;
+    match &config.out {
+        Some(path) => replace(path, 0o600, format!("{token}\n").as_bytes())?,
+        None => writeln!(out, "{token}").context("writing the token")?,
+    }
+    Ok(())
+}

@@ -1,0 +1,47 @@
+//! Who calls, and what that lets him ask for.
+//!
+//! Tested in `tests/`.
+
+use std::{collections::HashSet, fmt};
+
+use crate::{config::ServiceAccountName, identity::SpiffeId};
+
+/// Who has shown a token.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Caller {
+    pub account: ServiceAccountName,
+    /// The node the token is bound to.
+    pub node: Option<String>,
+}
+
+impl Caller {
+    /// The identity that is the caller's own.
+    pub fn own_identity(&self, trust_domain: &str) -> Result<SpiffeId, crate::identity::SpiffeIdError> {
+        let ServiceAccountName { namespace, name } = &self.account;
+        format!("spiffe://{trust_domain}/ns/{namespace}/sa/{name}").parse()
+    }
+}
+
+impl fmt::Display for Caller {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.node {
+            Some(node) => write!(f, "{} on node {node}", self.account),
+            None => self.account.fmt(f),
+        }
+    }
+}
+
+/// The service accounts of agents, who may ask for the identities of their node's pods.
+#[derive(Debug, Clone)]
+pub struct Accounts(HashSet<ServiceAccountName>);
+
+impl Accounts {
+    /// These.
+    pub fn new(accounts: impl IntoIterator<Item = ServiceAccountName>) -> Self {
+        Self(accounts.into_iter().collect())
+    }
+
+    pub(super) fn has(&self, caller: &Caller) -> bool {
+        self.0.contains(&caller.account)
+    }
+}

@@ -1,0 +1,28 @@
+//! `mesh-agent controller`: the certificate authority of a mesh as a service.
+//!
+//! Promises that a certificate is given only to who has shown a token of this mesh, for its own identity or, to agents,
+//! for those of pods that run on the agent's own node; that every refusal says who was refused what, and why; and that
+//! each certificate issued or refused is a line in the log. Connections, requests and messages are bounded. Keys of
+//! workloads are never here. Tested by `tests/` beside this file and `tests/certificate_authority.rs`.
+
+mod audit;
+mod authentication;
+mod certificates;
+mod csr;
+mod pods;
+mod rate_limit;
+mod serve;
+mod server_certificate;
+#[cfg(test)]
+mod tests;
+mod token_key;
+mod tokens;
+
+pub use self::{
+    authentication::Accounts,
+    certificates::{CertificateService, Limits},
+    serve::serve,
+    server_certificate::ServerCertificate,
+    token_key::TokenKey,
+    tokens::{TokenError, TokenFor, Tokens},
+};

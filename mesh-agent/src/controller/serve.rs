@@ -1,0 +1,173 @@
+//! The wire of the certificate service: gRPC over HTTP/2 over TLS 1.3.
+//!
+//! Promises bounds: connections, time for a handshake, streams of a connection, size of a request and time for it; idle
+//! connections are asked whether they live. Never dies of an error of one connection. Tested in `tests/`.
+
+use std::{
+    convert::Infallible,
+    net::SocketAddr,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use hyper::{body::Incoming, server::conn::http2, service::service_fn};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{OwnedSemaphorePermit, Semaphore},
+};
+use tokio_rustls::TlsAcceptor;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tonic::{
+    Code, Request, Response, Status,
+    body::Body,
+    codegen::{BoxFuture, Service},
+    server::Grpc,
+};
+use tonic_prost::ProstCodec;
+
+use super::{certificates::CertificateService, server_certificate::ServerCertificate};
+use crate::identity::{CREATE_CERTIFICATE, CertificateRequest, CertificateResponse};
+
+/// Connections at once; more wait in the backlog. An agent has one.
+const CONNECTIONS: usize = 8192;
+/// Time for a handshake.
+const HANDSHAKE: Duration = Duration::from_secs(10);
+/// Requests under way on one connection.
+const STREAMS: u32 = 64;
+/// Largest request: one of an RSA 4096 key is below 3 KiB.
+const LARGEST_REQUEST: usize = 64 * 1024;
+/// Largest headers: a token of Kubernetes is below 2 KiB.
+const LARGEST_HEADERS: u32 = 32 * 1024;
+/// Time for a request, from its head to its answer.
+const REQUEST: Duration = Duration::from_secs(10);
+/// How often a silent connection is asked whether it lives, and how long it may take to say so.
+const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(20));
+/// Pause after the process ran out of descriptors: `accept` would fail again at once.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Serves until `stop`; requests under way are answered first.
+pub async fn serve(
+    listener: TcpListener,
+    certificate: ServerCertificate,
+    service: CertificateService,
+    stop: CancellationToken,
+) {
+    let (room, tasks) = (Arc::new(Semaphore::new(CONNECTIONS)), TaskTracker::new());
+    let service = Arc::new(service);
+    loop {
+        let accepted = tokio::select! {
+            () = stop.cancelled() => break,
+            accepted = accept(&listener, &room) => accepted,
+        };
+        match accepted {
+            Ok((stream, peer, permit)) => {
+                let tls = TlsAcceptor::from(certificate.config());
+                let (service, stop) = (Arc::clone(&service), stop.clone());
+                tasks.spawn(async move {
+                    if let Err(error) = connection(stream, peer, tls, service, stop).await {
+                        tracing::debug!(%peer, error = format!("{error:#}"), "a connection to the controller ended");
+                    }
+                    drop(permit);
+                });
+            }
+            Err(error) => {
+                tracing::warn!(%error, "accepting a connection to the controller");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+    tasks.close();
+    tasks.wait().await;
+}
+
+async fn accept(
+    listener: &TcpListener,
+    room: &Arc<Semaphore>,
+) -> std::io::Result<(TcpStream, SocketAddr, OwnedSemaphorePermit)> {
+    let permit = Arc::clone(room).acquire_owned().await.map_err(std::io::Error::other)?;
+    let (stream, peer) = listener.accept().await?;
+    Ok((stream, SocketAddr::new(peer.ip().to_canonical(), peer.port()), permit))
+}
+
+async fn connection(
+    stream: TcpStream,
+    peer: SocketAddr,
+    tls: TlsAcceptor,
+    service: Arc<CertificateService>,
+    stop: CancellationToken,
+) -> anyhow::Result<()> {
+    // Small messages, each waited for.
+    let _ = stream.set_nodelay(true);
+    let stream = tokio::select! {
+        () = stop.cancelled() => return Ok(()),
+        stream = tokio::time::timeout(HANDSHAKE, tls.accept(stream)) => stream??,
+    };
+    let mut server = http2::Builder::new(TokioExecutor::new());
+    server
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(STREAMS)
+        .max_header_list_size(LARGEST_HEADERS)
+        .keep_alive_interval(KEEPALIVE.0)
+        .keep_alive_timeout(KEEPALIVE.1);
+    let answer = service_fn(move |request| {
+        let service = Arc::clone(&service);
+        async move { Ok::<_, Infallible>(route(request, peer, service).await) }
+    });
+    let mut connection = std::pin::pin!(server.serve_connection(TokioIo::new(stream), answer));
+    tokio::select! {
+        ended = connection.as_mut() => ended?,
+        () = stop.cancelled() => {
+            connection.as_mut().graceful_shutdown();
+            tokio::time::timeout(REQUEST, connection).await??;
+        }
+    }
+    Ok(())
+}
+
+/// The methods there are.
+async fn route(
+    request: http::Request<Incoming>,
+    peer: SocketAddr,
+    service: Arc<CertificateService>,
+) -> http::Response<Body> {
+    let answered = match request.uri().path() {
+        CREATE_CERTIFICATE => {
+            let codec = ProstCodec::<CertificateResponse, CertificateRequest>::default();
+            let mut grpc = Grpc::new(codec).max_decoding_message_size(LARGEST_REQUEST);
+            tokio::time::timeout(REQUEST, grpc.unary(CreateCertificate { service, peer }, request)).await
+        }
+        path => Ok(Status::unimplemented(format!("{path} is not served here")).into_http()),
+    };
+    answered.unwrap_or_else(|_| {
+        Status::new(Code::DeadlineExceeded, format!("the request was not there within {REQUEST:?}"))
+            .into_http()
+    })
+}
+
+/// One call, as tonic's server wants it.
+struct CreateCertificate {
+    service: Arc<CertificateService>,
+    peer: SocketAddr,
+}
+
+impl Service<Request<CertificateRequest>> for CreateCertificate {
+    type Response = Response<CertificateResponse>;
+    type Error = Status;
+    type Future = BoxFuture<Self::Response, Status>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Status>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<CertificateRequest>) -> Self::Future {
+        let (service, peer) = (Arc::clone(&self.service), self.peer);
+        Box::pin(async move {
+            let bearer = request.metadata().get("authorization").and_then(|value| value.to_str().ok());
+            let bearer = bearer.map(str::to_owned);
+            let answer = service.create(peer, bearer.as_deref(), request.get_ref()).await?;
+            Ok(Response::new(answer))
+        })
+    }
+}
