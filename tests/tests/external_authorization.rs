@@ -307,11 +307,25 @@ async fn without_an_answer_nothing_is_let_in_unless_it_fails_open() -> Result<()
     ensure!(
         world.counted("hasty", "error").await? >= 4.0 && world.counted("open", "failed_open").await? >= 4.0
     );
+    // The time that a route gives a request is the authorizer's too.
+    let impatient = ["near", "far"].map(|host| {
+        format!(
+            "---\napiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: {{ name: {host} }}\n\
+             spec: {{ hosts: [{host}], http: [{{ timeout: 0.5s, route: [{{ destination: {{ host: {host} }} }}] }}] }}\n"
+        )
+    });
+    world.pair.apply("impatient.yaml", &impatient.concat()).await?;
+    ask("grpc", "hang", 504).await?;
+    world.pair.lab.delete("impatient.yaml")?;
     // An authorizer outside of the mesh is asked in plaintext, which tells nothing of who asks.
     ask("unmeshed", "allow", 200).await?;
     ask("unmeshed", "deny", 401).await?;
     let asked = apps::questions(&world.plain);
     ensure!(asked.len() >= 4 && asked.iter().all(|question| question.caller.is_empty()), "{asked:?}");
+    // From the pods themselves, never from a node.
+    let pods = world.sides.each_ref().map(|side| side.pod.ip().to_string());
+    ensure!(asked.iter().all(|question| pods.contains(&question.peer)), "{asked:?}");
+    ensure!(pods.iter().all(|pod| asked.iter().any(|question| question.peer == *pod)), "{asked:?}");
     // Nobody listens there any more.
     world.meshed.stop(std::time::Duration::from_secs(5)).await?;
     ask("hasty", "allow", 503).await?;

@@ -21,6 +21,7 @@ use crate::{
 };
 
 mod custom;
+mod properties;
 
 const CASES: &str = include_str!("tests/cases.txt");
 

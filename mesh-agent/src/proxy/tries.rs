@@ -2,6 +2,7 @@
 //! budget allow it.
 
 use std::{
+    fmt::Display,
     net::SocketAddr,
     sync::{
         Arc,
@@ -238,7 +239,7 @@ pub(super) struct Picked {
 }
 
 /// Chooses an endpoint of the cluster for a request, and notes it in the exchange.
-pub(super) async fn pick(
+async fn pick(
     outbound: &Outbound,
     exchange: &mut Exchange,
     cluster: &Cluster,
@@ -263,6 +264,20 @@ pub(super) async fn pick(
     Ok(Picked { endpoint, via, permit })
 }
 
+/// The same, within the time that there is: an external authorizer may take long.
+pub(super) async fn pick_in_time(
+    outbound: &Outbound,
+    exchange: &mut Exchange,
+    cluster: &Cluster,
+    request: &mut Request<Body>,
+    tried: &[SocketAddr],
+    limit: Option<Instant>,
+) -> Result<Picked> {
+    let activity = Arc::clone(&exchange.client.activity);
+    let picking = pick(outbound, exchange, cluster, request, tried);
+    in_time(outbound, &activity, &"an external authorizer", limit, picking).await
+}
+
 async fn one(
     outbound: &Outbound,
     exchange: &mut Exchange,
@@ -272,7 +287,8 @@ async fn one(
     tried: &[SocketAddr],
     limit: Option<Instant>,
 ) -> Result<Response<Body>> {
-    let Picked { endpoint, via, permit } = pick(outbound, exchange, cluster, &mut request, tried).await?;
+    let Picked { endpoint, via, permit } =
+        pick_in_time(outbound, exchange, cluster, &mut request, tried, limit).await?;
     let service = exchange.cluster.as_ref().map(|cluster| &cluster.host);
     let (service, protocol_seen) = (service.cloned(), exchange.protocol());
     let passed = || outbound.passed_flow(&endpoint, service.clone(), protocol_seen);
@@ -286,7 +302,7 @@ async fn one(
     };
     let (client, inform) = (outbound.shown, &exchange.client.inform);
     let sending = outbound.pod.send(&permit, &destination, request, client, inform);
-    let sending = in_time(outbound, &exchange.client.activity, endpoint.address, limit, sending);
+    let sending = in_time(outbound, &exchange.client.activity, &endpoint.address, limit, sending);
     let sent = unless_cut(exchange.standing.as_mut(), sending).await;
     let result = sent.map(|(response, lease)| {
         exchange.lease = Some(lease);
@@ -296,11 +312,11 @@ async fn one(
     result
 }
 
-/// Waits for what an endpoint answers: until `limit`, and for as long as anything moves.
+/// Waits for what somebody answers: until `limit`, and for as long as anything moves.
 pub(super) async fn in_time<T>(
     outbound: &Outbound,
     activity: &Activity,
-    endpoint: SocketAddr,
+    from: &(dyn Display + Sync),
     limit: Option<Instant>,
     answer: impl Future<Output = Result<T>>,
 ) -> Result<T> {
@@ -313,9 +329,9 @@ pub(super) async fn in_time<T>(
     tokio::select! {
         biased;
         answer = answer => answer,
-        () = late => Err(Error::new(Kind::Timeout, format!("no response from {endpoint} in time"))),
+        () = late => Err(Error::new(Kind::Timeout, format!("no response from {from} in time"))),
         () = activity.stalled(outbound.mesh.limits.stall()) => {
-            let text = format!("nothing moved for too long while waiting for {endpoint}");
+            let text = format!("nothing moved for too long while waiting for {from}");
             Err(Error::new(Kind::StreamIdle, text))
         }
     }

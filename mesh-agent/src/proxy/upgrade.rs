@@ -78,8 +78,9 @@ async fn one(
     tried: &[SocketAddr],
 ) -> Result<Made> {
     let key = request.headers().get(SEC_WEBSOCKET_KEY).cloned();
-    let Picked { endpoint, via, permit } =
-        tries::pick(outbound, exchange, cluster, &mut request, tried).await?;
+    let limit = exchange.deadline;
+    let picking = tries::pick_in_time(outbound, exchange, cluster, &mut request, tried, limit);
+    let Picked { endpoint, via, permit } = picking.await?;
     let destination = Destination {
         address: endpoint.address,
         via: &via,
@@ -89,7 +90,7 @@ async fn one(
     };
     let asking = outbound.pod.switch(&permit, &destination, request, wanted, outbound.shown);
     let activity = &exchange.client.activity;
-    let asking = Box::pin(tries::in_time(outbound, activity, endpoint.address, exchange.deadline, asking));
+    let asking = Box::pin(tries::in_time(outbound, activity, &endpoint.address, exchange.deadline, asking));
     let asked = unless_cut(exchange.standing.as_mut(), asking).await;
     health::learn_switched(&outbound.mesh.reporter, cluster, &endpoint, &asked);
     match asked? {

@@ -33,6 +33,8 @@ pub fn authorizer(port: u16) -> App {
 pub struct Question {
     /// `grpc` or `http`.
     pub over: String,
+    /// What `accept` returned as the peer's address.
+    pub peer: String,
     /// Who asked the authorizer, as the mesh tells it (`x-forwarded-client-cert`); empty where it tells nothing.
     pub caller: String,
     /// Of gRPC: the SPIFFE id of who wants something.

@@ -35,6 +35,7 @@ mod hosts;
 mod mesh_config;
 mod protocol;
 mod routes;
+mod selectors;
 mod services;
 mod streams;
 #[cfg(test)]

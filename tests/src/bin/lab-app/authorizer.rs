@@ -45,27 +45,30 @@ pub async fn serve(options: ServerOptions) -> Result<()> {
         stream.set_nodelay(true)?;
         tokio::spawn(async move {
             let builder = auto::Builder::new(TokioExecutor::new());
-            if let Err(error) = builder.serve_connection(TokioIo::new(stream), service_fn(answer)).await {
+            let from = listen::canonical(peer).ip().to_string();
+            let service = service_fn(move |request| answer(request, from.clone()));
+            if let Err(error) = builder.serve_connection(TokioIo::new(stream), service).await {
                 eprintln!("connection of {peer}: {error}");
             }
         });
     }
 }
 
-async fn answer(request: Request<Incoming>) -> Result<Response<Body>> {
+async fn answer(request: Request<Incoming>, peer: String) -> Result<Response<Body>> {
     let (head, body) = request.into_parts();
     let body = body.collect().await?.to_bytes();
     let header =
         |name: &str| head.headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
     let caller = header("x-forwarded-client-cert").to_owned();
     if head.uri.path() == CHECK {
-        let question = read(body, caller)?;
+        let question = Question { peer, ..read(body, caller)? };
         print(&question)?;
         return grpc(say(&question).await);
     }
     let host = head.uri.authority().map_or(header("host"), |authority| authority.as_str()).to_owned();
     let question = Question {
         over: "http".to_owned(),
+        peer,
         caller,
         method: head.method.to_string(),
         path: head.uri.path_and_query().map_or("/", |path| path.as_str()).to_owned(),
