@@ -185,6 +185,7 @@ fn authority(config: &NodeConfig) -> Result<Authority> {
             let remote = RemoteCaConfig { address, server_name, roots, token };
             Authority::remote(remote, trust_domain).context("--ca-address")
         }
+        CaSource::Spiffe(socket) => Authority::spiffe(socket, trust_domain).context("--ca"),
     }
 }
 

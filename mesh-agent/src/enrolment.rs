@@ -256,6 +256,9 @@ impl Enrolment {
         for workload in plan.update {
             self.update(&workload);
         }
+        for workload in &plan.join {
+            self.authority.prefetch(&workload.identity);
+        }
         for workload in plan.join {
             // A node full of pods takes a while: an agent that is told to stop does not go on with it.
             if self.drain.is_leaving() {

@@ -37,6 +37,7 @@ pub struct Controller {
     node: Node,
     process: Process,
     state_dir: PathBuf,
+    root: PathBuf,
 }
 
 impl Node {
@@ -58,7 +59,8 @@ impl Node {
         })
         .await
         .with_context(|| process.tail())?;
-        Ok(Controller { node: self.clone(), process, state_dir })
+        let root = state_dir.join("ca-cert.pem");
+        Ok(Controller { node: self.clone(), process, state_dir, root })
     }
 }
 
@@ -66,6 +68,12 @@ impl Controller {
     /// Where agents reach it.
     pub fn address(&self) -> String {
         SocketAddr::new(self.node.addresses().v4.into(), PORT).to_string()
+    }
+
+    /// Agents are to believe these roots, where they are not in its state directory.
+    #[must_use]
+    pub fn believed_by(self, root: PathBuf) -> Self {
+        Self { root, ..self }
     }
 
     /// Its keys and certificates.
@@ -90,14 +98,13 @@ impl Controller {
 
     /// Begins an agent of this node that asks this controller; it has a token once [`Self::token`] has made one.
     pub fn agent(&self, node: &Node) -> AgentBuilder {
-        let root = self.state_dir.join("ca-cert.pem");
         [
             "--ca-address".to_owned(),
             self.address(),
             "--ca-server-name".to_owned(),
             SERVER_NAME.to_owned(),
             "--ca-root".to_owned(),
-            root.to_string_lossy().into_owned(),
+            self.root.to_string_lossy().into_owned(),
             "--ca-token".to_owned(),
             self.token_file(node).to_string_lossy().into_owned(),
         ]

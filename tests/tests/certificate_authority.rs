@@ -1,15 +1,18 @@
 //! Agents of two nodes take their pods' certificates from a controller: each for its own pods, with a good token, and not too
 //! often; what it refuses is told at both ends, and while it is away pods that run go on.
 
-use std::{fs, os::unix::fs::PermissionsExt as _, time::Duration};
+use std::{fs, os::unix::fs::PermissionsExt as _, path::Path, time::Duration};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use lab::{Agent, Controller, Lab, Node, Pod, Service, apps, eventually, metric, net, require_root};
+use lab::{
+    Agent, Controller, Lab, Node, PATIENCE, Pod, Service, apps, eventually, metric, net, require_root,
+};
 use mesh_agent::{
     config::ServiceAccountName,
     controller::{TokenFor, TokenKey},
     identity::{Authority, RemoteCaConfig, SpiffeId},
 };
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose};
 use time::OffsetDateTime;
 
 /// Two nodes that trust one controller, which runs on the first.
@@ -74,7 +77,7 @@ async fn pods_are_certified_by_the_controller_and_speak_mutual_tls() -> Result<(
     let world = World::new("ca", &[]).await?;
     let client = world.a.pod("client").sa("client").start().await?;
     let (pod, service) = server(&world.lab, &world.b).await?;
-    let (agent_a, agent_b) = tokio::try_join!(world.agent(&world.a), world.agent(&world.b))?;
+    let (mut agent_a, agent_b) = tokio::try_join!(world.agent(&world.a), world.agent(&world.b))?;
     tokio::try_join!(client.enrolled(), pod.enrolled())?;
     answered(&client, &service).await?;
     let names = [
@@ -95,6 +98,58 @@ async fn pods_are_certified_by_the_controller_and_speak_mutual_tls() -> Result<(
     }
     let certificates = agent_a.meshctl(&["certs", "-o", "json"]).await?;
     ensure!(certificates.contains("/sa/client") && !certificates.contains("/sa/keeper"), "{certificates}");
+    // A successor has keys of its own certified.
+    let issued = world.controller.audit("issued").len();
+    let before = agent_a.upgrade().await?;
+    answered(&client, &service).await?;
+    ensure!(world.controller.audit("issued").len() > issued, "the successor has asked for nothing");
+    ensure!(before.wait(PATIENCE).await?.success(), "the agent before did not end well\n{}", before.tail());
+    world.controller.stop().await?;
+    world.lab.finish().await
+}
+
+/// An authority in Istio's `cacerts` layout: a root, and an intermediate that certifies.
+fn authority_from_elsewhere(dir: &Path) -> Result<()> {
+    let params = |name: &str| {
+        let mut params = CertificateParams::default();
+        params.distinguished_name.push(DnType::CommonName, name);
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        params
+    };
+    let (root_key, key) = (KeyPair::generate()?, KeyPair::generate()?);
+    let root = params("the root of the company");
+    let certificate = root.self_signed(&root_key)?.pem();
+    let intermediate = params("mesh").signed_by(&key, &Issuer::from_params(&root, &root_key))?.pem();
+    fs::create_dir(dir)?;
+    fs::write(dir.join("ca-key.pem"), key.serialize_pem())?;
+    fs::set_permissions(dir.join("ca-key.pem"), fs::Permissions::from_mode(0o600))?;
+    fs::write(dir.join("ca-cert.pem"), &intermediate)?;
+    fs::write(dir.join("cert-chain.pem"), &intermediate)?;
+    fs::write(dir.join("root-cert.pem"), certificate)?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_authority_from_elsewhere_may_be_plugged_in() -> Result<()> {
+    if !require_root()? {
+        return Ok(());
+    }
+    let lab = Lab::new("cacerts").await?;
+    let (a, b) = (lab.node("a").await?, lab.node("b").await?);
+    let elsewhere = tempfile::tempdir()?;
+    let dir = elsewhere.path().join("cacerts");
+    authority_from_elsewhere(&dir)?;
+    let controller = a.controller(&["--ca-certs", &dir.to_string_lossy()]).await?;
+    let controller = controller.believed_by(dir.join("root-cert.pem"));
+    let world = World { lab, a, b, controller };
+    let client = world.a.pod("client").sa("client").start().await?;
+    let (pod, service) = server(&world.lab, &world.b).await?;
+    let _agents = tokio::try_join!(world.agent(&world.a), world.agent(&world.b))?;
+    tokio::try_join!(client.enrolled(), pod.enrolled())?;
+    // Each end shows the intermediate behind its leaf, and believes the root alone.
+    answered(&client, &service).await?;
+    ensure!(!world.controller.state_dir().join("ca-key.pem").exists(), "an authority of its own was made");
     world.controller.stop().await?;
     world.lab.finish().await
 }

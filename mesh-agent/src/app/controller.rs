@@ -42,7 +42,10 @@ async fn run(config: ControllerConfig, dir: &Path) -> Result<()> {
         TcpListener::bind(config.listen).await.with_context(|| format!("--listen {}", config.listen))?;
     let readiness = admin::Listener::bind(config.readiness).await?;
     let state = || format!("--state-dir {}", config.state_dir.display());
-    let ca = EmbeddedCa::open(&config.state_dir, &config.trust_domain).with_context(state)?;
+    let ca = match &config.ca_certs {
+        Some(dir) => EmbeddedCa::plugged_in(dir, &config.trust_domain).context("--ca-certs")?,
+        None => EmbeddedCa::open(&config.state_dir, &config.trust_domain).with_context(state)?,
+    };
     let ca = Arc::new(ca);
     let tokens =
         Tokens::open(&config.state_dir, &config.trust_domain, &config.token_audience).with_context(state)?;

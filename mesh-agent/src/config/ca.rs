@@ -1,4 +1,4 @@
-//! Who certifies the pods of a node: the embedded authority, or one reached over the network.
+//! Who certifies the pods of a node: the embedded authority, one reached over the network, or SPIRE.
 
 use std::path::PathBuf;
 
@@ -10,7 +10,7 @@ use clap::Args;
 pub struct CaFlags {
     /// Certificate authority to ask, instead of the embedded one: any that speaks Istio's certificate service, such as
     /// `mesh-agent controller` or istiod
-    #[arg(long, env = "MESH_CA_ADDRESS", value_name = "HOST:PORT", requires_all = ["ca_root", "ca_token"],
+    #[arg(long, env = "MESH_CA_ADDRESS", value_name = "HOST:PORT", requires_all = ["ca_root", "ca_token"], conflicts_with = "ca",
           value_parser = host_and_port)]
     pub ca_address: Option<String>,
     /// PEM certificates that the authority's server certificate has to chain to; the mesh's roots too, where the authority
@@ -24,6 +24,9 @@ pub struct CaFlags {
     /// Name that the authority's server certificate has to have [default: HOST of `--ca-address`]
     #[arg(long, env = "MESH_CA_SERVER_NAME", value_name = "NAME", requires = "ca_address")]
     pub ca_server_name: Option<String>,
+    /// Take the certificates from a SPIFFE Workload API (SPIRE's agent): `spiffe:UNIX_SOCKET`
+    #[arg(long, env = "MESH_CA", value_name = "SOURCE", value_parser = workload_api)]
+    pub ca: Option<PathBuf>,
 }
 
 /// Where certificates come from.
@@ -42,13 +45,16 @@ pub enum CaSource {
         /// Token file.
         token: PathBuf,
     },
+    /// A SPIFFE Workload API at this socket.
+    Spiffe(PathBuf),
 }
 
 impl CaFlags {
     /// What the flags say.
     pub fn source(&self) -> CaSource {
-        match (&self.ca_address, &self.ca_root, &self.ca_token) {
-            (Some(address), Some(roots), Some(token)) => CaSource::Remote {
+        match (&self.ca, &self.ca_address, &self.ca_root, &self.ca_token) {
+            (Some(socket), ..) => CaSource::Spiffe(socket.clone()),
+            (None, Some(address), Some(roots), Some(token)) => CaSource::Remote {
                 address: address.clone(),
                 server_name: self.ca_server_name.clone().unwrap_or_else(|| host(address).to_owned()),
                 roots: roots.clone(),
@@ -74,6 +80,15 @@ fn host_and_port(text: &str) -> Result<String, String> {
         return Err(wrong());
     }
     Ok(text.to_owned())
+}
+
+fn workload_api(text: &str) -> Result<PathBuf, String> {
+    // `unix://` as in SPIFFE_ENDPOINT_SOCKET.
+    let socket = text.strip_prefix("spiffe:").map(|path| path.strip_prefix("unix://").unwrap_or(path));
+    match socket {
+        Some(path) if path.starts_with('/') => Ok(PathBuf::from(path)),
+        _ => Err(format!("{text:?} is not spiffe:UNIX_SOCKET with an absolute path")),
+    }
 }
 
 #[cfg(test)]
@@ -107,6 +122,8 @@ mod tests {
             };
             assert_eq!((to.as_str(), server_name.as_str()), (address, name));
         }
+        assert_eq!(parse(&["--ca=spiffe:/run/s.sock"]).unwrap(), CaSource::Spiffe("/run/s.sock".into()));
+        assert_eq!(parse(&["--ca=spiffe:unix:///run/s"]).unwrap(), CaSource::Spiffe("/run/s".into()));
         for bad in [
             &["--ca-address=ca:15012"][..],
             &["--ca-address=ca:15012", "--ca-root=/r.pem"],
@@ -116,6 +133,9 @@ mod tests {
             &["--ca-address=::1:15012", files[0], files[1]],
             &["--ca-address=:15012", files[0], files[1]],
             &["--ca-address=ca:0", files[0], files[1]],
+            &["--ca=spiffe:/s", "--ca-address=ca:15012", files[0], files[1]],
+            &["--ca=spiffe:"],
+            &["--ca=spire:/s"],
         ] {
             assert!(parse(bad).is_err(), "{bad:?}");
         }

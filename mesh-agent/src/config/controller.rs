@@ -29,6 +29,10 @@ pub struct ControllerConfig {
     /// Where the authority's key and certificate are kept (made there if there are none), and the key of tokens
     #[arg(long, env = "MESH_STATE_DIR", value_name = "DIR", default_value = STATE_DIR)]
     pub state_dir: PathBuf,
+    /// Directory of an authority from elsewhere, instead of the one in the state directory, in Istio's `cacerts` layout:
+    /// `ca-cert.pem`, `ca-key.pem`, `root-cert.pem`, `cert-chain.pem`
+    #[arg(long, env = "MESH_CA_CERTS", value_name = "DIR")]
+    pub ca_certs: Option<PathBuf>,
     /// Where the certificate service is served, over TLS
     #[arg(long, env = "MESH_CONTROLLER_LISTEN", value_name = "ADDRESS", default_value = "0.0.0.0:15012")]
     pub listen: SocketAddr,

@@ -1,6 +1,6 @@
 //! All pods at once, from the agent before to this one, and from this one to the next.
 
-use std::{collections::HashSet, path::Path, sync::Arc};
+use std::{collections::HashSet, path::Path, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result};
 use tokio::sync::watch;
@@ -14,6 +14,9 @@ use crate::{
     state::snapshot::Snapshot,
     upstream::PodName,
 };
+
+/// How long a succession waits for each certificate: the agent before serves meanwhile.
+const CERTIFICATE: Duration = Duration::from_secs(15);
 
 /// Pods of another agent that this one is ready to serve.
 #[derive(Debug, Default)]
@@ -44,6 +47,9 @@ impl Enrolment {
     pub async fn prepare(&self, offered: Vec<OfferedPod>) -> Result<Prepared> {
         let wanted = wanted(&self.mesh.snapshot(), &self.mesh.node);
         let mut prepared = Prepared::default();
+        for workload in wanted.values() {
+            self.authority.prefetch(&workload.identity);
+        }
         for pod in offered {
             prepared.offered.insert(pod.cookie);
             let name = PodName { namespace: (*pod.namespace).into(), name: (*pod.name).into() };
@@ -51,7 +57,7 @@ impl Enrolment {
             let Some(id) = workload.netns.as_deref().and_then(|path: &Path| namespace_id(path)) else {
                 continue;
             };
-            let identity = self.authority.identity(&workload.identity).await;
+            let identity = self.authority.identity_within(&workload.identity, CERTIFICATE).await;
             let identity = identity.with_context(|| format!("the certificate of pod {name}"))?;
             let adopted = tokio::task::block_in_place(|| self.capture.adopt(Arc::clone(workload), pod))?;
             prepared.pods.extend(adopted.map(|adopted| (adopted, identity, id)));

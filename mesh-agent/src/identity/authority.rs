@@ -7,15 +7,14 @@
 use std::{
     collections::HashMap,
     future::Future,
-    path::Path,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError, Weak},
     time::Duration,
 };
 
-use arc_swap::ArcSwapOption;
 use time::OffsetDateTime;
 use tokio::{
-    sync::{OwnedMutexGuard, oneshot},
+    sync::{OwnedMutexGuard, watch},
     time::Instant,
 };
 use tokio_util::task::AbortOnDropHandle;
@@ -24,8 +23,10 @@ use super::{
     CaError, SpiffeId,
     ca::{Ca, CertificateInfo, Credential, EmbeddedCa, LeafPolicy, Urgency, no_certificate},
     remote::{RemoteCa, RemoteCaConfig},
+    slot::Slot,
     spiffe::is_trust_domain,
     workload::{Current, WorkloadIdentity},
+    workload_api::WorkloadApi,
 };
 use crate::error::{Error, Kind, Result};
 
@@ -44,29 +45,6 @@ const WALL_CLOCK_CHECK: Duration = Duration::from_mins(10);
 /// How long an asker waits for a certificate: an authority elsewhere may take its time, and pods that have theirs, and
 /// policies, must not wait for it.
 const PATIENCE: Duration = Duration::from_millis(500);
-/// How long a certificate is kept that came after its asker had given up: he asks again within a second.
-const KEPT_FOR_ASKER: Duration = Duration::from_secs(10);
-
-/// How long it is remembered why an identity was not certified.
-const FAILURE_KEPT: Duration = Duration::from_mins(1);
-
-/// The place of one identity. Clones are the same place.
-#[derive(Debug, Clone, Default)]
-struct Slot {
-    /// The handle, while somebody holds it; locked by whoever fills it.
-    handle: Arc<tokio::sync::Mutex<Weak<WorkloadIdentity>>>,
-    /// Why and when it could not be filled, for askers who do not wait so long.
-    failure: Arc<ArcSwapOption<(Error, Instant)>>,
-}
-
-impl Slot {
-    fn is_used(&self) -> bool {
-        Arc::strong_count(&self.handle) > 1
-            || self.handle.try_lock().is_ok_and(|held| held.strong_count() > 0)
-            || self.failure.load().as_ref().is_some_and(|failure| failure.1.elapsed() < FAILURE_KEPT)
-    }
-}
-
 /// Issues and renews certificates; one per agent.
 #[derive(Debug)]
 pub struct Authority {
@@ -109,6 +87,17 @@ impl Authority {
         Ok(Self::new(trust_domain, Ca::Remote(RemoteCa::new(config)?), LeafPolicy::default()))
     }
 
+    /// The certificates of a SPIFFE Workload API, followed from now on. Takes a tokio runtime.
+    ///
+    /// # Errors
+    /// When the trust domain cannot be one.
+    pub fn spiffe(socket: PathBuf, trust_domain: &str) -> std::result::Result<Self, CaError> {
+        if !is_trust_domain(trust_domain) {
+            return Err(CaError::TrustDomain(trust_domain.to_owned()));
+        }
+        Ok(Self::new(trust_domain, Ca::Spiffe(WorkloadApi::follow(socket)), LeafPolicy::default()))
+    }
+
     fn new(trust_domain: &str, ca: Ca, policy: LeafPolicy) -> Self {
         Self { trust_domain: trust_domain.into(), ca: Arc::new(ca), policy, slots: Mutex::default() }
     }
@@ -130,6 +119,15 @@ impl Authority {
     /// [`Kind::TlsFailure`] when `id` is of another trust domain, or the authority cannot sign or has not answered yet: it
     /// is still being asked then, and the next caller finds what it said.
     pub async fn identity(&self, id: &SpiffeId) -> Result<Arc<WorkloadIdentity>> {
+        let patience = if self.ca.trouble().is_some() { Duration::ZERO } else { PATIENCE };
+        self.identity_within(id, patience).await
+    }
+
+    /// The same for who would rather wait, this long.
+    ///
+    /// # Errors
+    /// As for [`Self::identity`].
+    pub async fn identity_within(&self, id: &SpiffeId, patience: Duration) -> Result<Arc<WorkloadIdentity>> {
         if id.trust_domain != self.trust_domain {
             let ours = &self.trust_domain;
             return Err(Error::new(
@@ -137,36 +135,21 @@ impl Authority {
                 format!("cannot certify {id}: the trust domain of this mesh is {ours}"),
             ));
         }
-        let trouble = self.ca.trouble();
-        let patience = if trouble.is_some() { Duration::ZERO } else { PATIENCE };
         let place = self.slot(id);
-        let late = || match (&trouble, &*place.failure.load()) {
+        let late = || match (self.ca.trouble(), place.failure()) {
             (Some(reason), _) => Error::new(Kind::TlsFailure, no_certificate(id, &*self.ca, &reason)),
-            (None, Some(failure)) => failure.0.clone(),
+            (None, Some(failure)) => failure,
             (None, None) => {
                 Error::new(Kind::TlsFailure, no_certificate(id, &*self.ca, &"it has not answered yet"))
             }
         };
-        let handle = Arc::clone(&place.handle);
-        let Ok(slot) = tokio::time::timeout(patience, handle.lock_owned()).await else {
-            return Err(late());
-        };
-        if let Some(identity) = slot.upgrade()
+        let Ok(handle) = tokio::time::timeout(patience, place.lock()).await else { return Err(late()) };
+        if let Some(identity) = handle.upgrade()
             && !identity.is_expired()
         {
             return Ok(identity);
         }
-        let (told, mut asked) = oneshot::channel();
-        let (issuer, failure) = (self.issuer(id), Arc::clone(&place.failure));
-        tokio::spawn(async move {
-            let filled = issuer.fill(slot).await;
-            let failed = filled.as_ref().err().map(|error| Arc::new((error.clone(), Instant::now())));
-            failure.store(failed);
-            if let Err(Ok(kept)) = told.send(filled) {
-                tokio::time::sleep(KEPT_FOR_ASKER).await;
-                drop(kept);
-            }
-        });
+        let mut asked = place.fill(self.issuer(id).fill(handle, Urgency::Now));
         match tokio::time::timeout(patience, &mut asked).await {
             Ok(Ok(filled)) => filled,
             // What comes in this very moment is in the channel, and must not be lost for the next asker.
@@ -178,10 +161,25 @@ impl Authority {
         }
     }
 
+    /// Begins to certify an identity that will be asked for soon. Those that are needed now go before it.
+    pub fn prefetch(&self, id: &SpiffeId) {
+        if id.trust_domain != self.trust_domain || self.ca.is_at_hand() || self.ca.trouble().is_some() {
+            return;
+        }
+        let place = self.slot(id);
+        // What failed is asked for by who needs it.
+        if place.failure().is_none()
+            && let Some(handle) = place.try_lock()
+            && handle.strong_count() == 0
+        {
+            drop(place.fill(self.issuer(id).fill(handle, Urgency::Later)));
+        }
+    }
+
     /// The certificates in use, by identity.
     pub fn certificates(&self) -> Vec<CertificateInfo> {
         let slots: Vec<Slot> = self.lock().values().cloned().collect();
-        let in_use = |slot: Slot| Some(slot.handle.try_lock().ok()?.upgrade()?.certificate());
+        let in_use = |slot: Slot| Some(slot.try_lock()?.upgrade()?.certificate());
         let mut certificates: Vec<_> = slots.into_iter().filter_map(in_use).collect();
         certificates.sort_by(|a, b| a.identity.cmp(&b.identity));
         certificates
@@ -222,18 +220,28 @@ struct Issuer {
 
 impl Issuer {
     /// A certificate for the slot, whose handle may be there and expired.
-    async fn fill(self, mut slot: OwnedMutexGuard<Weak<WorkloadIdentity>>) -> Result<Arc<WorkloadIdentity>> {
-        let credential = self.ca.certify(&self.id, self.policy, Urgency::Now).await?;
+    async fn fill(
+        self,
+        mut slot: OwnedMutexGuard<Weak<WorkloadIdentity>>,
+        urgency: Urgency,
+    ) -> Result<Arc<WorkloadIdentity>> {
+        // Heard from before the certificate is there, so that no change is missed.
+        let changes = self.ca.changes();
+        let credential = self.ca.certify(&self.id, self.policy, urgency).await?;
         if let Some(identity) = slot.upgrade() {
             identity.replace(credential)?;
             return Ok(identity);
         }
-        let identity = self.begin(credential)?;
+        let identity = self.begin(credential, changes)?;
         *slot = Arc::downgrade(&identity);
         Ok(identity)
     }
 
-    fn begin(self, credential: Credential) -> Result<Arc<WorkloadIdentity>> {
+    fn begin(
+        self,
+        credential: Credential,
+        changes: Option<watch::Receiver<u64>>,
+    ) -> Result<Arc<WorkloadIdentity>> {
         let Self { id, trust_domain, ca, policy } = self;
         let current = Current::new(credential, &trust_domain)?;
         let first = current.info().clone();
@@ -248,26 +256,40 @@ impl Issuer {
             let renewed = id.clone();
             let certify = move || {
                 let (ca, id) = (Arc::clone(&ca), renewed.clone());
-                async move { ca.certify(&id, policy, Urgency::Renewal).await }
+                async move { ca.certify(&id, policy, Urgency::Later).await }
             };
-            let renewal = tokio::spawn(keep_renewed(Weak::clone(handle), first, certify));
+            let renewal = tokio::spawn(keep_renewed(Weak::clone(handle), first, changes, certify));
             WorkloadIdentity::new(id, trust_domain, current, AbortOnDropHandle::new(renewal))
         }))
     }
 }
 
-/// Replaces the certificate of `handle` in time, again and again, until nobody holds the handle.
-async fn keep_renewed<F, Fut>(handle: Weak<WorkloadIdentity>, first: CertificateInfo, mut certify: F)
-where
+/// Replaces the certificate of `handle` in time, and whenever the authority has something new, again and again, until nobody
+/// holds the handle.
+async fn keep_renewed<F, Fut>(
+    handle: Weak<WorkloadIdentity>,
+    first: CertificateInfo,
+    mut changes: Option<watch::Receiver<u64>>,
+    mut certify: F,
+) where
     F: FnMut() -> Fut + Send,
     Fut: Future<Output = Result<Credential>> + Send,
 {
     let mut certificate = first;
     loop {
-        wait_until_due(&certificate).await;
+        let mut due = tokio::select! {
+            () = wait_until_due(&certificate) => true,
+            () = changed(&mut changes) => false,
+        };
         let mut retry = RETRY_FIRST;
         loop {
-            let renewed = certify().await;
+            let renewed = certify().await.and_then(|credential| {
+                // With the same certificate there may be other roots; but it is no renewal.
+                if due && credential.info.serial == certificate.serial {
+                    return Err(Error::new(Kind::TlsFailure, "the same certificate was given again"));
+                }
+                Ok(credential)
+            });
             let Some(identity) = handle.upgrade() else { return };
             match renewed.and_then(|credential| identity.replace(credential)) {
                 Ok(()) => {
@@ -280,10 +302,24 @@ where
                 }
             }
             drop(identity);
-            tokio::time::sleep(retry).await;
+            tokio::select! {
+                () = tokio::time::sleep(retry) => {}
+                () = changed(&mut changes) => due = false,
+            }
             retry = (retry * 2).min(RETRY_MOST);
         }
     }
+}
+
+/// Waits for the authority to tell of something new; for ever, where it never does.
+async fn changed(changes: &mut Option<watch::Receiver<u64>>) {
+    if let Some(told) = changes {
+        if told.changed().await.is_ok() {
+            return;
+        }
+        *changes = None;
+    }
+    std::future::pending::<()>().await;
 }
 
 async fn wait_until_due(certificate: &CertificateInfo) {
@@ -402,7 +438,7 @@ mod tests {
         };
         let mut renewals = identity.renewals();
         tokio::select! {
-            () = keep_renewed(Arc::downgrade(&identity), first.clone(), certify) => return Err("it gave up".into()),
+            () = keep_renewed(Arc::downgrade(&identity), first.clone(), None, certify) => return Err("it gave up".into()),
             renewed = renewals.changed() => renewed?,
         }
         assert_eq!(tries.load(Ordering::Relaxed), 6);

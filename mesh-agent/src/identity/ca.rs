@@ -13,6 +13,7 @@ use rustls::{RootCertStore, crypto::aws_lc_rs::sign::any_ecdsa_type, sign::Signi
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use serde::{Serialize, Serializer};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+use tokio::sync::watch;
 use x509_parser::prelude::{FromDer, X509Certificate};
 use zeroize::Zeroize;
 
@@ -21,6 +22,7 @@ use super::{
     issue::Issued,
     remote::RemoteCa,
     state_dir::{self, CaError},
+    workload_api::WorkloadApi,
 };
 use crate::error::{Error, Kind, Result};
 
@@ -90,8 +92,8 @@ impl fmt::Debug for Credential {
 pub(super) enum Urgency {
     /// Somebody waits for it.
     Now,
-    /// The one before still holds.
-    Renewal,
+    /// Nobody does yet: the one before still holds, or it is fetched ahead.
+    Later,
 }
 
 /// Who signs.
@@ -101,6 +103,8 @@ pub(super) enum Ca {
     Embedded(EmbeddedCa),
     /// Reached over the network, by Istio's certificate service.
     Remote(RemoteCa),
+    /// A SPIFFE Workload API, which makes the keys too.
+    Spiffe(WorkloadApi),
 }
 
 impl fmt::Display for Ca {
@@ -108,6 +112,7 @@ impl fmt::Display for Ca {
         match self {
             Self::Embedded(_) => f.write_str("the embedded certificate authority"),
             Self::Remote(ca) => ca.fmt(f),
+            Self::Spiffe(api) => api.fmt(f),
         }
     }
 }
@@ -122,7 +127,13 @@ impl Ca {
             // Some 100 µs, and nothing to wait for.
             Self::Embedded(ca) => ca.certify(id, policy),
             Self::Remote(ca) => ca.certify(id, policy, urgency).await,
+            Self::Spiffe(api) => api.certify(id).await,
         }
+    }
+
+    /// Whether it answers without being waited for.
+    pub fn is_at_hand(&self) -> bool {
+        matches!(self, Self::Embedded(_))
     }
 
     /// Why it was not heard when it was asked last, if it was not: nobody should wait for it again.
@@ -130,6 +141,15 @@ impl Ca {
         match self {
             Self::Embedded(_) => None,
             Self::Remote(ca) => ca.trouble(),
+            Self::Spiffe(api) => api.trouble(),
+        }
+    }
+
+    /// Tells when it has something new without being asked, where it does.
+    pub fn changes(&self) -> Option<watch::Receiver<u64>> {
+        match self {
+            Self::Embedded(_) | Self::Remote(_) => None,
+            Self::Spiffe(api) => Some(api.changes()),
         }
     }
 }
@@ -139,11 +159,13 @@ pub(super) fn no_certificate(id: &SpiffeId, ca: &dyn fmt::Display, reason: &dyn 
     format!("no certificate for {id} from {ca}: {reason}")
 }
 
-/// A root and its key in this process.
+/// An authority's certificate and its key in this process.
 pub(crate) struct EmbeddedCa {
     pub(super) issuer: Issuer<'static, KeyPair>,
     roots: Arc<RootCertStore>,
-    /// The same, for those who have none yet.
+    /// What is sent behind a leaf: the authority's own certificate, where that is no root, and those between.
+    pub(super) chain: Vec<CertificateDer<'static>>,
+    /// The roots as certificates, for those who have none yet.
     pub(super) bundle: Vec<CertificateDer<'static>>,
     pub(super) not_after: OffsetDateTime,
 }
@@ -169,13 +191,26 @@ impl EmbeddedCa {
     }
 
     fn new(root: &CertificateDer<'static>, key: KeyPair) -> std::result::Result<Self, rcgen::Error> {
-        let mut roots = RootCertStore::empty();
-        roots.add(root.clone()).map_err(|_| rcgen::Error::CouldNotParseCertificate)?;
         let (_, parsed) =
             X509Certificate::from_der(root).map_err(|_| rcgen::Error::CouldNotParseCertificate)?;
         let not_after = parsed.validity().not_after.to_datetime();
-        let (roots, bundle) = (Arc::new(roots), vec![root.clone()]);
-        Ok(Self { issuer: Issuer::from_ca_cert_der(root, key)?, roots, bundle, not_after })
+        Self::of(root, key, Vec::new(), vec![root.clone()], not_after)
+    }
+
+    /// The authority of this certificate; `not_after` is when it, or what it hangs on, ends.
+    pub(super) fn of(
+        certificate: &CertificateDer<'static>,
+        key: KeyPair,
+        chain: Vec<CertificateDer<'static>>,
+        bundle: Vec<CertificateDer<'static>>,
+        not_after: OffsetDateTime,
+    ) -> std::result::Result<Self, rcgen::Error> {
+        let mut roots = RootCertStore::empty();
+        for root in &bundle {
+            roots.add(root.clone()).map_err(|_| rcgen::Error::CouldNotParseCertificate)?;
+        }
+        let issuer = Issuer::from_ca_cert_der(certificate, key)?;
+        Ok(Self { issuer, roots: Arc::new(roots), chain, bundle, not_after })
     }
 
     fn certify(&self, id: &SpiffeId, policy: LeafPolicy) -> Result<Credential> {

@@ -93,6 +93,8 @@ impl EmbeddedCa {
         let leaf = leaf_params(names, not_before, not_after)
             .signed_by(key, &self.issuer)
             .map_err(|error| Error::new(Kind::TlsFailure, format!("cannot certify {whom}: {error}")))?;
-        Ok(vec![leaf.der().clone()])
+        let mut chain = vec![leaf.der().clone()];
+        chain.extend_from_slice(&self.chain);
+        Ok(chain)
     }
 }

@@ -9,12 +9,15 @@ mod authority;
 mod ca;
 mod issue;
 mod istio;
+mod plugged;
 mod remote;
+mod slot;
 mod spiffe;
 mod state_dir;
 mod turns;
 mod verify;
 mod workload;
+mod workload_api;
 
 pub use authority::Authority;
 pub(crate) use ca::EmbeddedCa;

@@ -284,7 +284,7 @@ fn client_config(
 }
 
 /// The connection as tonic's client wants it.
-struct Connection(http2::SendRequest<Body>);
+pub(super) struct Connection(pub http2::SendRequest<Body>);
 
 impl Service<http::Request<Body>> for Connection {
     type Response = http::Response<Incoming>;

@@ -32,6 +32,14 @@ pub enum CaError {
     /// The name asked for cannot be a server's.
     #[error("{0:?} is neither a DNS name nor an address")]
     ServerName(String),
+    /// A file of an authority from elsewhere.
+    #[error("{} {reason}", path.display())]
+    Plugged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// The file system said no.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {

@@ -1,6 +1,6 @@
-//! Who is asked for first: a certificate that somebody waits for goes before renewals.
+//! Who is asked for first: a certificate that somebody waits for goes before renewals and those that are fetched ahead.
 //!
-//! Promises that renewals never take all places, so that what is needed now waits for no queue of theirs. Tested below.
+//! Promises that the latter never take all places, so that what is needed now waits for no queue of theirs. Tested below.
 
 use tokio::sync::{AcquireError, Semaphore, SemaphorePermit};
 
@@ -8,35 +8,35 @@ use super::ca::Urgency;
 
 /// Requests that an agent has under way with its authority at a time.
 const PLACES: usize = 16;
-/// How many of them renewals may take.
-const FOR_RENEWALS: usize = 4;
+/// How many of them those may take that nobody waits for.
+const FOR_LATER: usize = 4;
 
 /// The places.
 #[derive(Debug)]
 pub(super) struct Turns {
     all: Semaphore,
-    renewals: Semaphore,
+    later: Semaphore,
 }
 
 /// A place, until dropped.
 #[derive(Debug)]
 pub(super) struct Turn<'a> {
     _place: SemaphorePermit<'a>,
-    _renewal: Option<SemaphorePermit<'a>>,
+    _later: Option<SemaphorePermit<'a>>,
 }
 
 impl Turns {
     pub(super) fn new() -> Self {
-        Self { all: Semaphore::new(PLACES), renewals: Semaphore::new(FOR_RENEWALS) }
+        Self { all: Semaphore::new(PLACES), later: Semaphore::new(FOR_LATER) }
     }
 
-    /// Waits for a place. Renewals wait among themselves first, so that no more than a few are ever ahead of anybody.
+    /// Waits for a place. Those that are for later wait among themselves first, so that no more than a few are ever ahead of anybody.
     pub(super) async fn take(&self, urgency: Urgency) -> Result<Turn<'_>, AcquireError> {
-        let renewal = match urgency {
+        let later = match urgency {
             Urgency::Now => None,
-            Urgency::Renewal => Some(self.renewals.acquire().await?),
+            Urgency::Later => Some(self.later.acquire().await?),
         };
-        Ok(Turn { _place: self.all.acquire().await?, _renewal: renewal })
+        Ok(Turn { _place: self.all.acquire().await?, _later: later })
     }
 }
 
@@ -57,12 +57,12 @@ mod tests {
     async fn renewals_leave_places_to_what_is_needed_now() -> TestResult {
         let turns = Turns::new();
         let mut held = Vec::new();
-        for _ in 0..FOR_RENEWALS {
-            held.push(turns.take(Urgency::Renewal).await?);
+        for _ in 0..FOR_LATER {
+            held.push(turns.take(Urgency::Later).await?);
         }
-        let mut renewal = pin!(turns.take(Urgency::Renewal));
+        let mut renewal = pin!(turns.take(Urgency::Later));
         assert!(is_pending(renewal.as_mut()).await, "a renewal too many");
-        for _ in FOR_RENEWALS..PLACES {
+        for _ in FOR_LATER..PLACES {
             held.push(turns.take(Urgency::Now).await?);
         }
         let mut now = pin!(turns.take(Urgency::Now));
