@@ -3,10 +3,14 @@
 //! Status, gRPC code and response flag come from the one table in [`Kind::row`]: a refusal without a kind does
 //! not compile, so every refusal is counted. Tested by the unit tests below.
 
+mod token;
+
 use std::{fmt, sync::Arc};
 
 use bytes::Bytes;
 use http::StatusCode;
+
+pub use self::token::TokenFailure;
 
 /// Why a connection or request did not get its answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -39,6 +43,8 @@ pub enum Kind {
     ExternalError,
     /// Plaintext, where mutual TLS alone is taken.
     Plaintext,
+    /// A token in the request is not to be believed.
+    Token(TokenFailure),
     /// The injected fault of a route.
     FaultAbort(FaultStatus),
     /// A destination the mesh never proxies to (its own ports).
@@ -133,6 +139,7 @@ impl Kind {
             // Envoy's words.
             Self::Denied => "RBAC: access denied",
             Self::ExternalDenied | Self::ExternalError => "",
+            Self::Token(failure) => failure.told(),
             kind => kind.row().word,
         }
     }
@@ -160,6 +167,11 @@ impl Kind {
             Self::ExternalError => (Mesh, StatusCode::FORBIDDEN, 7, "UAEX", "external_error"),
             // Envoy's, where none of a port's filter chains takes the connection.
             Self::Plaintext => (Downstream, StatusCode::FORBIDDEN, 7, "NR", "plaintext"),
+            // Envoy's, of its filter for tokens: 403 where the token is good and meant for somebody else.
+            Self::Token(TokenFailure::Audience) => {
+                (Downstream, StatusCode::FORBIDDEN, 7, "UAEX", "invalid_token")
+            }
+            Self::Token(_) => (Downstream, StatusCode::UNAUTHORIZED, 16, "UAEX", "invalid_token"),
             Self::FaultAbort(FaultStatus::Http(status)) => {
                 (Mesh, status, grpc_of(status), "FI", "fault_abort")
             }

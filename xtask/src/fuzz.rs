@@ -20,12 +20,13 @@ use crate::setup;
 use crate::workspace;
 
 /// Directory below `tests/fuzz/seeds`, and program.
-const TARGETS: [(&str, &str); 5] = [
+const TARGETS: [(&str, &str); 6] = [
     ("detection", "fuzz-detection"),
     ("http1_edge", "fuzz-http1-edge"),
     ("config", "fuzz-config"),
     ("path", "fuzz-path"),
     ("identity", "fuzz-identity"),
+    ("jwt", "fuzz-jwt"),
 ];
 
 /// What lets libFuzzer see which code an input reaches, and what it was compared with. Optimisation that merges

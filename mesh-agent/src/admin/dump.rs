@@ -11,11 +11,11 @@ use serde_json::{Value, json};
 mod tests;
 
 use crate::state::snapshot::{
-    Abort, Action, Applied, Authentication, Authorization, Backend, CapturePolicy, Cluster, ConsistentHash,
-    CorsPolicy, Exclusions, Fault, HashKey, HeaderMatch, HeaderOp, HttpRoute, Mirror, Mtls, OutlierDetection,
-    PathRewrite, Percentage, Policy, Protocol, RequestMatch, RetryOn, RetryPolicy, Rewrite, RouteAction,
-    Service, ServicePort, Snapshot, SniHost, StreamMatch, StreamRoute, StringMatch, Visibility,
-    WeightedBackend, WhenAgentIsDown, Workload,
+    Abort, Action, Applied, AppliedTokens, Authentication, Authorization, Backend, CapturePolicy, Cluster,
+    ConsistentHash, CorsPolicy, Exclusions, Fault, HashKey, HeaderMatch, HeaderOp, HttpRoute, Keys, Mirror,
+    Mtls, OutlierDetection, PathRewrite, Percentage, Policy, Protocol, RequestMatch, RetryOn, RetryPolicy,
+    Rewrite, RouteAction, Service, ServicePort, Snapshot, SniHost, StreamMatch, StreamRoute, StringMatch,
+    TokenRule, Tokens, Visibility, WeightedBackend, WhenAgentIsDown, Workload,
 };
 
 /// The whole snapshot.
@@ -29,7 +29,13 @@ pub(super) fn config(snapshot: &Snapshot, problems: &[String]) -> Value {
         "problems": problems,
         "workloads": workloads.into_values().collect::<Vec<_>>(),
         "services": services.into_values().collect::<Vec<_>>(),
+        "key_sets": key_sets(snapshot),
     })
+}
+
+/// Key sets that are fetched, each with the number of its keys; `null` before it was fetched.
+fn key_sets(snapshot: &Snapshot) -> BTreeMap<&str, Option<usize>> {
+    snapshot.key_sets.iter().map(|(uri, cell)| (&**uri, cell.get().map(|keys| keys.len()))).collect()
 }
 
 fn workload(w: &Workload) -> Value {
@@ -45,6 +51,7 @@ fn workload(w: &Workload) -> Value {
         "capture": capture(&w.capture),
         "mtls": authentication(&w.authentication),
         "authorization": authorization(&w.authorization),
+        "tokens": tokens(&w.authentication.tokens),
         "workload_name": *w.workload_name,
         "canonical_service": *w.canonical_service,
         "canonical_revision": *w.canonical_revision,
@@ -61,6 +68,26 @@ fn authentication(all: &Authentication) -> Value {
         value["ports"] = json!(ports);
     }
     value
+}
+
+/// Whose tokens a pod believes, and whether their keys are there: without them its tokens are refused.
+fn tokens(all: &Tokens) -> Value {
+    let rule = |rule: &TokenRule| {
+        json!({
+            "issuer": rule.issuer,
+            "audiences": rule.audiences,
+            "keys": rule.keys.get().map(|keys| keys.len()),
+            "keys_from": match &rule.keys {
+                Keys::Inline(_) => None,
+                Keys::Remote(remote) => Some(&*remote.uri),
+            },
+        })
+    };
+    let one = |one: &AppliedTokens| {
+        let rules: Vec<_> = one.rules.iter().map(rule).collect();
+        json!({ "by": *one.name, "ports": one.ports, "rules": rules })
+    };
+    all.rules.iter().map(one).collect()
 }
 
 /// The policies that select a pod, by what they do; each as `NAMESPACE/NAME`, with its ports where it has its own.

@@ -1,14 +1,17 @@
-//! `mesh-agent controller`: the certificate authority of a mesh as a service.
+//! `mesh-agent controller`: the certificate authority of a mesh as a service, and the key sets of issuers of tokens.
 //!
 //! Promises that a certificate is given only to who has shown a token of this mesh, for its own identity or, to agents,
 //! for those of pods that run on the agent's own node; that every refusal says who was refused what, and why; and that
 //! each certificate issued or refused is a line in the log. Connections, requests and messages are bounded. Keys of
-//! workloads are never here. Tested by `tests/` beside this file and `tests/certificate_authority.rs`.
+//! workloads are never here. What a tenant's configuration names is fetched from here alone, never from a node, and never
+//! from where the mesh or the cluster is at home. Tested by `tests/` beside this file and `tests/certificate_authority.rs`.
 
 mod audit;
 mod authentication;
 mod certificates;
 mod csr;
+pub mod jwks;
+pub mod key_sets;
 mod pods;
 mod rate_limit;
 mod serve;

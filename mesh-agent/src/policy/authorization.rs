@@ -15,7 +15,7 @@ use std::{
 
 use http::{HeaderMap, Method};
 
-use super::{Permit, inbound, matching};
+use super::{Permit, inbound, jwt::Claims, matching};
 use crate::{
     error::{Error, Kind, Result},
     identity::SpiffeId,
@@ -49,6 +49,8 @@ pub struct Head<'a> {
     pub path: &'a str,
     /// Its headers.
     pub headers: &'a HeaderMap,
+    /// What its verified token says.
+    pub claims: Option<&'a Claims>,
 }
 
 /// What is said of a connection before its bytes are looked at.
@@ -67,8 +69,10 @@ pub enum Ruling {
 pub fn connection(asked: &Asked<'_>, reporter: &Reporter) -> Result<Ruling> {
     let permit = inbound(asked)?;
     let facts = Facts { asked, bytes: Bytes::Unread };
+    let tokens = asked.workload.authentication.tokens.reads(asked.destination.port());
     match verdict(&asked.workload.authorization, &facts) {
         Verdict::Open => Ok(Ruling::BytesDecide),
+        Verdict::Allowed if tokens => Ok(Ruling::BytesDecide),
         decided => {
             note(&facts, reporter);
             decided.settle(permit).map(Ruling::Permitted)
@@ -81,6 +85,11 @@ pub fn connection(asked: &Asked<'_>, reporter: &Reporter) -> Result<Ruling> {
 /// # Errors
 /// [`Kind::Denied`], [`Kind::Plaintext`], [`Kind::IllegalDestination`].
 pub fn opaque(asked: &Asked<'_>, server_name: Option<&str>, reporter: &Reporter) -> Result<Permit> {
+    if asked.workload.authentication.tokens.asks_for_requests(asked.destination.port()) {
+        let text =
+            "the port is declared HTTP and its requests are looked at for tokens, but these bytes are none";
+        return Err(Error::new(Kind::BadRequest, text));
+    }
     decide(asked, Bytes::Opaque { server_name }, reporter)
 }
 
@@ -133,6 +142,9 @@ pub fn stands(asked: &Asked<'_>, open: Open<'_>) -> Result<()> {
     let permit = inbound(asked)?;
     let said = |bytes| verdict(&asked.workload.authorization, &Facts { asked, bytes });
     let now = match open {
+        Open::Connection if asked.workload.authentication.tokens.reads(asked.destination.port()) => {
+            Verdict::Open
+        }
         Open::Connection => said(Bytes::Unread),
         Open::Requests => match said(Bytes::Unread) {
             Verdict::Open => Verdict::Allowed,

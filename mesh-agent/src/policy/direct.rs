@@ -20,7 +20,7 @@ pub enum Because {
     Limited,
     /// One of the pods says so (`mesh.io/direct: disabled`).
     Asked,
-    /// An `AuthorizationPolicy` selects the server's pod, and is asked by the agent.
+    /// An `AuthorizationPolicy` selects the server's pod, and is asked by the agent; or tokens are looked for.
     Judged,
     /// A `PeerAuthentication` asks for mutual TLS at the server's port, and these bytes cross the node in the clear.
     Strict,
@@ -64,7 +64,8 @@ pub fn port(port: &ServicePort) -> Result<(), Because> {
 /// # Errors
 /// Why connections between these two take the agent.
 pub fn pods(client: &Workload, server: &Workload, app: SocketAddr) -> Result<(), Because> {
-    if !server.authorization.is_empty() {
+    let read = server.authentication.tokens.reads(app.port());
+    if read || !server.authorization.is_empty() {
         return Err(Because::Judged);
     }
     if server.authentication.of(app.port()).mode == MtlsMode::Strict {

@@ -4,7 +4,10 @@ use std::borrow::Cow;
 
 use http::{HeaderMap, HeaderName, header::HOST};
 
-use super::authorization::{Bytes, Facts, Head, Holds};
+use super::{
+    authorization::{Bytes, Facts, Head, Holds},
+    jwt::Claims,
+};
 use crate::{
     identity::SpiffeId,
     state::snapshot::{Clause, Listed, PathMatch, ServiceAccount, TemplatePart, TextMatch},
@@ -47,12 +50,17 @@ pub(super) fn holds(clause: &Clause, facts: &Facts<'_>) -> Holds {
             }
             Bytes::Request(_) => listed.holds(|_| false).into(),
         },
-        Clause::Host(_) | Clause::Method(_) | Clause::Path(_) | Clause::Header(..) | Clause::Token(_) => {
-            match facts.bytes {
-                Bytes::Unread | Bytes::Opaque { .. } => Holds::Open,
-                Bytes::Request(head) => of_request(clause, head).into(),
-            }
-        }
+        Clause::Host(_)
+        | Clause::Method(_)
+        | Clause::Path(_)
+        | Clause::Header(..)
+        | Clause::RequestPrincipal(_)
+        | Clause::Audience(_)
+        | Clause::Presenter(_)
+        | Clause::Claim(..) => match facts.bytes {
+            Bytes::Unread | Bytes::Opaque { .. } => Holds::Open,
+            Bytes::Request(head) => of_request(clause, head).into(),
+        },
     }
 }
 
@@ -71,7 +79,26 @@ fn of_request(clause: &Clause, head: &Head<'_>) -> bool {
             };
             listed.holds(|text| value.as_ref().is_some_and(|value| bytes_match(text, value)))
         }
-        Clause::Token(wanted) => !wanted,
+        _ => of_token(clause, head.claims),
+    }
+}
+
+/// Who has no token has no value of any of these.
+fn of_token(clause: &Clause, claims: Option<&Claims>) -> bool {
+    match clause {
+        Clause::RequestPrincipal(listed) => {
+            let principal = claims.and_then(Claims::principal);
+            listed.holds(|text| principal.as_ref().is_some_and(|pieces| pieces_match(text, pieces)))
+        }
+        Clause::Audience(listed) => listed.holds(|text| {
+            claims.is_some_and(|claims| claims.audiences().any(|audience| text_matches(text, audience)))
+        }),
+        Clause::Presenter(listed) => {
+            let presenter = claims.and_then(Claims::presenter);
+            listed.holds(|text| presenter.is_some_and(|presenter| text_matches(text, presenter)))
+        }
+        Clause::Claim(path, listed) => listed
+            .holds(|text| claims.is_some_and(|claims| claims.any(path, |value| text_matches(text, value)))),
         _ => false,
     }
 }

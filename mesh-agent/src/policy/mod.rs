@@ -14,6 +14,7 @@ mod tests;
 
 pub mod direct;
 pub mod external;
+pub mod jwt;
 pub mod probes;
 
 use std::net::SocketAddr;

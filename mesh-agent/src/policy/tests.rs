@@ -122,7 +122,7 @@ impl Question {
             Ok(_) => path.into(),
             Err(_) => return "malformed".to_owned(),
         };
-        let head = Head { method, authority: &self.host, path: &path, headers: &self.headers };
+        let head = Head { method, authority: &self.host, path: &path, headers: &self.headers, claims: None };
         said(verdict(&workload.authorization, &Facts { asked: &asked, bytes: Bytes::Request(&head) }))
     }
 }
@@ -236,7 +236,7 @@ fn refusals_name_policy_and_rule_as_envoy_does() {
         Some((Kind::Denied, "rbac_access_denied_matched_policy[none]".to_owned()))
     );
     let (method, headers) = (Method::GET, HeaderMap::new());
-    let head = Head { method: &method, authority: "app", path: "/", headers: &headers };
+    let head = Head { method: &method, authority: "app", path: "/", headers: &headers, claims: None };
     assert!(request(&asked(2), &head, &reporter).is_ok());
 }
 
@@ -250,7 +250,7 @@ fn plaintext_is_refused_where_mutual_tls_is_asked_for_whatever_policies_say() {
     workload.authentication.ports = Box::new([(80, strict)]);
     let id = "spiffe://cluster.local/ns/app/sa/x".parse().unwrap();
     let (method, headers) = (Method::GET, HeaderMap::new());
-    let head = Head { method: &method, authority: "app", path: "/", headers: &headers };
+    let head = Head { method: &method, authority: "app", path: "/", headers: &headers, claims: None };
     for (port, source, expected) in
         [(80, None, Kind::Plaintext), (80, Some(&id), Kind::Denied), (81, None, Kind::Denied)]
     {
@@ -272,7 +272,7 @@ fn what_is_open_is_judged_by_what_is_known_of_it() {
     let client = "10.0.0.1:1".parse().unwrap();
     let head = Question::read("GET /a");
     let (method, _) = head.request.clone().unwrap();
-    let head = Head { method: &method, authority: "app", path: "/a", headers: &head.headers };
+    let head = Head { method: &method, authority: "app", path: "/a", headers: &head.headers, claims: None };
     let opaque = Open::Opaque(Some("db.example.com"));
     // Policies, and whether a connection, one that is read, bytes with a name and a request go on.
     for (policies, expected) in [
@@ -312,7 +312,7 @@ fn what_is_tried_or_audited_is_counted_and_passes() {
     };
     let headers = HeaderMap::new();
     for method in [Method::GET, Method::POST] {
-        let head = Head { method: &method, authority: "app", path: "/", headers: &headers };
+        let head = Head { method: &method, authority: "app", path: "/", headers: &headers, claims: None };
         assert!(request(&asked, &head, &reporter).is_ok());
     }
     // Nothing is known of what is in it but that it is audited.

@@ -22,7 +22,7 @@ use crate::{
     config::PathNormalization,
     error::{Error, Kind, Result},
     identity::SpiffeId,
-    policy::{self, Asked, Head, Open},
+    policy::{self, Asked, Head, Open, jwt},
     route,
     upstream::Pod,
 };
@@ -38,18 +38,20 @@ pub(super) enum What {
     Opaque(Option<String>),
     /// The kubelet's, which no policy refuses: what it may ask for is looked at with each request.
     Probe,
-    /// A request, as it was judged. `raw_path`: what becomes of its path before it is judged, where that has not been done.
-    Request { method: Method, uri: Uri, headers: HeaderMap, raw_path: Option<PathNormalization> },
+    /// A request, as it was judged. `raw_path`: what becomes of its path before it is judged, where that has not been done;
+    /// `judged`: when, as its tokens count time.
+    Request { method: Method, uri: Uri, headers: HeaderMap, raw_path: Option<PathNormalization>, judged: u64 },
 }
 
 impl What {
     /// A request under way.
-    pub fn request<B>(request: &Request<B>, raw_path: Option<PathNormalization>) -> Self {
+    pub fn request<B>(request: &Request<B>, raw_path: Option<PathNormalization>, judged: u64) -> Self {
         Self::Request {
             method: route::method(request.method(), request.extensions()).clone(),
             uri: request.uri().clone(),
             headers: request.headers().clone(),
             raw_path,
+            judged,
         }
     }
 }
@@ -134,13 +136,22 @@ impl Standing {
             What::Connection => Open::Connection,
             What::Requests => Open::Requests,
             What::Opaque(name) => Open::Opaque(name.as_deref()),
-            What::Request { method, uri, headers, raw_path } => {
+            What::Request { method, uri, headers, raw_path, judged } => {
                 let form = raw_path.filter(|_| workload.authorization.reads_paths);
                 let normal = form.map(|form| policy::normalise(uri.path(), form)).transpose();
                 let normal = normal.map_err(|bad| Error::new(Kind::BadRequest, bad.to_string()))?;
                 let path = normal.as_deref().unwrap_or_else(|| uri.path());
                 let authority = uri.authority().map_or("", |authority| authority.as_str());
-                return policy::stands(&asked, Open::Request(Head { method, authority, path, headers }));
+                let mut request = Request::new(());
+                (*request.uri_mut(), *request.headers_mut()) = (uri.clone(), headers.clone());
+                let tokens = &workload.authentication.tokens;
+                let claims = jwt::settle(tokens, self.app.port(), &mut request, *judged)?;
+                policy::external::change(request.headers_mut(), &self.approved.request);
+                let (headers, claims) = (request.headers(), claims.as_ref());
+                return policy::stands(
+                    &asked,
+                    Open::Request(Head { method, authority, path, headers, claims }),
+                );
             }
         };
         policy::stands(&asked, open)
@@ -156,7 +167,7 @@ async fn change(mut changes: watch::Receiver<()>) {
 
 /// Whether the end of a connection is a cut: it is reported as a refusal too.
 pub(super) const fn is_cut(error: &Error) -> bool {
-    matches!(error.kind, Kind::Denied | Kind::Plaintext)
+    matches!(error.kind, Kind::Denied | Kind::Plaintext | Kind::Token(_))
 }
 
 /// What `work` comes to, unless what stands is cut before.

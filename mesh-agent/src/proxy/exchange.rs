@@ -15,7 +15,7 @@ use http_body::{Body as _, Frame, SizeHint};
 use percent_encoding::{AsciiSet, CONTROLS, percent_encode};
 use tokio::time::{Instant, Sleep};
 
-use super::{Ends, permits::Stands, tries::UnderWay};
+use super::{Ends, headers, permits::Stands, tries::UnderWay};
 use crate::{
     balance::Chosen,
     body::{Activity, Body, BodyError, Breaking, Inform, Meter},
@@ -220,6 +220,9 @@ impl Exchange {
             // The detail names endpoints and policies: it is the operator's, in the log, not the client's.
             Body::from(Bytes::from_static(error.kind.told().as_bytes()))
         };
+        if let Kind::Token(_) = error.kind {
+            set(&mut parts.headers, "www-authenticate", &headers::challenge(&self.authority, &self.path));
+        }
         // Our own answer is whole: neither the time that was the endpoint's nor a change of its policies cuts it off.
         (self.deadline, self.standing) = (None, None);
         self.error = Some(error);

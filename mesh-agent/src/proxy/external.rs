@@ -22,6 +22,7 @@ use crate::{
     policy::{
         self, Asked, Open,
         external::{self, Answer, Question, Shown, Subject},
+        jwt::Claims,
     },
     report,
     state::snapshot::{CheckProtocol, Cluster, Protocol, Provider},
@@ -39,6 +40,8 @@ const TRIES: usize = 3;
 pub(super) struct Approved {
     /// Who has.
     pub by: Vec<Arc<Provider>>,
+    /// What has become of the request.
+    pub request: Vec<external::Change>,
     /// What becomes of the response.
     pub response: Vec<external::Change>,
 }
@@ -53,11 +56,12 @@ pub(super) async fn request(
     pod: &Arc<Pod>,
     asked: &Asked<'_>,
     request: &mut Request<Body>,
+    claims: Option<&Claims>,
 ) -> Result<Approved> {
     let mut approved = Approved::default();
     loop {
         let asked = Asked { approved: &approved.by, ..*asked };
-        let next = policy::authorizer(&asked, Open::Request(permits::head(request)));
+        let next = policy::authorizer(&asked, Open::Request(permits::head(request, claims)));
         let Some(provider) = next.map(Arc::clone) else { return Ok(approved) };
         let shown = shown(&provider, request).await?;
         let (parts, body) = std::mem::take(request).into_parts();
@@ -66,6 +70,7 @@ pub(super) async fn request(
         *request = Request::from_parts(parts, body);
         let changes = answer?;
         external::change(request.headers_mut(), &changes.request);
+        approved.request.extend(changes.request);
         approved.response.extend(changes.response);
         approved.by.push(provider);
     }

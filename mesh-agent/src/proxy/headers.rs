@@ -60,6 +60,19 @@ pub(super) fn expected(headers: &mut HeaderMap, by: Instant, grpc: bool) {
     }
 }
 
+/// Longest realm that is told, bytes (Envoy).
+const LONGEST_REALM: usize = 256;
+
+/// `www-authenticate` for who has shown a token that is not believed (RFC 6750 section 3), as Envoy writes it: the realm is
+/// what was asked for, here without the query, in which the token may have been.
+pub(super) fn challenge(authority: &str, target: &str) -> String {
+    let path = target.split('?').next().unwrap_or_default();
+    let realm = ["http://", authority, path].concat();
+    let plain = |c: &char| c.is_ascii_graphic() && !['"', '\\'].contains(c);
+    let realm: String = realm.chars().filter(plain).take(LONGEST_REALM).collect();
+    format!("Bearer realm=\"{realm}\", error=\"invalid_token\"")
+}
+
 /// `grpc-timeout`: up to eight digits and a unit.
 pub(super) fn grpc_timeout(headers: &HeaderMap) -> Option<Duration> {
     let text = headers.get(GRPC_TIMEOUT)?.to_str().ok()?;
@@ -95,6 +108,17 @@ mod tests {
         assert_eq!(identify(&mut headers), id);
         assert_ne!(new_id(), id);
         assert_eq!(headers[FORWARDED_PROTO], "http");
+    }
+
+    #[test]
+    fn the_realm_is_what_was_asked_for_and_no_token() {
+        let told = |authority, target| challenge(authority, target);
+        let plain = told("app:80", "/a/b?access_token=secret");
+        assert_eq!(plain, "Bearer realm=\"http://app:80/a/b\", error=\"invalid_token\"");
+        let odd = told("app", "/\"x\\y\u{e9}");
+        assert_eq!(odd, "Bearer realm=\"http://app/xy\", error=\"invalid_token\"");
+        let long = told("app", &"/".repeat(1000));
+        assert!(HeaderValue::from_str(&long).is_ok() && long.len() < 300, "{long}");
     }
 
     #[test]

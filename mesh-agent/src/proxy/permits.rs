@@ -21,7 +21,7 @@ use crate::{
     body::Body,
     error::{Error, Kind, Result},
     identity::SpiffeId,
-    policy::{self, Asked, Head, Open, Permit, Ruling},
+    policy::{self, Asked, Head, Open, Permit, Ruling, jwt},
     route,
     state::snapshot::{Endpoint, Workload},
     upstream::{Pod, Via, message},
@@ -95,11 +95,14 @@ pub(super) fn question_to(
     if workload.authorization.reads_paths {
         settle_path(mesh, request.uri_mut())?;
     }
-    if policy::authorizer(&asked, Open::Request(head(request))).is_some() {
+    let tokens = &workload.authentication.tokens;
+    let claims = jwt::settle(tokens, endpoint.address.port(), request, jwt::now())?;
+    let claims = claims.as_ref();
+    if policy::authorizer(&asked, Open::Request(head(request, claims))).is_some() {
         let text = "a CUSTOM policy selects the authorizer itself: exclude its pods or its port";
         return Err(Error::new(Kind::Denied, text));
     }
-    policy::request(&asked, &head(request), &mesh.reporter)
+    policy::request(&asked, &head(request, claims), &mesh.reporter)
 }
 
 impl Inbound {
@@ -186,23 +189,29 @@ async fn of_request(
     if settled {
         settle_path(mesh, request.uri_mut())?;
     }
+    let now = jwt::now();
+    // As it came: it is judged anew with its tokens.
+    let what = What::request(request, (!settled).then(|| mesh.path_form()), now);
+    let tokens = &asked.workload.authentication.tokens;
+    let claims = jwt::settle(tokens, asked.destination.port(), request, now)?;
     let mut approved = Approved::default();
     if !asked.workload.authorization.custom.is_empty() {
         // Boxed: rare, and over soon.
-        approved = Box::pin(external::request(mesh, pod, asked, request)).await?;
+        approved = Box::pin(external::request(mesh, pod, asked, request, claims.as_ref())).await?;
     }
     let asked = Asked { approved: &approved.by, ..*asked };
-    let permit = policy::request(&asked, &head(request), &mesh.reporter)?;
-    Ok((permit, What::request(request, (!settled).then(|| mesh.path_form())), approved))
+    let permit = policy::request(&asked, &head(request, claims.as_ref()), &mesh.reporter)?;
+    Ok((permit, what, approved))
 }
 
 /// What policies see of a request.
-pub(super) fn head<B>(request: &Request<B>) -> Head<'_> {
+pub(super) fn head<'a, B>(request: &'a Request<B>, claims: Option<&'a jwt::Claims>) -> Head<'a> {
     Head {
         method: route::method(request.method(), request.extensions()),
         authority: request.uri().authority().map_or("", |authority| authority.as_str()),
         path: request.uri().path(),
         headers: request.headers(),
+        claims,
     }
 }
 

@@ -134,6 +134,7 @@ const fn never_established(kind: Kind) -> bool {
         | Kind::Denied
         | Kind::ExternalDenied
         | Kind::ExternalError
+        | Kind::Token(_)
         | Kind::Plaintext => false,
     }
 }

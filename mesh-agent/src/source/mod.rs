@@ -6,6 +6,7 @@
 //! compiled on a blocking thread. Tested in `tests.rs` beside it.
 
 mod directory;
+pub mod key_sets;
 #[cfg(test)]
 mod tests;
 mod watcher;

@@ -21,9 +21,11 @@ mod cluster;
 mod external;
 mod hash;
 mod http;
+mod key_set;
 mod mesh;
 mod outlier;
 mod probes;
+mod request_authentication;
 mod retry;
 mod stream;
 
@@ -41,9 +43,11 @@ pub use self::http::{
     Percentage, Redirect, RedirectPort, RequestMatch, Rewrite, RouteAction, StringMatch, UnmatchedPreflights,
     WeightedBackend,
 };
+pub use self::key_set::{KeySet, Keys, RemoteKeys};
 pub use self::mesh::PathNormalization;
 pub use self::outlier::{Health, OutlierDetection};
 pub use self::probes::{ProbePort, ProbeRequest};
+pub use self::request_authentication::{AppliedTokens, ClaimPath, Location, TokenRule, Tokens};
 pub use self::retry::{RetryBudget, RetryOn, RetryPolicy};
 pub use self::stream::{SniHost, StreamMatch, StreamRoute, Subnet};
 
@@ -64,6 +68,8 @@ pub struct Snapshot {
     pub inbound: HashMap<SocketAddr, Arc<Cluster>>,
     /// `pathNormalization` of the mesh-wide settings; `None`: what the agent's flag says.
     pub path_normalization: Option<PathNormalization>,
+    /// Key sets that are fetched, by their URI.
+    pub key_sets: HashMap<Arc<str>, Arc<RemoteKeys>>,
 }
 
 impl Snapshot {

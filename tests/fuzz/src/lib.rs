@@ -7,6 +7,7 @@ pub mod config;
 pub mod detection;
 pub mod http1_edge;
 pub mod identity;
+pub mod jwt;
 pub mod path;
 
 #[cfg(test)]
@@ -31,6 +32,11 @@ mod tests {
     #[test]
     fn http1_edge() -> io::Result<()> {
         seeds("http1_edge", super::http1_edge::run)
+    }
+
+    #[test]
+    fn jwt() -> io::Result<()> {
+        seeds("jwt", super::jwt::run)
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The service asked directly: who gets which certificate, and what everybody else is told.
 
+mod key_sets;
 mod tokens;
 mod wire;
 

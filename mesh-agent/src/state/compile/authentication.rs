@@ -68,7 +68,7 @@ impl<'a> Authentications<'a> {
         };
         let ports: BTreeMap<u16, Mtls> =
             own.into_iter().flat_map(|one| one.ports.iter().map(move |entry| port(one, entry))).collect();
-        Authentication { ports: ports.into_iter().collect(), mtls }
+        Authentication { ports: ports.into_iter().collect(), mtls, ..Authentication::default() }
     }
 }
 

@@ -126,7 +126,7 @@ impl<'a> Authorizations<'a> {
 }
 
 /// The Service that a policy is for.
-fn service<'a>(
+pub(super) fn service<'a>(
     objects: &'a Objects,
     policy: &ObjectKey,
     name: &str,
@@ -143,7 +143,7 @@ fn service<'a>(
 }
 
 /// The ports of a pod that a service of its leads to, whether or not the pod is ready.
-fn ports_behind(service: &Service, pod: &Pod) -> Vec<u16> {
+pub(super) fn ports_behind(service: &Service, pod: &Pod) -> Vec<u16> {
     let ports = service.spec.iter().flat_map(|spec| spec.ports.iter().flatten());
     let ports = ports.filter(|port| is_tcp(port.protocol.as_deref()));
     ports.filter_map(|port| target_port(port, pod)).collect()

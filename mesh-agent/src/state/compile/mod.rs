@@ -13,6 +13,7 @@ use self::{
     destination_rules::DestinationRules,
     destinations::Destinations,
     mesh_config::MeshSettings,
+    request_authentication::TokenRules,
     services::{Definition, Definitions},
     views::Views,
     virtual_services::{Routed, VirtualServices},
@@ -34,6 +35,7 @@ mod endpoints;
 mod hosts;
 mod mesh_config;
 mod protocol;
+mod request_authentication;
 mod routes;
 mod selectors;
 mod services;
@@ -86,6 +88,7 @@ pub fn compile(
     let mut policies = Policies {
         authentications: Authentications::index(objects, settings),
         authorizations: Authorizations::index(objects, settings, &mesh, &mut problems),
+        tokens: TokenRules::index(objects, previous, settings, &mut problems),
     };
     let pods = Pods::index(objects, previous, settings, &mut policies, &mut problems);
     let definitions = Definitions::index(objects, &pods, &mut problems);
@@ -101,6 +104,7 @@ pub fn compile(
         vips: HashMap::new(),
         inbound: HashMap::new(),
         path_normalization: mesh.path_normalization,
+        key_sets: std::mem::take(&mut policies.tokens.key_sets),
     };
     for definition in definitions.iter() {
         let mut seen = |client| {
@@ -129,6 +133,7 @@ pub fn compile(
 struct Policies<'a> {
     authentications: Authentications<'a>,
     authorizations: Authorizations<'a>,
+    tokens: TokenRules<'a>,
 }
 
 /// The ports of a service as the clients see them that `destinations` is for.

@@ -7,6 +7,7 @@ mod bookinfo;
 mod delegates;
 mod endpoints;
 mod mesh_config;
+mod request_authentication;
 mod streams;
 mod views;
 mod workloads;

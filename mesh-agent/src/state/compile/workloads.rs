@@ -82,7 +82,9 @@ impl<'a> Pods<'a> {
             let Resource::Pod(pod) = &object.resource else { continue };
             let Some(entry) = running(key, pod, settings, problems) else { continue };
             if !host_network(pod) && !entry.ips.is_empty() {
-                let policies = (policies.authorizations.of(key, pod), policies.authentications.of(key, pod));
+                let tokens = policies.tokens.of(key, pod);
+                let authentication = Authentication { tokens, ..policies.authentications.of(key, pod) };
+                let policies = (policies.authorizations.of(key, pod), authentication);
                 let workload = workload(&entry, objects, settings, policies, problems);
                 let workload = keep(workload, previous);
                 for ip in &entry.ips {

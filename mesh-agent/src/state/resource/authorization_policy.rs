@@ -71,7 +71,7 @@ pub(super) struct WireSelector {
 
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct WireTarget {
+pub(super) struct WireTarget {
     group: Option<String>,
     kind: String,
     name: String,
@@ -155,7 +155,8 @@ fn provider_of(action: Action, provider: Option<WireProvider>) -> Checked<Option
     }
 }
 
-fn scope(
+/// Which workloads are meant.
+pub(super) fn scope(
     namespace: &str,
     selector: Option<WireSelector>,
     one: Option<WireTarget>,

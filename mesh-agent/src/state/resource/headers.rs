@@ -75,7 +75,7 @@ fn is_authority(name: &str) -> bool {
 }
 
 /// What says where a message ends and what becomes of its connection: the proxy's own to write.
-const FRAMING: [HeaderName; 7] = [
+pub(super) const FRAMING: [HeaderName; 7] = [
     http::header::CONTENT_LENGTH,
     http::header::TRANSFER_ENCODING,
     http::header::CONNECTION,

@@ -19,6 +19,7 @@ use self::{
     field::{Checked, FieldError, under},
     mesh_config::MeshConfig,
     peer_authentication::PeerAuthentication,
+    request_authentication::RequestAuthentication,
     virtual_service::VirtualService,
 };
 use super::{Problem, defaults};
@@ -35,6 +36,7 @@ mod outlier_detection;
 pub mod peer_authentication;
 pub mod pod;
 pub mod probes;
+pub mod request_authentication;
 mod string_match;
 pub mod virtual_service;
 
@@ -108,6 +110,8 @@ pub enum Resource {
     PeerAuthentication(Box<PeerAuthentication>),
     /// Mesh-wide settings: the `ConfigMap` `mesh`.
     MeshConfig(Box<MeshConfig>),
+    /// Istio's `RequestAuthentication`.
+    RequestAuthentication(Box<RequestAuthentication>),
     /// A kind that belongs in manifests and that nothing is compiled from yet: Node, `ServiceAccount`, Secret,
     /// `ConfigMap`. It was checked, and its content is not kept.
     Accepted,
@@ -204,7 +208,7 @@ fn resource(header: &Header<'_>, value: &Value) -> Checked<Resource> {
         )
         | (
             "security.istio.io/v1beta1" | "security.istio.io/v1",
-            "AuthorizationPolicy" | "PeerAuthentication",
+            "AuthorizationPolicy" | "PeerAuthentication" | "RequestAuthentication",
         ) => istio(header, value),
         (api_version, kind) => {
             let group = api_version.split_once('/').map_or("", |(group, _)| group);
@@ -278,6 +282,10 @@ fn istio(header: &Header<'_>, value: &Value) -> Checked<Resource> {
         "PeerAuthentication" => {
             let checked = peer_authentication::check(key, created, spec).map_err(under_spec)?;
             Resource::PeerAuthentication(Box::new(checked))
+        }
+        "RequestAuthentication" => {
+            let checked = request_authentication::check(key, spec).map_err(under_spec)?;
+            Resource::RequestAuthentication(Box::new(checked))
         }
         _ => {
             let checked = destination_rule::check(key, created, spec).map_err(under_spec)?;

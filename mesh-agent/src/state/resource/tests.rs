@@ -54,8 +54,8 @@ fn refusals_name_object_and_field() {
             "kind Deployment (apiVersion apps/v1) is not one the mesh reads",
         ),
         (
-            json!({"apiVersion": "security.istio.io/v1", "kind": "RequestAuthentication", "metadata": {"name": "a"}}),
-            Some("RequestAuthentication default/a"),
+            json!({"apiVersion": "security.istio.io/v1", "kind": "Telemetry", "metadata": {"name": "a"}}),
+            Some("Telemetry default/a"),
             "",
             "not supported yet",
         ),

@@ -1,8 +1,11 @@
-//! Which connections a workload takes: Istio's `PeerAuthentication`, compiled to what is compared.
+//! Which connections a workload takes: Istio's `PeerAuthentication`, compiled to what is compared; and beside it whose
+//! tokens it believes (`request_authentication.rs`).
 //!
 //! Compared in `policy/`; made in `compile/authentication.rs`, where it is tested.
 
 use std::sync::Arc;
+
+use super::Tokens;
 
 /// Whether plaintext is taken.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -41,6 +44,8 @@ pub struct Authentication {
     pub mtls: Mtls,
     /// For single ports of the pod, sorted.
     pub ports: Box<[(u16, Mtls)]>,
+    /// What it believes of the tokens in requests.
+    pub tokens: Arc<Tokens>,
 }
 
 impl Authentication {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use http::HeaderName;
 
-use super::{Provider, Subnet};
+use super::{ClaimPath, Provider, Subnet};
 
 /// The policies that select a workload, in the order in which they are asked.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -211,16 +211,28 @@ pub enum Clause {
     Path(Listed<PathMatch>),
     /// `request.headers[NAME]`
     Header(HeaderName, Listed<TextMatch>),
-    /// `requestPrincipals` and `request.auth.*`; `true` where a value is asked for: no request has a token yet, so that
-    /// asking for one never holds, and asking for none of some always does.
-    Token(bool),
+    /// `requestPrincipals`, `request.auth.principal`: `ISSUER/SUBJECT` of the request's token.
+    RequestPrincipal(Listed<TextMatch>),
+    /// `request.auth.audiences`
+    Audience(Listed<TextMatch>),
+    /// `request.auth.presenter`: the claim `azp`.
+    Presenter(Listed<TextMatch>),
+    /// `request.auth.claims[NAME][NAME]`
+    Claim(ClaimPath, Listed<TextMatch>),
 }
 
 impl Clause {
     /// Whether only requests have it.
     pub const fn is_http(&self) -> bool {
         match self {
-            Self::Host(_) | Self::Method(_) | Self::Path(_) | Self::Header(..) | Self::Token(_) => true,
+            Self::Host(_)
+            | Self::Method(_)
+            | Self::Path(_)
+            | Self::Header(..)
+            | Self::RequestPrincipal(_)
+            | Self::Audience(_)
+            | Self::Presenter(_)
+            | Self::Claim(..) => true,
             Self::Principal(_)
             | Self::Namespace(_)
             | Self::ServiceAccount(_)

@@ -9,12 +9,10 @@ use super::{
     },
     rule::{self, Owner, values},
 };
-use crate::state::snapshot::{Clause, Listed};
+use crate::state::snapshot::{ClaimPath, Clause, Listed};
 
 const HEADER: &str = "request.headers[";
 
-/// Attributes of a token, by the beginning of their key.
-const TOKEN: [&str; 3] = ["request.auth.principal", "request.auth.audiences", "request.auth.presenter"];
 const CLAIMS: &str = "request.auth.claims[";
 
 #[derive(Debug, Deserialize)]
@@ -46,8 +44,13 @@ impl WireCondition {
                 Clause::ServiceAccount(listed.read(|value| rule::account(owner, value))?)
             }
             "connection.sni" => Clause::Sni(listed.read(rule::text)?),
-            key if TOKEN.contains(&key) || claim(key) => rule::token(&listed.read(rule::text)?),
+            "request.auth.principal" => Clause::RequestPrincipal(listed.read(rule::text)?),
+            "request.auth.audiences" => Clause::Audience(listed.read(rule::text)?),
+            "request.auth.presenter" => Clause::Presenter(listed.read(rule::text)?),
             key => {
+                if let Some(path) = claim(key) {
+                    return Ok(Clause::Claim(path, listed.read(rule::text)?));
+                }
                 let name = key.strip_prefix(HEADER).and_then(|rest| rest.strip_suffix(']'));
                 let unknown = || format!("{key:?} is not an attribute of a connection or request");
                 let name = name.ok_or_else(|| FieldError::new("key", unknown()))?;
@@ -58,10 +61,11 @@ impl WireCondition {
     }
 }
 
-/// Whether it is `request.auth.claims[a][b]` with names in its brackets.
-fn claim(key: &str) -> bool {
-    let Some(rest) = key.strip_prefix(CLAIMS).and_then(|rest| rest.strip_suffix(']')) else { return false };
-    rest.split("][").all(|name| !name.is_empty() && !name.contains(['[', ']']))
+/// The names in the brackets of `request.auth.claims[a][b]`.
+fn claim(key: &str) -> Option<ClaimPath> {
+    let rest = key.strip_prefix(CLAIMS)?.strip_suffix(']')?;
+    let good = |name: &str| !name.is_empty() && !name.contains(['[', ']']);
+    rest.split("][").map(|name| good(name).then(|| name.into())).collect()
 }
 
 struct Written(Option<Vec<String>>, Option<Vec<String>>);

@@ -160,7 +160,12 @@ impl WireSource {
         let (wanted, not) = (self.principals, self.not_principals);
         all.add(("principals", wanted), ("notPrincipals", not), text, Clause::Principal)?;
         let (wanted, not) = (self.request_principals, self.not_request_principals);
-        all.add(("requestPrincipals", wanted), ("notRequestPrincipals", not), text, |listed| token(&listed))?;
+        all.add(
+            ("requestPrincipals", wanted),
+            ("notRequestPrincipals", not),
+            text,
+            Clause::RequestPrincipal,
+        )?;
         let (wanted, not) = (self.namespaces, self.not_namespaces);
         all.add(("namespaces", wanted), ("notNamespaces", not), text, Clause::Namespace)?;
         let account = |value: &str| account(owner, value);
@@ -202,11 +207,6 @@ impl WireOperation {
         all.add(("hosts", self.hosts), ("notHosts", self.not_hosts), text, Clause::Host)?;
         all.finish()
     }
-}
-
-/// No request has a token yet: all that counts is whether one is asked for.
-pub(super) fn token<T>(listed: &Listed<T>) -> Clause {
-    Clause::Token(!listed.any_of.is_empty())
 }
 
 pub(super) fn text(value: &str) -> Checked<TextMatch> {
