@@ -76,6 +76,16 @@ fn judge_http1(bytes: &[u8]) -> Verdict {
     if version.starts_with(b"HTTP/1.") { Verdict::Is(Protocol::Http1) } else { opaque }
 }
 
+/// Whether the first bytes of a server may be those of one that speaks HTTP: an answer before there was a request, or the
+/// settings with which an HTTP/2 server begins (RFC 9113 section 3.4), whole or not.
+pub fn may_be_http_server(bytes: &[u8]) -> bool {
+    const ANSWER: &[u8] = b"HTTP/";
+    const SETTINGS: u8 = 4;
+    let answer = bytes.starts_with(ANSWER) || ANSWER.starts_with(bytes);
+    let settings = bytes.first() == Some(&0) && bytes.get(3).is_none_or(|kind| *kind == SETTINGS);
+    answer || settings
+}
+
 /// Reads until the bytes tell what the client speaks. End of file before that is opaque: whatever came is handed on.
 ///
 /// Cancel safe: what was read before stays in `stream`.
@@ -104,6 +114,16 @@ pub async fn http_version<S: AsyncRead + Unpin>(stream: &mut Prefixed<S>) -> io:
             return Ok(Protocol::Http1);
         }
     }
+}
+
+/// Waits until the client has said something, or has ended its side.
+///
+/// Cancel safe: what was read stays in `stream`.
+pub async fn first_bytes<S: AsyncRead + Unpin>(stream: &mut Prefixed<S>) -> io::Result<()> {
+    if stream.is_unread() {
+        stream.read_more().await?;
+    }
+    Ok(())
 }
 
 /// The server name in a client's TLS `ClientHello`; `None` for a client that names none or speaks no TLS.
@@ -239,6 +259,24 @@ mod tests {
     use tokio::io::AsyncWriteExt;
 
     use super::*;
+
+    #[test]
+    fn servers_that_speak_first_may_be_http() {
+        for (bytes, expected) in [
+            (&b""[..], true),
+            (b"HT", true),
+            (b"HTTP/1.1 408 Request Timeout\r\n", true),
+            (b"\0", true),
+            (b"\0\0\x12\x04\0\0\0\0\0", true),
+            (b"\0\0\x12\x05\0\0\0\0\0", false),
+            (b"HELO", false),
+            (b"220 mail.example.com ESMTP\r\n", false),
+            (b"J\0\0\0\n8.0.36", false),
+            (b"+OK", false),
+        ] {
+            assert_eq!(may_be_http_server(bytes), expected, "{bytes:?}");
+        }
+    }
 
     #[test]
     fn first_bytes_decide() {

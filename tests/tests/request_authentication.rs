@@ -2,15 +2,22 @@
 //! one that is believed is taken out, told to the app as headers, and can be asked about by authorization policies; who has
 //! none passes as nobody; and what carries no requests is untouched.
 
+use std::time::Duration;
+
 use anyhow::{Context as _, Result, ensure};
 use lab::{
     Issuer, Pair, Pod, Service,
     apps::{self, CallKind},
-    eventually, metric, require_root,
+    eventually, metric, peer, require_root,
 };
 use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    time::timeout,
+};
 
-/// A pod that serves HTTP on 8080 and gRPC on 9000, and echoes bytes on 7000 and on 7001, which nothing declares.
+/// A pod that serves HTTP on 8080 and gRPC on 9000, and echoes bytes on 7000 and on 7001, which nothing
+/// declares, no more than 7002, where it greets first, and 8081, which is HTTP.
 struct Side {
     pod: Pod,
     service: Service,
@@ -27,10 +34,14 @@ struct World {
 
 impl World {
     async fn new(name: &str) -> Result<Option<Self>> {
+        Self::with(name, &[]).await
+    }
+
+    async fn with(name: &str, flags: &[&str]) -> Result<Option<Self>> {
         if !require_root()? {
             return Ok(None);
         }
-        let pair = Pair::new(name).await?;
+        let pair = Pair::with(name, flags).await?;
         let stranger = pair.a.pod("stranger").unenrolled().start().await?;
         let side = async |node: &lab::Node, name: &str| {
             let pod = node.pod(name).sa("server").label("app", "server").label("side", name).start().await?;
@@ -39,6 +50,8 @@ impl World {
             for port in [7000, 7001] {
                 pod.serve(apps::tcp_echo(port)).await?;
             }
+            pod.serve(apps::server_first(7002)).await?;
+            pod.serve(apps::http(8081)).await?;
             let service = pair.lab.service(name).selector("side", name);
             let service = service.port("http", 80, 8080).port("grpc", 90, 9000).port("tcp", 70, 7000);
             anyhow::Ok(Side { pod, service: service.apply()? })
@@ -311,6 +324,31 @@ async fn plain_tcp_is_untouched() -> Result<()> {
             bytes.is_err() || bytes.is_ok_and(|answer| !answer.intact),
             "bytes came through to a port for HTTP"
         );
+    }
+    world.pair.finish().await
+}
+
+/// Where nothing is declared whoever speaks first decides, and a client cannot wait until it is not looked at any more.
+#[tokio::test]
+async fn on_undeclared_ports_servers_may_greet_and_clients_cannot_wait_it_out() -> Result<()> {
+    let Some(world) = World::with("jwt-silence", &["--detection-timeout=1"]).await? else { return Ok(()) };
+    for side in world.sides() {
+        let greeting = side.pod.at(7002);
+        for from in [&world.pair.client, &world.stranger] {
+            let answer = from.tcp(greeting, 100, &[]).await?;
+            ensure!(answer.received > 100, "the greeting and what was sent: {answer:?}");
+        }
+        let mut slow = peer::dial(&world.stranger, side.pod.at(8081))?;
+        // Thrice the time after which nothing is expected of a client any more; the app itself has nothing to say.
+        ensure!(
+            timeout(Duration::from_secs(3), slow.read_u8()).await.is_err(),
+            "the connection ended while nobody spoke"
+        );
+        slow.write_all(b"GET /slow HTTP/1.1\r\nhost: app\r\nx-sub: root\r\nconnection: close\r\n\r\n")
+            .await?;
+        let mut answer = String::new();
+        slow.read_to_string(&mut answer).await?;
+        ensure!(answer.starts_with("HTTP/1.1 200") && !answer.contains("root"), "{answer}");
     }
     world.pair.finish().await
 }

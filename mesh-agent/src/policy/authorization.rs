@@ -93,6 +93,13 @@ pub fn opaque(asked: &Asked<'_>, server_name: Option<&str>, reporter: &Reporter)
     decide(asked, Bytes::Opaque { server_name }, reporter)
 }
 
+/// Whether a connection is read for nothing but the tokens of requests that may be in it, and may as well carry bytes.
+pub fn read_for_tokens_alone(asked: &Asked<'_>) -> bool {
+    let (tokens, port) = (&asked.workload.authentication.tokens, asked.destination.port());
+    let verdict = || verdict(&asked.workload.authorization, &Facts { asked, bytes: Bytes::Unread });
+    tokens.reads(port) && !tokens.asks_for_requests(port) && matches!(verdict(), Verdict::Allowed)
+}
+
 /// Whether a request may be handed to the pod's app.
 ///
 /// # Errors

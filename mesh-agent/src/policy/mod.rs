@@ -22,7 +22,9 @@ use std::net::SocketAddr;
 use mesh_common::maps::port;
 
 pub use self::{
-    authorization::{Asked, Head, Open, Ruling, authorizer, connection, opaque, request, stands},
+    authorization::{
+        Asked, Head, Open, Ruling, authorizer, connection, opaque, read_for_tokens_alone, request, stands,
+    },
     path::{Malformed, normalise},
 };
 use crate::{

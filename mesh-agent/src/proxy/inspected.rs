@@ -1,7 +1,7 @@
 //! Bytes that come to a pod where policy asks for what only requests have: they are read as HTTP, and each request is
 //! judged.
 //!
-//! Reads top to bottom: detect → HTTP: permit, hand over and report request by request → anything else: permit by what a
+//! Where only tokens are looked for, the app may speak first (`silence.rs`). Reads top to bottom: detect → HTTP: permit, hand over and report request by request → anything else: permit by what a
 //! connection has, which refuses wherever requests decide, hand over, report. Plaintext, tunnels of other meshes and
 //! connections between pods of one node alike. Tested in the lab (`tests/tests/authorization.rs`).
 
@@ -19,6 +19,7 @@ use super::{
     exchange::{Client, Exchange},
     http::{self as requests, Answered, Made},
     inbound::{self, Inbound},
+    silence::{self, Broken},
     unsent::Left,
     upgrade,
 };
@@ -45,7 +46,18 @@ pub(super) async fn serve<S>(
 {
     let mut client = Prefixed::new(client);
     let mut standing = standing.known_as(if inbound.probe { What::Probe } else { What::Requests });
-    let detected = unless_cut(Some(&mut standing), protocol(&inbound, &mut client)).await;
+    if inbound.reads_for_tokens_alone(app) {
+        match unless_cut(Some(&mut standing), silence::broken(&inbound, &mut client, app)).await {
+            Ok(Broken::ByClient) => {}
+            Ok(Broken::ByServer(server, approved)) => {
+                let standing = standing.known_as(What::Opaque(None)).approved_by(approved);
+                inbound::copy_to_app(&inbound, client, server, app, standing).await;
+                return;
+            }
+            Err(error) => return inbound.refused(Some(app), &error),
+        }
+    }
+    let detected = unless_cut(Some(&mut standing), protocol(&inbound, &mut client, app)).await;
     // It was a question whether anybody listens.
     if inbound.probe && client.is_unread() {
         return;
@@ -64,13 +76,20 @@ pub(super) async fn serve<S>(
 }
 
 /// Who says nothing for too long sends no requests.
-async fn protocol<S>(inbound: &Inbound, client: &mut Prefixed<S>) -> Result<Protocol>
+async fn protocol<S>(inbound: &Inbound, client: &mut Prefixed<S>, app: SocketAddr) -> Result<Protocol>
 where
     S: AsyncRead + Unpin,
 {
     match timeout(inbound.mesh.limits.detection_timeout, detect::by_first_bytes(client)).await {
         Ok(Ok(protocol)) => Ok(protocol),
         Ok(Err(error)) => Err(gone(&error)),
+        // It might still become a request, with what only the agent may say of tokens in it.
+        Err(_) if inbound.pod.workload().authentication.tokens.reads(app.port()) => {
+            let limit = inbound.mesh.limits.detection_timeout;
+            let text =
+                format!("nothing known within {limit:?}, on a port whose requests are looked at for tokens");
+            Err(Error::new(Kind::BadRequest, text))
+        }
         Err(_) => Ok(Protocol::Opaque),
     }
 }

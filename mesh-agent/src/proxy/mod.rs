@@ -17,6 +17,7 @@ mod inspected;
 mod mirror;
 pub mod outbound;
 mod permits;
+mod silence;
 mod tries;
 mod unsent;
 mod upgrade;

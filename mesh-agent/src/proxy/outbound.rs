@@ -35,7 +35,7 @@ use crate::{
 };
 
 /// How long an undeclared port's client may be silent before the endpoint is dialled, in case the server speaks first.
-const SERVER_FIRST_AFTER: Duration = Duration::from_millis(50);
+pub(super) const SERVER_FIRST_AFTER: Duration = Duration::from_millis(50);
 
 /// Time to connect where no DestinationRule says another (Istio's default).
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);

@@ -145,6 +145,12 @@ impl Inbound {
         Ok((permit, approved))
     }
 
+    /// Whether bytes of this connection are read for nothing but tokens.
+    pub(super) fn reads_for_tokens_alone(&self, app: SocketAddr) -> bool {
+        let workload = self.pod.workload();
+        !self.probe && policy::read_for_tokens_alone(&self.asked(&workload, app))
+    }
+
     /// Whether a request may go to this address of the pod. May ask external authorizers, who may change its headers.
     pub(super) async fn may_request(
         &self,
