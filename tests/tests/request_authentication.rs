@@ -335,8 +335,8 @@ async fn on_undeclared_ports_servers_may_greet_and_clients_cannot_wait_it_out() 
     for side in world.sides() {
         let greeting = side.pod.at(7002);
         for from in [&world.pair.client, &world.stranger] {
-            let answer = from.tcp(greeting, 100, &[]).await?;
-            ensure!(answer.received > 100, "the greeting and what was sent: {answer:?}");
+            let answer = from.tcp(greeting, 100, &["--greeting"]).await?;
+            ensure!(answer.greeting.is_some() && answer.intact, "{answer:?}");
         }
         let mut slow = peer::dial(&world.stranger, side.pod.at(8081))?;
         // Thrice the time after which nothing is expected of a client any more; the app itself has nothing to say.
