@@ -4,6 +4,7 @@
 //! nothing; listeners are bound before anything is promised; the agent is ready when its first configuration is in force
 //! and its pods are enrolled. Tested by the lab, which runs the real thing.
 
+mod certificates;
 mod clean;
 mod controller;
 mod flows;
@@ -20,7 +21,6 @@ use std::{
 
 use anyhow::{Context as _, Result, anyhow};
 use arc_swap::ArcSwap;
-use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::watch,
@@ -30,22 +30,24 @@ use tokio_util::sync::CancellationToken;
 use tracing_subscriber::{EnvFilter, layer::SubscriberExt as _, reload, util::SubscriberInitExt as _};
 
 pub use self::{
+    certificates::ca,
     clean::clean,
     controller::{controller, token},
 };
 use self::{
+    certificates::{certificates_of, keep_gauges, open_authority},
     flows::{flows_of, report_flows},
     listeners::Listeners,
     succession::{Before, Leaving},
 };
 use crate::{
-    admin::{self, CertificateView, LogLevel, Readiness, RunDir},
+    admin::{self, LogLevel, Readiness, RunDir},
     capture::{Capture, CaptureConfig, Losses, Outcome},
-    config::{CaSource, NodeConfig},
+    config::NodeConfig,
     drain::Drain,
     enrolment::{Ended, Enrolment, put_in_force},
     handover::{self, Door, Offered, Place},
-    identity::{Authority, CertificateInfo, RemoteCaConfig},
+    identity::Authority,
     proxy::{Mesh, health::watch_endpoints},
     report::Reporter,
     source::{self, Source},
@@ -128,17 +130,13 @@ async fn run_node(config: NodeConfig, dir: &Path, log_level: LogLevel) -> Result
         () = signals.until_told_to_stop(|| {}) => return Ok(()),
         begun = begin(&config, dir) => begun?,
     };
-    let authority = authority(&config)?;
+    let authority = open_authority(&config)?;
     let reporter = Arc::new(Reporter::new(config.access_log.into()).context("starting the access log")?);
     let capture = Arc::new(load_capture(&config, begun.before.as_mut())?);
     let ended = match start_capture(&capture, &mut begun, &config.bpf_dir, &reporter) {
         Ok(()) => {
-            let parts = Parts {
-                begun,
-                authority: Arc::new(authority),
-                reporter: Arc::clone(&reporter),
-                capture: Arc::clone(&capture),
-            };
+            let parts =
+                Parts { begun, authority, reporter: Arc::clone(&reporter), capture: Arc::clone(&capture) };
             serve_pods(parts, &config, log_level, &mut signals).await
         }
         Err(error) => Err(error),
@@ -174,19 +172,6 @@ async fn begin(config: &NodeConfig, dir: &Path) -> Result<Begun> {
     let listeners = Listeners::take_over(config, own).await?;
     let before = Some(Before { succession, lock: Some(lock), made_run_dir, pods });
     Ok(Begun { source, listeners, before, run_dir })
-}
-
-fn authority(config: &NodeConfig) -> Result<Authority> {
-    let (state_dir, trust_domain) = (&config.state_dir, &config.trust_domain);
-    match config.ca.source() {
-        CaSource::Embedded => Authority::open(state_dir, trust_domain)
-            .with_context(|| format!("--state-dir {}", state_dir.display())),
-        CaSource::Remote { address, server_name, roots, token } => {
-            let remote = RemoteCaConfig { address, server_name, roots, token };
-            Authority::remote(remote, trust_domain).context("--ca-address")
-        }
-        CaSource::Spiffe(socket) => Authority::spiffe(socket, trust_domain).context("--ca"),
-    }
 }
 
 fn place(config: &NodeConfig) -> Place {
@@ -327,12 +312,15 @@ fn state(
         Arc::clone(&mesh.reporter),
     ));
     let (failing, shown, problems) = (enrolment.failing(), Arc::clone(mesh), problems.clone());
-    let overloaded = Arc::clone(mesh);
+    let (overloaded, certified) = (Arc::clone(mesh), Arc::clone(&authority));
     admin::State {
         version: env!("CARGO_PKG_VERSION"),
         readiness,
         snapshot: snapshots.clone(),
-        problems: Arc::new(move || problems.borrow().iter().map(ToString::to_string).collect()),
+        problems: Arc::new(move || {
+            let problems: Vec<_> = problems.borrow().iter().map(ToString::to_string).collect();
+            [problems, certified.problems()].concat()
+        }),
         pods: Arc::new(move || failing.view(&shown)),
         overload: Arc::new(move || overload::view(&overloaded)),
         flows: flows_of(config.bpf_dir.clone(), Arc::clone(mesh)),
@@ -384,44 +372,6 @@ async fn report_losses(capture: Weak<Capture>, mut losses: Losses, reporter: Arc
                 Outcome::Lost => reporter.lost_in_kernel(reason.word, count),
                 Outcome::Dropped => reporter.dropped_in_kernel(reason.word, count),
             }
-        }
-    }
-}
-
-fn certificates_of(authority: Arc<Authority>) -> admin::Read<Vec<CertificateView>> {
-    Arc::new(move || authority.certificates().into_iter().map(certificate_view).collect())
-}
-
-fn certificate_view(certificate: CertificateInfo) -> CertificateView {
-    let written = |at: OffsetDateTime| at.format(&Rfc3339).unwrap_or_else(|_| at.to_string());
-    CertificateView {
-        identity: certificate.identity.to_string(),
-        serial: certificate.serial,
-        not_before: written(certificate.not_before),
-        not_after: written(certificate.not_after),
-        expires_in_seconds: (certificate.not_after - OffsetDateTime::now_utc()).whole_seconds(),
-    }
-}
-
-/// Gauges that follow the configuration and the certificates.
-async fn keep_gauges(
-    mut snapshots: watch::Receiver<Arc<Snapshot>>,
-    problems: watch::Receiver<Arc<[Problem]>>,
-    authority: Arc<Authority>,
-    reporter: Arc<Reporter>,
-) {
-    loop {
-        let revision = snapshots.borrow_and_update().revision;
-        reporter.set_config(revision, problems.borrow().len());
-        let expiry: Vec<_> = authority
-            .certificates()
-            .into_iter()
-            .map(|certificate| (certificate.identity, certificate.not_after.into()))
-            .collect();
-        reporter.set_certificates(&expiry);
-        tokio::select! {
-            changed = snapshots.changed() => if changed.is_err() { return },
-            () = tokio::time::sleep(CERTIFICATES_EVERY) => {}
         }
     }
 }

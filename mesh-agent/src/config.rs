@@ -1,6 +1,7 @@
 //! Flags of `mesh-agent`. Each has an environment variable `MESH_…`; every default is in `--help`.
 
 mod ca;
+mod certificates;
 mod controller;
 mod limits;
 mod overload;
@@ -11,6 +12,7 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
 pub use self::{
     ca::{CaFlags, CaSource},
+    certificates::{CaConfig, CaStep, CertificateFlags},
     controller::{ControllerConfig, ServiceAccountName, TokenConfig},
     limits::HttpLimits,
     overload::OverloadMarks,
@@ -60,6 +62,9 @@ pub enum Role {
     /// Removes every trace that an agent left in the kernel and on disk, its certificate authority excepted: that of one
     /// node where it is told which (by its name, pins or sockets), else of all; never anything of an agent that runs
     Clean(CleanConfig),
+    /// Replaces the root of the embedded certificate authority, step by step, without a failed handshake: `prepare`,
+    /// `switch`, `drop`
+    Ca(CaConfig),
 }
 
 /// `mesh-agent node`.
@@ -140,6 +145,9 @@ pub struct NodeConfig {
     /// over, seconds
     #[arg(long, env = "MESH_HANDOVER_DEADLINE", value_name = "SECONDS", default_value = "3600", value_parser = seconds)]
     pub handover_deadline: Duration,
+    /// How long certificates last, and which are revoked.
+    #[command(flatten)]
+    pub certificates: CertificateFlags,
     /// What apps may ask for over HTTP.
     #[command(flatten)]
     pub http: HttpLimits,
@@ -258,7 +266,7 @@ mod tests {
         let run_dir = |arguments: &[&str]| match Cli::try_parse_from(arguments).map(|cli| cli.role) {
             Ok(Role::Node(node)) => Some(node.run_dir()),
             Ok(Role::Clean(clean)) => Some(clean.run_dir()),
-            Ok(Role::Controller(_) | Role::Token(_)) | Err(_) => None,
+            Ok(Role::Ca(_) | Role::Controller(_) | Role::Token(_)) | Err(_) => None,
         };
         for flags in [&[][..], &["--node", "a"], &["--run-dir", "/run/elsewhere"]] {
             let [node, clean] =

@@ -35,6 +35,8 @@ pub enum Kind {
     IdentityMismatch,
     /// The peer showed no identity, or mTLS was due and missing.
     Unauthenticated,
+    /// The peer's certificate is revoked, or its root is not believed any more.
+    Revoked,
     /// Policy says no.
     Denied,
     /// An external authorizer says no.
@@ -162,6 +164,8 @@ impl Kind {
                 (Upstream, StatusCode::BAD_GATEWAY, 14, "IDENTITY_ERROR", "identity_mismatch")
             }
             Self::Unauthenticated => (Downstream, StatusCode::UNAUTHORIZED, 16, "UAEX", "unauthenticated"),
+            // ztunnel's flag.
+            Self::Revoked => (Downstream, StatusCode::UNAUTHORIZED, 16, "CERT_REVOKED", "revoked"),
             Self::Denied => (Downstream, StatusCode::FORBIDDEN, 7, "DENY", "denied"),
             Self::ExternalDenied => (Downstream, StatusCode::FORBIDDEN, 7, "UAEX", "external_denied"),
             Self::ExternalError => (Mesh, StatusCode::FORBIDDEN, 7, "UAEX", "external_error"),

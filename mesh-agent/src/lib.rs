@@ -30,3 +30,4 @@ pub mod source;
 pub mod state;
 pub mod tunnel;
 pub mod upstream;
+mod watcher;

@@ -16,6 +16,7 @@ fn main() -> ExitCode {
         Role::Node(config) => app::node(*config, &cli.log).map(|()| true),
         Role::Controller(config) => app::controller(*config, &cli.log).map(|()| true),
         Role::Token(config) => app::token(&config, &mut io::stdout().lock()).map(|()| true),
+        Role::Ca(config) => app::ca(&config, &mut io::stdout().lock()).map(|()| true),
         Role::Clean(config) => app::clean(&config, &mut io::stdout().lock()),
     };
     match ended {

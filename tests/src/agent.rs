@@ -278,6 +278,21 @@ impl Agent {
         run(&self.node, command).await
     }
 
+    /// Runs `mesh-agent ca` on its state directory, and returns what it says.
+    pub async fn ca(&self, args: &[&str]) -> Result<String> {
+        let mut command = Command::new(binary("mesh-agent", "MESH_AGENT_BIN", "mesh-agent")?);
+        command.arg("ca").args(args).arg("--state-dir").arg(&self.state_dir);
+        run(&self.node, command).await
+    }
+
+    /// The certificates it has or believes, with this role (`root`, `signing`, `workload`): serial numbers by identity.
+    pub async fn certificates(&self, role: &str) -> Result<BTreeMap<String, String>> {
+        let all: Value = serde_json::from_str(&self.admin("/certs").await?)?;
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let all = all.as_array().into_iter().flatten().filter(|one| one["role"] == role);
+        Ok(all.map(|one| (text(&one["identity"]), text(&one["serial"]))).collect())
+    }
+
     /// `meshctl status -o json`.
     pub async fn status(&self) -> Result<Value> {
         let text = self.meshctl(&["status", "-o", "json"]).await?;

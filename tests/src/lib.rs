@@ -48,6 +48,7 @@ mod node;
 mod pair;
 mod parking;
 pub mod peer;
+pub mod pki;
 mod pod;
 mod process;
 pub mod residue;

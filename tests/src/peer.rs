@@ -4,9 +4,16 @@
 //! key of the lab's own root, or of a root that nobody knows. Never a part of the agent: what it proves is that the agent
 //! judges well. Tested by the tests that use it.
 
-use std::{fs, net::SocketAddr, path::Path, sync::Arc};
+use std::{
+    net::SocketAddr,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use rcgen::{CertificateParams, DistinguishedName, IsCa, Issuer, KeyPair, SanType};
 use rustls::{
     ClientConfig, DigitallySignedStruct, SignatureScheme,
@@ -19,11 +26,13 @@ use time::{Duration, OffsetDateTime};
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
-use crate::Pod;
+use crate::{Pod, pki::Authority};
 
 /// A key and its certificate.
 #[derive(Debug)]
 pub struct Certificate {
+    /// Serial number, in hex.
+    pub serial: String,
     chain: CertificateDer<'static>,
     key: PrivateKeyDer<'static>,
 }
@@ -50,13 +59,7 @@ impl Validity {
 impl Certificate {
     /// For `identity` (a SPIFFE URI), signed with the root that the agents of a state directory share.
     pub fn of_lab(state_dir: &Path, identity: &str, validity: Validity) -> Result<Self> {
-        let read = |name: &str| {
-            let path = state_dir.join(name);
-            fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))
-        };
-        let key = KeyPair::from_pem(&read("ca-key.pem")?).context("the root's key")?;
-        let root = Issuer::from_ca_cert_pem(&read("ca-cert.pem")?, key).context("the root's certificate")?;
-        Self::signed(&root, identity, validity)
+        Self::signed(&Authority::of_state_dir(state_dir)?.issuer()?, identity, validity)
     }
 
     /// For `identity`, valid now, signed with a root that looks like the lab's and is another.
@@ -72,10 +75,18 @@ impl Certificate {
         params.distinguished_name = DistinguishedName::new();
         params.subject_alt_names = vec![SanType::URI(identity.try_into()?)];
         (params.not_before, params.not_after) = validity.times();
-        let key = KeyPair::generate()?;
+        let serial: u64 = next_serial();
+        params.serial_number = Some(serial.into());
+        let (serial, key) = (format!("{serial:x}"), KeyPair::generate()?);
         let chain = params.signed_by(&key, root)?.der().clone();
-        Ok(Self { chain, key: PrivatePkcs8KeyDer::from(key.serialize_der()).into() })
+        Ok(Self { serial, chain, key: PrivatePkcs8KeyDer::from(key.serialize_der()).into() })
     }
+}
+
+/// A number that no other certificate of this test has.
+fn next_serial() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(0x5e1f_0000);
+    NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
 /// A TCP connection from a pod's network namespace.
@@ -108,7 +119,7 @@ async fn handshake_for(
         .with_custom_certificate_verifier(Arc::new(Credulous(provider)));
     let mut config = match certificate {
         None => config.with_no_client_auth(),
-        Some(Certificate { chain, key }) => {
+        Some(Certificate { chain, key, .. }) => {
             config.with_client_auth_cert(vec![chain.clone()], key.clone_key())?
         }
     };

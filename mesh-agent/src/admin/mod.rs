@@ -74,7 +74,10 @@ impl fmt::Debug for State {
 /// One certificate in use, as `/certs` shows it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CertificateView {
-    /// The SPIFFE identity it proves.
+    /// What it is for: `root`, `signing`, or `workload`.
+    #[serde(default = "CertificateView::workload")]
+    pub role: String,
+    /// The SPIFFE identity it proves, or the subject of an authority.
     pub identity: String,
     /// Serial number, hexadecimal.
     pub serial: String,
@@ -84,6 +87,15 @@ pub struct CertificateView {
     pub not_after: String,
     /// Seconds until it expires; negative once it has.
     pub expires_in_seconds: i64,
+}
+
+impl CertificateView {
+    /// The role of a pod's certificate.
+    pub const WORKLOAD: &str = "workload";
+
+    fn workload() -> String {
+        Self::WORKLOAD.to_owned()
+    }
 }
 
 /// `/pods`: the pods of this node that the configuration enrols.

@@ -14,7 +14,7 @@ use crate::{
     controller::{
         Accounts, CertificateService, Limits, ServerCertificate, TokenFor, TokenKey, Tokens, serve,
     },
-    identity::{EmbeddedCa, replace},
+    identity::{EmbeddedCa, write_over},
     source,
     state::compile::{Netns, Settings},
 };
@@ -84,7 +84,7 @@ pub fn token(config: &TokenConfig, out: &mut impl Write) -> Result<()> {
     };
     let token = key.issue(&whom, OffsetDateTime::now_utc())?;
     match &config.out {
-        Some(path) => replace(path, 0o600, format!("{token}\n").as_bytes())?,
+        Some(path) => write_over(path, 0o600, format!("{token}\n").as_bytes())?,
         None => writeln!(out, "{token}").context("writing the token")?,
     }
     Ok(())

@@ -37,7 +37,7 @@ impl TokenKey {
     /// # Errors
     /// When it cannot be read or made, or others may read it.
     pub fn open(state_dir: &Path) -> Result<Self> {
-        identity::prepare(state_dir)?;
+        identity::prepare_dir(state_dir)?;
         let path = state_dir.join(FILE);
         let mut pem = read(&path)?;
         if pem.is_none() {

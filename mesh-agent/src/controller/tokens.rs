@@ -223,6 +223,6 @@ impl Tokens {
 
     fn remember(&self, latest: &HashMap<String, String>) -> Result<()> {
         let text = serde_json::to_vec_pretty(latest)?;
-        identity::replace(&self.file, 0o600, &text).map_err(Into::into)
+        identity::write_over(&self.file, 0o600, &text).map_err(Into::into)
     }
 }

@@ -50,7 +50,7 @@ pub(super) async fn run(client: &Client, output: Output, out: &mut dyn Write) ->
         enrolled: pods.enrolled,
         failing: pods.failing,
         services: count("services"),
-        certificates: certificates.len(),
+        certificates: certificates.iter().filter(|one| one.role == CertificateView::WORKLOAD).count(),
         overload,
     };
     output::print(output, out, &status, rows)

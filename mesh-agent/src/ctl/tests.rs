@@ -83,7 +83,10 @@ async fn status_config_and_certs_tell_what_the_agent_has() -> Result<()> {
         "{config}"
     );
     assert!(output(&agent, &["config", "-o", "yaml"]).await?.contains("revision: 3\n"));
-    assert_eq!(output(&agent, &["certs"]).await?, "IDENTITY  SERIAL  NOT BEFORE  NOT AFTER  EXPIRES IN\n");
+    assert_eq!(
+        output(&agent, &["certs"]).await?,
+        "ROLE  IDENTITY  SERIAL  NOT BEFORE  NOT AFTER  EXPIRES IN\n"
+    );
     Ok(())
 }
 

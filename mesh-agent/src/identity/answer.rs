@@ -17,6 +17,7 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 use super::{
     SpiffeId,
     ca::{CertificateInfo, info},
+    trust::{Root, Roots},
     verify::{PeerRefusal, single_identity},
 };
 
@@ -46,7 +47,7 @@ pub(super) enum AnswerError {
 pub(super) struct Checked {
     /// Leaf first; no root.
     pub chain: Vec<CertificateDer<'static>>,
-    pub roots: Arc<RootCertStore>,
+    pub roots: Roots,
     pub info: CertificateInfo,
 }
 
@@ -96,8 +97,9 @@ pub(super) fn check(
     if store.is_empty() {
         return Err(AnswerError::NoRoots);
     }
-    let roots = Arc::new(store);
-    verify(leaf, intermediates, &roots).map_err(|error| AnswerError::Chain(error.to_string()))?;
+    verify(leaf, intermediates, &Arc::new(store)).map_err(|error| AnswerError::Chain(error.to_string()))?;
+    let roots = roots.iter().map(|root| Root::of(root.clone()));
+    let roots = Roots::new(roots.collect::<Result<Vec<_>, _>>().map_err(AnswerError::NotACertificate)?);
     let info = info(asked, leaf).map_err(|error| AnswerError::NotACertificate(error.to_string()))?;
     Ok(Checked { chain, roots, info })
 }

@@ -5,54 +5,76 @@
 //! clock, whether a certificate is valid on the wall clock. Tested by the unit tests below.
 
 use std::{
-    collections::HashMap,
-    future::Future,
+    collections::{BTreeMap, HashMap},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError, Weak},
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
+use rustls_pki_types::CertificateDer;
 use time::OffsetDateTime;
-use tokio::{
-    sync::{OwnedMutexGuard, watch},
-    time::Instant,
-};
-use tokio_util::task::AbortOnDropHandle;
+use tokio::sync::watch;
+use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::{
     CaError, SpiffeId,
-    ca::{Ca, CertificateInfo, Credential, EmbeddedCa, LeafPolicy, Urgency, no_certificate},
+    bundle::Signer,
+    ca::{Ca, CertificateInfo, EmbeddedCa, LeafPolicy, Urgency, no_certificate},
+    early::Early,
     remote::{RemoteCa, RemoteCaConfig},
+    renewal::Issuer,
     slot::Slot,
     spiffe::is_trust_domain,
-    workload::{Current, WorkloadIdentity},
+    trust::{Roots, Trust},
+    workload::WorkloadIdentity,
     workload_api::WorkloadApi,
 };
 use crate::error::{Error, Kind, Result};
 
-/// A certificate is renewed when this share of its life is over, in percent: 30 % (7 h of 24 h) are left for an
-/// authority that is away. Istio renews at 50 %.
-const RENEW_AT_PERCENT: u32 = 70;
-/// Renewals are spread over this share of the life, in percent, so that pods started together do not ask together.
-const JITTER_PERCENT: u32 = 5;
-/// First wait after a failed renewal; doubled after each failure.
-const RETRY_FIRST: Duration = Duration::from_secs(1);
-/// Longest wait after a failed renewal.
-const RETRY_MOST: Duration = Duration::from_mins(1);
-/// How often the wall clock is looked at while waiting: it may run ahead of ours when the machine was suspended.
-const WALL_CLOCK_CHECK: Duration = Duration::from_mins(10);
-
 /// How long an asker waits for a certificate: an authority elsewhere may take its time, and pods that have theirs, and
 /// policies, must not wait for it.
 const PATIENCE: Duration = Duration::from_millis(500);
+
 /// Issues and renews certificates; one per agent.
 #[derive(Debug)]
 pub struct Authority {
     trust_domain: Arc<str>,
     ca: Arc<Ca>,
     policy: LeafPolicy,
+    trust: Arc<Trust>,
+    /// Counts the pairs that have signed.
+    signers: watch::Sender<u64>,
+    /// Tells when the files that are followed have been looked at.
+    looks: watch::Sender<()>,
+    /// What is wrong with them, by what they are for.
+    problems: Mutex<BTreeMap<&'static str, Vec<String>>>,
     /// One per identity ever asked for, dropped when nobody holds it; the inner lock makes issuing single.
     slots: Mutex<HashMap<SpiffeId, Slot>>,
+}
+
+/// What may be known of the certificate of an authority.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AuthorityInfo {
+    /// `root`: it is believed; `signing`: it signs, below a root.
+    pub role: &'static str,
+    /// Its subject.
+    pub name: String,
+    /// Serial number, in hex.
+    pub serial: String,
+    /// Valid from.
+    pub not_before: OffsetDateTime,
+    /// Valid until.
+    pub not_after: OffsetDateTime,
+}
+
+impl AuthorityInfo {
+    fn of(role: &'static str, certificate: &CertificateDer<'_>) -> Option<Self> {
+        let (_, parsed) = X509Certificate::from_der(certificate).ok()?;
+        let (name, serial) = (parsed.subject().to_string(), format!("{:x}", parsed.serial));
+        let (not_before, not_after) = (parsed.validity().not_before, parsed.validity().not_after);
+        let (not_before, not_after) = (not_before.to_datetime(), not_after.to_datetime());
+        Some(Self { role, name, serial, not_before, not_after })
+    }
 }
 
 impl Authority {
@@ -64,7 +86,8 @@ impl Authority {
     /// another trust domain.
     pub fn open(state_dir: &Path, trust_domain: &str) -> std::result::Result<Self, CaError> {
         let ca = EmbeddedCa::open(state_dir, trust_domain)?;
-        Ok(Self::new(trust_domain, Ca::Embedded(ca), LeafPolicy::default()))
+        let roots = ca.roots();
+        Ok(Self::new(trust_domain, Ca::Embedded(ca), roots))
     }
 
     /// An authority whose root ends with this process.
@@ -73,7 +96,8 @@ impl Authority {
     /// When the root cannot be made.
     pub fn in_memory(trust_domain: &str) -> std::result::Result<Self, CaError> {
         let ca = EmbeddedCa::in_memory(trust_domain)?;
-        Ok(Self::new(trust_domain, Ca::Embedded(ca), LeafPolicy::default()))
+        let roots = ca.roots();
+        Ok(Self::new(trust_domain, Ca::Embedded(ca), roots))
     }
 
     /// An authority reached over the network. It is not asked before somebody needs a certificate.
@@ -84,7 +108,7 @@ impl Authority {
         if !is_trust_domain(trust_domain) {
             return Err(CaError::TrustDomain(trust_domain.to_owned()));
         }
-        Ok(Self::new(trust_domain, Ca::Remote(RemoteCa::new(config)?), LeafPolicy::default()))
+        Ok(Self::new(trust_domain, Ca::Remote(RemoteCa::new(config)?), Roots::none()))
     }
 
     /// The certificates of a SPIFFE Workload API, followed from now on. Takes a tokio runtime.
@@ -95,11 +119,88 @@ impl Authority {
         if !is_trust_domain(trust_domain) {
             return Err(CaError::TrustDomain(trust_domain.to_owned()));
         }
-        Ok(Self::new(trust_domain, Ca::Spiffe(WorkloadApi::follow(socket)), LeafPolicy::default()))
+        Ok(Self::new(trust_domain, Ca::Spiffe(WorkloadApi::follow(socket)), Roots::none()))
     }
 
-    fn new(trust_domain: &str, ca: Ca, policy: LeafPolicy) -> Self {
-        Self { trust_domain: trust_domain.into(), ca: Arc::new(ca), policy, slots: Mutex::default() }
+    fn new(trust_domain: &str, ca: Ca, roots: Roots) -> Self {
+        Self {
+            trust_domain: trust_domain.into(),
+            ca: Arc::new(ca),
+            policy: LeafPolicy::default(),
+            trust: Trust::new(roots),
+            signers: watch::Sender::new(0),
+            looks: watch::Sender::new(()),
+            problems: Mutex::default(),
+            slots: Mutex::default(),
+        }
+    }
+
+    /// Problems of the state directory.
+    pub(super) const STATE_DIR: &str = "--state-dir";
+    /// Problems of the lists of revoked certificates.
+    pub(super) const LISTS: &str = "--crl";
+
+    /// Whom the handles believe.
+    pub(super) fn trust(&self) -> &Arc<Trust> {
+        &self.trust
+    }
+
+    /// Has new leaves signed by this pair, and all there are replaced, unless it signs already.
+    pub(super) fn sign_with(&self, signer: Signer) {
+        let Ca::Embedded(ca) = &*self.ca else { return };
+        let now = ca.signer();
+        if now.certificate == signer.certificate && now.above == signer.above {
+            return;
+        }
+        tracing::info!(until = %signer.not_after, "another certificate signs now; all leaves are replaced");
+        ca.sign_with(signer);
+        self.signers.send_modify(|signers| *signers += 1);
+    }
+
+    /// What is wrong now with the files that this follows, for operators.
+    pub fn problems(&self) -> Vec<String> {
+        let problems = self.problems.lock().unwrap_or_else(PoisonError::into_inner);
+        problems
+            .iter()
+            .flat_map(|(what, texts)| texts.iter().map(move |text| format!("{what}: {text}")))
+            .collect()
+    }
+
+    /// Replaces what was wrong; what is new is logged.
+    pub(super) fn set_problems(&self, what: &'static str, now: &[String]) {
+        let mut problems = self.problems.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = problems.insert(what, now.to_owned()).unwrap_or_default();
+        for problem in now.iter().filter(|problem| !before.contains(problem)) {
+            tracing::error!("{what}: {problem}");
+        }
+        if now.is_empty() && !before.is_empty() {
+            tracing::info!("{what} is in order again");
+        }
+        self.looks.send_replace(());
+    }
+
+    /// Tells when the files that are followed have been looked at, and what is found there is in force.
+    pub fn looks(&self) -> watch::Receiver<()> {
+        self.looks.subscribe()
+    }
+
+    /// How many certificates are listed as revoked.
+    pub fn revoked(&self) -> usize {
+        self.trust.revoked()
+    }
+
+    /// The roots that are believed, and the certificate that signs where it is none of them.
+    pub fn authorities(&self) -> Vec<AuthorityInfo> {
+        let roots = self.trust.roots();
+        let signing = match &*self.ca {
+            Ca::Embedded(ca) => Some(ca.signer().certificate.clone()),
+            Ca::Remote(_) | Ca::Spiffe(_) => None,
+        };
+        let is_root = |signing: &CertificateDer<'_>| roots.all.iter().any(|root| root.der == *signing);
+        let signing =
+            signing.as_ref().filter(|signing| !is_root(signing)).map(|signing| ("signing", signing));
+        let all = roots.all.iter().map(|root| ("root", &root.der)).chain(signing);
+        all.filter_map(|(role, certificate)| AuthorityInfo::of(role, certificate)).collect()
     }
 
     /// The same authority, issuing leaves of this life from now on.
@@ -204,146 +305,27 @@ impl Authority {
             id: id.clone(),
             trust_domain: Arc::clone(&self.trust_domain),
             ca: Arc::clone(&self.ca),
+            trust: Arc::clone(&self.trust),
+            early: Early::new(self.signers.subscribe(), self.policy.lifetime),
             policy: self.policy,
         }
     }
-}
-
-/// What it takes to certify one identity, for as long as that lasts.
-#[derive(Debug)]
-struct Issuer {
-    id: SpiffeId,
-    trust_domain: Arc<str>,
-    ca: Arc<Ca>,
-    policy: LeafPolicy,
-}
-
-impl Issuer {
-    /// A certificate for the slot, whose handle may be there and expired.
-    async fn fill(
-        self,
-        mut slot: OwnedMutexGuard<Weak<WorkloadIdentity>>,
-        urgency: Urgency,
-    ) -> Result<Arc<WorkloadIdentity>> {
-        // Heard from before the certificate is there, so that no change is missed.
-        let changes = self.ca.changes();
-        let credential = self.ca.certify(&self.id, self.policy, urgency).await?;
-        if let Some(identity) = slot.upgrade() {
-            identity.replace(credential)?;
-            return Ok(identity);
-        }
-        let identity = self.begin(credential, changes)?;
-        *slot = Arc::downgrade(&identity);
-        Ok(identity)
-    }
-
-    fn begin(
-        self,
-        credential: Credential,
-        changes: Option<watch::Receiver<u64>>,
-    ) -> Result<Arc<WorkloadIdentity>> {
-        let Self { id, trust_domain, ca, policy } = self;
-        let current = Current::new(credential, &trust_domain)?;
-        let first = current.info().clone();
-        if first.not_after <= OffsetDateTime::now_utc() {
-            let at = first.not_after;
-            return Err(Error::new(
-                Kind::TlsFailure,
-                format!("the certificate just made for {id} expired at {at} already; check the clock"),
-            ));
-        }
-        Ok(Arc::new_cyclic(|handle| {
-            let renewed = id.clone();
-            let certify = move || {
-                let (ca, id) = (Arc::clone(&ca), renewed.clone());
-                async move { ca.certify(&id, policy, Urgency::Later).await }
-            };
-            let renewal = tokio::spawn(keep_renewed(Weak::clone(handle), first, changes, certify));
-            WorkloadIdentity::new(id, trust_domain, current, AbortOnDropHandle::new(renewal))
-        }))
-    }
-}
-
-/// Replaces the certificate of `handle` in time, and whenever the authority has something new, again and again, until nobody
-/// holds the handle.
-async fn keep_renewed<F, Fut>(
-    handle: Weak<WorkloadIdentity>,
-    first: CertificateInfo,
-    mut changes: Option<watch::Receiver<u64>>,
-    mut certify: F,
-) where
-    F: FnMut() -> Fut + Send,
-    Fut: Future<Output = Result<Credential>> + Send,
-{
-    let mut certificate = first;
-    loop {
-        let mut due = tokio::select! {
-            () = wait_until_due(&certificate) => true,
-            () = changed(&mut changes) => false,
-        };
-        let mut retry = RETRY_FIRST;
-        loop {
-            let renewed = certify().await.and_then(|credential| {
-                // With the same certificate there may be other roots; but it is no renewal.
-                if due && credential.info.serial == certificate.serial {
-                    return Err(Error::new(Kind::TlsFailure, "the same certificate was given again"));
-                }
-                Ok(credential)
-            });
-            let Some(identity) = handle.upgrade() else { return };
-            match renewed.and_then(|credential| identity.replace(credential)) {
-                Ok(()) => {
-                    certificate = identity.certificate();
-                    break;
-                }
-                Err(error) => {
-                    let (id, until) = (&identity.id, certificate.not_after);
-                    tracing::warn!(%id, %until, %error, ?retry, "certificate not renewed; the old one stays");
-                }
-            }
-            drop(identity);
-            tokio::select! {
-                () = tokio::time::sleep(retry) => {}
-                () = changed(&mut changes) => due = false,
-            }
-            retry = (retry * 2).min(RETRY_MOST);
-        }
-    }
-}
-
-/// Waits for the authority to tell of something new; for ever, where it never does.
-async fn changed(changes: &mut Option<watch::Receiver<u64>>) {
-    if let Some(told) = changes {
-        if told.changed().await.is_ok() {
-            return;
-        }
-        *changes = None;
-    }
-    std::future::pending::<()>().await;
-}
-
-async fn wait_until_due(certificate: &CertificateInfo) {
-    let due_in = due_in(certificate, OffsetDateTime::now_utc(), fastrand::f64());
-    let (due, due_by_wall) = (Instant::now() + due_in, OffsetDateTime::now_utc() + due_in);
-    while Instant::now() < due && OffsetDateTime::now_utc() < due_by_wall {
-        tokio::time::sleep_until(due.min(Instant::now() + WALL_CLOCK_CHECK)).await;
-    }
-}
-
-/// How long until a certificate should be renewed; `spread` in 0..1 places it within the jitter.
-fn due_in(certificate: &CertificateInfo, now: OffsetDateTime, spread: f64) -> Duration {
-    let life = certificate.not_after - certificate.not_before;
-    let jitter = (life * JITTER_PERCENT / 100) * (spread - 0.5);
-    let due = certificate.not_before + life * RENEW_AT_PERCENT / 100 + jitter;
-    // A life of next to nothing must not make a busy loop.
-    Duration::try_from(due - now).unwrap_or_default().max(RETRY_FIRST)
 }
 
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::{AtomicU32, Ordering};
 
-    use super::*;
+    use tokio::time::Instant;
+    use tokio_util::task::AbortOnDropHandle;
+
+    use super::{
+        super::{
+            renewal::{RETRY_FIRST, due_in, keep_renewed},
+            workload::Current,
+        },
+        *,
+    };
 
     type TestResult = std::result::Result<(), Box<dyn std::error::Error>>;
 
@@ -417,8 +399,9 @@ mod tests {
     async fn kept_while_renewal_fails() -> TestResult {
         let authority = authority()?;
         let (ca, policy, id) = (Arc::clone(&authority.ca), authority.policy, id("reviews")?);
-        let current = Current::new(ca.certify(&id, policy, Urgency::Now).await?, &authority.trust_domain)?;
-        let first = current.info().clone();
+        let credential = ca.certify(&id, policy, Urgency::Now).await?;
+        let current = Current::new(credential, &authority.trust_domain, &authority.trust)?;
+        let (first, shown) = (current.info().clone(), current.shown());
         // A handle without a renewal of its own: the one under test is driven below.
         let idle = AbortOnDropHandle::new(tokio::spawn(std::future::ready(())));
         let domain = Arc::clone(&authority.trust_domain);
@@ -437,8 +420,9 @@ mod tests {
             }
         };
         let mut renewals = identity.renewals();
+        let early = Early::new(authority.signers.subscribe(), policy.lifetime);
         tokio::select! {
-            () = keep_renewed(Arc::downgrade(&identity), first.clone(), None, certify) => return Err("it gave up".into()),
+            () = keep_renewed(Arc::downgrade(&identity), (first.clone(), shown), (None, early), certify) => return Err("it gave up".into()),
             renewed = renewals.changed() => renewed?,
         }
         assert_eq!(tries.load(Ordering::Relaxed), 6);
@@ -448,7 +432,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_expired_certificate_is_never_used() -> TestResult {
-        let expired = LeafPolicy { lifetime: Duration::from_hours(1), backdate: Duration::from_hours(2) };
+        let expired = LeafPolicy { lifetime: Duration::ZERO, backdate: Duration::from_hours(2) };
         let authority = authority()?.with_leaf_policy(expired);
         let Err(error) = authority.identity(&id("reviews")?).await else { return Err("used".into()) };
         assert!(error.detail.contains("expired at"), "{error}");
@@ -467,13 +451,14 @@ mod tests {
     fn due_at_seven_tenths_within_the_jitter() -> TestResult {
         let now = OffsetDateTime::now_utc();
         let hours = |count: f64| Duration::from_secs_f64(count * 3600.0);
-        let (not_before, not_after) = (now, now + hours(20.0));
+        // However far it is dated back.
+        let (not_before, not_after) = (now - hours(1.0), now + hours(20.0));
         let certificate =
             CertificateInfo { identity: id("a")?, serial: String::new(), not_before, not_after };
         assert_eq!(due_in(&certificate, now, 0.5), hours(14.0));
         assert_eq!(due_in(&certificate, now, 0.0), hours(13.5));
         assert_eq!(due_in(&certificate, now, 1.0), hours(14.5));
-        assert_eq!(due_in(&certificate, now + hours(10.0), 0.5), hours(4.0));
+        assert_eq!(due_in(&certificate, now + hours(10.0), 0.5), hours(7.0));
         assert_eq!(due_in(&certificate, now + hours(30.0), 0.5), RETRY_FIRST);
         Ok(())
     }

@@ -1,27 +1,31 @@
 //! The certificate authority behind [`Authority`](super::Authority): what signs a leaf, and the leaf's own key.
 //!
-//! A leaf has one URI SAN, no common name, an ECDSA P-256 key that is made here and never leaves memory, and ends
-//! no later than its root. Tested by the unit tests below and, in handshakes, by `tunnel/tests`.
+//! A leaf has one URI SAN, no common name, an ECDSA P-256 key that is made here, never leaves memory and is wiped there
+//! (`key.rs`), and ends no later than what it is signed with. Tested by the unit tests below and, in handshakes, by
+//! `tunnel/tests`.
 
 use std::{fmt, path::Path, sync::Arc, time::Duration};
 
+use arc_swap::ArcSwap;
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
-    KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, SanType,
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
+    KeyUsagePurpose, PublicKeyData, SanType,
 };
-use rustls::{RootCertStore, crypto::aws_lc_rs::sign::any_ecdsa_type, sign::SigningKey};
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
+use rustls::sign::SigningKey;
+use rustls_pki_types::CertificateDer;
 use serde::{Serialize, Serializer};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use tokio::sync::watch;
 use x509_parser::prelude::{FromDer, X509Certificate};
-use zeroize::Zeroize;
 
 use super::{
     SpiffeId,
+    bundle::{Bundle, Signer},
     issue::Issued,
+    key::SecretKey,
     remote::RemoteCa,
     state_dir::{self, CaError},
+    trust::{CLOCK_SKEW, Root, Roots},
     workload_api::WorkloadApi,
 };
 use crate::error::{Error, Kind, Result};
@@ -32,16 +36,16 @@ pub(super) const ROOT_LIFETIME: Duration = Duration::from_hours(24 * 3650);
 /// How long a leaf is valid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LeafPolicy {
-    /// From `not_before` to `not_after`.
+    /// From now to `not_after`.
     pub lifetime: Duration,
     /// How far `not_before` lies in the past, for peers whose clock is behind ours.
     pub backdate: Duration,
 }
 
 impl Default for LeafPolicy {
-    /// 24 hours (Istio's default workload TTL), backdated by 2 minutes (Istio's grace for clock skew).
+    /// 24 hours (Istio's default workload TTL), backdated by what two clocks may be apart (Istio: 2 minutes).
     fn default() -> Self {
-        Self { lifetime: Duration::from_hours(24), backdate: Duration::from_mins(2) }
+        Self { lifetime: Duration::from_hours(24), backdate: CLOCK_SKEW }
     }
 }
 
@@ -69,14 +73,14 @@ fn as_rfc3339<S: Serializer>(value: &OffsetDateTime, serializer: S) -> std::resu
     serializer.serialize_str(&value.format(&Rfc3339).map_err(serde::ser::Error::custom)?)
 }
 
-/// A certified key: what a workload proves itself with, and the roots it believes.
+/// A certified key: what a workload proves itself with.
 pub(super) struct Credential {
     /// Leaf first.
     pub chain: Vec<CertificateDer<'static>>,
     /// Signs handshakes; cannot be read back.
     pub key: Arc<dyn SigningKey>,
-    /// Whom to believe.
-    pub roots: Arc<RootCertStore>,
+    /// Whom to believe from now on, where the authority says so with each certificate.
+    pub roots: Option<Roots>,
     /// The leaf, for people and for the renewal.
     pub info: CertificateInfo,
 }
@@ -159,74 +163,62 @@ pub(super) fn no_certificate(id: &SpiffeId, ca: &dyn fmt::Display, reason: &dyn 
     format!("no certificate for {id} from {ca}: {reason}")
 }
 
-/// An authority's certificate and its key in this process.
+/// A signing pair in this process, and the roots that those are to believe who have a certificate of it.
+#[derive(Debug)]
 pub(crate) struct EmbeddedCa {
-    pub(super) issuer: Issuer<'static, KeyPair>,
-    roots: Arc<RootCertStore>,
-    /// What is sent behind a leaf: the authority's own certificate, where that is no root, and those between.
-    pub(super) chain: Vec<CertificateDer<'static>>,
-    /// The roots as certificates, for those who have none yet.
-    pub(super) bundle: Vec<CertificateDer<'static>>,
-    pub(super) not_after: OffsetDateTime,
-}
-
-impl fmt::Debug for EmbeddedCa {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("EmbeddedCa").field("not_after", &self.not_after).finish_non_exhaustive()
-    }
+    signer: ArcSwap<Signer>,
+    roots: ArcSwap<Roots>,
 }
 
 impl EmbeddedCa {
     /// The authority of a state directory, made there if there is none yet.
     pub fn open(state_dir: &Path, trust_domain: &str) -> std::result::Result<Self, CaError> {
-        let (root, key) = state_dir::load_or_create(state_dir, trust_domain)?;
-        Ok(Self::new(&root, key)?)
+        Ok(Self::of(state_dir::load_or_create(state_dir, trust_domain)?))
     }
 
     /// An authority that ends with this process.
     pub fn in_memory(trust_domain: &str) -> std::result::Result<Self, CaError> {
-        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
-        let root = self_signed(trust_domain, &key, OffsetDateTime::now_utc())?;
-        Ok(Self::new(root.der(), key)?)
+        let key = SecretKey::generate()?;
+        let root = self_signed(trust_domain, &key, OffsetDateTime::now_utc())?.der().clone();
+        let parsed = Root::of(root.clone()).map_err(|_| rcgen::Error::CouldNotParseCertificate)?;
+        let not_after = parsed.not_after;
+        let issuer = rcgen::Issuer::from_ca_cert_der(&root, key)?;
+        let signer = Signer { issuer, certificate: root, above: Vec::new(), not_after };
+        Ok(Self::of(Bundle { signer, roots: Roots::new([parsed]) }))
     }
 
-    fn new(root: &CertificateDer<'static>, key: KeyPair) -> std::result::Result<Self, rcgen::Error> {
-        let (_, parsed) =
-            X509Certificate::from_der(root).map_err(|_| rcgen::Error::CouldNotParseCertificate)?;
-        let not_after = parsed.validity().not_after.to_datetime();
-        Self::of(root, key, Vec::new(), vec![root.clone()], not_after)
+    /// The authority of what has been put together.
+    pub(super) fn of(bundle: Bundle) -> Self {
+        let Bundle { signer, roots } = bundle;
+        Self { signer: ArcSwap::from_pointee(signer), roots: ArcSwap::from_pointee(roots) }
     }
 
-    /// The authority of this certificate; `not_after` is when it, or what it hangs on, ends.
-    pub(super) fn of(
-        certificate: &CertificateDer<'static>,
-        key: KeyPair,
-        chain: Vec<CertificateDer<'static>>,
-        bundle: Vec<CertificateDer<'static>>,
-        not_after: OffsetDateTime,
-    ) -> std::result::Result<Self, rcgen::Error> {
-        let mut roots = RootCertStore::empty();
-        for root in &bundle {
-            roots.add(root.clone()).map_err(|_| rcgen::Error::CouldNotParseCertificate)?;
-        }
-        let issuer = Issuer::from_ca_cert_der(certificate, key)?;
-        Ok(Self { issuer, roots: Arc::new(roots), chain, bundle, not_after })
+    /// The roots to believe.
+    pub(super) fn roots(&self) -> Roots {
+        Roots::new(self.roots.load().all.iter().cloned())
+    }
+
+    /// What signs now.
+    pub(super) fn signer(&self) -> Arc<Signer> {
+        self.signer.load_full()
+    }
+
+    /// Signs with this from now on.
+    pub(super) fn sign_with(&self, signer: Signer) {
+        self.signer.store(Arc::new(signer));
+    }
+
+    /// Whom those who have a certificate of this authority are to believe.
+    pub fn bundle(&self) -> Vec<CertificateDer<'static>> {
+        self.roots.load().all.iter().map(|root| root.der.clone()).collect()
     }
 
     fn certify(&self, id: &SpiffeId, policy: LeafPolicy) -> Result<Credential> {
         let failed = |error| Error::new(Kind::TlsFailure, format!("cannot certify {id}: {error}"));
-        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(failed)?;
+        let key = SecretKey::generate().map_err(failed)?;
         let Issued { chain, info } = self.issue(id, &key, policy)?;
-        let key = into_signing_key(key).map_err(failed)?;
-        Ok(Credential { info, key, roots: Arc::clone(&self.roots), chain })
+        Ok(Credential { info, key: key.for_handshakes().map_err(failed)?, roots: None, chain })
     }
-}
-
-/// The key as handshakes use it; the other copy is wiped.
-pub(super) fn into_signing_key(mut key: KeyPair) -> std::result::Result<Arc<dyn SigningKey>, rcgen::Error> {
-    let signing_key = any_ecdsa_type(&PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialized_der())));
-    key.zeroize();
-    signing_key.map_err(|_| rcgen::Error::CouldNotParseKeyPair)
 }
 
 /// A leaf for these names, whose key signs handshakes at either end.
@@ -248,15 +240,24 @@ pub(super) fn leaf_params(
     params
 }
 
-/// A root for this key: Istio's shape (organisation = trust domain), plus the URI SAN that SPIFFE asks for.
+/// Eight bytes of the SHA-256 of a public key, in hex.
+fn fingerprint(key: &SecretKey) -> String {
+    let hash = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &key.subject_public_key_info());
+    let first: [u8; 8] = std::array::from_fn(|at| hash.as_ref().get(at).copied().unwrap_or_default());
+    format!("{:016x}", u64::from_be_bytes(first))
+}
+
+/// A root for this key: Istio's shape (organisation = trust domain) with a name of its own, plus the URI SAN that SPIFFE asks for.
 pub(super) fn self_signed(
     trust_domain: &str,
-    key: &KeyPair,
+    key: &SecretKey,
     now: OffsetDateTime,
 ) -> std::result::Result<rcgen::Certificate, rcgen::Error> {
     let mut params = CertificateParams::default();
     params.distinguished_name = DistinguishedName::new();
     params.distinguished_name.push(DnType::OrganizationName, trust_domain);
+    // Two roots of one mesh have two names: what a list revokes, it revokes by its issuer's.
+    params.distinguished_name.push(DnType::CommonName, format!("mesh root {}", fingerprint(key)));
     params.subject_alt_names = vec![SanType::URI(format!("spiffe://{trust_domain}").try_into()?)];
     params.not_before = now - LeafPolicy::default().backdate;
     params.not_after = now + ROOT_LIFETIME;
@@ -297,7 +298,7 @@ mod tests {
         assert!(!leaf.is_ca());
         let names = &leaf.subject_alternative_name()?.ok_or("no SAN")?.value.general_names;
         assert!(matches!(names[..], [GeneralName::URI(uri)] if uri == id.to_string()), "{names:?}");
-        assert_eq!(credential.info.not_after - credential.info.not_before, policy.lifetime);
+        assert_eq!(credential.info.not_after - credential.info.not_before, policy.lifetime + policy.backdate);
         assert!(credential.info.not_before <= OffsetDateTime::now_utc() - policy.backdate);
         Ok(())
     }
@@ -307,7 +308,7 @@ mod tests {
         let ca = EmbeddedCa::in_memory("cluster.local")?;
         let id: SpiffeId = "spiffe://cluster.local/ns/default/sa/reviews".parse()?;
         let policy = LeafPolicy { lifetime: ROOT_LIFETIME * 2, ..LeafPolicy::default() };
-        assert_eq!(ca.certify(&id, policy)?.info.not_after, ca.not_after);
+        assert_eq!(ca.certify(&id, policy)?.info.not_after, ca.signer().not_after);
         Ok(())
     }
 

@@ -5,14 +5,16 @@
 
 use std::{net::IpAddr, sync::Arc};
 
-use rcgen::{KeyPair, PKCS_ECDSA_P256_SHA256, PublicKeyData, SanType};
+use rcgen::{PublicKeyData, SanType};
 use rustls::sign::CertifiedKey;
 use rustls_pki_types::CertificateDer;
 use time::OffsetDateTime;
 
 use super::{
     SpiffeId,
-    ca::{CertificateInfo, EmbeddedCa, LeafPolicy, info, into_signing_key, leaf_params},
+    bundle::Signer,
+    ca::{CertificateInfo, EmbeddedCa, LeafPolicy, info, leaf_params},
+    key::SecretKey,
 };
 use crate::error::{Error, Kind, Result};
 
@@ -61,16 +63,11 @@ impl EmbeddedCa {
             Err(_) => Ok(SanType::DnsName(name.clone().try_into()?)),
         };
         let sans = names.iter().map(san).collect::<std::result::Result<_, _>>().map_err(failed)?;
-        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(failed)?;
+        let key = SecretKey::generate().map_err(failed)?;
         let chain = self.sign(sans, &key, policy, &names.join(", "))?;
-        let not_after = (OffsetDateTime::now_utc() - policy.backdate + policy.lifetime).min(self.not_after);
-        let key = into_signing_key(key).map_err(failed)?;
+        let not_after = (OffsetDateTime::now_utc() + policy.lifetime).min(self.signer().not_after);
+        let key = key.for_handshakes().map_err(failed)?;
         Ok(IssuedServer { key: Arc::new(CertifiedKey::new(chain, key)), not_after })
-    }
-
-    /// Whom those who have a certificate of this authority are to believe.
-    pub fn bundle(&self) -> &[CertificateDer<'static>] {
-        &self.bundle
     }
 
     fn sign(
@@ -80,21 +77,36 @@ impl EmbeddedCa {
         policy: LeafPolicy,
         whom: &str,
     ) -> Result<Vec<CertificateDer<'static>>> {
-        let now = OffsetDateTime::now_utc();
-        if self.not_after <= now {
-            let at = self.not_after;
+        let signer = self.signer();
+        if signer.not_after <= OffsetDateTime::now_utc() {
+            let at = signer.not_after;
             return Err(Error::new(
                 Kind::TlsFailure,
-                format!("cannot certify {whom}: the authority's certificate expired at {at}; replace it"),
+                format!(
+                    "cannot certify {whom}: the signing certificate, or one above it, expired at {at}; replace it in the \
+                     state directory"
+                ),
             ));
         }
-        let not_before = now - policy.backdate;
-        let not_after = (not_before + policy.lifetime).min(self.not_after);
-        let leaf = leaf_params(names, not_before, not_after)
-            .signed_by(key, &self.issuer)
-            .map_err(|error| Error::new(Kind::TlsFailure, format!("cannot certify {whom}: {error}")))?;
+        signer
+            .sign(names, key, policy)
+            .map_err(|error| Error::new(Kind::TlsFailure, format!("cannot certify {whom}: {error}")))
+    }
+}
+
+impl Signer {
+    /// A certificate for these names and this key, and what leads from it to the root.
+    pub(super) fn sign(
+        &self,
+        names: Vec<SanType>,
+        key: &impl PublicKeyData,
+        policy: LeafPolicy,
+    ) -> std::result::Result<Vec<CertificateDer<'static>>, rcgen::Error> {
+        let now = OffsetDateTime::now_utc();
+        let not_after = (now + policy.lifetime).min(self.not_after);
+        let leaf = leaf_params(names, now - policy.backdate, not_after).signed_by(key, &self.issuer)?;
         let mut chain = vec![leaf.der().clone()];
-        chain.extend_from_slice(&self.chain);
+        chain.extend_from_slice(&self.above);
         Ok(chain)
     }
 }

@@ -6,28 +6,43 @@
 
 mod answer;
 mod authority;
+mod bundle;
 mod ca;
+mod crl;
+mod early;
+mod follow;
 mod issue;
 mod istio;
+mod key;
+#[cfg(test)]
+pub(crate) mod pki;
 mod plugged;
 mod remote;
+mod renewal;
+mod rotate;
+mod shown;
 mod slot;
 mod spiffe;
 mod state_dir;
+mod trust;
 mod turns;
 mod verify;
 mod workload;
 mod workload_api;
 
-pub use authority::Authority;
+pub use authority::{Authority, AuthorityInfo};
 pub(crate) use ca::EmbeddedCa;
 pub use ca::{CertificateInfo, LeafPolicy};
 pub(crate) use issue::{Issued, IssuedServer};
 pub(crate) use istio::{CREATE_CERTIFICATE, CertificateRequest, CertificateResponse};
 pub use remote::RemoteCaConfig;
+pub use rotate::{RotationError, drop_roots, prepare, rotation, switch};
+pub(crate) use shown::Shown;
 pub use spiffe::{SpiffeId, SpiffeIdError};
 pub use state_dir::CaError;
-pub(crate) use state_dir::{prepare, publish, replace};
+pub(crate) use state_dir::{prepare_dir, publish, write_over};
+pub use trust::Trust;
+pub(crate) use trust::{Usage, Withdrawn};
 pub use verify::certified_identity;
 pub(crate) use verify::{PeerRefusal, expected_identity, single_identity};
 pub use workload::WorkloadIdentity;

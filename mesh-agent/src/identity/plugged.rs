@@ -15,7 +15,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use rcgen::{KeyPair, PublicKeyData as _};
+use rcgen::{Issuer, PublicKeyData as _};
 use rustls_pki_types::CertificateDer;
 use time::OffsetDateTime;
 use x509_parser::prelude::{FromDer as _, X509Certificate};
@@ -24,8 +24,11 @@ use zeroize::Zeroizing;
 use super::{
     CaError, LeafPolicy, SpiffeId,
     answer::{self, check},
+    bundle::{Bundle, Signer},
     ca::EmbeddedCa,
+    key::SecretKey,
     spiffe::is_trust_domain,
+    trust::{Root, Roots},
 };
 
 const CERTIFICATE: &str = "ca-cert.pem";
@@ -60,7 +63,7 @@ impl Place<'_> {
         Ok(certificates)
     }
 
-    fn key(&self) -> Result<KeyPair, CaError> {
+    fn key(&self) -> Result<SecretKey, CaError> {
         let mut file = File::open(self.path(KEY)).map_err(self.unread(KEY))?;
         let mode = file.metadata().map_err(self.unread(KEY))?.mode() & 0o7777;
         // A group may have to: Kubernetes gives a Secret to the pod's.
@@ -69,9 +72,9 @@ impl Place<'_> {
                 self.wrong(KEY, format!("may be read by everybody (mode {mode:04o}); chmod o-rwx it"))
             );
         }
-        let mut pem = Zeroizing::new(String::new());
-        file.read_to_string(&mut pem).map_err(self.unread(KEY))?;
-        KeyPair::from_pem(&pem).map_err(|error| self.wrong(KEY, format!("is not a private key ({error})")))
+        let mut pem = Zeroizing::new(Vec::new());
+        file.read_to_end(&mut pem).map_err(self.unread(KEY))?;
+        SecretKey::from_pem(&pem).map_err(|error| self.wrong(KEY, format!("is not a private key ({error})")))
     }
 
     /// An authority's certificate that holds now; when it ends.
@@ -125,7 +128,11 @@ impl EmbeddedCa {
         for root in &bundle {
             place.authority(ROOTS, root)?;
         }
-        let ca = Self::of(&certificate, key, chain, bundle, not_after)?;
+        let roots = bundle.iter().map(|root| Root::of(root.clone()));
+        let roots = roots.collect::<Result<Vec<_>, _>>().map_err(|reason| place.wrong(ROOTS, reason))?;
+        let issuer = Issuer::from_ca_cert_der(&certificate, key)?;
+        let signer = Signer { issuer, certificate, above: chain, not_after };
+        let ca = Self::of(Bundle { signer, roots: Roots::new(roots) });
         ca.try_out(trust_domain).map_err(|reason| {
             let reason = format!("does not lead to {ROOTS} by way of {CHAIN}: {reason}");
             place.wrong(CERTIFICATE, reason)
@@ -136,12 +143,12 @@ impl EmbeddedCa {
     /// Whether peers will believe what this authority certifies.
     fn try_out(&self, trust_domain: &str) -> Result<(), String> {
         let said = |error: &dyn std::fmt::Display| error.to_string();
-        let key = KeyPair::generate().map_err(|error| said(&error))?;
+        let key = SecretKey::generate().map_err(|error| said(&error))?;
         let id: SpiffeId = format!("spiffe://{trust_domain}/ns/mesh-system/sa/trial")
             .parse()
             .map_err(|error| said(&error))?;
         let issued = self.issue(&id, &key, LeafPolicy::default()).map_err(|error| error.detail)?;
-        check(issued.chain, self.bundle(), &id, &key.subject_public_key_info())
+        check(issued.chain, &self.bundle(), &id, &key.subject_public_key_info())
             .map(|_| ())
             .map_err(|error| said(&error))
     }

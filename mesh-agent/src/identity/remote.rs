@@ -19,7 +19,7 @@ use arc_swap::ArcSwapOption;
 use http::{Uri, uri::PathAndQuery};
 use hyper::{body::Incoming, client::conn::http2};
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use rcgen::{CertificateParams, DistinguishedName, KeyPair, PKCS_ECDSA_P256_SHA256, PublicKeyData, SanType};
+use rcgen::{CertificateParams, DistinguishedName, PublicKeyData, SanType};
 use rustls::{ClientConfig, RootCertStore, crypto::aws_lc_rs::default_provider, version::TLS13};
 use rustls_pki_types::ServerName;
 use tokio::{net::TcpStream, sync::Mutex};
@@ -31,8 +31,9 @@ use zeroize::Zeroizing;
 use super::{
     CaError, SpiffeId,
     answer::{self, Checked},
-    ca::{Credential, LeafPolicy, Urgency, into_signing_key},
+    ca::{Credential, LeafPolicy, Urgency},
     istio::{CREATE_CERTIFICATE, CertificateRequest, CertificateResponse},
+    key::SecretKey,
     turns::Turns,
 };
 use crate::error::{Error, Kind, Result};
@@ -129,8 +130,8 @@ impl RemoteCa {
             .check(id, &response, &key)
             .await
             .map_err(|reason| failed(&format!("its answer is not used: {reason}")))?;
-        let key = into_signing_key(key).map_err(|error| failed(&error))?;
-        Ok(Credential { chain, key, roots, info })
+        let key = key.for_handshakes().map_err(|error| failed(&error))?;
+        Ok(Credential { chain, key, roots: Some(roots), info })
     }
 
     async fn ask(&self, request: CertificateRequest) -> std::result::Result<CertificateResponse, Failure> {
@@ -211,7 +212,12 @@ impl RemoteCa {
         if roots.is_empty() { Err(about(path, &"it holds no certificate")) } else { Ok(roots) }
     }
 
-    async fn check(&self, id: &SpiffeId, response: &CertificateResponse, key: &KeyPair) -> Attempt<Checked> {
+    async fn check(
+        &self,
+        id: &SpiffeId,
+        response: &CertificateResponse,
+        key: &SecretKey,
+    ) -> Attempt<Checked> {
         let sent = answer::certificates(&response.cert_chain).map_err(|error| error.to_string())?;
         let (chain, mut roots) = answer::split_roots(sent).map_err(|error| error.to_string())?;
         if roots.is_empty() {
@@ -259,8 +265,8 @@ async fn read(path: &Path, most: u64) -> io::Result<Vec<u8>> {
 }
 
 /// A new key, and the request for its certificate: the identity as its only name, as ztunnel asks.
-fn request_for(id: &SpiffeId) -> std::result::Result<(KeyPair, String), rcgen::Error> {
-    let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+fn request_for(id: &SpiffeId) -> std::result::Result<(SecretKey, String), rcgen::Error> {
+    let key = SecretKey::generate()?;
     let mut params = CertificateParams::default();
     params.distinguished_name = DistinguishedName::new();
     params.subject_alt_names = vec![SanType::URI(id.to_string().try_into()?)];

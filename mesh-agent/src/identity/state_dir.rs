@@ -1,8 +1,10 @@
-//! The embedded authority's files: `ca-key.pem` (0600) and `ca-cert.pem` in the state directory.
+//! The embedded authority's files: `ca-key.pem` (0600) and `ca-cert.pem` in the state directory, and beside them, where
+//! there is more than one root or one between it and the leaves, `root-cert.pem` and `cert-chain.pem` (`bundle.rs`).
 //!
 //! Any number of agents may start at once on one directory and end up with the same root, wherever one of them
 //! stops: the key is linked into place whole and only once, and the certificate is made from the key that is in
-//! place. Nothing waits, nothing is ever overwritten. Tested by the unit tests below.
+//! place. Nothing waits, and an agent never overwrites anything; the steps of a rotation (`rotate.rs`) replace whole files.
+//! Tested by the unit tests below.
 
 use std::{
     ffi::OsString,
@@ -12,16 +14,20 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use rcgen::{KeyPair, PKCS_ECDSA_P256_SHA256, PublicKeyData};
-use rustls_pki_types::{CertificateDer, pem::PemObject};
+use rcgen::PublicKeyData;
+use rustls_pki_types::CertificateDer;
 use time::OffsetDateTime;
-use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 use zeroize::Zeroizing;
 
-use super::{ca::self_signed, spiffe::is_trust_domain};
+use super::{
+    bundle::{Bundle, CERTIFICATE, CHAIN, KEY, Parts, ROOTS, certificates},
+    ca::self_signed,
+    key::SecretKey,
+    spiffe::is_trust_domain,
+};
 
-const KEY: &str = "ca-key.pem";
-const CERTIFICATE: &str = "ca-cert.pem";
+/// How often files that are replaced while they are read are read again.
+const TRIES: usize = 3;
 
 /// Why the embedded authority cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -74,6 +80,20 @@ pub enum CaError {
         /// The certificate.
         path: PathBuf,
     },
+    /// Gone while it is in use.
+    #[error("{} was removed", path.display())]
+    Gone {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Roots, or what is between them and the leaves, that cannot be used.
+    #[error("{} {reason}", path.display())]
+    Bundle {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// Not what it should be.
     #[error("{} {reason}; bring it back from a copy, or remove both {CERTIFICATE} and {KEY} for a new root", path.display())]
     Unusable {
@@ -87,7 +107,7 @@ pub enum CaError {
     Crypto(#[from] rcgen::Error),
 }
 
-fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> CaError {
+pub(super) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> CaError {
     let path = path.to_owned();
     move |source| CaError::Io { action, path, source }
 }
@@ -96,37 +116,83 @@ fn unusable(path: &Path, reason: impl Into<String>) -> CaError {
     CaError::Unusable { path: path.to_owned(), reason: reason.into() }
 }
 
-/// The root and key of this directory, made first if there are none.
-pub(super) fn load_or_create(
-    dir: &Path,
-    trust_domain: &str,
-) -> Result<(CertificateDer<'static>, KeyPair), CaError> {
+/// What is in this directory, made first if there is nothing.
+pub(super) fn load_or_create(dir: &Path, trust_domain: &str) -> Result<Bundle, CaError> {
+    load_as(dir, trust_domain, true)
+}
+
+/// What is in this directory.
+pub(super) fn load(dir: &Path, trust_domain: &str) -> Result<Bundle, CaError> {
+    load_as(dir, trust_domain, false)
+}
+
+fn load_as(dir: &Path, trust_domain: &str, create: bool) -> Result<Bundle, CaError> {
     if !is_trust_domain(trust_domain) {
         return Err(CaError::TrustDomain(trust_domain.to_owned()));
     }
-    prepare(dir)?;
+    if create {
+        prepare(dir)?;
+    }
+    check_directory(dir)?;
+    let mut tries = 1;
+    loop {
+        let parts = read(dir, trust_domain, create)?;
+        let public = parts.key.subject_public_key_info();
+        let error = match Bundle::of(parts, trust_domain) {
+            Ok(bundle) => return Ok(bundle),
+            Err(wrong) => {
+                let path = dir.join(wrong.file);
+                match wrong.file {
+                    KEY | CERTIFICATE => unusable(&path, wrong.reason),
+                    _ => CaError::Bundle { path, reason: wrong.reason },
+                }
+            }
+        };
+        // The key is what a rotation replaces first: then what was read beside it was too old, or too new.
+        let replaced = read_key(dir)?.is_some_and(|key| key.subject_public_key_info() != public);
+        if !replaced || tries == TRIES {
+            return Err(error);
+        }
+        tries += 1;
+    }
+}
+
+fn read(dir: &Path, trust_domain: &str, create: bool) -> Result<Parts, CaError> {
+    let gone = |name| CaError::Gone { path: dir.join(name) };
     let key = match read_key(dir)? {
         Some(key) => key,
-        None => create_key(dir)?,
+        None if create => create_key(dir)?,
+        None => return Err(gone(KEY)),
     };
-    let root = match read_certificate(dir)? {
-        Some(root) => root,
-        None => create_certificate(dir, trust_domain, &key)?,
+    let certificates = match read_certificates(dir, CERTIFICATE)? {
+        Some(certificates) => certificates,
+        None if create => create_certificate(dir, trust_domain, &key)?,
+        None => return Err(gone(CERTIFICATE)),
     };
-    check(&root, &key, trust_domain, &dir.join(CERTIFICATE))?;
-    Ok((root, key))
+    let chain = read_certificates(dir, CHAIN)?.unwrap_or_default();
+    Ok(Parts { key, certificates, chain, roots: read_certificates(dir, ROOTS)? })
 }
 
 /// Makes the directory, the user's own; refuses one that others may write to.
-pub(crate) fn prepare(dir: &Path) -> Result<(), CaError> {
+pub(crate) fn prepare_dir(dir: &Path) -> Result<(), CaError> {
+    prepare(dir)?;
+    check_directory(dir)
+}
+
+fn prepare(dir: &Path) -> Result<(), CaError> {
     if let Some(parent) = dir.parent() {
         fs::create_dir_all(parent).map_err(io("create the directory", parent))?;
     }
     match DirBuilder::new().mode(0o700).create(dir) {
-        Ok(()) => return Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-        Err(error) => return Err(io("create the state directory", dir)(error)),
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            Err(io("create the state directory", dir)(error))
+        }
+        _ => Ok(()),
     }
+}
+
+/// What others may write they may replace.
+fn check_directory(dir: &Path) -> Result<(), CaError> {
     let mode = fs::metadata(dir).map_err(io("look at the state directory", dir))?.mode() & 0o7777;
     if mode & 0o022 != 0 {
         return Err(CaError::Writable { path: dir.to_owned(), mode });
@@ -142,54 +208,82 @@ fn open(path: &Path) -> Result<Option<File>, CaError> {
     }
 }
 
-fn read_key(dir: &Path) -> Result<Option<KeyPair>, CaError> {
-    let path = dir.join(KEY);
-    let Some(mut file) = open(&path)? else { return Ok(None) };
-    let facts = file.metadata().map_err(io("look at", &path))?;
-    if facts.mode() & 0o077 != 0 || facts.uid() != nix::unistd::geteuid().as_raw() {
-        return Err(CaError::Exposed { path, mode: facts.mode() & 0o7777, owner: facts.uid() });
-    }
-    let mut pem = Zeroizing::new(String::new());
-    file.read_to_string(&mut pem).map_err(io("read", &path))?;
-    KeyPair::from_pem(&pem)
-        .map(Some)
-        .map_err(|error| unusable(&path, format!("is not a private key ({error})")))
+fn read_key(dir: &Path) -> Result<Option<SecretKey>, CaError> {
+    read_key_at(&dir.join(KEY))
 }
 
-fn create_key(dir: &Path) -> Result<KeyPair, CaError> {
+/// A private key that nobody else may read.
+pub(super) fn read_key_at(path: &Path) -> Result<Option<SecretKey>, CaError> {
+    let Some(mut file) = open(path)? else { return Ok(None) };
+    let facts = file.metadata().map_err(io("look at", path))?;
+    if facts.mode() & 0o077 != 0 || facts.uid() != nix::unistd::geteuid().as_raw() {
+        let path = path.to_owned();
+        return Err(CaError::Exposed { path, mode: facts.mode() & 0o7777, owner: facts.uid() });
+    }
+    // Made large enough at once: what grows leaves its beginnings behind.
+    let mut pem = Zeroizing::new(Vec::with_capacity(facts.len() as usize + 1));
+    file.read_to_end(&mut pem).map_err(io("read", path))?;
+    SecretKey::from_pem(&pem)
+        .map(Some)
+        .map_err(|error| unusable(path, format!("is not a private key ({error})")))
+}
+
+fn create_key(dir: &Path) -> Result<SecretKey, CaError> {
     let certificate = dir.join(CERTIFICATE);
     if open(&certificate)?.is_some() {
         // Another agent may have put both there since we looked for the key.
         return read_key(dir)?.ok_or(CaError::KeyMissing { path: certificate });
     }
-    let pem = Zeroizing::new(KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?.serialize_pem());
-    publish(dir, KEY, 0o600, pem.as_bytes())?;
+    publish(dir, KEY, 0o600, SecretKey::generate()?.to_pem().as_bytes())?;
     read_key(dir)?.ok_or_else(|| unusable(&dir.join(KEY), "was removed while the agent started"))
 }
 
-fn read_certificate(dir: &Path) -> Result<Option<CertificateDer<'static>>, CaError> {
-    let path = dir.join(CERTIFICATE);
+/// The certificates of a file; none where there is no file.
+pub(super) fn read_certificates(
+    dir: &Path,
+    name: &str,
+) -> Result<Option<Vec<CertificateDer<'static>>>, CaError> {
+    let path = dir.join(name);
     let Some(mut file) = open(&path)? else { return Ok(None) };
     let mut pem = Vec::new();
     file.read_to_end(&mut pem).map_err(io("read", &path))?;
-    CertificateDer::from_pem_slice(&pem)
-        .map(Some)
-        .map_err(|error| unusable(&path, format!("is not a PEM certificate ({error})")))
+    certificates(&pem).map(Some).map_err(|reason| match name {
+        CERTIFICATE => unusable(&path, reason),
+        _ => CaError::Bundle { path, reason },
+    })
 }
 
 fn create_certificate(
     dir: &Path,
     trust_domain: &str,
-    key: &KeyPair,
-) -> Result<CertificateDer<'static>, CaError> {
+    key: &SecretKey,
+) -> Result<Vec<CertificateDer<'static>>, CaError> {
     let root = self_signed(trust_domain, key, OffsetDateTime::now_utc())?;
     publish(dir, CERTIFICATE, 0o644, root.pem().as_bytes())?;
-    read_certificate(dir)?
+    read_certificates(dir, CERTIFICATE)?
         .ok_or_else(|| unusable(&dir.join(CERTIFICATE), "was removed while the agent started"))
 }
 
 /// Puts a whole file in place unless there is one already; which of the two is no matter to the caller.
 pub(crate) fn publish(dir: &Path, name: &str, mode: u32, contents: &[u8]) -> Result<(), CaError> {
+    put(dir, name, mode, contents, |temporary, place| match fs::hard_link(temporary, place) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        other => other,
+    })
+}
+
+/// Puts a whole file in the place of what may be there: readers see the one or the other.
+pub(super) fn replace(dir: &Path, name: &str, mode: u32, contents: &[u8]) -> Result<(), CaError> {
+    put(dir, name, mode, contents, |temporary, place| fs::rename(temporary, place))
+}
+
+fn put(
+    dir: &Path,
+    name: &str,
+    mode: u32,
+    contents: &[u8],
+    place: impl FnOnce(&Path, &Path) -> io::Result<()>,
+) -> Result<(), CaError> {
     let temporary = dir.join(format!(".{name}.{:016x}", fastrand::u64(..)));
     let written = OpenOptions::new()
         .write(true)
@@ -197,18 +291,24 @@ pub(crate) fn publish(dir: &Path, name: &str, mode: u32, contents: &[u8]) -> Res
         .mode(mode)
         .open(&temporary)
         .and_then(|mut file| file.write_all(contents).and_then(|()| file.sync_all()));
-    let linked = written.and_then(|()| match fs::hard_link(&temporary, dir.join(name)) {
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+    let placed = written.and_then(|()| place(&temporary, &dir.join(name)));
+    let removed = match fs::remove_file(&temporary) {
+        // It was moved.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         other => other,
-    });
-    let removed = fs::remove_file(&temporary);
-    linked.map_err(io("write", &dir.join(name)))?;
+    };
+    placed.map_err(io("write", &dir.join(name)))?;
     removed.map_err(io("remove", &temporary))?;
+    sync(dir)
+}
+
+/// Makes what was done in a directory last.
+pub(super) fn sync(dir: &Path) -> Result<(), CaError> {
     File::open(dir).and_then(|dir| dir.sync_all()).map_err(io("sync", dir))
 }
 
-/// Puts a whole file in place of what is there.
-pub(crate) fn replace(path: &Path, mode: u32, contents: &[u8]) -> Result<(), CaError> {
+/// Puts a whole file, wherever it is, in place of what is there.
+pub(crate) fn write_over(path: &Path, mode: u32, contents: &[u8]) -> Result<(), CaError> {
     let mut name = OsString::from(".");
     name.push(path.file_name().unwrap_or_default());
     name.push(format!(".{:016x}", fastrand::u64(..)));
@@ -225,49 +325,6 @@ pub(crate) fn replace(path: &Path, mode: u32, contents: &[u8]) -> Result<(), CaE
         let _ = fs::remove_file(&temporary);
     }
     written.map_err(io("write", path))
-}
-
-fn check(root: &CertificateDer<'_>, key: &KeyPair, trust_domain: &str, path: &Path) -> Result<(), CaError> {
-    let (_, parsed) = X509Certificate::from_der(root)
-        .map_err(|error| unusable(path, format!("is not an X.509 certificate ({error})")))?;
-    if parsed.public_key().raw != key.subject_public_key_info() {
-        return Err(unusable(path, format!("is not the certificate of the key in {KEY}")));
-    }
-    if !parsed.is_ca() {
-        return Err(unusable(path, "is not the certificate of an authority (basicConstraints CA)"));
-    }
-    let validity = parsed.validity();
-    let now = OffsetDateTime::now_utc();
-    if validity.not_after.to_datetime() <= now {
-        return Err(unusable(path, format!("expired at {}", validity.not_after)));
-    }
-    if validity.not_before.to_datetime() > now {
-        return Err(unusable(
-            path,
-            format!("is not valid before {} (is the clock right?)", validity.not_before),
-        ));
-    }
-    check_trust_domain(&parsed, trust_domain, path)
-}
-
-/// A root that says which trust domain it is for must say ours; one that does not say is the operator's choice.
-fn check_trust_domain(root: &X509Certificate<'_>, trust_domain: &str, path: &Path) -> Result<(), CaError> {
-    let names = root
-        .subject_alternative_name()
-        .map_err(|error| unusable(path, format!("has an unreadable subjectAltName ({error})")))?
-        .map(|extension| extension.value.general_names.as_slice())
-        .unwrap_or_default();
-    for name in names {
-        if let GeneralName::URI(uri) = name
-            && let Some(theirs) = uri.strip_prefix("spiffe://")
-            && theirs != trust_domain
-        {
-            let reason =
-                format!("is the root of trust domain {theirs:?}, the agent runs with {trust_domain:?}");
-            return Err(unusable(path, reason));
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -292,9 +349,9 @@ mod tests {
     fn made_once_then_loaded() -> TestResult {
         let parent = tempfile::tempdir()?;
         let dir = parent.path().join("a/b");
-        let (first, _) = load_or_create(&dir, DOMAIN)?;
-        let (second, _) = load_or_create(&dir, DOMAIN)?;
-        assert_eq!(first, second);
+        let (first, second) = (load_or_create(&dir, DOMAIN)?, load_or_create(&dir, DOMAIN)?);
+        assert_eq!(first.signer.certificate, second.signer.certificate);
+        assert_eq!(first.roots.all, second.roots.all);
         assert_eq!(fs::metadata(&dir)?.mode() & 0o777, 0o700);
         assert_eq!(fs::metadata(dir.join(KEY))?.mode() & 0o777, 0o600);
         assert_eq!(fs::read_dir(&dir)?.count(), 2, "temporary files were left");
@@ -310,7 +367,7 @@ mod tests {
             let roots = thread::scope(|scope| {
                 let open = || {
                     start.wait();
-                    load_or_create(&dir, DOMAIN).map(|(root, _)| root)
+                    load_or_create(&dir, DOMAIN).map(|bundle| bundle.signer.certificate)
                 };
                 let threads: Vec<_> = (0..8).map(|_| scope.spawn(open)).collect();
                 threads.into_iter().map(|t| t.join().map_err(|_| "a thread panicked")).collect::<Vec<_>>()

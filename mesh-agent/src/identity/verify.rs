@@ -1,26 +1,23 @@
 //! Who a peer is, from the certificate it showed: the chain first, then the identity in its URI SAN.
 //!
-//! No host name is ever compared, and nothing is believed that does not chain to the mesh's root. Tested by the
-//! handshakes in `tunnel/tests`, and below for the names alone.
+//! No host name is ever compared, and nothing is believed that does not chain to the mesh's roots ([`Trust`]) or that is
+//! revoked, at either end. Tested by the handshakes in `tunnel/tests`, and below for the names alone.
 
 use std::{fmt, sync::Arc};
 
 use rustls::{
-    CertificateError, DigitallySignedStruct, DistinguishedName, OtherError, RootCertStore, SignatureScheme,
-    client::{
-        danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
-        verify_server_cert_signed_by_trust_anchor,
-    },
+    CertificateError, DigitallySignedStruct, DistinguishedName, OtherError, SignatureScheme,
+    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
     crypto::{CryptoProvider, WebPkiSupportedAlgorithms, verify_tls13_signature},
-    server::{
-        ParsedCertificate, WebPkiClientVerifier,
-        danger::{ClientCertVerified, ClientCertVerifier},
-    },
+    server::danger::{ClientCertVerified, ClientCertVerifier},
 };
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
-use super::SpiffeId;
+use super::{
+    SpiffeId,
+    trust::{Chain, Trust, Usage, for_rustls},
+};
 
 /// Why a peer whose certificate is in order is still not let in.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -94,53 +91,58 @@ pub(crate) fn expected_identity(
     found.ok_or(PeerRefusal::NotExpected { actual, expected: expected.to_vec() })
 }
 
+/// TLS 1.2 is never offered.
+fn no_tls12() -> rustls::Error {
+    rustls::PeerIncompatible::ServerTlsVersionIsDisabledByOurConfig.into()
+}
+
 /// The server's side: a client certificate is mandatory, its chain and its trust domain are verified.
-#[derive(Debug)]
 pub(super) struct VerifyClient {
-    chain: Arc<dyn ClientCertVerifier>,
+    trust: Arc<Trust>,
+    algorithms: WebPkiSupportedAlgorithms,
     trust_domain: Arc<str>,
 }
 
 impl VerifyClient {
-    /// Fails only on an empty set of roots.
-    pub(super) fn new(
-        roots: Arc<RootCertStore>,
-        provider: &Arc<CryptoProvider>,
-        trust_domain: Arc<str>,
-    ) -> Result<Self, rustls::Error> {
-        let chain = WebPkiClientVerifier::builder_with_provider(roots, Arc::clone(provider))
-            .build()
-            .map_err(|error| rustls::Error::General(error.to_string()))?;
-        Ok(Self { chain, trust_domain })
+    pub(super) fn new(trust: Arc<Trust>, provider: &CryptoProvider, trust_domain: Arc<str>) -> Self {
+        Self { trust, algorithms: provider.signature_verification_algorithms, trust_domain }
+    }
+}
+
+impl fmt::Debug for VerifyClient {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VerifyClient").field("trust_domain", &self.trust_domain).finish_non_exhaustive()
     }
 }
 
 impl ClientCertVerifier for VerifyClient {
+    /// None: a workload has one certificate to show, and roots change while a handshake is under way.
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        self.chain.root_hint_subjects()
+        &[]
     }
 
     fn verify_client_cert(
         &self,
-        end_entity: &CertificateDer<'_>,
+        leaf: &CertificateDer<'_>,
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
-        let verified = self.chain.verify_client_cert(end_entity, intermediates, now)?;
-        let peer = single_identity(end_entity)?;
+        let chain = Chain { leaf, intermediates, usage: Usage::Client, algorithms: &self.algorithms };
+        self.trust.verify(chain, now).map_err(for_rustls)?;
+        let peer = single_identity(leaf)?;
         if peer.trust_domain != self.trust_domain {
             return Err(PeerRefusal::ForeignTrustDomain { peer, ours: Arc::clone(&self.trust_domain) }.into());
         }
-        Ok(verified)
+        Ok(ClientCertVerified::assertion())
     }
 
     fn verify_tls12_signature(
         &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
+        _message: &[u8],
+        _certificate: &CertificateDer<'_>,
+        _signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.chain.verify_tls12_signature(message, certificate, signature)
+        Err(no_tls12())
     }
 
     fn verify_tls13_signature(
@@ -149,30 +151,26 @@ impl ClientCertVerifier for VerifyClient {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.chain.verify_tls13_signature(message, certificate, signature)
+        verify_tls13_signature(message, certificate, signature, &self.algorithms)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.chain.supported_verify_schemes()
+        self.algorithms.supported_schemes()
     }
 }
 
 /// The client's side: the chain is verified and one of the expected identities must be in the certificate, before
 /// our own certificate is shown.
 pub(super) struct VerifyServer {
-    roots: Arc<RootCertStore>,
+    trust: Arc<Trust>,
     algorithms: WebPkiSupportedAlgorithms,
     expected: Vec<SpiffeId>,
 }
 
 impl VerifyServer {
-    pub(super) fn new(
-        roots: Arc<RootCertStore>,
-        provider: &Arc<CryptoProvider>,
-        expected: &[SpiffeId],
-    ) -> Self {
+    pub(super) fn new(trust: Arc<Trust>, provider: &CryptoProvider, expected: &[SpiffeId]) -> Self {
         let algorithms = provider.signature_verification_algorithms;
-        Self { roots, algorithms, expected: expected.to_vec() }
+        Self { trust, algorithms, expected: expected.to_vec() }
     }
 }
 
@@ -185,21 +183,15 @@ impl fmt::Debug for VerifyServer {
 impl ServerCertVerifier for VerifyServer {
     fn verify_server_cert(
         &self,
-        end_entity: &CertificateDer<'_>,
+        leaf: &CertificateDer<'_>,
         intermediates: &[CertificateDer<'_>],
         _server_name: &ServerName<'_>,
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        let parsed = ParsedCertificate::try_from(end_entity)?;
-        verify_server_cert_signed_by_trust_anchor(
-            &parsed,
-            &self.roots,
-            intermediates,
-            now,
-            self.algorithms.all,
-        )?;
-        expected_identity(end_entity, &self.expected)?;
+        let chain = Chain { leaf, intermediates, usage: Usage::Server, algorithms: &self.algorithms };
+        self.trust.verify(chain, now).map_err(for_rustls)?;
+        expected_identity(leaf, &self.expected)?;
         Ok(ServerCertVerified::assertion())
     }
 
@@ -209,7 +201,7 @@ impl ServerCertVerifier for VerifyServer {
         _certificate: &CertificateDer<'_>,
         _signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        Err(rustls::PeerIncompatible::ServerTlsVersionIsDisabledByOurConfig.into())
+        Err(no_tls12())
     }
 
     fn verify_tls13_signature(

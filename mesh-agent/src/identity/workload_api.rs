@@ -157,7 +157,7 @@ impl WorkloadApi {
         let key = svid.key.public_key().ok_or_else(|| failed(&"its key is of an unknown kind"))?;
         let Checked { chain, roots, info } = answer::check(svid.chain.clone(), &svid.bundle, id, &key)
             .map_err(|reason| failed(&format!("its answer is not used: {reason}")))?;
-        Ok(Credential { chain, key: Arc::clone(&svid.key), roots, info })
+        Ok(Credential { chain, key: Arc::clone(&svid.key), roots: Some(roots), info })
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Promises: whoever is permitted something holds a [`Standing`] made before policy was asked, so that no change is
 //! missed; when what the pod asks of those who come has changed, it is asked again, and an answer of no ends what is open
-//! with the error of a refusal. Costs nothing while nothing changes: it waits for its pod's word, and is not asked byte by
+//! with the error of a refusal; so does a certificate that is withdrawn (`identity/shown.rs`). Costs nothing while nothing changes: it waits for its pod's word, and is not asked byte by
 //! byte. Tested in the lab (`tests/tests/authorization.rs`, `mtls_modes.rs`).
 
 use std::{
@@ -21,9 +21,9 @@ use super::{external::Approved, permits::From};
 use crate::{
     config::PathNormalization,
     error::{Error, Kind, Result},
-    identity::SpiffeId,
+    identity::{Shown, SpiffeId},
     policy::{self, Asked, Head, Open, jwt},
-    route,
+    route, tunnel,
     upstream::Pod,
 };
 
@@ -65,6 +65,8 @@ pub(super) struct Standing {
     pub what: What,
     /// Those external authorizers that have said yes, and what else they said.
     approved: Approved,
+    /// What the source proved itself with, where it came by mutual TLS.
+    pub shown: Option<Arc<Shown>>,
     changes: watch::Receiver<()>,
     /// Only of what lasts.
     waiting: Option<Pin<Box<dyn Future<Output = ()> + Send + Sync>>>,
@@ -83,7 +85,7 @@ impl Standing {
         let (pod, source) = (Arc::clone(pod), identity.cloned());
         let changes = pod.policy_changes();
         let approved = Approved::default();
-        Box::new(Self { pod, source, client, app, what, approved, changes, waiting: None })
+        Box::new(Self { pod, source, client, app, what, approved, shown: None, changes, waiting: None })
     }
 
     /// The same connection, of which more is known.
@@ -127,6 +129,7 @@ impl Standing {
     }
 
     fn ask(&self) -> Result<()> {
+        still_believed(self.shown.as_deref(), self.client)?;
         let workload = self.pod.workload();
         let (source, client) = (self.source.as_ref(), self.client);
         let approved = &*self.approved.by;
@@ -158,6 +161,11 @@ impl Standing {
     }
 }
 
+/// Whether what somebody has proved itself with still counts.
+pub(super) fn still_believed(shown: Option<&Shown>, client: SocketAddr) -> Result<()> {
+    if shown.is_some_and(Shown::is_cut) { Err(tunnel::not_believed(client)) } else { Ok(()) }
+}
+
 /// The pod's word is kept for as long as this is: nobody waits for a pod that is gone.
 async fn change(mut changes: watch::Receiver<()>) {
     if changes.changed().await.is_err() {
@@ -167,7 +175,7 @@ async fn change(mut changes: watch::Receiver<()>) {
 
 /// Whether the end of a connection is a cut: it is reported as a refusal too.
 pub(super) const fn is_cut(error: &Error) -> bool {
-    matches!(error.kind, Kind::Denied | Kind::Plaintext | Kind::Token(_))
+    matches!(error.kind, Kind::Denied | Kind::Plaintext | Kind::Revoked | Kind::Token(_))
 }
 
 /// What `work` comes to, unless what stands is cut before.

@@ -22,11 +22,11 @@ use crate::{
     copy::{self, Moved},
     error::{Error, Kind, Result},
     http2::{Reply, ServerStream},
-    identity::SpiffeId,
+    identity::{Shown, SpiffeId},
     policy::{Permit, Ruling},
     report::{FlowGuard, FlowKey, Peer, RequestProtocol, Security, Side, TcpLabels},
     state::snapshot::{Protocol, Workload},
-    tunnel::{self, MeshStream, Tunnel},
+    tunnel::{self, Accepted, MeshStream, Tunnel},
     upstream::{Destination, Lease, Pod, Via, message},
 };
 
@@ -85,6 +85,8 @@ pub(super) struct Inbound {
     pub ends: Ends,
     /// The kernel says that it is the kubelet's, to a port with declared requests.
     pub probe: bool,
+    /// What the peer proved its identity with.
+    pub shown: Option<Arc<Shown>>,
     flow: FlowGuard,
 }
 
@@ -103,7 +105,7 @@ impl Inbound {
             facts.protocol = Some(RequestProtocol::Tcp);
         });
         let source = Peer { workload: by_address, identity };
-        Self { mesh, pod, workload, source, ends, probe: false, flow }
+        Self { mesh, pod, workload, source, ends, probe: false, shown: None, flow }
     }
 
     /// `app`: what was asked for within the connection.
@@ -119,7 +121,8 @@ impl Inbound {
             return Arc::clone(self);
         };
         let (mesh, pod) = (Arc::clone(&self.mesh), Arc::clone(&self.pod));
-        Arc::new(Self::new(mesh, pod, Ends { client, ..self.ends }, self.source.identity.clone()))
+        let told = Self::new(mesh, pod, Ends { client, ..self.ends }, self.source.identity.clone());
+        Arc::new(Self { shown: self.shown.clone(), ..told })
     }
 
     /// Whether there is memory for another request or stream.
@@ -139,13 +142,19 @@ const PATIENCE: u32 = 8;
 async fn mesh_connection(mesh: Arc<Mesh>, pod: Arc<Pod>, captured: Captured) -> Result<()> {
     let ends = Ends::from(&captured);
     // Boxed: the handshake is over soon.
-    let (tls, peer, wire) = Box::pin(tunnel::accept(captured.stream, pod.identity())).await?;
-    let inbound = Arc::new(Inbound::new(mesh, pod, ends, Some(peer)));
-    let (ips, drain) = (inbound.workload.ips.clone(), inbound.pod.drain.clone());
+    let Accepted { tls, peer, wire, shown } =
+        Box::pin(tunnel::accept(captured.stream, pod.identity())).await?;
+    let shown = Arc::new(shown);
+    let inbound = Inbound::new(mesh, pod, ends, Some(peer));
+    let inbound = Arc::new(Inbound { shown: Some(Arc::clone(&shown)), ..inbound });
+    let (ips, drain) = (inbound.workload.ips.clone(), inbound.pod.drain.child());
     let flush = inbound.mesh.limits.flush_timeout;
+    let withdrawn = tunnel::withdrawn(&shown, ends.client, || drain.start(), || inbound.pod.ask_again());
     let handle = |stream| serve_stream(Arc::clone(&inbound), stream);
     // Boxed, the handshake being over: what an idle connection needs is small, what serving one takes is not.
-    match Box::pin(tunnel::serve(tls, wire, &ips, &drain, flush, handle)).await {
+    match Box::pin(tunnel::serve(tls, wire, &ips, &drain, flush, withdrawn, handle)).await {
+        // Whichever came first: the end of its last stream, or of the time in which it could be told.
+        _ if shown.is_cut() => Err(tunnel::not_believed(ends.client)),
         // A peer that goes away is no refusal: what was open has been reported stream by stream.
         Err(error) if error.kind == Kind::DownstreamReset => {
             tracing::debug!(client = %ends.client, %error, "mesh connection ended early");
@@ -205,7 +214,7 @@ async fn tunnelled(inbound: Arc<Inbound>, tunnel: Tunnel) {
 fn tunnel_status(kind: Kind) -> StatusCode {
     match kind {
         Kind::BadRequest | Kind::IllegalDestination => StatusCode::BAD_REQUEST,
-        Kind::Denied | Kind::Unauthenticated => StatusCode::UNAUTHORIZED,
+        Kind::Denied | Kind::Revoked | Kind::Unauthenticated => StatusCode::UNAUTHORIZED,
         _ => StatusCode::SERVICE_UNAVAILABLE,
     }
 }

@@ -109,6 +109,7 @@ impl Inbound {
     /// Whether a connection may go to this address of the pod.
     pub(super) fn may_connect(&self, app: SocketAddr) -> Result<(Ruling, Box<Standing>)> {
         let standing = self.standing(app);
+        self.is_believed()?;
         let workload = self.pod.workload();
         Ok((policy::connection(&self.asked(&workload, app), &self.mesh.reporter)?, standing))
     }
@@ -133,6 +134,7 @@ impl Inbound {
         {
             return Ok((permit, Approved::default()));
         }
+        self.is_believed()?;
         let workload = self.pod.workload();
         let mut approved = Approved::default();
         if !workload.authorization.custom.is_empty() {
@@ -167,6 +169,7 @@ impl Inbound {
                 return Ok((permit, standing));
             }
         }
+        self.is_believed()?;
         let workload = self.pod.workload();
         let asked = self.asked(&workload, app);
         let (permit, what, approved) = of_request(&self.mesh, &self.pod, &asked, request).await?;
@@ -175,7 +178,14 @@ impl Inbound {
 
     fn standing(&self, app: SocketAddr) -> Box<Standing> {
         let from = From { identity: self.source.identity.as_ref(), client: self.ends.client };
-        Standing::new(&self.pod, from, app, What::Connection)
+        let mut standing = Standing::new(&self.pod, from, app, What::Connection);
+        standing.shown.clone_from(&self.shown);
+        standing
+    }
+
+    /// Whether what the other end has proved itself with still stands.
+    fn is_believed(&self) -> Result<()> {
+        cut::still_believed(self.shown.as_deref(), self.ends.client)
     }
 
     /// What is asked of the policies of now, however old the connection is.

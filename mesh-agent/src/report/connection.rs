@@ -135,6 +135,7 @@ const fn never_established(kind: Kind) -> bool {
         | Kind::ExternalDenied
         | Kind::ExternalError
         | Kind::Token(_)
+        | Kind::Revoked
         | Kind::Plaintext => false,
     }
 }

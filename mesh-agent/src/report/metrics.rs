@@ -7,12 +7,11 @@
 
 use std::{
     cell::RefCell,
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::{SystemTime, UNIX_EPOCH},
 };
 
 use prometheus_client::{
@@ -23,6 +22,7 @@ use prometheus_client::{
 
 use super::{
     Peer, RequestOutcome, RequestProtocol, Security, Side,
+    certificates::CertificateMetrics,
     health::HealthMetrics,
     labels::{Flags, RefusedLabels, RequestLabels, TrafficLabels},
 };
@@ -99,8 +99,7 @@ pub(super) struct Metrics {
     pub kernel_refusals: Family<[(&'static str, &'static str); 1], Counter>,
     pub kernel_lost: Family<[(&'static str, &'static str); 1], Counter>,
     pub kernel_dropped: Family<[(&'static str, &'static str); 1], Counter>,
-    certificates: Family<[(&'static str, String); 1], Gauge>,
-    certified: Mutex<HashSet<String>>,
+    pub certificates: CertificateMetrics,
     pub health: HealthMetrics,
 }
 
@@ -157,8 +156,7 @@ impl Metrics {
             kernel_refusals: Family::default(),
             kernel_lost: Family::default(),
             kernel_dropped: Family::default(),
-            certificates: Family::default(),
-            certified: Mutex::default(),
+            certificates: CertificateMetrics::default(),
         };
         metrics.register_traffic();
         metrics.register_own();
@@ -283,11 +281,7 @@ impl Metrics {
             "Packets that the kernel dropped because they went around the agent",
             self.kernel_dropped.clone(),
         );
-        r.register(
-            "mesh_certificates_expiry_seconds",
-            "When the certificate of an identity expires, in seconds since 1970",
-            self.certificates.clone(),
-        );
+        self.certificates.register(r);
     }
 
     /// The whole registry as `OpenMetrics` text.
@@ -378,20 +372,6 @@ impl Metrics {
     pub fn idle_closed(&self, pod: &Workload) {
         let labels = [("pod", pod.name.to_string()), ("namespace", pod.namespace.to_string())];
         self.idle_closed.get_or_create(&labels).inc();
-    }
-
-    /// Replaces what is known of the expiry of certificates.
-    pub fn set_certificates(&self, expiry: &[(SpiffeId, SystemTime)]) {
-        let mut before = self.certified.lock().unwrap_or_else(PoisonError::into_inner);
-        let now: HashSet<String> = expiry.iter().map(|(id, _)| id.to_string()).collect();
-        for gone in before.difference(&now) {
-            self.certificates.remove(&[("identity", gone.clone())]);
-        }
-        for (id, at) in expiry {
-            let seconds = at.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs().cast_signed());
-            self.certificates.get_or_create(&[("identity", id.to_string())]).set(seconds);
-        }
-        *before = now;
     }
 }
 

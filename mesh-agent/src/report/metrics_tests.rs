@@ -233,6 +233,9 @@ fn what_others_know_is_set_and_forgotten() {
     let at = SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_001);
     reporter.set_certificates(&[(samples::identity("a"), at), (samples::identity("b"), at)]);
     reporter.set_certificates(&[(samples::identity("b"), at)]);
+    let root = |name: &str| crate::report::AuthorityExpiry { role: "root", name: name.to_owned(), at };
+    reporter.set_trust(vec![root("CN=old"), root("CN=new")], 3, 1);
+    reporter.set_trust(vec![root("CN=new")], 2, 1);
     let error = Error::new(Kind::Denied, "no");
     let reviews = samples::workload("reviews", 2);
     reporter.refused(Side::Destination, &reviews, ([127, 0, 0, 1], 1).into(), None, &error);
@@ -245,12 +248,15 @@ fn what_others_know_is_set_and_forgotten() {
         "mesh_flows_closed_total 0",
         "mesh_access_log_dropped_total 0",
         "mesh_certificates_expiry_seconds{identity=\"spiffe://cluster.local/ns/default/sa/b\"} 1800000001",
+        "mesh_authority_certificates_expiry_seconds{role=\"root\",name=\"CN=new\"} 1800000001",
+        "mesh_revoked_certificates 2",
+        "mesh_certificate_problems 1",
         "mesh_refused_total{side=\"destination\",kind=\"denied\",pod=\"reviews-1\",pod_namespace=\"default\"} 1",
         concat!("istio_build{component=\"mesh-agent\",tag=\"", env!("CARGO_PKG_VERSION"), "\"} 1"),
     ] {
         assert!(text.contains(&format!("{line}\n")), "{line} is missing in\n{text}");
     }
-    assert!(!text.contains("sa/a\""));
+    assert!(!text.contains("sa/a\"") && !text.contains("CN=old"));
 }
 
 #[derive(Clone, Default)]

@@ -4,6 +4,7 @@
 //! the whole on the exact exposition text and on log lines in `metrics_tests.rs`.
 
 mod access_log;
+mod certificates;
 mod connection;
 mod facts;
 mod flows;
@@ -30,6 +31,7 @@ use tokio::sync::broadcast;
 
 pub use self::{
     access_log::AccessLog,
+    certificates::AuthorityExpiry,
     connection::{ConnectionGuard, TcpLabels},
     facts::{FlowGuard, FlowKey, KEPT, KnownFlow},
     flows::{Clock, Context, Direction, FindFacts, FlowView, Protection, Verdict, join, socket_addr},
@@ -403,7 +405,13 @@ impl Reporter {
 
     /// All certificates in use and when each expires: `mesh_certificates_expiry_seconds`, in seconds since 1970.
     pub fn set_certificates(&self, expiry: &[(SpiffeId, SystemTime)]) {
-        self.metrics.set_certificates(expiry);
+        self.metrics.certificates.set_workloads(expiry);
+    }
+
+    /// The roots and the certificate that signs, how many certificates are listed as revoked, and how many problems there
+    /// are with the files of all these.
+    pub fn set_trust(&self, authorities: Vec<AuthorityExpiry>, revoked: usize, problems: usize) {
+        self.metrics.certificates.set_trust(authorities, revoked, problems);
     }
 
     /// What is known of all connections, for a process that takes over.

@@ -9,7 +9,6 @@ mod directory;
 pub mod key_sets;
 #[cfg(test)]
 mod tests;
-mod watcher;
 
 use std::{
     collections::BTreeSet,
@@ -23,12 +22,15 @@ use std::{
 use anyhow::Context;
 use tokio::sync::{Notify, watch};
 
-use self::{directory::Directory, watcher::Watcher};
-use crate::state::{
-    Problem,
-    compile::{self, Settings},
-    resource::Objects,
-    snapshot::Snapshot,
+use self::directory::Directory;
+use crate::{
+    state::{
+        Problem,
+        compile::{self, Settings},
+        resource::Objects,
+        snapshot::Snapshot,
+    },
+    watcher::Watcher,
 };
 
 pub use directory::{read_documents, read_text};

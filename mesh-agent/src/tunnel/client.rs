@@ -29,13 +29,18 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use super::{
     Wire, failure,
     native::{strip_mesh_headers, to_wire, told_failure},
-    settings::{CLIENT_MAX_STREAMS, HANDSHAKE_TIMEOUT, PING_INTERVAL, PING_TIMEOUT, client_builder},
+    settings::{
+        CLIENT_MAX_STREAMS, HANDSHAKE_TIMEOUT, PING_INTERVAL, PING_TIMEOUT, ROOT_GONE_GRACE, client_builder,
+    },
 };
 use crate::{
     body::{Body, Inform},
     error::{Error, Kind, Result},
     http2::{self, ByteStream, Failed, keep_alive},
-    identity::{ALPN_H2, ALPN_MESH_H2, SpiffeId, WorkloadIdentity, expected_identity, server_name},
+    identity::{
+        ALPN_H2, ALPN_MESH_H2, Shown, SpiffeId, Usage, Withdrawn, WorkloadIdentity, expected_identity,
+        server_name,
+    },
     state::snapshot::Protocol,
 };
 
@@ -59,6 +64,8 @@ struct Shared {
     /// The peer's refusal of our certificate, which comes after the handshake.
     refusal: Arc<OnceLock<Error>>,
     closed: CancellationToken,
+    /// Set when no new stream is to go here.
+    retired: CancellationToken,
     /// Tells the driver that no handle is left.
     #[expect(dead_code, reason = "its drop is what it is for")]
     unused: DropGuard,
@@ -100,6 +107,7 @@ async fn establish(
         .map_err(|error| Error::new(Kind::ConnectFailure, format!("the peer left: {error}")))?;
     // Only latency suffers when it fails.
     let _ = stream.set_nodelay(true);
+    let beginning = identity.begin();
     let connector = TlsConnector::from(identity.client_config(expected, alpn)?);
     let tls = timeout(HANDSHAKE_TIMEOUT, connector.connect(server_name(address.ip()), stream))
         .await
@@ -108,33 +116,59 @@ async fn establish(
     let refused = |detail: &str| Error::new(Kind::TlsFailure, format!("{address} {detail}"));
     let session = tls.get_ref().1;
     let wire = Wire::from_alpn(session.alpn_protocol()).ok_or_else(|| refused("chose no ALPN of ours"))?;
-    let leaf = session.peer_certificates().and_then(<[_]>::first);
-    let peer = expected_identity(leaf.ok_or_else(|| refused("showed no certificate"))?, expected)
+    let chain = session.peer_certificates().unwrap_or_default();
+    let peer = expected_identity(chain.first().ok_or_else(|| refused("showed no certificate"))?, expected)
         .map_err(|refusal| Error::new(Kind::IdentityMismatch, format!("{address}: {refusal}")))?;
-    let shared = Shared::start(tls, wire, address).await?;
+    let shown = beginning.shown(chain, Usage::Server);
+    let shared = Shared::start(tls, wire, address, shown).await?;
     Ok(MeshConnection { wire, peer, shared: Arc::new(shared), reserved: Mutex::default() })
 }
 
 impl Shared {
-    async fn start(tls: TlsStream<TcpStream>, wire: Wire, address: SocketAddr) -> Result<Self> {
-        let (refusal, closed, unused) =
-            (Arc::new(OnceLock::new()), CancellationToken::new(), CancellationToken::new());
+    async fn start(tls: TlsStream<TcpStream>, wire: Wire, address: SocketAddr, shown: Shown) -> Result<Self> {
+        let refusal = Arc::new(OnceLock::new());
+        let [closed, retired, unused] = std::array::from_fn(|_| CancellationToken::new());
         let io = Watched { io: tls, address, refusal: Arc::clone(&refusal) };
         let ended = closed.clone().drop_guard();
         let (sender, driver) =
             client_builder(wire).handshake(io).await.map_err(|error| failure::stream(&error, address))?;
-        tokio::spawn(drive(driver, unused.clone(), ended, address));
+        let standing = Standing { shown, retired: retired.clone(), refusal: Arc::clone(&refusal) };
+        tokio::spawn(drive(driver, unused.clone(), ended, address, standing));
         let places = Arc::new(Semaphore::new(CLIENT_MAX_STREAMS));
         let (uses, unused) = (AtomicU64::new(0), unused.drop_guard());
-        Ok(Self { address, sender, places, uses, refusal, closed, unused })
+        Ok(Self { address, sender, places, uses, refusal, closed, retired, unused })
     }
 
     fn is_closed(&self) -> bool {
-        self.closed.is_cancelled() || http2::is_closed(&self.sender)
+        self.closed.is_cancelled() || self.retired.is_cancelled() || http2::is_closed(&self.sender)
     }
 
     fn failed(&self, failed: impl Into<Failed>) -> Error {
         self.refusal.get().cloned().unwrap_or_else(|| failure::failed(&failed.into(), self.address))
+    }
+}
+
+/// What a connection stands on.
+struct Standing {
+    shown: Shown,
+    retired: CancellationToken,
+    refusal: Arc<OnceLock<Error>>,
+}
+
+impl Standing {
+    /// Completes when the connection has to be cut; before that, it is retired.
+    async fn gone(&self, peer: SocketAddr) {
+        let why = self.shown.withdrawn().await;
+        self.retired.cancel();
+        let reason = match why {
+            Withdrawn::Revoked => "its certificate is revoked",
+            Withdrawn::RootGone => {
+                tokio::time::sleep(ROOT_GONE_GRACE).await;
+                "the root of its certificate is not believed any more"
+            }
+        };
+        tracing::warn!(%peer, "mesh connection cut: {reason}");
+        let _ = self.refusal.set(Error::new(Kind::TlsFailure, format!("{peer} is left: {reason}")));
     }
 }
 
@@ -143,7 +177,10 @@ async fn drive(
     unused: CancellationToken,
     _ended: DropGuard,
     peer: SocketAddr,
+    standing: Standing,
 ) {
+    let gone = standing.gone(peer);
+    tokio::pin!(gone);
     let pings = connection.ping_pong();
     let keep_alive = keep_alive(pings, PING_INTERVAL, PING_TIMEOUT);
     tokio::pin!(keep_alive);
@@ -160,6 +197,7 @@ async fn drive(
                 tracing::debug!(%peer, "mesh connection ended: no answer to PING");
                 return;
             }
+            () = &mut gone => return,
             // h2 does not wake for this by itself: look again, it may have nothing left to do.
             () = unused.cancelled(), if in_use => in_use = false,
         }
@@ -241,9 +279,12 @@ impl MeshConnection {
         Some(handle)
     }
 
-    /// Ends when the connection does.
-    pub(super) fn closed(&self) -> CancellationToken {
-        self.shared.closed.clone()
+    /// Completes when the connection has ended, or takes no new stream.
+    pub(super) async fn done(&self) {
+        tokio::select! {
+            () = self.shared.closed.cancelled() => {}
+            () = self.shared.retired.cancelled() => {}
+        }
     }
 
     /// Streams ever opened or set aside, and whether one is now.

@@ -35,6 +35,10 @@ fn certificate(error: &CertificateError) -> String {
         CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => {
             "its certificate is not valid yet; check the clocks of both nodes".to_owned()
         }
+        CertificateError::Revoked => "its certificate is revoked".to_owned(),
+        CertificateError::ExpiredRevocationList | CertificateError::ExpiredRevocationListContext { .. } => {
+            "the CRL of its issuer is out of date; a newer one has to be given with --crl".to_owned()
+        }
         other => format!("its certificate is not acceptable: {other}"),
     }
 }
@@ -48,6 +52,9 @@ pub(super) fn accepting(error: &io::Error, peer: SocketAddr) -> Error {
     };
     match tls_error(error) {
         Some(TlsError::NoCertificatesPresented) => unauthenticated(&"it showed no client certificate"),
+        Some(TlsError::InvalidCertificate(reason @ CertificateError::Revoked)) => {
+            Error::new(Kind::Revoked, format!("{peer} is refused: {}", certificate(reason)))
+        }
         Some(TlsError::InvalidCertificate(reason)) => match tls_error(error).and_then(refusal) {
             Some(refusal) => unauthenticated(refusal),
             None => unauthenticated(&certificate(reason)),

@@ -19,7 +19,8 @@ pub use client::{MeshConnection, connect, connect_tunnels};
 pub use native::{MESH_APP_PROTOCOL, MESH_PORT, strip_mesh_headers, tell_failure};
 pub use pool::{Pool, PoolKey};
 pub use serve::{MeshStream, Tunnel, serve};
-pub use server::accept;
+pub use server::{Accepted, accept};
+pub(crate) use server::{not_believed, withdrawn};
 pub use settings::MESH_TLS_PORT;
 
 use crate::identity::{ALPN_H2, ALPN_MESH_H2};

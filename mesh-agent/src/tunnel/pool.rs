@@ -182,16 +182,15 @@ impl Drop for Turn<'_> {
     }
 }
 
-/// Takes a connection out of the pool when it closes, or when no stream was on it for a whole idle time.
+/// Takes a connection out of the pool when it closes or is retired, or when no stream was on it for a whole idle time.
 async fn release_when_done(
     entries: Weak<Mutex<HashMap<PoolKey, Entry>>>,
     key: PoolKey,
     connection: MeshConnection,
 ) {
-    let closed = connection.closed();
     loop {
         let (before, _) = connection.usage();
-        let ended = tokio::time::timeout(POOL_IDLE, closed.cancelled()).await.is_ok();
+        let ended = tokio::time::timeout(POOL_IDLE, connection.done()).await.is_ok();
         let Some(entries) = entries.upgrade() else { return };
         let mut entries = lock(&entries);
         // Under the lock, so that nobody is given a place at the same moment.

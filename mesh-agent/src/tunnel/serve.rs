@@ -5,6 +5,7 @@
 
 use std::{
     net::{IpAddr, SocketAddr},
+    sync::Arc,
     time::Duration,
 };
 
@@ -95,22 +96,25 @@ impl Drop for Tunnel {
 }
 
 /// Serves one mesh connection until it ends; `drain` makes it send GOAWAY and end with its last stream, what that has
-/// ready having this long to be `flush`ed.
+/// ready having this long to be `flush`ed. It is given up, whatever is open on it, when `withdrawn` completes.
 ///
 /// # Errors
-/// [`Kind::BadRequest`] when the peer breaks HTTP/2, [`Kind::DownstreamReset`] when the connection breaks.
-pub async fn serve<S, H, F>(
+/// [`Kind::BadRequest`] when the peer breaks HTTP/2, [`Kind::DownstreamReset`] when the connection breaks, or why it was
+/// given up.
+pub async fn serve<S, H, F, G>(
     stream: S,
     wire: Wire,
     pod_ips: &[IpAddr],
     drain: &Drain,
     flush: Duration,
+    withdrawn: G,
     handle: H,
 ) -> Result<()>
 where
     S: AsyncRead + AsyncWrite + Unpin,
     H: Fn(MeshStream) -> F,
     F: Future<Output = ()> + Send + 'static,
+    G: Future<Output = Error>,
 {
     let options = http2::Options {
         handshake: HANDSHAKE_TIMEOUT,
@@ -119,7 +123,8 @@ where
         flush,
     };
     let classified = |request, stream| handle(classify(request, stream, wire, pod_ips));
-    http2::serve(stream, &server_builder(wire), options, drain, Watch::none(), classified).await.map(drop)
+    let watch = Watch { along: None, connection: Arc::default(), given_up: withdrawn };
+    http2::serve(stream, &server_builder(wire), options, drain, watch, classified).await.map(drop)
 }
 
 /// Tells native requests from tunnels and checks either against the pod's addresses.

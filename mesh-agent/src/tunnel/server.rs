@@ -14,27 +14,37 @@ use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 use super::{
     Wire, failure, native,
-    settings::{HANDSHAKE_TIMEOUT, MESH_TLS_PORT},
+    settings::{HANDSHAKE_TIMEOUT, LAST_WORDS, MESH_TLS_PORT, ROOT_GONE_GRACE},
 };
 use crate::{
     error::{Error, Kind, Result},
-    identity::{SpiffeId, WorkloadIdentity, single_identity},
+    identity::{Shown, SpiffeId, Usage, Withdrawn, WorkloadIdentity, single_identity},
 };
 
-/// The server's half of the handshake on a connection to a pod's 15008: the verified peer, what was agreed, and
-/// the TLS stream to serve h2 on.
+/// A peer that has proved who it is.
+#[derive(Debug)]
+pub struct Accepted {
+    /// Where it is to be served.
+    pub tls: TlsStream<TcpStream>,
+    /// Whom it proved to be.
+    pub peer: SpiffeId,
+    /// What was agreed on.
+    pub wire: Wire,
+    /// What it proved that with.
+    pub(crate) shown: Shown,
+}
+
+/// The server's half of the handshake on a connection to a pod's 15008.
 ///
 /// # Errors
-/// [`Kind::Unauthenticated`] when the peer proved no identity of our trust domain, [`Kind::TlsFailure`] for
+/// [`Kind::Revoked`] when the peer's certificate is, [`Kind::Unauthenticated`] when the peer proved no identity of our trust domain, [`Kind::TlsFailure`] for
 /// everything else that is wrong (plaintext, another TLS version, no ALPN of ours, 10 s without a result).
-pub async fn accept(
-    stream: TcpStream,
-    identity: &WorkloadIdentity,
-) -> Result<(TlsStream<TcpStream>, SpiffeId, Wire)> {
+pub async fn accept(stream: TcpStream, identity: &WorkloadIdentity) -> Result<Accepted> {
     let peer =
         stream.peer_addr().map_err(|error| Error::new(Kind::TlsFailure, format!("a peer left: {error}")))?;
     // Only latency suffers when it fails.
     let _ = stream.set_nodelay(true);
+    let beginning = identity.begin();
     let acceptor = TlsAcceptor::from(identity.server_config()?);
     let tls = timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream))
         .await
@@ -44,12 +54,34 @@ pub async fn accept(
     let wire = Wire::from_alpn(session.alpn_protocol()).ok_or_else(|| {
         Error::new(Kind::TlsFailure, format!("{peer} is refused: it offers neither ALPN mesh-h2 nor h2"))
     })?;
-    let leaf = session.peer_certificates().and_then(<[_]>::first).ok_or_else(|| {
+    let chain = session.peer_certificates().unwrap_or_default();
+    let leaf = chain.first().ok_or_else(|| {
         Error::new(Kind::Unauthenticated, format!("{peer} is refused: it showed no client certificate"))
     })?;
     let proven = single_identity(leaf)
         .map_err(|refusal| Error::new(Kind::Unauthenticated, format!("{peer} is refused: {refusal}")))?;
-    Ok((tls, proven, wire))
+    let shown = beginning.shown(chain, Usage::Client);
+    Ok(Accepted { tls, peer: proven, wire, shown })
+}
+
+/// Completes when nothing may stand any more on what a peer has shown: `leave` is called when its connection is to end,
+/// and `cut` when whatever is left of it is to be refused; that then has a moment to be told.
+pub(crate) async fn withdrawn(shown: &Shown, peer: SocketAddr, leave: impl Fn(), cut: impl Fn()) -> Error {
+    let why = shown.withdrawn().await;
+    leave();
+    if why == Withdrawn::RootGone {
+        tokio::time::sleep(ROOT_GONE_GRACE).await;
+    }
+    shown.cut();
+    cut();
+    tokio::time::sleep(LAST_WORDS).await;
+    not_believed(peer)
+}
+
+/// The end of what stood on a certificate that is withdrawn.
+pub(crate) fn not_believed(peer: SocketAddr) -> Error {
+    let why = "its certificate is revoked, or its root is not believed any more";
+    Error::new(Kind::Revoked, format!("{peer} is cut: {why}"))
 }
 
 /// Where a tunnel leads: an address of the pod, and no port of ours.

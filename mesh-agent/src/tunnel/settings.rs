@@ -35,6 +35,11 @@ pub(super) const PING_INTERVAL: Duration = Duration::from_secs(10);
 pub(super) const PING_TIMEOUT: Duration = Duration::from_secs(20);
 /// Time limit of a TLS handshake, both ends (ztunnel's connect timeout).
 pub(super) const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// What stands on a root that is not believed any more is asked to end at once, and cut after this: requests under way
+/// come to their answers.
+pub(super) const ROOT_GONE_GRACE: Duration = Duration::from_secs(10);
+/// What is refused because its certificate is revoked has this long to be told so.
+pub(super) const LAST_WORDS: Duration = Duration::from_millis(500);
 /// A pooled connection that nobody used for this long is released (ztunnel).
 pub(super) const POOL_IDLE: Duration = Duration::from_mins(5);
 

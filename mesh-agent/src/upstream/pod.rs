@@ -172,6 +172,11 @@ impl Pod {
         }
     }
 
+    /// Has whatever is open at it asked again: somebody is not believed any more.
+    pub fn ask_again(&self) {
+        self.policies.send_replace(());
+    }
+
     /// Told whenever what it asks of those who come has changed, from now on.
     pub fn policy_changes(&self) -> watch::Receiver<()> {
         self.policies.subscribe()

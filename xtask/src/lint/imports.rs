@@ -13,7 +13,7 @@ const ROOT: &str = "mesh-agent/src/";
 
 /// What every room may use. `identity::SpiffeId` is a noun of configuration; the rest of `identity` is a room.
 const SHARED: &[&str] =
-    &["body", "config", "drain", "error", "identity::SpiffeId", "mounts", "report", "state"];
+    &["body", "config", "drain", "error", "identity::SpiffeId", "mounts", "report", "state", "watcher"];
 
 /// The arrows: who uses whom, besides [`SHARED`].
 const ARROWS: &[(&str, &[&str])] = &[
@@ -43,6 +43,7 @@ const NOUNS: &[(&str, &[&str])] = &[
     ("error", &[]),
     ("drain", &[]),
     ("mounts", &[]),
+    ("watcher", &[]),
     ("body", &["error"]),
     // Flags name the options of the rooms they are for.
     (

@@ -112,7 +112,7 @@ async fn judged(server: &WorkloadIdentity, client: ClientConfig) -> Fallible<Res
         // The server's verdict on our certificate comes after our handshake.
         tls.read_u8().await
     };
-    let serve = async { accept(accepted, server).await.map(|(_, peer, wire)| (peer, wire)) };
+    let serve = async { accept(accepted, server).await.map(|accepted| (accepted.peer, accepted.wire)) };
     Ok(tokio::join!(dial, serve).1)
 }
 
@@ -136,7 +136,7 @@ async fn both_ends_know_each_other_on_either_wire() -> TestResult {
             }
         };
         let (connection, accepted) = tokio::join!(dial, accept(accepted, &pair.server));
-        let (connection, (tls, peer, agreed)) = (connection?, accepted?);
+        let (connection, Accepted { tls, peer, wire: agreed, .. }) = (connection?, accepted?);
         assert_eq!((connection.wire, agreed), (wire, wire));
         assert_eq!((&connection.peer, &peer), (&pair.server.id, &pair.client.id));
         assert!(connection.is_open());
@@ -321,5 +321,37 @@ async fn no_handle_shows_a_key() -> TestResult {
     assert!(text.contains("sa/client") || text.contains("\"client\""), "{text}");
     assert!(!text.contains("key"), "{text}");
     let _: SocketAddr = connection.address();
+    Ok(())
+}
+
+/// What was agreed on to derive keys from, as the server sees it.
+async fn agreed_group(server: &WorkloadIdentity, client: ClientConfig) -> Fallible<String> {
+    let (dialled, accepted) = sockets().await?;
+    let dial = async { TlsConnector::from(Arc::new(client)).connect(server_name(POD), dialled).await };
+    let (dialled, accepted) = tokio::join!(dial, accept(accepted, server));
+    dialled?;
+    let tls = accepted?.tls;
+    let group = tls.get_ref().1.negotiated_key_exchange_group().ok_or("no group")?;
+    Ok(format!("{:?}", group.name()))
+}
+
+#[tokio::test]
+async fn keys_are_safe_from_quantum_computers_where_both_ends_know_how() -> TestResult {
+    use rustls::crypto::aws_lc_rs::kx_group::{SECP256R1, X25519};
+    let pair = Pair::new().await?;
+    let expected = std::slice::from_ref(&pair.server.id);
+    let ours = || pair.client.client_config(expected, &[b"h2"]).map(|config| ClientConfig::clone(&config));
+    assert_eq!(agreed_group(&pair.server, ours()?).await?, "X25519MLKEM768");
+    for (group, name) in [(X25519, "X25519"), (SECP256R1, "secp256r1")] {
+        let mut config = ours()?;
+        let provider = CryptoProvider { kx_groups: vec![group], ..default_provider() };
+        let mut older = ClientConfig::builder_with_provider(Arc::new(provider))
+            .with_protocol_versions(&[&rustls::version::TLS13])?
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(Gullible(Arc::new(default_provider()))))
+            .with_client_cert_resolver(Arc::clone(&config.client_auth_cert_resolver));
+        older.alpn_protocols = std::mem::take(&mut config.alpn_protocols);
+        assert_eq!(agreed_group(&pair.server, older).await?, name);
+    }
     Ok(())
 }

@@ -5,6 +5,7 @@ mod handshake;
 mod native;
 mod pool;
 mod tunnels;
+mod withdrawn;
 
 use std::{
     future::Future,
@@ -116,9 +117,13 @@ impl Node {
 }
 
 async fn serve(stream: TcpStream, identity: &WorkloadIdentity, drain: &Drain, app: App) -> Result<()> {
-    let (tls, peer, wire) = accept(stream, identity).await?;
-    let peer = Arc::new(peer);
-    super::serve(tls, wire, &[POD], drain, FLUSH, move |stream| answer(stream, Arc::clone(&peer), app)).await
+    let Accepted { tls, peer, wire, shown } = accept(stream, identity).await?;
+    let (peer, from) = (Arc::new(peer), CLIENT);
+    let withdrawn = withdrawn(&shown, from, || {}, || {});
+    super::serve(tls, wire, &[POD], drain, FLUSH, withdrawn, move |stream| {
+        answer(stream, Arc::clone(&peer), app)
+    })
+    .await
 }
 
 async fn answer(stream: MeshStream, peer: Arc<SpiffeId>, app: App) {

@@ -1,5 +1,7 @@
 //! HTTP requests as streams of their own.
 
+use std::future::pending;
+
 use bytes::Bytes;
 use h2::Reason;
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode};
@@ -174,7 +176,8 @@ async fn on_hbone_our_headers_mean_nothing() -> TestResult {
     tasks.spawn(async move {
         let peer = Arc::new(spiffe("client"));
         let handle = |stream| super::answer(stream, Arc::clone(&peer), echo);
-        let _ = super::super::serve(far, Wire::Hbone, &[POD], &Drain::default(), FLUSH, handle).await;
+        let _ =
+            super::super::serve(far, Wire::Hbone, &[POD], &Drain::default(), FLUSH, pending(), handle).await;
     });
     let (mut sender, driver) = h2::client::handshake(near).await?;
     tasks.spawn(async move {
@@ -200,7 +203,7 @@ async fn failing(
     let (dialled, accepted) = sockets().await?;
     let server = Arc::clone(&pair.server);
     let serving = tokio::spawn(async move {
-        let (tls, _, _) = accept(accepted, &server).await?;
+        let tls = accept(accepted, &server).await?.tls;
         let broken = |error: h2::Error| Error::new(Kind::BadRequest, error.to_string());
         let mut connection = h2::server::handshake(tls).await.map_err(broken)?;
         let mut held = Vec::new();
@@ -231,7 +234,7 @@ async fn a_stream_beyond_the_goaway_may_be_tried_again() -> TestResult {
     let (dialled, accepted) = sockets().await?;
     let server = Arc::clone(&pair.server);
     let serving = tokio::spawn(async move {
-        let (mut tls, _, _) = accept(accepted, &server).await?;
+        let mut tls = accept(accepted, &server).await?.tls;
         // SETTINGS, then GOAWAY: no stream was processed, no error.
         let frames = [&[0, 0, 0, 4, 0, 0, 0, 0, 0][..], &[0, 0, 8, 7, 0, 0, 0, 0, 0], &[0; 8]].concat();
         let broken = |error: std::io::Error| Error::new(Kind::BadRequest, error.to_string());

@@ -136,7 +136,7 @@ async fn a_closed_connection_is_dropped() -> TestResult {
     let mut tunnel = first.open_tunnel(ECHO, CLIENT).await?;
     node.served.abort_all();
     assert!(tunnel.read(&mut [0]).await.is_err());
-    first.closed().cancelled().await;
+    first.done().await;
     let node = Node::start(&pair.server, 1, echo).await?;
     let second = pool.get(&key, &pair.client, node.dial()).await?;
     assert!(!second.is_same(&first));

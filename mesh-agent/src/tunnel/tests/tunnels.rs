@@ -1,6 +1,6 @@
 //! Byte streams: whole, in both directions, each ending by itself, and never ending quietly when they broke.
 
-use std::io::ErrorKind;
+use std::{future::pending, io::ErrorKind};
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -111,8 +111,8 @@ async fn a_client_that_breaks_off_is_no_end_of_file() -> TestResult {
     let (dialled, accepted) = sockets().await?;
     let server = Arc::clone(&pair.server);
     let serving = tokio::spawn(async move {
-        let (tls, _, _) = accept(accepted, &server).await?;
-        super::super::serve(tls, Wire::Hbone, &[POD], &Drain::default(), FLUSH, move |stream| {
+        let tls = accept(accepted, &server).await?.tls;
+        super::super::serve(tls, Wire::Hbone, &[POD], &Drain::default(), FLUSH, pending(), move |stream| {
             let report = report.clone();
             async move {
                 let MeshStream::Tunnel(tunnel) = stream else { return };

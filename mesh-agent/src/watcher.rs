@@ -1,7 +1,7 @@
 //! Tells when something in a directory changed, through inotify.
 //!
 //! Promises to notice every change of its entries, and that the directory itself was taken away and came back.
-//! Never says what changed: the reader compares. Tested in `tests.rs` beside it.
+//! Never says what changed: the reader compares. Tested in `source/tests.rs`.
 
 use std::{
     os::unix::fs::MetadataExt,
@@ -29,7 +29,7 @@ const RETRY: Duration = Duration::from_secs(1);
 
 /// Watches one directory.
 #[derive(Debug)]
-pub struct Watcher {
+pub(crate) struct Watcher {
     dir: PathBuf,
     watched: Option<Watched>,
     changes: mpsc::Receiver<()>,

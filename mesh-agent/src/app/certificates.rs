@@ -1,0 +1,124 @@
+//! The certificates of a node as it starts with them, follows them, and shows them; and the steps of `mesh-agent ca`.
+
+use std::{io::Write, sync::Arc};
+
+use anyhow::{Context as _, Result};
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+use tokio::sync::watch;
+
+use super::CERTIFICATES_EVERY;
+use crate::{
+    admin::{self, CertificateView},
+    config::{CaConfig, CaSource, CaStep, NodeConfig},
+    identity::{self, Authority, AuthorityInfo, CertificateInfo, LeafPolicy, RemoteCaConfig},
+    report::{AuthorityExpiry, Reporter},
+    state::{Problem, snapshot::Snapshot},
+};
+
+/// The authority of a node, following its files.
+pub(super) fn open_authority(config: &NodeConfig) -> Result<Arc<Authority>> {
+    let flags = &config.certificates;
+    let policy = LeafPolicy { lifetime: flags.certificate_lifetime, ..LeafPolicy::default() };
+    let state_dir = || format!("--state-dir {}", config.state_dir.display());
+    let (source, trust_domain) = (config.ca.source(), &config.trust_domain);
+    let embedded = source == CaSource::Embedded;
+    let authority = match source {
+        CaSource::Embedded => Authority::open(&config.state_dir, trust_domain).with_context(state_dir)?,
+        CaSource::Remote { address, server_name, roots, token } => {
+            let remote = RemoteCaConfig { address, server_name, roots, token };
+            Authority::remote(remote, trust_domain).context("--ca-address")?
+        }
+        CaSource::Spiffe(socket) => Authority::spiffe(socket, trust_domain).context("--ca")?,
+    };
+    let authority = Arc::new(authority.with_leaf_policy(policy));
+    if embedded {
+        authority.follow_state_dir(&config.state_dir).with_context(state_dir)?;
+    }
+    if let Some(crl) = &flags.crl {
+        authority.follow_crl(crl).with_context(|| format!("--crl {}", crl.display()))?;
+    }
+    Ok(authority)
+}
+
+/// `mesh-agent ca`: says what it has done, or what is to be done.
+///
+/// # Errors
+/// When a step is not taken.
+pub fn ca(config: &CaConfig, out: &mut dyn Write) -> Result<()> {
+    let CaConfig { step, state_dir, trust_domain } = config;
+    let said = match step {
+        CaStep::Status => identity::rotation(state_dir, trust_domain),
+        CaStep::Prepare => identity::prepare(state_dir, trust_domain),
+        CaStep::Switch { now } => identity::switch(state_dir, trust_domain, *now),
+        CaStep::Drop { now } => identity::drop_roots(state_dir, trust_domain, *now),
+    };
+    let said = said.with_context(|| format!("--state-dir {}", state_dir.display()))?;
+    Ok(writeln!(out, "{said}")?)
+}
+
+/// What `/certs` shows.
+pub(super) fn certificates_of(authority: Arc<Authority>) -> admin::Read<Vec<CertificateView>> {
+    Arc::new(move || {
+        let authorities = authority.authorities().into_iter().map(authority_view);
+        authorities.chain(authority.certificates().into_iter().map(certificate_view)).collect()
+    })
+}
+
+fn authority_view(authority: AuthorityInfo) -> CertificateView {
+    let AuthorityInfo { role, name, serial, not_before, not_after } = authority;
+    CertificateView { role: role.to_owned(), ..view(name, serial, not_before, not_after) }
+}
+
+fn certificate_view(certificate: CertificateInfo) -> CertificateView {
+    let CertificateInfo { identity, serial, not_before, not_after } = certificate;
+    view(identity.to_string(), serial, not_before, not_after)
+}
+
+fn view(
+    identity: String,
+    serial: String,
+    not_before: OffsetDateTime,
+    not_after: OffsetDateTime,
+) -> CertificateView {
+    let written = |at: OffsetDateTime| at.format(&Rfc3339).unwrap_or_else(|_| at.to_string());
+    CertificateView {
+        role: CertificateView::WORKLOAD.to_owned(),
+        identity,
+        serial,
+        not_before: written(not_before),
+        not_after: written(not_after),
+        expires_in_seconds: (not_after - OffsetDateTime::now_utc()).whole_seconds(),
+    }
+}
+
+/// Gauges that follow the configuration and the certificates.
+pub(super) async fn keep_gauges(
+    mut snapshots: watch::Receiver<Arc<Snapshot>>,
+    problems: watch::Receiver<Arc<[Problem]>>,
+    authority: Arc<Authority>,
+    reporter: Arc<Reporter>,
+) {
+    let mut looks = authority.looks();
+    loop {
+        let revision = snapshots.borrow_and_update().revision;
+        reporter.set_config(revision, problems.borrow().len());
+        let expiry: Vec<_> = authority
+            .certificates()
+            .into_iter()
+            .map(|certificate| (certificate.identity, certificate.not_after.into()))
+            .collect();
+        reporter.set_certificates(&expiry);
+        let authorities = authority.authorities().into_iter().map(|authority| AuthorityExpiry {
+            role: authority.role,
+            name: authority.name,
+            at: authority.not_after.into(),
+        });
+        reporter.set_trust(authorities.collect(), authority.revoked(), authority.problems().len());
+        tokio::select! {
+            changed = snapshots.changed() => if changed.is_err() { return },
+            // The sender is in `authority`.
+            _ = looks.changed() => {}
+            () = tokio::time::sleep(CERTIFICATES_EVERY) => {}
+        }
+    }
+}
