@@ -110,9 +110,8 @@ async fn keep_followed(authority: Weak<Authority>, followed: Followed, mut watch
         Followed::StateDir(_) => Authority::STATE_DIR,
         Followed::Lists(_) => Authority::LISTS,
     };
+    // The first look is for what has changed between reading and watching.
     loop {
-        // Ends with the authority, at the next look.
-        let _ = tokio::time::timeout(LOOK, watcher.changed()).await;
         let (again, held) = (followed.clone(), authority.clone());
         let looked = tokio::task::spawn_blocking(move || {
             watcher.renew();
@@ -121,8 +120,11 @@ async fn keep_followed(authority: Weak<Authority>, followed: Followed, mut watch
         });
         let Ok(Some((problems, next))) = looked.await else { return };
         watcher = next;
-        let Some(authority) = authority.upgrade() else { return };
-        authority.set_problems(what, &problems);
+        // Ends with the authority, at the next look.
+        let Some(held) = authority.upgrade() else { return };
+        held.set_problems(what, &problems);
+        drop(held);
+        let _ = tokio::time::timeout(LOOK, watcher.changed()).await;
     }
 }
 
