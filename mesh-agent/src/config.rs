@@ -13,7 +13,7 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 pub use self::{
     ca::{CaFlags, CaSource},
     certificates::{CaConfig, CaStep, CertificateFlags},
-    controller::{ControllerConfig, ServiceAccountName, TokenConfig},
+    controller::{ControllerConfig, ServiceAccountName, TokenConfig, TokensOf},
     limits::HttpLimits,
     overload::OverloadMarks,
 };

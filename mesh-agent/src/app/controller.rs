@@ -10,9 +10,10 @@ use tokio_util::sync::CancellationToken;
 use super::{NotStarted, Signals, start_log};
 use crate::{
     admin::{self, Readiness},
-    config::{ControllerConfig, TokenConfig},
+    config::{ControllerConfig, TokenConfig, TokensOf},
     controller::{
-        Accounts, CertificateService, Limits, ServerCertificate, TokenFor, TokenKey, Tokens, serve,
+        Accounts, ApiServer, Callers, CertificateService, Limits, Reviews, ServerCertificate, TokenFor,
+        TokenKey, Tokens, serve,
     },
     identity::{EmbeddedCa, write_over},
     source,
@@ -47,8 +48,7 @@ async fn run(config: ControllerConfig, dir: &Path) -> Result<()> {
         None => EmbeddedCa::open(&config.state_dir, &config.trust_domain).with_context(state)?,
     };
     let ca = Arc::new(ca);
-    let tokens =
-        Tokens::open(&config.state_dir, &config.trust_domain, &config.token_audience).with_context(state)?;
+    let callers = callers(&config)?;
     let certificate =
         ServerCertificate::new(Arc::clone(&ca), config.server_names.clone()).context("--server-names")?;
     let limits = Limits {
@@ -59,7 +59,7 @@ async fn run(config: ControllerConfig, dir: &Path) -> Result<()> {
     };
     let agents = Accounts::new(config.agent_accounts);
     let snapshots = source.snapshots.clone();
-    let service = CertificateService::new(ca, &config.trust_domain, tokens, agents, snapshots, limits);
+    let service = CertificateService::new(ca, &config.trust_domain, callers, agents, snapshots, limits);
     let stop = CancellationToken::new();
     tokio::spawn(admin::serve_readiness(readiness, Readiness::default(), stop.clone()));
     let served = tokio::spawn(serve(listener, certificate, service, stop.clone()));
@@ -69,6 +69,19 @@ async fn run(config: ControllerConfig, dir: &Path) -> Result<()> {
     served.await.context("serving certificates")?;
     tracing::info!("controller stopped");
     Ok(())
+}
+
+fn callers(config: &ControllerConfig) -> Result<Callers> {
+    let (dir, audience) = (&config.state_dir, &config.token_audience);
+    match config.tokens {
+        TokensOf::Controller => Tokens::open(dir, &config.trust_domain, audience)
+            .map(|tokens| Callers::Signed(Box::new(tokens)))
+            .with_context(|| format!("--state-dir {}", dir.display())),
+        TokensOf::Kubernetes => {
+            let api = ApiServer::of_the_cluster().context("--tokens kubernetes")?;
+            Ok(Callers::Reviewed(Reviews::new(api, audience)))
+        }
+    }
 }
 
 /// `mesh-agent token`: makes one token.

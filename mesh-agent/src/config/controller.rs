@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
-use clap::{Args, value_parser};
+use clap::{Args, ValueEnum, value_parser};
 
 use super::{STATE_DIR, some_seconds};
 use crate::state::defaults::{ROOT_NAMESPACE, TRUST_DOMAIN};
@@ -45,6 +45,9 @@ pub struct ControllerConfig {
     /// Service accounts of agents, NAMESPACE/NAME: they alone may ask for identities of others
     #[arg(long, env = "MESH_AGENT_ACCOUNTS", value_name = "ACCOUNT", value_delimiter = ',', default_value = AGENT_ACCOUNT)]
     pub agent_accounts: Vec<ServiceAccountName>,
+    /// Whose tokens show who calls
+    #[arg(long, env = "MESH_TOKENS", value_enum, default_value_t = TokensOf::Controller)]
+    pub tokens: TokensOf,
     /// Audience that tokens have to be for
     #[arg(long, env = "MESH_TOKEN_AUDIENCE", value_name = "NAME", default_value = AUDIENCE)]
     pub token_audience: String,
@@ -62,6 +65,15 @@ pub struct ControllerConfig {
     #[arg(long, env = "MESH_CA_REQUEST_BURST", value_name = "COUNT", default_value_t = 500,
           value_parser = value_parser!(u32).range(1..))]
     pub request_burst: u32,
+}
+
+/// Whose tokens show who calls.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum TokensOf {
+    /// Those made by `mesh-agent token` with the key in the state directory.
+    Controller,
+    /// Service account tokens of Kubernetes, which the API server of the cluster is asked about (`TokenReview`).
+    Kubernetes,
 }
 
 /// `mesh-agent token`.

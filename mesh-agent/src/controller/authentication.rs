@@ -4,6 +4,7 @@
 
 use std::{collections::HashSet, fmt};
 
+use super::{token_review::Reviews, tokens::Tokens};
 use crate::{config::ServiceAccountName, identity::SpiffeId};
 
 /// Who has shown a token.
@@ -27,6 +28,36 @@ impl fmt::Display for Caller {
         match &self.node {
             Some(node) => write!(f, "{} on node {node}", self.account),
             None => self.account.fmt(f),
+        }
+    }
+}
+
+/// How callers show who they are.
+#[derive(Debug)]
+pub enum Callers {
+    /// By tokens that this controller's key has signed.
+    Signed(Box<Tokens>),
+    /// By tokens of Kubernetes, which its API server is asked about.
+    Reviewed(Reviews),
+}
+
+/// Why nobody is shown.
+#[derive(Debug)]
+pub(super) enum Unauthenticated {
+    /// The token shows nobody.
+    Refused(String),
+    /// Who would know could not be asked.
+    Unheard(String),
+}
+
+impl Callers {
+    /// Who shows this token.
+    pub(super) async fn caller(&self, token: &str) -> Result<Caller, Unauthenticated> {
+        match self {
+            Self::Signed(tokens) => {
+                tokens.caller(token).map_err(|error| Unauthenticated::Refused(error.to_string()))
+            }
+            Self::Reviewed(reviews) => reviews.caller(token).await,
         }
     }
 }

@@ -10,11 +10,10 @@ use tonic::{Code, Status};
 
 use super::{
     audit,
-    authentication::{Accounts, Caller},
+    authentication::{Accounts, Caller, Callers, Unauthenticated},
     csr::{self, Requested},
     pods::Pods,
     rate_limit::{RateLimit, Verdict},
-    tokens::Tokens,
 };
 use crate::{
     identity::{CertificateRequest, CertificateResponse, EmbeddedCa, Issued, LeafPolicy, SpiffeId},
@@ -39,7 +38,7 @@ pub struct Limits {
 pub struct CertificateService {
     ca: Arc<EmbeddedCa>,
     trust_domain: Arc<str>,
-    tokens: Tokens,
+    callers: Callers,
     agents: Accounts,
     pods: Pods,
     limits: Limits,
@@ -64,7 +63,7 @@ impl CertificateService {
     pub(crate) fn new(
         ca: Arc<EmbeddedCa>,
         trust_domain: &str,
-        tokens: Tokens,
+        callers: Callers,
         agents: Accounts,
         snapshots: watch::Receiver<Arc<Snapshot>>,
         limits: Limits,
@@ -73,7 +72,7 @@ impl CertificateService {
         Self {
             ca,
             trust_domain: trust_domain.into(),
-            tokens,
+            callers,
             agents,
             pods: Pods::new(snapshots),
             limits,
@@ -112,7 +111,7 @@ impl CertificateService {
         bearer: Option<&str>,
         request: &CertificateRequest,
     ) -> Result<(Issued, String), Refusal> {
-        let caller = match self.authenticate(bearer) {
+        let caller = match self.authenticate(bearer).await {
             Ok(caller) => caller,
             Err(refusal) => {
                 // Only failures count against an address: others there may have a token.
@@ -140,7 +139,7 @@ impl CertificateService {
         Ok((issued.map_err(|error| refused(Code::Unavailable, error.detail))?, requested.kind))
     }
 
-    fn authenticate(&self, bearer: Option<&str>) -> Result<Caller, Refusal> {
+    async fn authenticate(&self, bearer: Option<&str>) -> Result<Caller, Refusal> {
         let unauthenticated = |reason: String| refused(Code::Unauthenticated, reason);
         let header =
             bearer.ok_or_else(|| unauthenticated("no bearer token in `authorization`".to_owned()))?;
@@ -148,7 +147,10 @@ impl CertificateService {
             Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") => token.trim(),
             _ => return Err(unauthenticated("`authorization` is not a bearer token".to_owned())),
         };
-        self.tokens.caller(token).map_err(|error| unauthenticated(error.to_string()))
+        self.callers.caller(token).await.map_err(|error| match error {
+            Unauthenticated::Refused(reason) => unauthenticated(reason),
+            Unauthenticated::Unheard(reason) => refused(Code::Unavailable, reason),
+        })
     }
 
     fn within_rate(&self, caller: &str) -> Result<(), Refusal> {

@@ -19,13 +19,15 @@ mod server_certificate;
 #[cfg(test)]
 mod tests;
 mod token_key;
+mod token_review;
 mod tokens;
 
 pub use self::{
-    authentication::Accounts,
+    authentication::{Accounts, Callers},
     certificates::{CertificateService, Limits},
     serve::serve,
     server_certificate::ServerCertificate,
     token_key::TokenKey,
+    token_review::{ApiServer, Reviews},
     tokens::{TokenError, TokenFor, Tokens},
 };

@@ -1,6 +1,7 @@
 //! The service asked directly: who gets which certificate, and what everybody else is told.
 
 mod key_sets;
+mod token_review;
 mod tokens;
 mod wire;
 
@@ -17,7 +18,7 @@ use tokio::sync::watch;
 use tonic::{Code, Status};
 use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
 
-use super::{Accounts, CertificateService, Limits, TokenFor, TokenKey, Tokens};
+use super::{Accounts, Callers, CertificateService, Limits, TokenFor, TokenKey, Tokens};
 use crate::{
     config::ServiceAccountName,
     identity::{CertificateRequest, CertificateResponse, EmbeddedCa},
@@ -75,13 +76,17 @@ fn world(limits: Limits) -> Outcome<World> {
 }
 
 fn world_at(dir: tempfile::TempDir, limits: Limits) -> Outcome<World> {
+    let tokens = Tokens::open(dir.path(), "cluster.local", "istio-ca")?;
+    world_of(dir, limits, Callers::Signed(Box::new(tokens)))
+}
+
+fn world_of(dir: tempfile::TempDir, limits: Limits, callers: Callers) -> Outcome<World> {
     let outside = Workload { enrolled: false, ..pod("outside", "a", [10, 0, 0, 3])? };
     let pods = vec![pod("reviews", "a", [10, 0, 0, 1])?, pod("ratings", "b", [10, 0, 0, 2])?, outside];
     let (configuration, snapshots) = watch::channel(snapshot(1, pods));
     let ca = Arc::new(EmbeddedCa::open(dir.path(), "cluster.local")?);
-    let tokens = Tokens::open(dir.path(), "cluster.local", "istio-ca")?;
     let agents = Accounts::new(["mesh-system/mesh-agent".parse::<ServiceAccountName>()?]);
-    let service = CertificateService::new(ca, "cluster.local", tokens, agents, snapshots, limits);
+    let service = CertificateService::new(ca, "cluster.local", callers, agents, snapshots, limits);
     Ok(World { dir, service, configuration })
 }
 
@@ -220,22 +225,31 @@ async fn callers_without_a_good_token_are_told_why() -> TestResult {
 }
 
 #[tokio::test]
-async fn requests_are_for_the_identity_and_a_key_that_is_taken() -> TestResult {
+async fn keys_are_taken_as_istio_takes_them() -> TestResult {
+    let world = world(limits())?;
+    let token = token(world.dir.path(), "mesh-system/mesh-agent", "a")?;
+    let ask = async |csr: String| {
+        world.ask(&token, &CertificateRequest::impersonating(REVIEWS.into(), csr, 0)).await
+    };
+    let taken: [(&SignatureAlgorithm, &str); 3] =
+        [(&PKCS_ECDSA_P256_SHA256, "P-256"), (&PKCS_ECDSA_P384_SHA384, "P-384"), (&PKCS_ED25519, "Ed25519")];
+    for (algorithm, name) in taken {
+        let answer = ask(csr(&KeyPair::generate_for(algorithm)?, vec![])?).await;
+        assert!(answer.is_ok(), "{name}: {answer:?}");
+    }
+    let rsa = KeyPair::generate_rsa_for(&PKCS_RSA_SHA256, RsaKeySize::_2048)?;
+    ask(csr(&rsa, vec![uri(REVIEWS)?])?).await?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn requests_are_for_the_identity_and_no_longer_than_allowed() -> TestResult {
     let world = world(limits())?;
     let token = token(world.dir.path(), "mesh-system/mesh-agent", "a")?;
     let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
     let ask = async |csr: String, seconds| {
         world.ask(&token, &CertificateRequest::impersonating(REVIEWS.into(), csr, seconds)).await
     };
-    let taken: [(&SignatureAlgorithm, &str); 3] =
-        [(&PKCS_ECDSA_P256_SHA256, "P-256"), (&PKCS_ECDSA_P384_SHA384, "P-384"), (&PKCS_ED25519, "Ed25519")];
-    for (algorithm, name) in taken {
-        let answer = ask(csr(&KeyPair::generate_for(algorithm)?, vec![])?, 0).await;
-        assert!(answer.is_ok(), "{name}: {answer:?}");
-    }
-    let rsa = KeyPair::generate_rsa_for(&PKCS_RSA_SHA256, RsaKeySize::_2048)?;
-    ask(csr(&rsa, vec![uri(REVIEWS)?])?, 0).await?;
-
     let other = uri("spiffe://cluster.local/ns/default/sa/ratings")?;
     let mut authority = CertificateParams::default();
     authority.is_ca = IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
@@ -290,6 +304,33 @@ async fn a_request_signed_by_another_key_is_refused() -> TestResult {
     let (code, reason) = refusal(world.ask(&token, &request).await)?;
     assert_eq!(code, Code::InvalidArgument);
     assert!(reason.contains("not signed by the key it is for"), "{reason}");
+    Ok(())
+}
+
+#[test]
+fn a_request_changed_in_any_byte_is_refused_or_reads_the_same() -> TestResult {
+    let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+    let good = csr(&key, vec![uri(REVIEWS)?])?;
+    let der = rustls_pki_types::CertificateSigningRequestDer::from_pem_slice(good.as_bytes())?;
+    let mut refused = 0;
+    for at in 0..der.len() {
+        for bits in [0x01, 0x80, 0xff] {
+            let mut bytes = der.to_vec();
+            bytes[at] ^= bits;
+            match super::csr::read(&super::certificates::pem("CERTIFICATE REQUEST", &bytes)) {
+                Ok(read) => {
+                    assert_eq!(
+                        read.key.subject_public_key_info(),
+                        key.subject_public_key_info(),
+                        "byte {at}"
+                    );
+                    assert_eq!(read.names, [REVIEWS], "byte {at}");
+                }
+                Err(_) => refused += 1,
+            }
+        }
+    }
+    assert!(refused > der.len() * 2, "{refused} of {} were refused", der.len() * 3);
     Ok(())
 }
 

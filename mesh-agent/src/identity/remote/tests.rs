@@ -1,12 +1,19 @@
 //! Authorities that answer badly, or not at all: none of it is used, and all of it is told.
 
-use std::{fs, sync::Arc, time::Duration};
+use std::{
+    fs,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
 
 use hyper::service::service_fn;
 use rcgen::SubjectPublicKeyInfo;
 use rustls::{ServerConfig, sign::SingleCertAndKey};
 use time::OffsetDateTime;
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, sync::Notify};
 use tokio_rustls::TlsAcceptor;
 use tonic::{Request, Response, Status, codegen::BoxFuture, server::Grpc};
 use x509_parser::{certification_request::X509CertificationRequest, prelude::FromDer as _};
@@ -32,6 +39,8 @@ enum Manner {
     OtherIdentity,
     OtherRoot,
     Expired,
+    /// Not before it is let to.
+    Late,
     Never,
 }
 
@@ -39,6 +48,8 @@ struct Fake {
     ca: EmbeddedCa,
     other: EmbeddedCa,
     manner: Manner,
+    asked: AtomicU32,
+    let_to: Notify,
 }
 
 fn pem(der: &[u8]) -> String {
@@ -97,8 +108,11 @@ impl Service<Request<CertificateRequest>> for Call {
     fn call(&mut self, request: Request<CertificateRequest>) -> Self::Future {
         let fake = Arc::clone(&self.0);
         Box::pin(async move {
-            if matches!(fake.manner, Manner::Never) {
-                return std::future::pending().await;
+            fake.asked.fetch_add(1, Ordering::Relaxed);
+            match fake.manner {
+                Manner::Never => return std::future::pending().await,
+                Manner::Late => fake.let_to.notified().await,
+                _ => {}
             }
             let asked = request.get_ref();
             if asked.impersonated() != Some(REVIEWS) || request.metadata().get("authorization").is_none() {
@@ -114,6 +128,13 @@ impl Service<Request<CertificateRequest>> for Call {
 async fn authority(
     manner: Manner,
 ) -> std::result::Result<(tempfile::TempDir, RemoteCaConfig), Box<dyn std::error::Error>> {
+    let (dir, config, _) = served(manner).await?;
+    Ok((dir, config))
+}
+
+async fn served(
+    manner: Manner,
+) -> std::result::Result<(tempfile::TempDir, RemoteCaConfig, Arc<Fake>), Box<dyn std::error::Error>> {
     let dir = tempfile::tempdir()?;
     let (ca, other) =
         (EmbeddedCa::open(dir.path(), "cluster.local")?, EmbeddedCa::in_memory("cluster.local")?);
@@ -123,7 +144,10 @@ async fn authority(
         .with_no_client_auth()
         .with_cert_resolver(Arc::new(SingleCertAndKey::from(key)));
     tls.alpn_protocols = vec![b"h2".to_vec()];
-    let (tls, fake) = (TlsAcceptor::from(Arc::new(tls)), Arc::new(Fake { ca, other, manner }));
+    let (tls, fake) = (
+        TlsAcceptor::from(Arc::new(tls)),
+        Arc::new(Fake { ca, other, manner, asked: AtomicU32::new(0), let_to: Notify::new() }),
+    );
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let config = RemoteCaConfig {
         address: listener.local_addr()?.to_string(),
@@ -132,6 +156,7 @@ async fn authority(
         token: dir.path().join("token"),
     };
     fs::write(&config.token, "token\n")?;
+    let served = Arc::clone(&fake);
     tokio::spawn(async move {
         while let Ok((stream, _)) = listener.accept().await {
             let (tls, fake) = (tls.clone(), Arc::clone(&fake));
@@ -152,7 +177,7 @@ async fn authority(
             });
         }
     });
-    Ok((dir, config))
+    Ok((dir, config, served))
 }
 
 #[tokio::test]
@@ -224,6 +249,24 @@ async fn nobody_waits_for_an_authority_that_does_not_answer() -> TestResult {
     let authority = Authority::remote(config, "cluster.local")?;
     let Err(error) = authority.identity(&REVIEWS.parse()?).await else { return Err("certified".into()) };
     assert!(error.detail.contains("it has not answered yet"), "{error}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_comes_late_is_there_for_who_asks_again() -> TestResult {
+    let (_dir, config, fake) = served(Manner::Late).await?;
+    let authority = Authority::remote(config, "cluster.local")?;
+    let id = REVIEWS.parse()?;
+    // Asked for ahead, then by two who do not wait so long.
+    authority.prefetch(&id);
+    for _ in 0..2 {
+        let Err(error) = authority.identity(&id).await else { return Err("certified".into()) };
+        assert!(error.detail.contains("it has not answered yet"), "{error}");
+    }
+    fake.let_to.notify_one();
+    let identity = authority.identity_within(&id, Duration::from_secs(20)).await?;
+    assert_eq!(identity.certificate().identity, id);
+    assert_eq!(fake.asked.load(Ordering::Relaxed), 1, "it was asked for the same again");
     Ok(())
 }
 

@@ -86,7 +86,7 @@ fn serve(socket: &Path, first: X509SvidResponse) -> Outcome<watch::Sender<X509Sv
 }
 
 fn one_behind_the_other(certificates: &[CertificateDer<'_>]) -> Vec<u8> {
-    certificates.iter().flat_map(|certificate| certificate.to_vec()).collect()
+    certificates.iter().flat_map(|certificate| certificate.iter().copied()).collect()
 }
 
 /// What the API gives for `name`: a certificate of `ca` for `certified`, under these roots.
