@@ -2,7 +2,8 @@
 //!
 //! The only place that makes a [`Permit`], and without a permit there is no lease and no hand-over to an app. The mesh's
 //! ports are never a destination; what else is refused, the destination's pod says, at its node, for each connection and
-//! each request: first whether it takes plaintext (`mtls.rs`), then the authorization policies that select it
+//! each request: first whether it takes plaintext (`mtls.rs`), then whether the tokens of a request are to be believed
+//! (`jwt/`), then the authorization policies that select it
 //! (`authorization.rs`). Tested below and in `tests/`; in the lab by `authorization.rs` and `mtls_modes.rs`.
 
 mod authorization;
