@@ -98,7 +98,7 @@ fn svid(ca: &EmbeddedCa, name: &str, certified: &str, roots: &EmbeddedCa) -> Out
         spiffe_id: name.to_owned(),
         certificates: one_behind_the_other(&issued.chain),
         key: key.serialize_der(),
-        bundle: one_behind_the_other(roots.bundle()),
+        bundle: one_behind_the_other(&roots.bundle()),
     })
 }
 

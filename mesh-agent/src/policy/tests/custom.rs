@@ -37,7 +37,13 @@ fn asked(snapshot: &Snapshot, question: &str) -> String {
     let workload = snapshot.workload_at("10.0.0.9".parse().unwrap()).unwrap();
     let (mut approved, mut names) = (Vec::new(), Vec::new());
     let (method, path) = question.request.clone().unwrap_or_default();
-    let head = Head { method: &method, authority: &question.host, path: &path, headers: &question.headers };
+    let head = Head {
+        method: &method,
+        authority: &question.host,
+        path: &path,
+        headers: &question.headers,
+        claims: None,
+    };
     let (open, bytes) = match (&question.request, question.unread) {
         (Some(_), _) => (Open::Request(head), Bytes::Request(&head)),
         (None, true) => (Open::Connection, Bytes::Unread),
@@ -114,7 +120,7 @@ fn what_an_authorizer_has_permitted_stands_until_another_is_to_be_asked() {
     ] {
         let (destination, client) = ("10.0.0.9:80".parse().unwrap(), "10.0.0.1:1".parse().unwrap());
         let asked = Asked { workload, destination, source: None, client, approved: &approved };
-        let head = Head { method: &method, authority: "app", path, headers: &headers };
+        let head = Head { method: &method, authority: "app", path, headers: &headers, claims: None };
         assert_eq!(stands(&asked, Open::Request(head)).is_ok(), stands_on, "{approved:?} {path}");
         // What passed unread nobody was asked about.
         assert!(stands(&asked, Open::Connection).is_err() && stands(&asked, Open::Requests).is_ok());

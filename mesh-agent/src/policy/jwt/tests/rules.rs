@@ -26,7 +26,7 @@ fn permitted(policy: &str, payload: Option<&Value>) -> bool {
         payload.map_or_else(|| Request::get("/").body(()).unwrap(), |payload| bearer(&token(payload)));
     let claims = settle(tokens(&snapshot), 80, &mut request, NOW).unwrap();
     let client: SocketAddr = "10.0.0.1:1".parse().unwrap();
-    let asked = Asked { workload, destination: PLACE.parse().unwrap(), source: None, client };
+    let asked = Asked { workload, destination: PLACE.parse().unwrap(), source: None, client, approved: &[] };
     let (method, headers) = (request.method(), request.headers());
     let head = Head { method, authority: "app", path: "/", headers, claims: claims.as_ref() };
     policy::request(&asked, &head, &Reporter::default()).is_ok()
@@ -120,7 +120,13 @@ fn connections_are_read_where_tokens_are_looked_for() {
         [(7000, false, true), (80, true, false), (9000, true, true), (5000, true, true)]
     {
         let destination = SocketAddr::new("10.0.0.9".parse().unwrap(), port);
-        let asked = Asked { workload, destination, source: None, client: "10.0.0.1:1".parse().unwrap() };
+        let asked = Asked {
+            workload,
+            destination,
+            source: None,
+            client: "10.0.0.1:1".parse().unwrap(),
+            approved: &[],
+        };
         let ruling = policy::connection(&asked, &reporter);
         assert_eq!(matches!(ruling, Ok(Ruling::BytesDecide)), read, "{port}: {ruling:?}");
         assert_eq!(policy::opaque(&asked, None, &reporter).is_ok(), passes, "{port}");
