@@ -26,11 +26,20 @@ pub(super) fn config(snapshot: &Snapshot, problems: &[String]) -> Value {
     let services: BTreeMap<_, _> = snapshot.services.iter().map(|(host, s)| (host, service(s))).collect();
     json!({
         "revision": snapshot.revision,
-        "problems": problems,
+        "problems": problems.iter().cloned().chain(missing_keys(snapshot)).collect::<Vec<_>>(),
         "workloads": workloads.into_values().collect::<Vec<_>>(),
         "services": services.into_values().collect::<Vec<_>>(),
         "key_sets": key_sets(snapshot),
     })
+}
+
+/// Key sets that are not there: that is no mistake in the configuration, and refuses all the same.
+fn missing_keys(snapshot: &Snapshot) -> Vec<String> {
+    let missing = key_sets(snapshot).into_iter().filter(|(_, keys)| keys.is_none());
+    let message = |(uri, _)| {
+        format!("the key set of {uri} has not been fetched yet: the tokens that need it are refused")
+    };
+    missing.map(message).collect()
 }
 
 /// Key sets that are fetched, each with the number of its keys; `null` before it was fetched.

@@ -6,7 +6,7 @@ use http::{HeaderName, HeaderValue, StatusCode};
 
 use super::*;
 use crate::state::snapshot::{
-    Authentication, Balancing, CapturePolicy, HeaderOps, Subnet, UnmatchedPreflights,
+    Authentication, Balancing, CapturePolicy, HeaderOps, KeySet, RemoteKeys, Subnet, UnmatchedPreflights,
 };
 
 fn anybody() -> CorsPolicy {
@@ -180,4 +180,25 @@ fn a_pod_of_two_addresses_is_shown_once_and_order_is_fixed() {
     let names: Vec<_> = dump["workloads"].as_array().into_iter().flatten().map(|w| &w["name"]).collect();
     assert_eq!(names, ["a", "b"]);
     assert_eq!(dump["workloads"][0]["identity"], "spiffe://t/ns/default/sa/a");
+}
+
+#[test]
+fn key_sets_that_are_not_there_are_problems() {
+    let (uri, timeout) = ("https://issuer/keys", Duration::from_secs(5));
+    let cell = Arc::new(RemoteKeys::new(uri, timeout));
+    let key_sets = HashMap::from([(Arc::clone(&cell.uri), Arc::clone(&cell))]);
+    let snapshot = Snapshot { key_sets, ..Snapshot::default() };
+    let dump = config(&snapshot, &["first".to_owned()]);
+    let missing =
+        format!("the key set of {uri} has not been fetched yet: the tokens that need it are refused");
+    assert_eq!(dump["problems"], json!(["first", missing]));
+    assert_eq!(dump["key_sets"], json!({ uri: null }));
+    let x = "BwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwc";
+    let keys = KeySet::parse(&json!({"keys": [{"kty": "OKP", "crv": "Ed25519", "x": x}]}).to_string());
+    assert!(keys.is_ok_and(|keys| {
+        cell.set(Arc::new(keys));
+        true
+    }));
+    let dump = config(&snapshot, &[]);
+    assert_eq!((&dump["problems"], &dump["key_sets"]), (&json!([]), &json!({ uri: 1 })));
 }
