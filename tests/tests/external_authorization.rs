@@ -2,10 +2,12 @@
 //! pod that is asked and as the pod's own traffic; what it says is done, and without an answer nothing is let in, unless
 //! it is said to fail open.
 
+use std::time::Duration;
+
 use anyhow::{Result, ensure};
 use lab::{
     Pair, Pod, Process, Service,
-    apps::{self, Answer, CallKind, Echo, Question, WANT},
+    apps::{self, Answer, CallKind, Echo, LoadKind, Question, WANT},
     eventually, metric, require_root,
 };
 
@@ -327,7 +329,7 @@ async fn without_an_answer_nothing_is_let_in_unless_it_fails_open() -> Result<()
     ensure!(asked.iter().all(|question| pods.contains(&question.peer)), "{asked:?}");
     ensure!(pods.iter().all(|pod| asked.iter().any(|question| question.peer == *pod)), "{asked:?}");
     // Nobody listens there any more.
-    world.meshed.stop(std::time::Duration::from_secs(5)).await?;
+    world.meshed.stop(Duration::from_secs(5)).await?;
     ask("hasty", "allow", 503).await?;
     ask("grpc", "allow", 403).await?;
     ask("http", "allow", 403).await?;
@@ -434,6 +436,48 @@ async fn connections_are_permitted_over_grpc_and_by_rules_about_connections_alon
         let logged = agent.access_log();
         let denied = |line: &String| line.contains("kind=external_denied") && line.contains("flags=UAEX");
         ensure!(logged.iter().any(denied), "{logged:#?}");
+    }
+    world.pair.finish().await
+}
+
+/// What an authorizer has permitted goes on while it is the one to be asked, and is cut when another is.
+#[tokio::test]
+async fn another_authorizer_cuts_what_it_has_not_permitted() -> Result<()> {
+    if !require_root()? {
+        return Ok(());
+    }
+    let world = World::new("ext-authz-cut").await?;
+    let rules = "[{ to: [{ operation: { ports: ['7000'] } }] }, \
+                 { to: [{ operation: { ports: ['8080'], paths: ['/ws'] } }] }]";
+    world.ask("grpc", rules).await?;
+    let mut open = Vec::new();
+    for side in &world.sides {
+        let all = [(LoadKind::Tcp, side.service.url(70, "/")), (LoadKind::WebSocket, side.url("/ws"))];
+        for (kind, url) in all {
+            open.push(world.client().load(kind, &url, 1, Duration::from_millis(20)).await?);
+        }
+    }
+    for load in &open {
+        load.goes_on(2).await?;
+    }
+    let asked = apps::questions(&world.meshed).len();
+    let patient = "name: grpc\n        envoyExtAuthzGrpc: { timeout: 5s,";
+    let settings = SETTINGS.replace("name: grpc\n        envoyExtAuthzGrpc: {", patient);
+    ensure!(settings != SETTINGS, "nothing was changed");
+    world.pair.apply("mesh.yaml", &settings).await?;
+    world.ask("grpc", &rules.replace("'/ws'", "'/ws', '/more'")).await?;
+    for load in &open {
+        load.goes_on(2).await?;
+    }
+    ensure!(apps::questions(&world.meshed).len() == asked, "somebody was asked again");
+    world.ask("unmeshed", rules).await?;
+    for load in open {
+        eventually("what another has permitted to be cut", async || {
+            ensure!(!load.seen()?.errors.is_empty(), "it goes on");
+            Ok(())
+        })
+        .await?;
+        load.finish().await?;
     }
     world.pair.finish().await
 }

@@ -278,8 +278,10 @@ fn custom<'a>(all: &'a Authorization, facts: &Facts<'_>) -> Selected<'a> {
         let Some((place, holds)) = matched(&applied.policy, facts) else { continue };
         let opaque = matches!(facts.bytes, Bytes::Opaque { .. });
         // What only requests have is not known of bytes: there is nothing to ask about. Nor is there over HTTP.
+        let of_connections =
+            |rule: &Rule| !rule.http && self::holds(Action::Custom, rule, facts) == Holds::Yes;
         let can_ask = |provider: &&Arc<Provider>| {
-            !opaque || (provider.knows_connections() && !applied.policy.rules[place].http)
+            !opaque || (provider.knows_connections() && applied.policy.rules.iter().any(of_connections))
         };
         let Some(provider) = applied.provider.as_ref().filter(can_ask) else {
             if holds == Holds::Yes {

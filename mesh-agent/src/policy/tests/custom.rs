@@ -89,6 +89,11 @@ fn authorizers_are_asked_about_what_their_policies_match_and_before_the_others()
         (&["CUSTOM web {from: [{source: {namespaces: [a]}}]}"], "from a/x opaque", "denied p0/0"),
         (&["CUSTOM opa {to: [{operation: {paths: [/x]}}]}"], "opaque", "denied p0/0"),
         (&["CUSTOM opa {to: [{operation: {ports: ['1'], paths: [/x]}}]}"], "opaque", "allowed"),
+        (
+            &["CUSTOM opa {to: [{operation: {paths: [/x]}}]}, {from: [{source: {namespaces: [a]}}]}"],
+            "from a/x opaque",
+            "opa allowed",
+        ),
         // Somebody who is not known can say nothing.
         (&["CUSTOM gone {}"], "GET /", "denied p0/0"),
         (&["CUSTOM opa {}", "CUSTOM gone {to: [{operation: {paths: [/x]}}]}"], "GET /x", "opa denied p1/0"),
