@@ -164,10 +164,15 @@ pub(super) fn no_certificate(id: &SpiffeId, ca: &dyn fmt::Display, reason: &dyn 
 }
 
 /// A signing pair in this process, and the roots that those are to believe who have a certificate of it.
-#[derive(Debug)]
 pub(crate) struct EmbeddedCa {
     signer: ArcSwap<Signer>,
     roots: ArcSwap<Roots>,
+}
+
+impl fmt::Debug for EmbeddedCa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("EmbeddedCa").field("signer", &self.signer.load()).finish_non_exhaustive()
+    }
 }
 
 impl EmbeddedCa {

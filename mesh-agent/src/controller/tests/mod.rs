@@ -21,12 +21,17 @@ use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
 use super::{Accounts, Callers, CertificateService, Limits, TokenFor, TokenKey, Tokens};
 use crate::{
     config::ServiceAccountName,
-    identity::{CertificateRequest, CertificateResponse, EmbeddedCa},
+    identity::{CertificateRequest, CertificateResponse, EmbeddedCa, LeafPolicy},
     state::snapshot::{Authentication, CapturePolicy, Snapshot, Workload},
 };
 
 type TestResult = Result<(), Box<dyn std::error::Error>>;
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
+
+/// Seconds by which a beginning is dated back.
+fn backdate() -> i64 {
+    LeafPolicy::default().backdate.as_secs().cast_signed()
+}
 
 const REVIEWS: &str = "spiffe://cluster.local/ns/default/sa/reviews";
 
@@ -155,7 +160,7 @@ async fn an_agent_gets_the_identities_of_its_node() -> TestResult {
     let names = &leaf.subject_alternative_name()?.ok_or("no name")?.value.general_names;
     assert!(matches!(names[..], [GeneralName::URI(REVIEWS)]), "{names:?}");
     let life = leaf.validity().not_after.timestamp() - leaf.validity().not_before.timestamp();
-    assert_eq!(life, 3600);
+    assert_eq!(life, 3600 + backdate());
     Ok(())
 }
 
@@ -282,7 +287,7 @@ async fn requests_are_for_the_identity_and_no_longer_than_allowed() -> TestResul
         let response = ask(good.clone(), asked).await?;
         let leaf = CertificateDer::from_pem_slice(response.cert_chain[0].as_bytes())?;
         let validity = X509Certificate::from_der(&leaf)?.1.validity().clone();
-        assert_eq!(validity.not_after.timestamp() - validity.not_before.timestamp(), given);
+        assert_eq!(validity.not_after.timestamp() - validity.not_before.timestamp(), given + backdate());
     }
     Ok(())
 }

@@ -45,7 +45,8 @@ async fn an_agent_is_certified_over_the_wire() -> TestResult {
     let identity = certified(&authority).await?;
     let certificate = identity.certificate();
     assert_eq!(certificate.identity.to_string(), REVIEWS);
-    assert_eq!(certificate.not_after - certificate.not_before, LeafPolicy::default().lifetime);
+    let LeafPolicy { lifetime, backdate } = LeafPolicy::default();
+    assert_eq!(certificate.not_after - certificate.not_before, lifetime + backdate);
     assert!(identity.server_config().is_ok());
     stop.cancel();
     tokio::time::timeout(Duration::from_secs(5), running).await??;
@@ -117,7 +118,7 @@ async fn a_server_that_is_not_the_authority_hears_no_token() -> TestResult {
     let wrong_roots = RemoteCaConfig { roots: other.path().join("ca-cert.pem"), ..good.clone() };
     let wrong_name = RemoteCaConfig { server_name: "another.svc".into(), ..good.clone() };
     for (config, expected) in
-        [(wrong_roots, "invalid peer certificate: BadSignature"), (wrong_name, "not valid for name")]
+        [(wrong_roots, "invalid peer certificate: UnknownIssuer"), (wrong_name, "not valid for name")]
     {
         let error = refused(&Authority::remote(config, "cluster.local")?).await?;
         let (where_to, detail) = (&good.address, &error.detail);

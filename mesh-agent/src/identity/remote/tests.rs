@@ -12,6 +12,7 @@ use std::{
 use hyper::service::service_fn;
 use rcgen::{KeyPair, SubjectPublicKeyInfo};
 use rustls::{ServerConfig, sign::SingleCertAndKey};
+use rustls_pki_types::CertificateDer;
 use time::OffsetDateTime;
 use tokio::{net::TcpListener, sync::Notify};
 use tokio_rustls::TlsAcceptor;
@@ -19,7 +20,10 @@ use tonic::{Request, Response, Status, codegen::BoxFuture, server::Grpc};
 use x509_parser::{certification_request::X509CertificationRequest, prelude::FromDer as _};
 
 use super::*;
-use crate::identity::{Authority, EmbeddedCa, ca::self_signed};
+use crate::identity::{
+    Authority, EmbeddedCa,
+    ca::{leaf_params, self_signed},
+};
 
 type TestResult = std::result::Result<(), Box<dyn std::error::Error>>;
 
@@ -42,6 +46,18 @@ enum Manner {
     /// Not before it is let to.
     Late,
     Never,
+}
+
+/// A leaf whose time has ended an hour ago.
+fn expired(
+    ca: &EmbeddedCa,
+    id: &SpiffeId,
+    key: &impl PublicKeyData,
+) -> std::result::Result<CertificateDer<'static>, rcgen::Error> {
+    let name = SanType::URI(id.to_string().try_into()?);
+    let ended = OffsetDateTime::now_utc() - Duration::from_hours(1);
+    let leaf = leaf_params(vec![name], ended - Duration::from_hours(1), ended);
+    Ok(leaf.signed_by(key, &ca.signer().issuer)?.der().clone())
 }
 
 struct Fake {
@@ -70,18 +86,16 @@ impl Fake {
         let stranger = SubjectPublicKeyInfo::from_der(&stranger.subject_public_key_info())
             .map_err(|error| text(&error))?;
         let id = if matches!(self.manner, Manner::OtherIdentity) { RATINGS } else { REVIEWS };
-        let policy = match self.manner {
-            Manner::Expired => {
-                LeafPolicy { lifetime: Duration::from_hours(1), backdate: Duration::from_hours(2) }
-            }
-            _ => LeafPolicy {
-                lifetime: Duration::from_secs(request.validity_duration.unsigned_abs()),
-                ..LeafPolicy::default()
-            },
+        let policy = LeafPolicy {
+            lifetime: Duration::from_secs(request.validity_duration.unsigned_abs()),
+            ..LeafPolicy::default()
         };
         let key = if matches!(self.manner, Manner::OtherKey) { &stranger } else { &asked };
         let id = id.parse().map_err(|error| text(&error))?;
-        let leaf = self.ca.issue(&id, key, policy).map_err(|error| text(&error))?.chain;
+        let leaf = match self.manner {
+            Manner::Expired => vec![expired(&self.ca, &id, key).map_err(|error| text(&error))?],
+            _ => self.ca.issue(&id, key, policy).map_err(|error| text(&error))?.chain,
+        };
         let root = |ca: &EmbeddedCa| pem(&ca.bundle()[0]);
         Ok(match self.manner {
             Manner::Nothing => vec![],
