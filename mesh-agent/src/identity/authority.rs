@@ -108,7 +108,7 @@ impl Authority {
         if !is_trust_domain(trust_domain) {
             return Err(CaError::TrustDomain(trust_domain.to_owned()));
         }
-        Ok(Self::new(trust_domain, Ca::Remote(RemoteCa::new(config)?), Roots::none()))
+        Ok(Self::new(trust_domain, Ca::Remote(Box::new(RemoteCa::new(config)?)), Roots::none()))
     }
 
     /// The certificates of a SPIFFE Workload API, followed from now on. Takes a tokio runtime.

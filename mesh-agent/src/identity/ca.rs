@@ -106,7 +106,7 @@ pub(super) enum Ca {
     /// In this process, its key in the state directory (or in memory).
     Embedded(EmbeddedCa),
     /// Reached over the network, by Istio's certificate service.
-    Remote(RemoteCa),
+    Remote(Box<RemoteCa>),
     /// A SPIFFE Workload API, which makes the keys too.
     Spiffe(WorkloadApi),
 }

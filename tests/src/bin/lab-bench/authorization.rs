@@ -145,7 +145,7 @@ impl Mesh {
         };
         let headers = HeaderMap::from_iter([("x-team".parse()?, "green".parse()?)]);
         let (method, authority, path) = (Method::GET, "app", "/items/7/orders");
-        let head = Head { method: &method, authority, path, headers: &headers };
+        let head = Head { method: &method, authority, path, headers: &headers, claims: None };
         let judged = per_time(plan.seconds, BATCH, || {
             let permit = policy::request(black_box(&asked), black_box(&head), &reporter);
             ensure!(permit.is_ok(), "it is refused");
