@@ -50,7 +50,7 @@ use crate::{
     identity::Authority,
     proxy::{Mesh, health::watch_endpoints},
     report::Reporter,
-    source::{self, Source},
+    source::{self, Source, key_sets},
     state::{
         Problem,
         compile::{Netns, Settings},
@@ -252,6 +252,12 @@ async fn serve_pods(
     {
         return Ok(());
     }
+    let (certified, following) = (Arc::clone(&authority), snapshots.clone());
+    let connect = move || {
+        let certified = Arc::clone(&certified);
+        async move { certified.call().await }
+    };
+    tokio::spawn(key_sets::run(connect, following));
     tokio::spawn(watch_endpoints(Arc::clone(&reporter), snapshots.clone()));
     tokio::spawn(report_flows(capture.closed_flows()?, Arc::clone(&mesh)));
     drop(capture);

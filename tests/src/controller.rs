@@ -112,6 +112,11 @@ impl Controller {
         .fold(node.agent(), AgentBuilder::arg)
     }
 
+    /// The lines of its log.
+    pub fn log(&self) -> Vec<String> {
+        self.process.stderr().lines().map(str::to_owned).collect()
+    }
+
     /// The lines of its log that tell of certificates issued (`outcome` `issued`) or refused (`refused`).
     pub fn audit(&self, outcome: &str) -> Vec<String> {
         let outcome = format!("outcome=\"{outcome}\"");

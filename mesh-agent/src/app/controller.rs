@@ -1,6 +1,6 @@
 //! `mesh-agent controller` and `mesh-agent token`: their parts, put together and ended in order.
 
-use std::{io::Write, path::Path, sync::Arc};
+use std::{io::Write, net::IpAddr, path::Path, sync::Arc};
 
 use anyhow::{Context as _, Result};
 use time::OffsetDateTime;
@@ -12,8 +12,11 @@ use crate::{
     admin::{self, Readiness},
     config::{ControllerConfig, TokenConfig, TokensOf},
     controller::{
-        Accounts, ApiServer, Callers, CertificateService, Limits, Reviews, ServerCertificate, TokenFor,
-        TokenKey, Tokens, serve,
+        Accounts, ApiServer, Callers, CertificateService, Limits, Reviews, ServerCertificate, Services,
+        TokenFor, TokenKey, Tokens,
+        jwks::{Addresses, Fetcher},
+        key_sets::KeySets,
+        serve,
     },
     identity::{EmbeddedCa, write_over},
     source,
@@ -59,16 +62,29 @@ async fn run(config: ControllerConfig, dir: &Path) -> Result<()> {
     };
     let agents = Accounts::new(config.agent_accounts);
     let snapshots = source.snapshots.clone();
-    let service = CertificateService::new(ca, &config.trust_domain, callers, agents, snapshots, limits);
+    let certificates =
+        CertificateService::new(ca, &config.trust_domain, callers, agents, snapshots.clone(), limits);
+    let addresses = Addresses { allowed: config.jwks_allow, refused: api_server() };
+    let fetcher = Fetcher::new(addresses, config.jwks_ca.as_ref()).context("--jwks-ca")?;
+    let key_sets = KeySets::default();
+    let fetching = key_sets.clone();
+    tokio::spawn(async move { fetching.follow(fetcher, snapshots).await });
+    let services = Services { certificates, key_sets };
     let stop = CancellationToken::new();
     tokio::spawn(admin::serve_readiness(readiness, Readiness::default(), stop.clone()));
-    let served = tokio::spawn(serve(listener, certificate, service, stop.clone()));
+    let served = tokio::spawn(serve(listener, certificate, services, stop.clone()));
     tracing::info!(listen = %config.listen, "controller started");
     signals.until_told_to_stop(|| source.reread.reread()).await;
     stop.cancel();
     served.await.context("serving certificates")?;
     tracing::info!("controller stopped");
     Ok(())
+}
+
+/// Where the API server of the cluster is, if this runs in one: as every pod is told.
+fn api_server() -> Vec<IpAddr> {
+    let host = std::env::var("KUBERNETES_SERVICE_HOST").ok();
+    host.and_then(|host| host.parse().ok()).into_iter().collect()
 }
 
 fn callers(config: &ControllerConfig) -> Result<Callers> {

@@ -5,7 +5,10 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use clap::{Args, ValueEnum, value_parser};
 
 use super::{STATE_DIR, some_seconds};
-use crate::state::defaults::{ROOT_NAMESPACE, TRUST_DOMAIN};
+use crate::state::{
+    defaults::{ROOT_NAMESPACE, TRUST_DOMAIN},
+    snapshot::Subnet,
+};
 
 /// The name under which agents know the controller (Istio's is `istiod.istio-system.svc`).
 const SERVER_NAME: &str = "mesh-controller.mesh-system.svc";
@@ -57,6 +60,12 @@ pub struct ControllerConfig {
     /// The longest time that may be asked for, seconds
     #[arg(long, env = "MESH_MAX_CERTIFICATE_LIFETIME", value_name = "SECONDS", default_value = "86400", value_parser = some_seconds)]
     pub max_certificate_lifetime: Duration,
+    /// Networks that key sets (`jwksUri`) may be fetched from although they are private, loopback or link-local
+    #[arg(long, env = "MESH_JWKS_ALLOW", value_name = "CIDR", value_delimiter = ',', value_parser = subnet)]
+    pub jwks_allow: Vec<Subnet>,
+    /// PEM certificates that servers of key sets may chain to, beside the system's
+    #[arg(long, env = "MESH_JWKS_CA", value_name = "FILE")]
+    pub jwks_ca: Option<PathBuf>,
     /// Requests a second that one caller may make for long
     #[arg(long, env = "MESH_CA_REQUESTS_PER_SECOND", value_name = "COUNT", default_value_t = 20,
           value_parser = value_parser!(u32).range(1..))]
@@ -65,6 +74,10 @@ pub struct ControllerConfig {
     #[arg(long, env = "MESH_CA_REQUEST_BURST", value_name = "COUNT", default_value_t = 500,
           value_parser = value_parser!(u32).range(1..))]
     pub request_burst: u32,
+}
+
+fn subnet(text: &str) -> Result<Subnet, String> {
+    Subnet::parse(text).ok_or_else(|| format!("{text:?} is not a network such as 10.0.0.0/8"))
 }
 
 /// Whose tokens show who calls.

@@ -105,12 +105,36 @@ impl CertificateService {
         }
     }
 
-    async fn decide(
+    /// Whether the caller may be told the key sets: agents are.
+    ///
+    /// # Errors
+    /// The refusal, as the caller is told it.
+    pub(super) async fn may_watch(&self, peer: SocketAddr, bearer: Option<&str>) -> Result<(), Status> {
+        let mut record = audit::Request::from(peer);
+        "the key sets".clone_into(&mut record.identity);
+        let Err(Refusal { code, reason, count }) = self.decide_watch(&mut record, bearer).await else {
+            return Ok(());
+        };
+        if count > 0 {
+            record.refused(code, &reason, count);
+        }
+        Err(Status::new(code, reason))
+    }
+
+    async fn decide_watch(&self, record: &mut audit::Request, bearer: Option<&str>) -> Result<(), Refusal> {
+        let caller = self.known_caller(record, bearer).await?;
+        if self.agents.has(&caller) {
+            return Ok(());
+        }
+        Err(refused(Code::PermissionDenied, format!("{caller} is no agent of this mesh (--agent-accounts)")))
+    }
+
+    /// Who calls, if not too often.
+    async fn known_caller(
         &self,
         record: &mut audit::Request,
         bearer: Option<&str>,
-        request: &CertificateRequest,
-    ) -> Result<(Issued, String), Refusal> {
+    ) -> Result<Caller, Refusal> {
         let caller = match self.authenticate(bearer).await {
             Ok(caller) => caller,
             Err(refusal) => {
@@ -121,6 +145,16 @@ impl CertificateService {
         };
         record.caller = caller.to_string();
         self.within_rate(&record.caller)?;
+        Ok(caller)
+    }
+
+    async fn decide(
+        &self,
+        record: &mut audit::Request,
+        bearer: Option<&str>,
+        request: &CertificateRequest,
+    ) -> Result<(Issued, String), Refusal> {
+        let caller = self.known_caller(record, bearer).await?;
         let asked = request.impersonated();
         asked.unwrap_or("its own").clone_into(&mut record.identity);
         let id = match asked {

@@ -14,6 +14,7 @@ use tokio::{
     sync::{mpsc, watch},
     task::AbortHandle,
 };
+use tokio_util::sync::CancellationToken;
 use tonic::{
     Request, Response, Status,
     body::Body,
@@ -50,11 +51,12 @@ pub struct State {
 #[derive(Debug, Clone)]
 pub struct KeySets {
     known: watch::Sender<Arc<Known>>,
+    ended: CancellationToken,
 }
 
 impl Default for KeySets {
     fn default() -> Self {
-        Self { known: watch::Sender::new(Arc::default()) }
+        Self { known: watch::Sender::new(Arc::default()), ended: CancellationToken::new() }
     }
 }
 
@@ -81,6 +83,11 @@ impl KeySets {
                 return;
             }
         }
+    }
+
+    /// Tells nobody any more: who listens goes to another controller.
+    pub fn end(&self) {
+        self.ended.cancel();
     }
 
     /// What is known of a URI now.
@@ -159,6 +166,7 @@ impl KeySets {
             tokio::select! {
                 changed = changes.changed() => if changed.is_err() { return },
                 () = to.closed() => return,
+                () = self.ended.cancelled() => return,
             }
         }
     }

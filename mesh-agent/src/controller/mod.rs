@@ -25,7 +25,7 @@ mod tokens;
 pub use self::{
     authentication::{Accounts, Callers},
     certificates::{CertificateService, Limits},
-    serve::serve,
+    serve::{Services, serve},
     server_certificate::ServerCertificate,
     token_key::TokenKey,
     token_review::{ApiServer, Reviews},

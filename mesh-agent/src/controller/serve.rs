@@ -11,6 +11,7 @@ use std::{
     time::Duration,
 };
 
+use http::header::AUTHORIZATION;
 use hyper::{body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::{
@@ -27,8 +28,11 @@ use tonic::{
 };
 use tonic_prost::ProstCodec;
 
-use super::{certificates::CertificateService, server_certificate::ServerCertificate};
-use crate::identity::{CREATE_CERTIFICATE, CertificateRequest, CertificateResponse};
+use super::{certificates::CertificateService, key_sets::KeySets, server_certificate::ServerCertificate};
+use crate::{
+    identity::{CREATE_CERTIFICATE, CertificateRequest, CertificateResponse},
+    source::key_sets::WATCH_KEY_SETS,
+};
 
 /// Connections at once; more wait in the backlog. An agent has one.
 const CONNECTIONS: usize = 8192;
@@ -47,15 +51,24 @@ const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(30), Duration::from
 /// Pause after the process ran out of descriptors: `accept` would fail again at once.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+/// What is served.
+#[derive(Debug)]
+pub struct Services {
+    /// Certificates, and who may ask for what.
+    pub certificates: CertificateService,
+    /// Key sets of issuers of tokens.
+    pub key_sets: KeySets,
+}
+
 /// Serves until `stop`; requests under way are answered first.
 pub async fn serve(
     listener: TcpListener,
     certificate: ServerCertificate,
-    service: CertificateService,
+    services: Services,
     stop: CancellationToken,
 ) {
     let (room, tasks) = (Arc::new(Semaphore::new(CONNECTIONS)), TaskTracker::new());
-    let service = Arc::new(service);
+    let services = Arc::new(services);
     loop {
         let accepted = tokio::select! {
             () = stop.cancelled() => break,
@@ -64,9 +77,9 @@ pub async fn serve(
         match accepted {
             Ok((stream, peer, permit)) => {
                 let tls = TlsAcceptor::from(certificate.config());
-                let (service, stop) = (Arc::clone(&service), stop.clone());
+                let (services, stop) = (Arc::clone(&services), stop.clone());
                 tasks.spawn(async move {
-                    if let Err(error) = connection(stream, peer, tls, service, stop).await {
+                    if let Err(error) = connection(stream, peer, tls, services, stop).await {
                         tracing::debug!(%peer, error = format!("{error:#}"), "a connection to the controller ended");
                     }
                     drop(permit);
@@ -78,6 +91,8 @@ pub async fn serve(
             }
         }
     }
+    // What is told without end would keep its connections from ending.
+    services.key_sets.end();
     tasks.close();
     tasks.wait().await;
 }
@@ -95,7 +110,7 @@ async fn connection(
     stream: TcpStream,
     peer: SocketAddr,
     tls: TlsAcceptor,
-    service: Arc<CertificateService>,
+    services: Arc<Services>,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
     // Small messages, each waited for.
@@ -112,8 +127,8 @@ async fn connection(
         .keep_alive_interval(KEEPALIVE.0)
         .keep_alive_timeout(KEEPALIVE.1);
     let answer = service_fn(move |request| {
-        let service = Arc::clone(&service);
-        async move { Ok::<_, Infallible>(route(request, peer, service).await) }
+        let services = Arc::clone(&services);
+        async move { Ok::<_, Infallible>(route(request, peer, services).await) }
     });
     let mut connection = std::pin::pin!(server.serve_connection(TokioIo::new(stream), answer));
     tokio::select! {
@@ -130,13 +145,22 @@ async fn connection(
 async fn route(
     request: http::Request<Incoming>,
     peer: SocketAddr,
-    service: Arc<CertificateService>,
+    services: Arc<Services>,
 ) -> http::Response<Body> {
     let answered = match request.uri().path() {
         CREATE_CERTIFICATE => {
             let codec = ProstCodec::<CertificateResponse, CertificateRequest>::default();
             let mut grpc = Grpc::new(codec).max_decoding_message_size(LARGEST_REQUEST);
-            tokio::time::timeout(REQUEST, grpc.unary(CreateCertificate { service, peer }, request)).await
+            tokio::time::timeout(REQUEST, grpc.unary(CreateCertificate { services, peer }, request)).await
+        }
+        WATCH_KEY_SETS => {
+            let bearer = request.headers().get(AUTHORIZATION).and_then(|value| value.to_str().ok());
+            match tokio::time::timeout(REQUEST, services.certificates.may_watch(peer, bearer)).await {
+                // Lasts for as long as the agent listens.
+                Ok(Ok(())) => Ok(services.key_sets.serve(request).await),
+                Ok(Err(refusal)) => Ok(refusal.into_http()),
+                Err(late) => Err(late),
+            }
         }
         path => Ok(Status::unimplemented(format!("{path} is not served here")).into_http()),
     };
@@ -148,7 +172,7 @@ async fn route(
 
 /// One call, as tonic's server wants it.
 struct CreateCertificate {
-    service: Arc<CertificateService>,
+    services: Arc<Services>,
     peer: SocketAddr,
 }
 
@@ -162,11 +186,11 @@ impl Service<Request<CertificateRequest>> for CreateCertificate {
     }
 
     fn call(&mut self, request: Request<CertificateRequest>) -> Self::Future {
-        let (service, peer) = (Arc::clone(&self.service), self.peer);
+        let (services, peer) = (Arc::clone(&self.services), self.peer);
         Box::pin(async move {
             let bearer = request.metadata().get("authorization").and_then(|value| value.to_str().ok());
             let bearer = bearer.map(str::to_owned);
-            let answer = service.create(peer, bearer.as_deref(), request.get_ref()).await?;
+            let answer = services.certificates.create(peer, bearer.as_deref(), request.get_ref()).await?;
             Ok(Response::new(answer))
         })
     }

@@ -11,10 +11,13 @@ use std::{
     time::Duration,
 };
 
+use hyper::client::conn::http2::SendRequest;
 use rustls_pki_types::CertificateDer;
 use time::OffsetDateTime;
 use tokio::sync::watch;
+use tonic::body::Body;
 use x509_parser::prelude::{FromDer, X509Certificate};
+use zeroize::Zeroizing;
 
 use super::{
     CaError, SpiffeId,
@@ -207,6 +210,19 @@ impl Authority {
     #[must_use]
     pub fn with_leaf_policy(self, policy: LeafPolicy) -> Self {
         Self { policy, ..self }
+    }
+
+    /// A connection to the authority, where it is one elsewhere, and the token that shows who this agent is.
+    ///
+    /// # Errors
+    /// A sentence that says why there is none.
+    pub async fn call(&self) -> std::result::Result<(SendRequest<Body>, Zeroizing<String>), String> {
+        match &*self.ca {
+            Ca::Remote(ca) => ca.call().await,
+            Ca::Embedded(_) | Ca::Spiffe(_) => {
+                Err("there is no controller (--ca-address) to tell key sets".to_owned())
+            }
+        }
     }
 
     /// The trust domain whose identities it issues.

@@ -181,6 +181,17 @@ impl RemoteCa {
         Ok(sender)
     }
 
+    /// A connection of its own, and the token, for who calls another service there.
+    pub(super) async fn call(&self) -> Attempt<(http2::SendRequest<Body>, Zeroizing<String>)> {
+        let path = &self.config.token;
+        let text = Zeroizing::new(read(path, LARGEST_TOKEN).await.map_err(|error| about(path, &error))?);
+        let text = std::str::from_utf8(&text).map_err(|error| about(path, &error))?.trim();
+        let connected = tokio::time::timeout(ANSWER_TIMEOUT, self.connect()).await;
+        let sender = connected.unwrap_or_else(|_| Err(format!("no connection within {ANSWER_TIMEOUT:?}")));
+        let sender = sender.map_err(|error| format!("{self}: {error}"))?;
+        Ok((sender, Zeroizing::new(text.to_owned())))
+    }
+
     async fn connect(&self) -> Attempt<http2::SendRequest<Body>> {
         let roots = self.roots().await?;
         let tls = client_config(&roots).map_err(|error| about(&self.config.roots, &error))?;

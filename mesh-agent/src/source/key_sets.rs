@@ -22,6 +22,7 @@ use tonic::{
     metadata::AsciiMetadataValue,
 };
 use tonic_prost::ProstCodec;
+use zeroize::Zeroizing;
 
 use crate::state::snapshot::{KeySet, Snapshot};
 
@@ -120,10 +121,10 @@ pub async fn follow(
 
 /// Follows the controller for as long as there is a configuration, over one connection after the other. `connect` makes a
 /// connection and reads the agent's token.
-pub async fn run(
-    connect: impl AsyncFn() -> Result<(SendRequest<Body>, String), String>,
-    mut snapshots: watch::Receiver<Arc<Snapshot>>,
-) {
+pub async fn run<F>(connect: impl Fn() -> F, mut snapshots: watch::Receiver<Arc<Snapshot>>)
+where
+    F: Future<Output = Result<(SendRequest<Body>, Zeroizing<String>), String>>,
+{
     let mut told = Told::default();
     let mut back_off = BACK_OFF.0;
     loop {

@@ -7,7 +7,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{REVIEWS, TestResult, World, limits, token, world};
 use crate::{
-    controller::{ServerCertificate, serve},
+    controller::{ServerCertificate, Services, key_sets::KeySets, serve},
     error::Error,
     identity::{Authority, EmbeddedCa, LeafPolicy, RemoteCaConfig, WorkloadIdentity},
 };
@@ -32,7 +32,8 @@ async fn served(
     let stop = CancellationToken::new();
     let stopped = stop.clone();
     let running = tokio::spawn(async move {
-        serve(listener, certificate, service, stopped).await;
+        let services = Services { certificates: service, key_sets: KeySets::default() };
+        serve(listener, certificate, services, stopped).await;
         drop(configuration);
     });
     Ok((dir, config, stop, running))
@@ -144,7 +145,8 @@ async fn connections_are_made_anew() -> TestResult {
     let certificate =
         ServerCertificate::new(Arc::new(EmbeddedCa::open(dir.path(), "cluster.local")?), vec![NAME.into()])?;
     let listener = TcpListener::bind(&address).await?;
-    tokio::spawn(serve(listener, certificate, service, CancellationToken::new()));
+    let services = Services { certificates: service, key_sets: KeySets::default() };
+    tokio::spawn(serve(listener, certificate, services, CancellationToken::new()));
     certified(&authority).await?;
     drop(configuration);
     Ok(())

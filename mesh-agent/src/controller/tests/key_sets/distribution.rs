@@ -130,7 +130,10 @@ async fn agents_are_told_what_there_is_and_what_changes() {
     let (configuration, snapshots) = watch::channel(Arc::clone(&first));
     let running = tokio::spawn({
         let sets = sets.clone();
-        let connect = async move || Ok((connection(&sets).await, "token".to_owned()));
+        let connect = move || {
+            let sets = sets.clone();
+            async move { Ok((connection(&sets).await, "token".to_owned().into())) }
+        };
         run(connect, snapshots)
     });
     has(&first, &uris[0], "one").await;
