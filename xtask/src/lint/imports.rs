@@ -60,6 +60,7 @@ const NOUNS: &[(&str, &[&str])] = &[
             "report::AccessLog",
             "state::defaults",
             "state::snapshot::PathNormalization",
+            "state::snapshot::Subnet",
         ],
     ),
     ("state", &["error", "identity::SpiffeId"]),
