@@ -51,6 +51,9 @@ async fn run(config: ControllerConfig, dir: &Path) -> Result<()> {
         None => EmbeddedCa::open(&config.state_dir, &config.trust_domain).with_context(state)?,
     };
     let ca = Arc::new(ca);
+    if config.ca_certs.is_none() {
+        ca.follow(&config.state_dir, &config.trust_domain).with_context(state)?;
+    }
     let callers = callers(&config)?;
     let certificate =
         ServerCertificate::new(Arc::clone(&ca), config.server_names.clone()).context("--server-names")?;

@@ -213,6 +213,17 @@ impl EmbeddedCa {
         self.signer.store(Arc::new(signer));
     }
 
+    /// Signs with what has been put together, and has its roots believed, from now on. Whether that is a change.
+    pub(super) fn take(&self, bundle: Bundle) -> bool {
+        let Bundle { signer, roots } = bundle;
+        let same = self.signer.load().certificate == signer.certificate && self.roots.load().all == roots.all;
+        if !same {
+            self.roots.store(Arc::new(roots));
+            self.sign_with(signer);
+        }
+        !same
+    }
+
     /// Whom those who have a certificate of this authority are to believe.
     pub fn bundle(&self) -> Vec<CertificateDer<'static>> {
         self.roots.load().all.iter().map(|root| root.der.clone()).collect()

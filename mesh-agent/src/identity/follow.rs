@@ -17,6 +17,7 @@ use rustls_pki_types::UnixTime;
 use super::{
     Authority,
     bundle::Bundle,
+    ca::EmbeddedCa,
     crl::RevocationLists,
     state_dir::{self, CaError},
 };
@@ -105,6 +106,47 @@ impl Authority {
     }
 }
 
+impl EmbeddedCa {
+    /// Follows the files of its state directory from now on, for who signs for others: what can be used is in force with the
+    /// next certificate, the rest changes nothing and is logged once. Ends with the authority, at the next look.
+    ///
+    /// # Errors
+    /// When the directory cannot be watched.
+    pub(crate) fn follow(self: &Arc<Self>, dir: &Path, trust_domain: &str) -> anyhow::Result<()> {
+        let watcher = Watcher::new(dir.to_owned())?;
+        tokio::spawn(keep_signing(Arc::downgrade(self), dir.to_owned(), trust_domain.to_owned(), watcher));
+        Ok(())
+    }
+}
+
+async fn keep_signing(ca: Weak<EmbeddedCa>, dir: PathBuf, trust_domain: String, mut watcher: Watcher) {
+    let mut problem = String::new();
+    loop {
+        let _ = tokio::time::timeout(LOOK, watcher.changed()).await;
+        let (place, domain) = (dir.clone(), trust_domain.clone());
+        let looked = tokio::task::spawn_blocking(move || {
+            watcher.renew();
+            (state_dir::load(&place, &domain), watcher)
+        });
+        let Ok((loaded, next)) = looked.await else { return };
+        watcher = next;
+        let Some(ca) = ca.upgrade() else { return };
+        match loaded {
+            Ok(bundle) => {
+                if ca.take(bundle) {
+                    tracing::info!("roots or signing certificate have changed; they hold from now on");
+                }
+                problem.clear();
+            }
+            Err(error) if problem != error.to_string() => {
+                problem = error.to_string();
+                tracing::error!("--state-dir: {problem}; roots and signing certificate stay as they were");
+            }
+            Err(_) => {}
+        }
+    }
+}
+
 async fn keep_followed(authority: Weak<Authority>, followed: Followed, mut watcher: Watcher) {
     let what = match followed {
         Followed::StateDir(_) => Authority::STATE_DIR,
@@ -183,6 +225,33 @@ mod tests {
         looks.wait_for(|()| names(&authority).len() == 1).await?;
         assert!(names(&authority) != old && both.contains(&names(&authority)[0]));
         assert!(authority.problems().is_empty());
+        Ok(())
+    }
+
+    /// What a controller signs with, and whom it has others believe.
+    #[tokio::test]
+    async fn an_authority_that_signs_for_others_follows_too() -> TestResult {
+        let dir = tempfile::tempdir()?;
+        let dir = dir.path();
+        let ca = Arc::new(EmbeddedCa::open(dir, DOMAIN)?);
+        ca.follow(dir, DOMAIN)?;
+        let (first, signing) = (ca.bundle(), ca.signer().certificate.clone());
+        let becomes = async |roots: usize, another: bool| {
+            let is = || ca.bundle().len() == roots && (ca.signer().certificate != signing) == another;
+            tokio::time::timeout(Duration::from_secs(20), async {
+                while !is() {
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+            })
+            .await
+        };
+        prepare(dir, DOMAIN)?;
+        becomes(2, false).await?;
+        switch(dir, DOMAIN, true)?;
+        becomes(2, true).await?;
+        drop_roots(dir, DOMAIN, true)?;
+        becomes(1, true).await?;
+        assert_ne!(ca.bundle(), first);
         Ok(())
     }
 
