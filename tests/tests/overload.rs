@@ -15,7 +15,7 @@ use lab::{
 };
 
 /// What the agent of the clients' node may use, bytes.
-const LIMIT: u64 = 160 << 20;
+const LIMIT: u64 = 192 << 20;
 
 /// Requests of the greedy pod at a time, each with a body that is kept for a retry while the app lets it wait: together
 /// they would take more than there is.
