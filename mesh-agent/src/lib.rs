@@ -16,6 +16,7 @@ pub mod detect;
 pub mod drain;
 pub mod enrolment;
 pub mod error;
+mod grpc;
 pub mod handover;
 pub mod http1;
 pub mod http2;

@@ -29,7 +29,7 @@ use hyper::body::Incoming;
 pub use self::{
     activity::{Activity, Connection, Stall, lasted},
     ahead::{Ahead, Beginning},
-    inform::Inform,
+    inform::{Inform, Nobody},
     received::Received,
     replay::{Allowance, Fate, Follow, LIMIT, Replay},
 };

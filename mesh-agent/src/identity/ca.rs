@@ -166,7 +166,7 @@ pub(super) fn no_certificate(id: &SpiffeId, ca: &dyn fmt::Display, reason: &dyn 
 /// A signing pair in this process, and the roots that those are to believe who have a certificate of it.
 pub(crate) struct EmbeddedCa {
     signer: ArcSwap<Signer>,
-    roots: ArcSwap<Roots>,
+    roots: watch::Sender<Roots>,
 }
 
 impl fmt::Debug for EmbeddedCa {
@@ -195,12 +195,12 @@ impl EmbeddedCa {
     /// The authority of what has been put together.
     pub(super) fn of(bundle: Bundle) -> Self {
         let Bundle { signer, roots } = bundle;
-        Self { signer: ArcSwap::from_pointee(signer), roots: ArcSwap::from_pointee(roots) }
+        Self { signer: ArcSwap::from_pointee(signer), roots: watch::Sender::new(roots) }
     }
 
     /// The roots to believe.
     pub(super) fn roots(&self) -> Roots {
-        Roots::new(self.roots.load().all.iter().cloned())
+        Roots::new(self.roots.borrow().all.iter().cloned())
     }
 
     /// What signs now.
@@ -216,17 +216,25 @@ impl EmbeddedCa {
     /// Signs with what has been put together, and has its roots believed, from now on. Whether that is a change.
     pub(super) fn take(&self, bundle: Bundle) -> bool {
         let Bundle { signer, roots } = bundle;
-        let same = self.signer.load().certificate == signer.certificate && self.roots.load().all == roots.all;
+        let now = self.signer.load();
+        let signs = now.certificate == signer.certificate && now.above == signer.above;
+        let same = signs && self.roots.borrow().all == roots.all;
         if !same {
-            self.roots.store(Arc::new(roots));
             self.sign_with(signer);
+            self.roots.send_replace(roots);
         }
         !same
     }
 
     /// Whom those who have a certificate of this authority are to believe.
     pub fn bundle(&self) -> Vec<CertificateDer<'static>> {
-        self.roots.load().all.iter().map(|root| root.der.clone()).collect()
+        self.roots.borrow().all.iter().map(|root| root.der.clone()).collect()
+    }
+
+    /// Tells when other roots are to be believed, or another certificate signs.
+    #[cfg(test)]
+    pub(super) fn changes(&self) -> watch::Receiver<Roots> {
+        self.roots.subscribe()
     }
 
     fn certify(&self, id: &SpiffeId, policy: LeafPolicy) -> Result<Credential> {

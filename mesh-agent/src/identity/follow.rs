@@ -8,7 +8,7 @@
 
 use std::{
     path::{Path, PathBuf},
-    sync::{Arc, Weak},
+    sync::Arc,
     time::Duration,
 };
 
@@ -82,7 +82,17 @@ impl Authority {
 
     fn follow(self: &Arc<Self>, followed: Followed) -> anyhow::Result<()> {
         let watcher = Watcher::new(followed.directory().to_owned())?;
-        tokio::spawn(keep_followed(Arc::downgrade(self), followed, watcher));
+        let what = match followed {
+            Followed::StateDir(_) => Self::STATE_DIR,
+            Followed::Lists(_) => Self::LISTS,
+        };
+        // Ends with the authority, at the next look.
+        let held = Arc::downgrade(self);
+        tokio::spawn(keep_looking(watcher, move || {
+            let authority = held.upgrade()?;
+            authority.set_problems(what, &followed.look(&authority));
+            Some(())
+        }));
         Ok(())
     }
 
@@ -114,59 +124,41 @@ impl EmbeddedCa {
     /// When the directory cannot be watched.
     pub(crate) fn follow(self: &Arc<Self>, dir: &Path, trust_domain: &str) -> anyhow::Result<()> {
         let watcher = Watcher::new(dir.to_owned())?;
-        tokio::spawn(keep_signing(Arc::downgrade(self), dir.to_owned(), trust_domain.to_owned(), watcher));
+        let (held, dir, trust_domain) = (Arc::downgrade(self), dir.to_owned(), trust_domain.to_owned());
+        let mut problem = String::new();
+        tokio::spawn(keep_looking(watcher, move || {
+            match (held.upgrade()?, state_dir::load(&dir, &trust_domain)) {
+                (ca, Ok(bundle)) => {
+                    if ca.take(bundle) {
+                        tracing::info!("roots or signing certificate have changed; they hold from now on");
+                    }
+                    problem.clear();
+                }
+                (_, Err(error)) if problem != error.to_string() => {
+                    problem = error.to_string();
+                    tracing::error!(
+                        "--state-dir: {problem}; roots and signing certificate stay as they were"
+                    );
+                }
+                _ => {}
+            }
+            Some(())
+        }));
         Ok(())
     }
 }
 
-async fn keep_signing(ca: Weak<EmbeddedCa>, dir: PathBuf, trust_domain: String, mut watcher: Watcher) {
-    let mut problem = String::new();
+/// Looks at what a watcher tells of, at each change and now and then besides, until there is nobody to look for (`None`).
+async fn keep_looking(mut watcher: Watcher, mut look: impl FnMut() -> Option<()> + Send + 'static) {
     loop {
         let _ = tokio::time::timeout(LOOK, watcher.changed()).await;
-        let (place, domain) = (dir.clone(), trust_domain.clone());
         let looked = tokio::task::spawn_blocking(move || {
             watcher.renew();
-            (state_dir::load(&place, &domain), watcher)
+            look()?;
+            Some((watcher, look))
         });
-        let Ok((loaded, next)) = looked.await else { return };
-        watcher = next;
-        let Some(ca) = ca.upgrade() else { return };
-        match loaded {
-            Ok(bundle) => {
-                if ca.take(bundle) {
-                    tracing::info!("roots or signing certificate have changed; they hold from now on");
-                }
-                problem.clear();
-            }
-            Err(error) if problem != error.to_string() => {
-                problem = error.to_string();
-                tracing::error!("--state-dir: {problem}; roots and signing certificate stay as they were");
-            }
-            Err(_) => {}
-        }
-    }
-}
-
-async fn keep_followed(authority: Weak<Authority>, followed: Followed, mut watcher: Watcher) {
-    let what = match followed {
-        Followed::StateDir(_) => Authority::STATE_DIR,
-        Followed::Lists(_) => Authority::LISTS,
-    };
-    // The first look is for what has changed between reading and watching.
-    loop {
-        let (again, held) = (followed.clone(), authority.clone());
-        let looked = tokio::task::spawn_blocking(move || {
-            watcher.renew();
-            let authority = held.upgrade()?;
-            Some((again.look(&authority), watcher))
-        });
-        let Ok(Some((problems, next))) = looked.await else { return };
-        watcher = next;
-        // Ends with the authority, at the next look.
-        let Some(held) = authority.upgrade() else { return };
-        held.set_problems(what, &problems);
-        drop(held);
-        let _ = tokio::time::timeout(LOOK, watcher.changed()).await;
+        let Ok(Some(next)) = looked.await else { return };
+        (watcher, look) = next;
     }
 }
 
@@ -236,14 +228,10 @@ mod tests {
         let ca = Arc::new(EmbeddedCa::open(dir, DOMAIN)?);
         ca.follow(dir, DOMAIN)?;
         let (first, signing) = (ca.bundle(), ca.signer().certificate.clone());
-        let becomes = async |roots: usize, another: bool| {
+        let mut changes = ca.changes();
+        let mut becomes = async |roots: usize, another: bool| {
             let is = || ca.bundle().len() == roots && (ca.signer().certificate != signing) == another;
-            tokio::time::timeout(Duration::from_secs(20), async {
-                while !is() {
-                    tokio::time::sleep(Duration::from_millis(10)).await;
-                }
-            })
-            .await
+            changes.wait_for(|_| is()).await.map(drop)
         };
         prepare(dir, DOMAIN)?;
         becomes(2, false).await?;

@@ -11,20 +11,19 @@ use std::{
     fmt, io,
     path::{Path, PathBuf},
     sync::Arc,
-    task::{Context, Poll},
     time::Duration,
 };
 
 use arc_swap::ArcSwapOption;
 use http::{Uri, uri::PathAndQuery};
-use hyper::{body::Incoming, client::conn::http2};
+use hyper::client::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use rcgen::{CertificateParams, DistinguishedName, PublicKeyData, SanType};
 use rustls::{ClientConfig, RootCertStore, crypto::aws_lc_rs::default_provider, version::TLS13};
 use rustls_pki_types::ServerName;
 use tokio::{net::TcpStream, sync::Mutex};
 use tokio_rustls::TlsConnector;
-use tonic::{body::Body, client::Grpc, codegen::Service, metadata::AsciiMetadataValue};
+use tonic::{body::Body, client::Grpc, metadata::AsciiMetadataValue};
 use tonic_prost::ProstCodec;
 use zeroize::Zeroizing;
 
@@ -36,7 +35,10 @@ use super::{
     key::SecretKey,
     turns::Turns,
 };
-use crate::error::{Error, Kind, Result};
+use crate::{
+    error::{Error, Kind, Result},
+    grpc::Connection,
+};
 
 /// How long an authority may take for one certificate, the connection to it included.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -156,14 +158,20 @@ impl RemoteCa {
         }
     }
 
-    async fn token(&self) -> Attempt<AsciiMetadataValue> {
+    /// The token as it is now.
+    async fn token_text(&self) -> Attempt<Zeroizing<String>> {
         let path = &self.config.token;
         let text = Zeroizing::new(read(path, LARGEST_TOKEN).await.map_err(|error| about(path, &error))?);
         let text = std::str::from_utf8(&text).map_err(|error| about(path, &error))?.trim();
         if text.is_empty() {
             return Err(about(path, &"it is empty; `mesh-agent token` makes a token"));
         }
-        let header = Zeroizing::new(format!("Bearer {text}"));
+        Ok(Zeroizing::new(text.to_owned()))
+    }
+
+    async fn token(&self) -> Attempt<AsciiMetadataValue> {
+        let path = &self.config.token;
+        let header = Zeroizing::new(format!("Bearer {}", *self.token_text().await?));
         let mut value = AsciiMetadataValue::try_from(header.as_str())
             .map_err(|_| about(path, &"it holds what is no token"))?;
         value.set_sensitive(true);
@@ -183,13 +191,11 @@ impl RemoteCa {
 
     /// A connection of its own, and the token, for who calls another service there.
     pub(super) async fn call(&self) -> Attempt<(http2::SendRequest<Body>, Zeroizing<String>)> {
-        let path = &self.config.token;
-        let text = Zeroizing::new(read(path, LARGEST_TOKEN).await.map_err(|error| about(path, &error))?);
-        let text = std::str::from_utf8(&text).map_err(|error| about(path, &error))?.trim();
+        let token = self.token_text().await?;
         let connected = tokio::time::timeout(ANSWER_TIMEOUT, self.connect()).await;
         let sender = connected.unwrap_or_else(|_| Err(format!("no connection within {ANSWER_TIMEOUT:?}")));
         let sender = sender.map_err(|error| format!("{self}: {error}"))?;
-        Ok((sender, Zeroizing::new(text.to_owned())))
+        Ok((sender, token))
     }
 
     async fn connect(&self) -> Attempt<http2::SendRequest<Body>> {
@@ -298,21 +304,4 @@ fn client_config(
         .with_no_client_auth();
     config.alpn_protocols = vec![b"h2".to_vec()];
     Ok(config)
-}
-
-/// The connection as tonic's client wants it.
-pub(super) struct Connection(pub http2::SendRequest<Body>);
-
-impl Service<http::Request<Body>> for Connection {
-    type Response = http::Response<Incoming>;
-    type Error = hyper::Error;
-    type Future = tonic::codegen::BoxFuture<Self::Response, Self::Error>;
-
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<std::result::Result<(), hyper::Error>> {
-        self.0.poll_ready(cx)
-    }
-
-    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        Box::pin(self.0.send_request(request))
-    }
 }

@@ -31,9 +31,11 @@ use super::{
     SpiffeId,
     answer::{self, Checked},
     ca::{Credential, no_certificate},
-    remote::Connection,
 };
-use crate::error::{Error, Kind, Result};
+use crate::{
+    error::{Error, Kind, Result},
+    grpc::Connection,
+};
 
 /// How long the first answer may take.
 const FIRST_ANSWER: Duration = Duration::from_secs(10);

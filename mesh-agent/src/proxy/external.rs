@@ -17,7 +17,7 @@ use tokio::time::timeout;
 use super::{Mesh, http as requests, permits, vouched};
 use crate::{
     balance,
-    body::{Body, Inform},
+    body::{Body, Inform, Nobody},
     error::{Error, Kind, Result},
     policy::{
         self, Asked, Open,
@@ -183,13 +183,6 @@ async fn call(
             Err(error) => return Err(error.to_string()),
         }
     }
-}
-
-/// Nobody waits for interim responses of an authorizer.
-struct Nobody;
-
-impl Inform for Nobody {
-    fn inform(&self, _status: http::StatusCode, _headers: &HeaderMap) {}
 }
 
 async fn one(

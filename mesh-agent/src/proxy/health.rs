@@ -16,68 +16,47 @@ use crate::{
     upstream::{Switched, retry},
 };
 
-/// Takes into account what a try came to.
-pub(super) fn learn<B>(
+/// Takes into account what came of an endpoint, which is only asked where a rule wants to know; `None`: it says nothing about
+/// the endpoint.
+pub(super) fn learn(
     reporter: &Reporter,
     cluster: &Cluster,
     endpoint: &Endpoint,
-    result: &Result<Response<B>>,
+    outcome: impl FnOnce() -> Option<Outcome>,
 ) {
     if cluster.outlier.is_some()
-        && let Some(outcome) = of_try(result)
+        && let Some(outcome) = outcome()
+        && let Some(reason) = outlier::learn(cluster, endpoint, outcome)
     {
-        note(reporter, cluster, endpoint, outcome);
-    }
-}
-
-/// The same of a request for another protocol.
-pub(super) fn learn_switched(
-    reporter: &Reporter,
-    cluster: &Cluster,
-    endpoint: &Endpoint,
-    result: &Result<Switched>,
-) {
-    match result {
-        Ok(Switched::Answered(response)) if cluster.outlier.is_some() => {
-            note(reporter, cluster, endpoint, Outcome::Answered(response.status().as_u16()));
-        }
-        result => learn_opened(reporter, cluster, endpoint, result),
-    }
-}
-
-/// The same of a connection of opaque bytes.
-pub(super) fn learn_opened<T>(
-    reporter: &Reporter,
-    cluster: &Cluster,
-    endpoint: &Endpoint,
-    result: &Result<T>,
-) {
-    if cluster.outlier.is_none() {
-        return;
-    }
-    match result {
-        Ok(_) => note(reporter, cluster, endpoint, Outcome::Connected),
-        Err(error) if is_the_endpoints(error.kind) => note(reporter, cluster, endpoint, Outcome::Failed),
-        Err(_) => {}
-    }
-}
-
-fn note(reporter: &Reporter, cluster: &Cluster, endpoint: &Endpoint, outcome: Outcome) {
-    if let Some(reason) = outlier::learn(cluster, endpoint, outcome) {
         reporter.ejected(cluster, endpoint, reason.name());
     }
 }
 
-/// `None`: it says nothing about the endpoint. A gRPC status that stands in the head counts as the HTTP status that it
-/// means, as in Envoy.
-fn of_try<B>(result: &Result<Response<B>>) -> Option<Outcome> {
+/// What opaque bytes tell: whether their connection came about.
+pub(super) fn of_opened<T>(result: &Result<T>) -> Option<Outcome> {
+    match result {
+        Ok(_) => Some(Outcome::Connected),
+        Err(error) => is_the_endpoints(error.kind).then_some(Outcome::Failed),
+    }
+}
+
+/// What a request for another protocol tells.
+pub(super) fn of_switched(result: &Result<Switched>) -> Option<Outcome> {
+    match result {
+        Ok(Switched::Answered(response)) => Some(Outcome::Answered(response.status().as_u16())),
+        result => of_opened(result),
+    }
+}
+
+/// What a request tells. A gRPC status that stands in the head counts as the HTTP status that it means, as in Envoy.
+pub(super) fn of_try<B>(result: &Result<Response<B>>) -> Option<Outcome> {
     match result {
         Ok(response) => {
             let grpc = retry::grpc_status(response.headers());
             let status = grpc.map_or(response.status(), http_of);
             Some(Outcome::Answered(status.as_u16()))
         }
-        Err(error) => is_the_endpoints(error.kind).then_some(Outcome::Failed),
+        result @ Err(_) => of_opened(result),
     }
 }
 

@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     balance,
-    body::{Body, Follow, Inform},
+    body::{Body, Follow, Inform, Nobody},
     error::{Error, Kind, Result},
     route,
     state::snapshot::{Backend, Cluster, HttpRoute},
@@ -87,13 +87,6 @@ pub(super) fn send(
             mesh.reporter.mirrored(&cluster.name, outcome);
         });
     }
-}
-
-/// Nobody waits for the interim responses of a mirror.
-struct Nobody;
-
-impl Inform for Nobody {
-    fn inform(&self, _status: http::StatusCode, _headers: &http::HeaderMap) {}
 }
 
 async fn one(

@@ -273,7 +273,7 @@ impl Outbound {
         };
         let endpoint = Arc::clone(&chosen.endpoint);
         let opened = self.open_endpoint(Arc::clone(&endpoint), Some(chosen), cluster.connect_timeout).await;
-        health::learn_opened(&self.mesh.reporter, cluster, &endpoint, &opened);
+        health::learn(&self.mesh.reporter, cluster, &endpoint, || health::of_opened(&opened));
         opened
     }
 

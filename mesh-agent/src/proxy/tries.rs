@@ -308,7 +308,7 @@ async fn one(
         exchange.lease = Some(lease);
         response
     });
-    health::learn(&outbound.mesh.reporter, cluster, &endpoint, &result);
+    health::learn(&outbound.mesh.reporter, cluster, &endpoint, || health::of_try(&result));
     result
 }
 

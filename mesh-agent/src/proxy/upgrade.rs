@@ -92,7 +92,7 @@ async fn one(
     let activity = &exchange.client.activity;
     let asking = Box::pin(tries::in_time(outbound, activity, &endpoint.address, exchange.deadline, asking));
     let asked = unless_cut(exchange.standing.as_mut(), asking).await;
-    health::learn_switched(&outbound.mesh.reporter, cluster, &endpoint, &asked);
+    health::learn(&outbound.mesh.reporter, cluster, &endpoint, || health::of_switched(&asked));
     match asked? {
         Switched::Answered(response) => Ok(Made::Response(response)),
         Switched::Agreed(head, bytes) => {

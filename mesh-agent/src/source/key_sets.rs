@@ -4,27 +4,19 @@
 //! in force while the controller is silent. Until a set is there, the tokens that need it are refused. Tested with the
 //! controller that tells it (`controller/tests`).
 
-use std::{
-    collections::HashMap,
-    sync::Arc,
-    task::{Context, Poll},
-    time::Duration,
-};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use http::{Uri, uri::PathAndQuery};
-use hyper::{body::Incoming, client::conn::http2::SendRequest};
+use hyper::client::conn::http2::SendRequest;
 use tokio::sync::watch;
-use tonic::{
-    Request, Status,
-    body::Body,
-    client::Grpc,
-    codegen::{BoxFuture, Service},
-    metadata::AsciiMetadataValue,
-};
+use tonic::{Request, Status, body::Body, client::Grpc, metadata::AsciiMetadataValue};
 use tonic_prost::ProstCodec;
 use zeroize::Zeroizing;
 
-use crate::state::snapshot::{KeySet, Snapshot};
+use crate::{
+    grpc::Connection,
+    state::snapshot::{KeySet, Snapshot},
+};
 
 /// Path of the call.
 pub const WATCH_KEY_SETS: &str = "/mesh.v1.KeySets/Watch";
@@ -152,22 +144,5 @@ where
             () = tokio::time::sleep(back_off) => {}
             changed = snapshots.changed() => if changed.is_err() { return },
         }
-    }
-}
-
-/// A connection, as tonic's client wants it.
-struct Connection(SendRequest<Body>);
-
-impl Service<http::Request<Body>> for Connection {
-    type Response = http::Response<Incoming>;
-    type Error = hyper::Error;
-    type Future = BoxFuture<Self::Response, Self::Error>;
-
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        self.0.poll_ready(cx)
-    }
-
-    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        Box::pin(self.0.send_request(request))
     }
 }

@@ -12,8 +12,18 @@ use super::source::{Finding, Level, SourceFile};
 const ROOT: &str = "mesh-agent/src/";
 
 /// What every room may use. `identity::SpiffeId` is a noun of configuration; the rest of `identity` is a room.
-const SHARED: &[&str] =
-    &["body", "config", "drain", "error", "identity::SpiffeId", "mounts", "report", "state", "watcher"];
+const SHARED: &[&str] = &[
+    "body",
+    "config",
+    "drain",
+    "error",
+    "grpc",
+    "identity::SpiffeId",
+    "mounts",
+    "report",
+    "state",
+    "watcher",
+];
 
 /// The arrows: who uses whom, besides [`SHARED`].
 const ARROWS: &[(&str, &[&str])] = &[
@@ -42,6 +52,7 @@ const ARROWS: &[(&str, &[&str])] = &[
 const NOUNS: &[(&str, &[&str])] = &[
     ("error", &[]),
     ("drain", &[]),
+    ("grpc", &[]),
     ("mounts", &[]),
     ("watcher", &[]),
     ("body", &["error"]),

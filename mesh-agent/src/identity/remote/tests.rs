@@ -6,6 +6,7 @@ use std::{
         Arc,
         atomic::{AtomicU32, Ordering},
     },
+    task::{Context, Poll},
     time::Duration,
 };
 
@@ -16,7 +17,11 @@ use rustls_pki_types::CertificateDer;
 use time::OffsetDateTime;
 use tokio::{net::TcpListener, sync::Notify};
 use tokio_rustls::TlsAcceptor;
-use tonic::{Request, Response, Status, codegen::BoxFuture, server::Grpc};
+use tonic::{
+    Request, Response, Status,
+    codegen::{BoxFuture, Service},
+    server::Grpc,
+};
 use x509_parser::{certification_request::X509CertificationRequest, prelude::FromDer as _};
 
 use super::*;
