@@ -272,7 +272,7 @@ async fn serve_pods(
     tracing::info!(node = config.node, "agent started");
     let ended = tokio::select! {
         () = signals.until_told_to_stop(|| source.reread.reread()) => {
-            drain.start();
+            drain.leave();
             enrolled.await
         }
         ended = &mut enrolled => ended,

@@ -1,7 +1,7 @@
 //! Shutting down without losing anything: stop taking, finish what is open, within a deadline.
 //!
-//! Two steps. *Leaving*: somebody else takes what is new, and clients are asked to go there, each at a moment at which it
-//! loses nothing. *Draining*: there is no more time than the deadline, and what is idle is closed.
+//! Two steps. *Leaving*: clients are asked to come anew, each at a moment at which it loses nothing; by then somebody else
+//! takes what is new, or will before long. *Draining*: there is no more time than the deadline, and what is idle is closed.
 
 use std::time::Duration;
 
@@ -23,18 +23,17 @@ impl Drain {
         Self { leaving, stopping, open: TaskTracker::new() }
     }
 
-    /// Resolves when nothing new is to be taken, at the latest when draining begins.
+    /// Resolves when clients are to go, at the latest when draining begins.
     pub async fn left(&self) {
         self.leaving.cancelled().await;
     }
 
-    /// Whether nothing new is to be taken.
+    /// Whether clients are to go.
     pub fn is_leaving(&self) -> bool {
         self.leaving.is_cancelled()
     }
 
-    /// Takes nothing new from here on. Connections that are open go on until they end; those of HTTP are told to end when
-    /// they have something to answer.
+    /// Connections that are open go on until they end; those of HTTP are told to end when they have something to answer.
     pub fn leave(&self) {
         self.leaving.cancel();
     }

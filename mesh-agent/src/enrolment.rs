@@ -7,6 +7,7 @@
 
 mod direct;
 mod in_force;
+mod leaving;
 mod succession;
 
 use std::{
@@ -23,6 +24,7 @@ use tokio::{
     task::block_in_place,
 };
 
+use self::leaving::Leaving;
 pub use self::{
     in_force::put_in_force,
     succession::{Prepared, Served},
@@ -44,9 +46,6 @@ const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// What is said of a restricted pod that was given a way out which the guard cannot stand at.
 const UNGUARDED: &str = "it may leave around its guard";
 
-/// How long the connections of a pod that leaves the mesh may go on.
-const POD_DRAIN: Duration = Duration::from_secs(5);
-
 /// Keeps the enrolled pods of this node in step with the configuration.
 #[derive(Debug)]
 pub struct Enrolment {
@@ -57,6 +56,7 @@ pub struct Enrolment {
     failing: Failing,
     /// Device and inode of each enrolled pod's network namespace: a path may come to name another one.
     namespaces: HashMap<PodName, (u64, u64)>,
+    leaving: Leaving,
     /// Told when pods have come or gone.
     pods_changed: Arc<Notify>,
 }
@@ -107,7 +107,9 @@ impl Failing {
 
     /// The pods of this node for the operator: those enrolled in `mesh`, and those that fail.
     pub fn view(&self, mesh: &Mesh) -> PodsView {
-        let mut enrolled: Vec<_> = mesh.pods.all().keys().map(ToString::to_string).collect();
+        let pods = mesh.pods.all();
+        let enrolled = pods.iter().filter(|(_, pod)| !pod.net().is_passed_by());
+        let mut enrolled: Vec<_> = enrolled.map(|(name, _)| name.to_string()).collect();
         let one = |(name, reason): (&PodName, &String)| FailingPod {
             pod: name.to_string(),
             reason: reason.clone(),
@@ -177,7 +179,8 @@ impl Enrolment {
     /// Nothing enrolled yet.
     pub fn new(mesh: Arc<Mesh>, capture: Arc<Capture>, authority: Arc<Authority>, drain: Drain) -> Self {
         let (failing, namespaces, pods_changed) = (Failing::default(), HashMap::new(), Arc::default());
-        Self { mesh, capture, authority, drain, failing, namespaces, pods_changed }
+        let leaving = Leaving::default();
+        Self { mesh, capture, authority, drain, failing, namespaces, leaving, pods_changed }
     }
 
     /// What fails, for as long as this runs.
@@ -231,7 +234,7 @@ impl Enrolment {
                     door.leave_file();
                     return Ended::HandedOver(Box::new(self), asked);
                 },
-                () = self.drain.started() => break,
+                () = self.drain.left() => break,
             }
         }
         door.close().await;
@@ -244,11 +247,14 @@ impl Enrolment {
         let mut wanted = wanted(snapshot, &self.mesh.node);
         self.failing.keep_only(&wanted);
         wanted.retain(|name, pod| self.namespace_stands(name, pod));
-        let enrolled =
-            self.mesh.pods.all().iter().map(|(name, pod)| (name.clone(), pod.workload())).collect();
+        self.let_go_of_those_due();
+        let pods = self.mesh.pods.all();
+        let enrolled = pods.iter().filter(|(name, _)| !self.leaving.has(name));
+        let enrolled = enrolled.map(|(name, pod)| (name.clone(), pod.workload())).collect();
         let plan = plan(&enrolled, &wanted);
         for name in &plan.leave {
-            self.leave(name);
+            // Somebody else by now, who waits to be enrolled.
+            if wanted.contains_key(name) { self.let_go(name) } else { self.leave(name) }
         }
         if !plan.leave.is_empty() {
             capture::give_back_soon();
@@ -273,7 +279,9 @@ impl Enrolment {
         self.look_for_new_ways_out();
         self.look_for_lost_listeners();
         let failing = self.failing.reasons().len();
-        self.mesh.reporter.set_pods(self.mesh.pods.all().len(), failing);
+        let pods = self.mesh.pods.all();
+        let enrolled = pods.keys().filter(|name| !self.leaving.has(name)).count();
+        self.mesh.reporter.set_pods(enrolled, failing);
         true
     }
 
@@ -318,6 +326,9 @@ impl Enrolment {
     async fn join(&mut self, workload: &Arc<Workload>) -> Result<(), String> {
         let id =
             workload.netns.as_deref().and_then(namespace_id).ok_or("its network namespace is not there")?;
+        if self.is_back(workload, Some(id)) {
+            return Ok(());
+        }
         // The certificate first: a pod is captured only when it can be served.
         let identity =
             self.authority.identity(&workload.identity).await.map_err(|error| error.to_string())?;
@@ -334,7 +345,8 @@ impl Enrolment {
             connections: connections_of_a_pod(self.mesh.limits.max_connections_per_pod as usize),
             carrier_interval: self.mesh.carrier_interval,
         };
-        let pod = Arc::new(Pod::new(net, identity, self.drain.child(), limits));
+        let transitions = Arc::clone(self.mesh.pods.transitions());
+        let pod = Arc::new(Pod::new(net, identity, self.drain.child(), limits, transitions));
         self.mesh.pods.insert(name.clone(), Arc::clone(&pod));
         in_force::update_pod(&self.mesh, &pod);
         self.namespaces.insert(name, id);
@@ -342,38 +354,6 @@ impl Enrolment {
         tokio::spawn(outbound::serve(Arc::clone(&self.mesh), Arc::clone(&pod)));
         for listener in [Listener::Inbound, Listener::Mesh] {
             tokio::spawn(inbound::serve(Arc::clone(&self.mesh), Arc::clone(&pod), listener));
-        }
-    }
-
-    /// The kernel lets go first, so that new connections pass untouched; open ones may finish.
-    fn leave(&mut self, name: &PodName) {
-        let Some(pod) = self.mesh.pods.all().get(name).cloned() else { return };
-        if let Err(error) = block_in_place(|| self.capture.un_enrol(pod.net())) {
-            tracing::warn!(pod = %name, error = format!("{error:#}"), "something of the mesh may be left in the pod");
-        }
-        self.mesh.pods.remove(name);
-        self.namespaces.remove(name);
-        self.pods_changed.notify_one();
-        tracing::info!(pod = %name, "pod leaves the mesh");
-        tokio::spawn(async move { pod.drain.finish(POD_DRAIN).await });
-    }
-
-    async fn leave_all(&mut self, deadline: Duration) {
-        let pods = self.mesh.pods.all();
-        let nets: Vec<_> = pods.values().map(|pod| Arc::clone(pod.net())).collect();
-        if let Err(error) = block_in_place(|| self.capture.un_enrol_all(&nets)) {
-            tracing::warn!(error = format!("{error:#}"), "something of the mesh may be left in a pod");
-        }
-        let all = async {
-            for pod in pods.values() {
-                pod.drain.finish(deadline).await;
-            }
-        };
-        if tokio::time::timeout(deadline, all).await.is_err() {
-            tracing::warn!(?deadline, "connections were still open when the drain deadline passed");
-        }
-        for name in pods.keys() {
-            self.mesh.pods.remove(name);
         }
     }
 

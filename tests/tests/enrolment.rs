@@ -252,6 +252,10 @@ async fn pods_come_and_go_and_nothing_of_them_stays() -> Result<()> {
         crowd(&agent, PODS).await?;
         lab.namespace("crowd", false)?;
         crowd(&agent, 0).await?;
+        for pod in &pods {
+            // Not before it is gone: one that is back earlier was never away.
+            pod.not_enrolled().await?;
+        }
         let before: Option<usize> = after.first().map(|(descriptors, _)| *descriptors);
         eventually("descriptors do not stay", async || {
             let now = descriptors(&agent)?;

@@ -1,4 +1,5 @@
-//! Modes of mutual TLS by kinds of clients: what each client sees, what is counted, and what is logged.
+//! Modes of mutual TLS by kinds of clients: what each client sees, what is counted, and what is logged. Whoever replays a
+//! token is told no and gets no certificate, whatever the mode (`certificate_authority.rs`): it comes without one.
 
 use std::net::SocketAddr;
 

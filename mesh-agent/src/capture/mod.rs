@@ -155,6 +155,8 @@ pub struct PodNet {
     lost: AtomicBool,
     /// Interfaces have come or gone.
     rewired: AtomicBool,
+    /// What is new passes by the agent.
+    passed_by: AtomicBool,
     net: Net,
 }
 
@@ -176,6 +178,7 @@ impl PodNet {
             gone: CancellationToken::new(),
             lost: AtomicBool::new(false),
             rewired: AtomicBool::new(false),
+            passed_by: AtomicBool::new(false),
             net,
         })
     }
@@ -257,6 +260,15 @@ impl PodNet {
             Net::Kernel(net) => Some(net.netns().cookie()),
             Net::Fixed(_) => None,
         }
+    }
+
+    /// Whether the pod is about to leave: its new connections pass by the agent ([`Capture::pass_by`]).
+    pub fn is_passed_by(&self) -> bool {
+        self.passed_by.load(Ordering::Relaxed)
+    }
+
+    fn set_passed_by(&self, passed: bool) {
+        self.passed_by.store(passed, Ordering::Relaxed);
     }
 
     /// Whether its listeners are no longer this agent's.

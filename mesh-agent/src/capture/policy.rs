@@ -23,7 +23,11 @@ use super::{
     enrol::{Capture, missing_is_fine},
     loader,
 };
-use crate::state::snapshot::{CapturePolicy, Subnet, WhenAgentIsDown, Workload};
+use crate::state::snapshot::{CapturePolicy, Exclusions, Subnet, WhenAgentIsDown, Workload};
+
+/// As a range.
+const EVERY_PORT: crate::state::snapshot::PortRange =
+    crate::state::snapshot::PortRange { first: 0, last: u16::MAX };
 
 /// A subnet as the kernel's trie has it.
 type Cidr = (u32, CidrOf);
@@ -51,14 +55,43 @@ impl Capture {
         let Net::Kernel(net) = &pod.net else { return Ok(()) };
         let cookie = net.netns().cookie();
         self.shared.if_enrolled(cookie, pod, || {
-            let flags = self.write_policy(cookie, &workload.capture)?;
-            let mut pods = self.pods_map()?;
-            let mut addrs = pods.get(&cookie, 0).context("map PODS")?;
-            addrs.flags = flags;
-            pods.insert(cookie, addrs, 0).context("map PODS")?;
+            self.write_flags(cookie, &workload.capture)?;
+            pod.set_passed_by(false);
             self.write_probes(cookie, workload)?;
             self.guard(cookie, net.netns(), &workload.ips, workload.capture.restrict_egress)
         })
+    }
+
+    /// Has new connections pass by the agent, as if every port were excluded; what is captured already stays captured, and
+    /// what other agents dial (15008) is still steered to this one. [`Capture::update`] takes it back.
+    ///
+    /// # Errors
+    /// A map of the kernel is full or gone; the pod may be captured still.
+    pub fn pass_by(&self, pod: &PodNet) -> Result<()> {
+        let Net::Kernel(net) = &pod.net else { return Ok(()) };
+        if !self.dir.is_ours() {
+            return Ok(());
+        }
+        let cookie = net.netns().cookie();
+        self.shared.if_enrolled(cookie, pod, || {
+            let everything = Exclusions { ports: vec![EVERY_PORT], cidrs: Vec::new() };
+            let asked = CapturePolicy {
+                exclude_outbound: everything.clone(),
+                exclude_inbound: everything,
+                ..CapturePolicy::default()
+            };
+            self.write_flags(cookie, &asked)?;
+            pod.set_passed_by(true);
+            Ok(())
+        })
+    }
+
+    fn write_flags(&self, cookie: u64, asked: &CapturePolicy) -> Result<()> {
+        let flags = self.write_policy(cookie, asked)?;
+        let mut pods = self.pods_map()?;
+        let mut addrs = pods.get(&cookie, 0).context("map PODS")?;
+        addrs.flags = flags;
+        pods.insert(cookie, addrs, 0).context("map PODS")
     }
 
     /// Writes what a pod asks for, in place of what it did before. Returns the flags for its entry in `PODS`.
@@ -162,7 +195,7 @@ fn cidr(cookie: u64, direction: u8, subnet: &Subnet) -> Cidr {
 #[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
     use super::*;
-    use crate::state::snapshot::{Exclusions, PortRange as Range};
+    use crate::state::snapshot::PortRange as Range;
 
     #[test]
     fn a_pod_that_asks_for_nothing_is_told_nothing_of() {

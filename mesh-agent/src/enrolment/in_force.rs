@@ -24,6 +24,8 @@ pub fn put_in_force(
     tokio::spawn(async move {
         loop {
             let snapshot = Arc::clone(&source.borrow_and_update());
+            // First: whoever finds a pod joined finds that it may still be waited for.
+            mesh.pods.transitions().note(&mesh.snapshot(), &snapshot);
             mesh.snapshot.store(Arc::clone(&snapshot));
             update_pods(&mesh, &snapshot);
             told.send_replace(snapshot);

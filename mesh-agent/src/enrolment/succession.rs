@@ -102,7 +102,7 @@ impl Enrolment {
         // Pods neither come nor go meanwhile; everything else of the configuration is in force at once.
         let served = tokio::select! {
             served = asked.offer(lock, pods) => served,
-            () = self.drain.started() => return false,
+            () = self.drain.left() => return false,
         };
         if let Err(error) = served {
             tracing::warn!(%error, "the successor did not take over; this agent goes on");
@@ -124,7 +124,7 @@ impl Enrolment {
             let held = held.iter().map(|(name, pod)| (name.clone(), pod.workload())).collect();
             let plan = plan(&held, &wanted);
             for name in &plan.leave {
-                self.leave(name);
+                self.let_go(name);
             }
             tokio::select! {
                 changed = snapshots.changed() => if changed.is_err() { break },

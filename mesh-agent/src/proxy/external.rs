@@ -202,7 +202,7 @@ async fn one(
     };
     let endpoint = &chosen.endpoint;
     tried.push(endpoint.address);
-    let via = upstream::via(&mesh.pods, &mesh.node, endpoint)?;
+    let via = upstream::via(&mesh.pods, &mesh.node, endpoint, cluster.connect_timeout).await?;
     let own = vouched(&pod.workload());
     let from = permits::From { identity: own.identity.as_ref(), client };
     let permit = permits::question_to(mesh, from, &via, endpoint, &mut request)?;

@@ -36,14 +36,9 @@ pub(super) const APP_CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Largest future of one connection, bytes.
 const CONNECTION_FUTURE: usize = 12 << 10;
 
-/// Takes a pod's connections from one of its inbound listeners until the listener is gone or the agent leaves the pod.
+/// Takes a pod's connections from one of its inbound listeners until the listener is gone.
 pub async fn serve(mesh: Arc<Mesh>, pod: Arc<Pod>, listener: Listener) {
-    loop {
-        let captured = tokio::select! {
-            captured = next(&mesh, &pod, listener, Side::Destination) => captured,
-            () = pod.drain.left() => return,
-        };
-        let Some(captured) = captured else { return };
+    while let Some(captured) = next(&mesh, &pod, listener, Side::Destination).await {
         let captured = if listener == Listener::Mesh { pod.take_carrier(captured) } else { Some(captured) };
         let Some(captured) = captured else { continue };
         // The kubelet asks whether the pod is well, not whether there is room; the kernel bounds how often at a time.

@@ -102,7 +102,7 @@ async fn one(
         return Err(Error::new(Kind::NoHealthyUpstream, format!("{} has no healthy endpoint", cluster.name)));
     };
     let endpoint = &chosen.endpoint;
-    let via = upstream::via(&mesh.pods, &mesh.node, endpoint)?;
+    let via = upstream::via(&mesh.pods, &mesh.node, endpoint, cluster.connect_timeout).await?;
     let own = pod.workload();
     let from = permits::From { identity: Some(&own.identity), client };
     let (permit, mut standing) = permits::request_to(mesh, from, &via, endpoint, &mut request).await?;

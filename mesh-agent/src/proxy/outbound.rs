@@ -46,14 +46,9 @@ const PIPE: usize = 64 << 10;
 /// Largest future of one connection, bytes: idle connections must be cheap.
 const CONNECTION_FUTURE: usize = 6 << 10;
 
-/// Takes a pod's captured connections until its listener is gone or the agent leaves the pod.
+/// Takes a pod's captured connections until its listener is gone.
 pub async fn serve(mesh: Arc<Mesh>, pod: Arc<Pod>) {
-    loop {
-        let captured = tokio::select! {
-            captured = next(&mesh, &pod, Listener::Outbound, Side::Source) => captured,
-            () = pod.drain.left() => return,
-        };
-        let Some(captured) = captured else { return };
+    while let Some(captured) = next(&mesh, &pod, Listener::Outbound, Side::Source).await {
         let Some(place) = admit(&mesh, &pod, Side::Source, (&captured).into()) else { continue };
         let connection = connection(Arc::clone(&mesh), Arc::clone(&pod), captured, place);
         pod.drain.spawn(assert_small(connection, CONNECTION_FUTURE));
@@ -283,7 +278,7 @@ impl Outbound {
         chosen: Option<Chosen>,
         connect_timeout: Duration,
     ) -> Result<Opened> {
-        let via = upstream::via(&self.mesh.pods, &self.mesh.node, &endpoint)?;
+        let via = upstream::via(&self.mesh.pods, &self.mesh.node, &endpoint, connect_timeout).await?;
         let (ruling, standing) = permits::connection_to(&self.mesh, self.asks(), &via, &endpoint)?;
         let destination = Destination {
             address: endpoint.address,

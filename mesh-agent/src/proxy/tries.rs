@@ -256,7 +256,8 @@ async fn pick(
     exchange.tries += 1;
     // Now, so that the next try avoids it however this one fails.
     exchange.endpoint = Some(endpoint.address);
-    let via = upstream::via(&outbound.mesh.pods, &outbound.mesh.node, &endpoint)?;
+    let via =
+        upstream::via(&outbound.mesh.pods, &outbound.mesh.node, &endpoint, cluster.connect_timeout).await?;
     note(outbound, exchange, &endpoint, &via);
     let (permit, standing) =
         permits::request_to(&outbound.mesh, outbound.asks(), &via, &endpoint, request).await?;

@@ -1,8 +1,15 @@
 //! New connections, each from inside a pod's network namespace and within its connect timeout.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{
+    io::{self, ErrorKind},
+    net::SocketAddr,
+    time::Duration,
+};
 
-use tokio::net::TcpStream;
+use tokio::{
+    net::TcpStream,
+    time::{Instant, sleep, timeout},
+};
 
 use super::BeginFlow;
 use crate::{
@@ -11,6 +18,9 @@ use crate::{
     report::FlowGuard,
     tunnel::MESH_TLS_PORT,
 };
+
+/// Pause between two tries to reach a pod whose agent does not listen in it yet.
+const TRY_AGAIN: Duration = Duration::from_millis(50);
 
 /// One connection to be made.
 #[derive(Clone, Copy)]
@@ -35,15 +45,24 @@ impl Dial<'_> {
 
     /// Makes the connection.
     pub async fn connect(&self) -> Result<TcpStream> {
+        self.connect_once_it_listens(|| None).await
+    }
+
+    /// As [`Dial::connect`]; where nobody listens it is tried again for as long as `joining` says that somebody is about to.
+    pub async fn connect_once_it_listens(&self, joining: impl Fn() -> Option<Instant>) -> Result<TcpStream> {
         let dialling = async {
-            match self.as_client {
-                Some(client) => self.net.dial_app(self.to, client).await,
-                None => self.net.dial(self.to).await,
+            loop {
+                match self.try_once().await {
+                    Err(error) if error.kind() == ErrorKind::ConnectionRefused && joining().is_some() => {
+                        sleep(TRY_AGAIN).await;
+                    }
+                    tried => return tried,
+                }
             }
         };
         let to = self.to;
         let failed = |text| Err(Error::new(Kind::ConnectFailure, text));
-        match tokio::time::timeout(self.timeout, dialling).await {
+        match timeout(self.timeout, dialling).await {
             Ok(Ok(stream)) => Ok(stream),
             Ok(Err(error)) => failed(format!("cannot connect to {to}: {error}")),
             Err(_) if to.port() == MESH_TLS_PORT => failed(format!(
@@ -51,6 +70,13 @@ impl Dial<'_> {
                 self.timeout
             )),
             Err(_) => failed(format!("no connection to {to} within {:?}", self.timeout)),
+        }
+    }
+
+    async fn try_once(&self) -> io::Result<TcpStream> {
+        match self.as_client {
+            Some(client) => self.net.dial_app(self.to, client).await,
+            None => self.net.dial(self.to).await,
         }
     }
 }

@@ -14,6 +14,7 @@ pub mod retry;
 mod slot;
 mod stream;
 mod switch;
+mod transitions;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -26,6 +27,7 @@ pub use self::{
     pool::{Key, Lease, Pool},
     stream::UpstreamStream,
     switch::{Io, Switch, Switched},
+    transitions::Transitions,
 };
 use crate::{
     body::{Body, Inform},
@@ -59,22 +61,32 @@ impl Via {
     }
 }
 
-/// Decides how an endpoint is reached. An enrolled pod that this node should hold but does not is refused, never
-/// reached in the clear.
-pub fn via(pods: &LocalPods, node: &str, endpoint: &Endpoint) -> Result<Via> {
-    let Some(workload) = endpoint.workload.as_ref().filter(|workload| workload.enrolled) else {
-        return Ok(Via::Plain);
-    };
+/// Decides how an endpoint is reached. An enrolled pod that this node should hold but does not is waited for, up to
+/// `limit`, where it joins the mesh just now, and is refused otherwise; it is never reached in the clear.
+pub async fn via(pods: &LocalPods, node: &str, endpoint: &Endpoint, limit: Duration) -> Result<Via> {
+    let Some(workload) = &endpoint.workload else { return Ok(Via::Plain) };
+    if !workload.enrolled {
+        return Ok(pods.transitions().just_left(workload).map_or(Via::Plain, |was| left(pods, node, was)));
+    }
     if workload.node.as_deref() != Some(node) {
         return Ok(Via::Mesh(Arc::clone(workload)));
     }
-    match pods.get(workload) {
+    match pods.get_or_wait(workload, limit).await {
         Some(pod) => Ok(Via::Local(pod)),
         None => Err(Error::new(
             Kind::ConnectFailure,
             format!("pod {}/{} of this node is not enrolled (yet)", workload.namespace, workload.name),
         )),
     }
+}
+
+/// The way to a pod that has just left the mesh: what its agent still takes. Of this node's own it is known when they are
+/// gone.
+fn left(pods: &LocalPods, node: &str, was: Arc<Workload>) -> Via {
+    if was.node.as_deref() != Some(node) {
+        return Via::Mesh(was);
+    }
+    pods.get(&was).map_or(Via::Plain, Via::Local)
 }
 
 /// Connections on which a tunnel is tried before that is a failure: each may be of an agent that leaves.
@@ -222,7 +234,8 @@ impl Pod {
             wire,
         );
         let dial = Dial { net: self.net(), to: destination, as_client: None, timeout, flow: None };
-        self.tunnels.get(&key, self.identity(), dial.connect()).await
+        let joining = || self.transitions.joining_until(workload);
+        self.tunnels.get(&key, self.identity(), dial.connect_once_it_listens(joining)).await
     }
 }
 

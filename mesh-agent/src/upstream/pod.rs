@@ -13,9 +13,12 @@ use std::{
 
 use arc_swap::ArcSwap;
 use http::{Request, Response};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::{
+    sync::{Notify, OwnedSemaphorePermit, Semaphore, watch},
+    time::Instant,
+};
 
-use super::{Destination, Lease, Pool, carrier::Carriers, in_form};
+use super::{Destination, Lease, Pool, Transitions, carrier::Carriers, in_form};
 use crate::{
     body::{Allowance, Body, Inform},
     capture::PodNet,
@@ -51,6 +54,7 @@ pub struct Pod {
     /// What the bodies of its requests may keep.
     allowance: Arc<Allowance>,
     pub(super) limits: PodLimits,
+    pub(super) transitions: Arc<Transitions>,
 }
 
 /// What is open costs the agent so much memory each, about, in a unit of its own: an idle connection, and a request with
@@ -79,7 +83,13 @@ pub struct PodLimits {
 
 impl Pod {
     /// A pod whose listeners are open and whose identity is certified.
-    pub fn new(net: Arc<PodNet>, identity: Arc<WorkloadIdentity>, drain: Drain, limits: PodLimits) -> Self {
+    pub fn new(
+        net: Arc<PodNet>,
+        identity: Arc<WorkloadIdentity>,
+        drain: Drain,
+        limits: PodLimits,
+        transitions: Arc<Transitions>,
+    ) -> Self {
         Self {
             workload: ArcSwap::new(Arc::clone(&net.workload)),
             policies: watch::Sender::new(()),
@@ -94,6 +104,7 @@ impl Pod {
             requests: Arc::default(),
             allowance: Arc::default(),
             limits,
+            transitions,
         }
     }
 
@@ -224,6 +235,9 @@ pub struct LocalPods {
     by_name: ArcSwap<HashMap<PodName, Arc<Pod>>>,
     /// Held by whoever changes the map, so that no change is lost.
     changing: Mutex<()>,
+    /// Told after every change.
+    changed: Notify,
+    transitions: Arc<Transitions>,
 }
 
 impl LocalPods {
@@ -235,6 +249,29 @@ impl LocalPods {
     /// All of them.
     pub fn all(&self) -> Arc<HashMap<PodName, Arc<Pod>>> {
         self.by_name.load_full()
+    }
+
+    /// As [`LocalPods::get`]; one that joins the mesh just now is waited for, up to `limit`.
+    pub async fn get_or_wait(&self, workload: &Workload, limit: Duration) -> Option<Arc<Pod>> {
+        if let Some(pod) = self.get(workload) {
+            return Some(pod);
+        }
+        let until = self.transitions.joining_until(workload)?.min(Instant::now() + limit);
+        let arrived = async {
+            loop {
+                let changed = self.changed.notified();
+                if let Some(pod) = self.get(workload) {
+                    return pod;
+                }
+                changed.await;
+            }
+        };
+        tokio::time::timeout_at(until, arrived).await.ok()
+    }
+
+    /// Which pods of any node have joined or left just now.
+    pub const fn transitions(&self) -> &Arc<Transitions> {
+        &self.transitions
     }
 
     /// Adds or replaces one.
@@ -252,5 +289,6 @@ impl LocalPods {
         let mut pods = HashMap::clone(&self.by_name.load());
         change(&mut pods);
         self.by_name.store(Arc::new(pods));
+        self.changed.notify_waiters();
     }
 }
