@@ -94,7 +94,7 @@ pub(super) struct Metrics {
     pub memory_promised: Gauge<u64, AtomicU64>,
     pub memory_limit: Gauge<u64, AtomicU64>,
     pub overload_level: Gauge<u64, AtomicU64>,
-    pub flows_closed: Counter,
+    pub flows_closed: Family<[(&'static str, &'static str); 1], Counter>,
     pub log_dropped: Counter,
     pub kernel_refusals: Family<[(&'static str, &'static str); 1], Counter>,
     pub kernel_lost: Family<[(&'static str, &'static str); 1], Counter>,
@@ -151,7 +151,7 @@ impl Metrics {
             memory_promised: Gauge::default(),
             memory_limit: Gauge::default(),
             overload_level: Gauge::default(),
-            flows_closed: Counter::default(),
+            flows_closed: Family::default(),
             log_dropped: Counter::default(),
             kernel_refusals: Family::default(),
             kernel_lost: Family::default(),
@@ -260,7 +260,7 @@ impl Metrics {
             "Whether new work is refused for want of memory: 0 no, 1 of pods that hold most, 2 all",
             self.overload_level.clone(),
         );
-        r.register("mesh_flows_closed", "Flows that ended", self.flows_closed.clone());
+        r.register("mesh_flows_closed", "Flows that ended, by transport", self.flows_closed.clone());
         r.register(
             "mesh_access_log_dropped",
             "Access-log lines nobody could write in time",

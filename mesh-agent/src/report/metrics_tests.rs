@@ -245,7 +245,6 @@ fn what_others_know_is_set_and_forgotten() {
         "mesh_config_problems 2",
         "mesh_enrolled_pods 3",
         "mesh_enrolment_failures 1",
-        "mesh_flows_closed_total 0",
         "mesh_access_log_dropped_total 0",
         "mesh_certificates_expiry_seconds{identity=\"spiffe://cluster.local/ns/default/sa/b\"} 1800000001",
         "mesh_authority_certificates_expiry_seconds{role=\"root\",name=\"CN=new\"} 1800000001",

@@ -353,7 +353,12 @@ impl Reporter {
 
     /// A flow ended: counted, and handed to those who follow.
     pub fn flow_closed(&self, flow: FlowView) {
-        self.metrics.flows_closed.inc();
+        let transport = match &*flow.transport {
+            "tcp" => "tcp",
+            "udp" => "udp",
+            _ => "other",
+        };
+        self.metrics.flows_closed.get_or_create(&[("transport", transport)]).inc();
         if self.closed.receiver_count() > 0 {
             // An `Err` says that the last follower has just left.
             let _ = self.closed.send(Arc::new(flow));
