@@ -25,6 +25,41 @@ pub struct Pinged {
     pub p99_us: f64,
 }
 
+/// What a client that asked again and again has seen.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Asked {
+    /// Answers. One that was not right ends the client, and is no figure.
+    pub count: u64,
+    /// From the first to the last.
+    pub seconds: f64,
+    /// Half were there within so many microseconds.
+    pub p50_us: f64,
+    /// And 99 of a hundred within so many.
+    pub p99_us: f64,
+}
+
+impl Asked {
+    /// Of answers that took so many microseconds each.
+    pub fn new(took: &[f64], seconds: f64) -> Self {
+        let count = took.len() as u64;
+        Self { count, seconds, p50_us: percentile(took, 0.5), p99_us: percentile(took, 0.99) }
+    }
+
+    /// Answers a second.
+    pub fn per_second(&self) -> f64 {
+        self.count as f64 / self.seconds
+    }
+}
+
+/// What a client that sent as much as it could has sent.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Sent {
+    /// Bytes that the other end has taken, every one.
+    pub bytes: u64,
+    /// From the first to the last.
+    pub seconds: f64,
+}
+
 /// The value below which so much (0 to 1) of all values are; 0 where there are none.
 pub fn percentile(values: &[f64], share: f64) -> f64 {
     let mut sorted = values.to_vec();

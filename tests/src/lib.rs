@@ -54,6 +54,7 @@ mod process;
 pub mod residue;
 pub mod servers;
 mod service;
+pub mod system_calls;
 mod tap;
 mod untrusted;
 pub mod uring;

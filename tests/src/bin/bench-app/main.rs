@@ -2,7 +2,13 @@
 //! ended; clients run for a time and print one object of JSON, or a sentence on standard error and exit 1.
 
 mod answer;
+mod ask;
+mod bulk;
 mod connect;
+mod exchange;
+mod handshake;
+mod hold;
+mod http;
 mod pair;
 mod ping;
 mod relay;
@@ -10,6 +16,7 @@ mod relay;
 use anyhow::{Context as _, Result};
 use clap::{Args, Parser};
 use nix::{
+    sys::resource::{Resource, getrlimit, setrlimit},
     sched::{CpuSet, sched_setaffinity},
     unistd::Pid,
 };
@@ -23,6 +30,16 @@ enum Command {
     Connect(connect::Options),
     /// TCP client that sends one byte back and forth on one connection
     Ping(ping::Options),
+    /// TCP client that sends so many bytes back and forth on each of its connections
+    Exchange(exchange::Options),
+    /// TCP client that sends as much as it can on one connection
+    Bulk(bulk::Options),
+    /// HTTP/1.1 clients on kept connections
+    Ask(ask::Options),
+    /// Connections that are used once and then held
+    Hold(hold::Options),
+    /// TLS client that makes one full handshake after the other, with its certificate
+    Handshake(handshake::Options),
     /// TCP relay behind `iptables -j REDIRECT`: asks the kernel where a connection was going, dials that and copies
     Relay(relay::Options),
     /// HTTP proxy at the client: HTTP/1.1 to HTTP/2 over mutual TLS
@@ -45,6 +62,11 @@ fn main() -> Result<()> {
         Command::Answer(options) => answer::run(&options),
         Command::Connect(options) => print(&connect::run(&options)?),
         Command::Ping(options) => print(&ping::run(&options)?),
+        Command::Exchange(options) => print(&exchange::run(&options)?),
+        Command::Bulk(options) => print(&bulk::run(&options)?),
+        Command::Ask(options) => print(&ask::run(&options)?),
+        Command::Hold(options) => hold::run(&options),
+        Command::Handshake(options) => print(&handshake::run(&options)?),
         Command::Relay(options) => relay::run(&options),
         Command::PairOutbound(PairOutbound { options, name }) => pair::outbound(&options, &name),
         Command::PairInbound(options) => pair::inbound(&options),
@@ -68,6 +90,12 @@ fn stay_on(core: Option<usize>) -> Result<()> {
     let mut cores = CpuSet::new();
     cores.set(core)?;
     sched_setaffinity(Pid::from_raw(0), &cores).with_context(|| format!("staying on core {core}"))
+}
+
+/// As many as this process may have at all.
+fn allow_many_descriptors() -> Result<()> {
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, most, most).context("raising the limit of open files")
 }
 
 /// As many threads as the machine has cores.

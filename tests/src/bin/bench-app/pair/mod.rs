@@ -21,7 +21,7 @@ use hyper::rt::Executor;
 use socket2::{Domain, Socket, Type};
 use tokio::{net::TcpListener, task::LocalSet};
 
-pub use self::{inbound::run as inbound, outbound::run as outbound};
+pub use self::{inbound::run as inbound, outbound::run as outbound, tls::believer};
 
 const BACKLOG: i32 = 4096;
 /// As the agents have it between each other, so that no window is what limits it.
