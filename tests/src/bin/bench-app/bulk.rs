@@ -11,11 +11,13 @@ use anyhow::{Context as _, Result, ensure};
 use clap::Args;
 use lab::bench::Sent;
 
+use crate::answer::TAKE;
+
 const CHUNK: usize = 256 << 10;
 
 #[derive(Debug, Args)]
 pub struct Options {
-    /// The server: `answer --sink`
+    /// The server: `answer`
     server: SocketAddr,
     /// For how long
     #[arg(long, default_value_t = 1.0)]
@@ -25,7 +27,7 @@ pub struct Options {
 pub fn run(options: &Options) -> Result<Sent> {
     let server = options.server;
     let mut stream = TcpStream::connect(server).with_context(|| format!("connecting to {server}"))?;
-    let (chunk, started, mut bytes) = (vec![0; CHUNK], Instant::now(), 0_u64);
+    let (chunk, started, mut bytes) = (vec![TAKE; CHUNK], Instant::now(), 0_u64);
     while started.elapsed() < Duration::from_secs_f64(options.seconds) {
         stream.write_all(&chunk)?;
         bytes += CHUNK as u64;

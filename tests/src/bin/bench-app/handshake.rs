@@ -64,7 +64,7 @@ async fn once(options: &Options, connector: Arc<rustls::ClientConfig>) -> Result
     let name = rustls::pki_types::ServerName::from(options.server.ip());
     let mut stream = TlsConnector::from(connector).connect(name, stream).await?;
     if options.alpn == "http/1.1" {
-        stream.write_all(b"GET / HTTP/1.1\r\nHost: server\r\nConnection: close\r\n\r\n").await?;
+        stream.write_all(b"GET /nothing HTTP/1.1\r\nHost: server\r\nConnection: close\r\n\r\n").await?;
     } else {
         // The preface of HTTP/2 and settings of no change.
         stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await?;

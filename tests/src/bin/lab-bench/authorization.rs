@@ -69,6 +69,7 @@ pub fn run(plan: &Plan) -> Result<Measured> {
         about: about(pods),
         rows,
         findings,
+        goals: Vec::new(),
         discarded: 0,
         noisy: false,
     })
@@ -164,7 +165,7 @@ impl Mesh {
 }
 
 /// What one call takes, in processor time, when it is made again and again for so long.
-fn per_time(seconds: f64, batch: u32, mut call: impl FnMut() -> Result<()>) -> Result<Duration> {
+pub fn per_time(seconds: f64, batch: u32, mut call: impl FnMut() -> Result<()>) -> Result<Duration> {
     let now = || clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map(Duration::from);
     let (begun, mut calls) = (now()?, 0);
     loop {

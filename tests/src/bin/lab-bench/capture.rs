@@ -1,18 +1,13 @@
 //! What capturing a connection costs: the mesh's way against `iptables -j REDIRECT`, and against none.
 
-use std::process::Command;
-
-use anyhow::{Context as _, Result, ensure};
-use lab::{
-    Lab, Pod, binary, cgroup,
-    servers::{as_nobody, nobody},
-};
+use anyhow::{Result, ensure};
+use lab::{Lab, Pod, binary, cgroup, servers::as_nobody};
 
 use crate::{
     figures::{Figure, Measured, median_of, rows},
     meter::Meter,
     rounds::{Plan, alternate},
-    world::{CPU, RATE, Site, WORKERS, each, finish, serve},
+    world::{CPU, RATE, Site, WORKERS, each, finish, redirect, serve},
 };
 
 const VARIANTS: [&str; 3] = ["no capture", "mesh", "iptables REDIRECT"];
@@ -31,7 +26,7 @@ pub async fn run(plan: &Plan) -> Result<Measured> {
     let lab = Lab::new("bench-capture").await?;
     let (bare, mesh) = (Site::new(&lab, "bare", false).await?, Site::new(&lab, "mesh", true).await?);
     let redirected = bare.node.pod("redirected").unenrolled().start().await?;
-    redirect(&redirected).await?;
+    put_relay(&redirected).await?;
     let agent = mesh.agent().await?;
     mesh.client.enrolled().await?;
     let world = World { bare, redirected, mesh };
@@ -53,6 +48,7 @@ pub async fn run(plan: &Plan) -> Result<Measured> {
         about: about(),
         rows,
         findings,
+        goals: Vec::new(),
         discarded: rounds.discarded,
         noisy: rounds.noisy,
     })
@@ -95,17 +91,9 @@ impl World {
 }
 
 /// Puts the relay in the pod, and every TCP connection of the pod but its own into its hands.
-async fn redirect(pod: &Pod) -> Result<()> {
+async fn put_relay(pod: &Pod) -> Result<()> {
     let mut relay = as_nobody(binary("bench-app", "MESH_BENCH_APP", "lab")?);
     relay.args(["relay", "--port", RELAY_PORT]);
     serve(pod, "relay", relay).await?;
-    // By its user the relay's own connections are told from the app's.
-    let user = nobody()?.uid.to_string();
-    let mut iptables = Command::new("iptables");
-    iptables.args(["-w", "-t", "nat", "-A", "OUTPUT", "-p", "tcp"]);
-    iptables.args(["-m", "owner", "!", "--uid-owner", &user]);
-    iptables.args(["-j", "REDIRECT", "--to-ports", RELAY_PORT]);
-    let output = pod.run(iptables).await.context("running iptables (package iptables)")?;
-    ensure!(output.status.success(), "iptables: {}", output.stderr);
-    Ok(())
+    redirect(pod, RELAY_PORT).await
 }

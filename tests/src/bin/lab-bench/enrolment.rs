@@ -58,6 +58,7 @@ pub async fn run(plan: &Plan) -> Result<Measured> {
             all.len(),
             first_round.as_secs_f64()
         )],
+        goals: Vec::new(),
         discarded: rounds.discarded,
         noisy: rounds.noisy,
     })

@@ -7,7 +7,10 @@ use lab::bench::median;
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 
-use crate::rounds::{Plan, Rounds};
+use crate::{
+    goals::Goal,
+    rounds::{Plan, Rounds},
+};
 
 /// One figure of one measurement.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -47,6 +50,8 @@ pub struct Measured {
     pub rows: Vec<Row>,
     /// What follows from the rows, computed.
     pub findings: Vec<String>,
+    /// What is to be reached, if anything.
+    pub goals: Vec<Goal>,
     pub discarded: usize,
     pub noisy: bool,
 }
@@ -70,6 +75,8 @@ pub struct Outcome {
     pub noisy: bool,
     pub rows: Vec<Row>,
     pub findings: Vec<String>,
+    #[serde(default)]
+    pub goals: Vec<Goal>,
 }
 
 /// What the figures depend on.
@@ -140,9 +147,24 @@ pub fn median_of(rows: &[Row], variant: &str, figure: &str) -> Result<f64> {
     Ok(row.with_context(|| format!("{variant} has no figure {figure:?}"))?.median)
 }
 
+impl Measured {
+    /// Of all rounds, with nothing to be reached yet.
+    pub fn new(title: &str, about: Vec<String>, variants: &[&str], rounds: &Rounds) -> Self {
+        Self {
+            title: title.to_owned(),
+            about,
+            rows: rows(variants, rounds),
+            findings: Vec::new(),
+            goals: Vec::new(),
+            discarded: rounds.discarded,
+            noisy: rounds.noisy,
+        }
+    }
+}
+
 impl Outcome {
     pub fn new(suite: &str, plan: &Plan, measured: Measured) -> Result<Self> {
-        let Measured { title, about, rows, findings, discarded, noisy } = measured;
+        let Measured { title, about, rows, findings, goals, discarded, noisy } = measured;
         Ok(Self {
             suite: suite.to_owned(),
             title,
@@ -156,6 +178,7 @@ impl Outcome {
             noisy,
             rows,
             findings,
+            goals,
         })
     }
 }

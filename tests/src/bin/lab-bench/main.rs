@@ -7,12 +7,23 @@
 
 mod authorization;
 mod capture;
+mod connections;
 mod enrolment;
 mod figures;
+mod goals;
+mod grpc;
 mod http;
+mod idle;
+mod load;
+mod memory;
 mod meter;
+mod neighbour;
+mod peers;
 mod report;
 mod rounds;
+mod same_node;
+mod scale;
+mod tcp;
 mod unenrolled;
 mod world;
 
@@ -46,7 +57,7 @@ struct Cli {
     /// Where NAME.json goes, one for each suite
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// Also write what is in DIR, of this and earlier runs, as Markdown to this file
+    /// Also write what is in DIR, of this and earlier runs, as Markdown to this file, with charts in `benchmarks` beside it
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
 }
@@ -59,8 +70,24 @@ enum Suite {
     Unenrolled,
     /// The time from a pod's manifest to its enrolment on a full node
     Enrolment,
-    /// HTTP between two nodes over mutual TLS: none, the mesh, a bare pair, nginx, Envoy
+    /// HTTP between two nodes over mutual TLS: none, the mesh, a bare pair, nginx, haproxy, Envoy
     Http,
+    /// New connections between two nodes, and full handshakes: none, the mesh, nginx, Envoy
+    Connections,
+    /// Opaque TCP between two nodes over mutual TLS: none, the mesh, haproxy, Envoy
+    Tcp,
+    /// Two pods of one node: HTTP, direct connections, and bytes through the agent
+    SameNode,
+    /// gRPC's unary calls on one connection: none, the mesh, Envoy
+    Grpc,
+    /// What an agent holds: idle, for each idle connection, for each idle tunnel; and Envoy
+    Memory,
+    /// Busy connections beside ten thousand idle ones
+    Idle,
+    /// One pod's latency beside another's bulk
+    Neighbour,
+    /// Ten thousand Services against ten: lookup and route, memory, a change
+    Scale,
     /// What authorization policies cost a request, and what compiling them costs, by how many there are
     Authorization,
 }
@@ -72,6 +99,14 @@ impl Suite {
             Self::Unenrolled => "unenrolled",
             Self::Enrolment => "enrolment",
             Self::Http => "http",
+            Self::Connections => "connections",
+            Self::Tcp => "tcp",
+            Self::SameNode => "same-node",
+            Self::Grpc => "grpc",
+            Self::Memory => "memory",
+            Self::Idle => "idle",
+            Self::Neighbour => "neighbour",
+            Self::Scale => "scale",
             Self::Authorization => "authorization",
         }
     }
@@ -82,6 +117,14 @@ impl Suite {
             Self::Unenrolled => unenrolled::run(plan).await,
             Self::Enrolment => enrolment::run(plan).await,
             Self::Http => http::run(plan).await,
+            Self::Connections => connections::run(plan).await,
+            Self::Tcp => tcp::run(plan).await,
+            Self::SameNode => same_node::run(plan).await,
+            Self::Grpc => grpc::run(plan).await,
+            Self::Memory => memory::run(plan).await,
+            Self::Idle => idle::run(plan).await,
+            Self::Neighbour => neighbour::run(plan).await,
+            Self::Scale => scale::run(plan).await,
             Self::Authorization => authorization::run(plan),
         }
     }
@@ -115,8 +158,7 @@ async fn run(cli: &Cli) -> Result<()> {
     }
     if let Some(path) = &cli.report {
         let names: Vec<_> = Suite::value_variants().iter().map(|suite| suite.name()).collect();
-        let text = report::markdown(&report::kept(&cli.out, &names)?);
-        std::fs::write(path, text).with_context(|| format!("writing {}", path.display()))?;
+        report::write(&report::kept(&cli.out, &names)?, path)?;
     }
     Ok(())
 }

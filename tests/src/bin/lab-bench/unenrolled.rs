@@ -52,6 +52,7 @@ pub async fn run(plan: &Plan) -> Result<Measured> {
         about: about(),
         rows,
         findings,
+        goals: Vec::new(),
         discarded: rounds.discarded,
         noisy: rounds.noisy,
     })

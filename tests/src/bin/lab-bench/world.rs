@@ -3,7 +3,9 @@
 use std::{process::Command, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
-use lab::{Agent, Lab, Node, Pod, Process, bench::Connected, binary, cgroup, eventually};
+use lab::{
+    Agent, Lab, Node, Pod, Process, bench::Connected, binary, cgroup, eventually, servers::nobody,
+};
 use serde::de::DeserializeOwned;
 
 use crate::{figures::Figure, rounds::Plan};
@@ -92,6 +94,19 @@ pub async fn ask<T: DeserializeOwned>(plan: &Plan, pod: &Pod, args: &[&str]) -> 
     let output = pod.run_within(limit, bench_app(args)?).await?;
     ensure!(output.status.success(), "{} in {}: {}", args[0], pod.name(), output.stderr.trim_end());
     serde_json::from_str(&output.stdout).with_context(|| format!("not an answer: {}", output.stdout))
+}
+
+/// Has every TCP connection of the pod but those of the user `nobody` go to this port of its own.
+pub async fn redirect(pod: &Pod, port: &str) -> Result<()> {
+    // By its user a relay's own connections are told from the app's.
+    let user = nobody()?.uid.to_string();
+    let mut iptables = Command::new("iptables");
+    iptables.args(["-w", "-t", "nat", "-A", "OUTPUT", "-p", "tcp"]);
+    iptables.args(["-m", "owner", "!", "--uid-owner", &user]);
+    iptables.args(["-j", "REDIRECT", "--to-ports", port]);
+    let output = pod.run(iptables).await.context("running iptables (package iptables)")?;
+    ensure!(output.status.success(), "iptables: {}", output.stderr);
+    Ok(())
 }
 
 /// Ends agents, which must succeed, and finds nothing left of them or the lab.

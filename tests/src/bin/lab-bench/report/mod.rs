@@ -1,20 +1,27 @@
-//! What is shown and kept: a table, a file of JSON for each suite, and Markdown of all of them.
+//! What is shown and kept: a table, a file of JSON for each suite, and Markdown with charts of all of them.
+
+mod chart;
 
 use std::{fmt::Write as _, fs, io::ErrorKind, path::Path};
 
 use anyhow::{Context as _, Result};
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 
-use crate::figures::{Outcome, Row};
+use crate::{
+    figures::{Outcome, Row},
+    goals::Goal,
+};
 
 const HEADINGS: [&str; 5] = ["figure", "", "median", "least to most", "ratio"];
+const GOAL_HEADINGS: [&str; 4] = ["goal", "", "measured", "verdict"];
 const INTRODUCTION: &str = "\
 # Benchmarks
 
 Measured by `cargo xtask bench --report`, which wrote this file. What is compared takes turns, round after round, in one run;
 each figure is the median of all rounds, each ratio one of medians, over the first row of its figure. A round in which the
 machine spent more than a tenth of its processor time on other work is discarded and measured again. No measurement had a
-failed connection or request: one fails the run. The figures are of one machine: ratios travel better than they do.
+failed connection or request: one fails the run. The figures are of one machine: ratios travel better than they do. Where
+something is to be reached, the table of goals says whether these figures reach it.
 ";
 
 /// For a terminal.
@@ -36,8 +43,20 @@ pub fn table(outcome: &Outcome) -> String {
     for finding in &outcome.findings {
         let _ = writeln!(text, "{finding}");
     }
+    for [what, limit, measured, verdict] in goals(&outcome.goals) {
+        let _ = writeln!(text, "{verdict}: {what}: {measured} ({limit})");
+    }
     let _ = writeln!(text, "{}", rounds(outcome));
     text
+}
+
+fn goals(goals: &[Goal]) -> Vec<[String; 4]> {
+    let cells = |goal: &Goal| {
+        let measured = goal.measured.map(|measured| format!("{} {}", number(measured), goal.unit));
+        let measured = measured.unwrap_or_else(|| "-".to_owned());
+        [goal.what.clone(), goal.limit(), measured, goal.verdict().to_owned()]
+    };
+    goals.iter().map(cells).collect()
 }
 
 fn rounds(outcome: &Outcome) -> String {
@@ -105,8 +124,25 @@ pub fn kept(dir: &Path, suites: &[&str]) -> Result<Vec<Outcome>> {
     Ok(outcomes)
 }
 
-/// The report of all outcomes.
-pub fn markdown(outcomes: &[Outcome]) -> String {
+/// Writes the report of all outcomes, and its charts beside it.
+pub fn write(outcomes: &[Outcome], path: &Path) -> Result<()> {
+    let dir = path.parent().context("a report is a file in a directory")?.join(CHARTS);
+    fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
+    for outcome in outcomes {
+        let file = dir.join(chart_of(outcome));
+        fs::write(&file, chart::svg(outcome)?).with_context(|| format!("writing {}", file.display()))?;
+    }
+    fs::write(path, markdown(outcomes)).with_context(|| format!("writing {}", path.display()))
+}
+
+/// Beside the report.
+const CHARTS: &str = "benchmarks";
+
+fn chart_of(outcome: &Outcome) -> String {
+    format!("{}.svg", outcome.suite)
+}
+
+fn markdown(outcomes: &[Outcome]) -> String {
     let mut text = INTRODUCTION.to_owned();
     for outcome in outcomes {
         let Outcome { title, date, command, machine, .. } = outcome;
@@ -116,6 +152,7 @@ pub fn markdown(outcomes: &[Outcome]) -> String {
             let gap = if at == 0 { "\n" } else { "" };
             let _ = write!(text, "{bullet}{paragraph}\n{gap}");
         }
+        let _ = write!(text, "\n![{title}]({CHARTS}/{})\n", chart_of(outcome));
         let _ = write!(text, "\n| {} |\n|---|---|---:|---:|---:|\n", HEADINGS.join(" | "));
         for row in cells(&outcome.rows) {
             let _ = writeln!(text, "| {} |", row.join(" | "));
@@ -123,6 +160,12 @@ pub fn markdown(outcomes: &[Outcome]) -> String {
         text.push('\n');
         for finding in &outcome.findings {
             let _ = writeln!(text, "{finding}");
+        }
+        if !outcome.goals.is_empty() {
+            let _ = write!(text, "\n| {} |\n|---|---|---:|---|\n", GOAL_HEADINGS.join(" | "));
+            for row in goals(&outcome.goals) {
+                let _ = writeln!(text, "| {} |", row.join(" | "));
+            }
         }
         let (cores, cpu, kernel) = (machine.cores, &machine.cpu, &machine.kernel);
         let _ = write!(

@@ -4,10 +4,11 @@
 use std::{fs, path::Path};
 
 use anyhow::{Context as _, Result};
-use lab::servers::nobody;
+use lab::{pki::Authority, servers::nobody};
 use nix::unistd::chown;
-use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, SanType};
 use tempfile::TempDir;
+use time::OffsetDateTime;
 
 /// The name in every certificate of the peers.
 pub const NAME: &str = "server.bench";
@@ -38,6 +39,19 @@ impl Root {
         let certificate = CertificateParams::new([NAME.to_owned()])?.signed_by(&key, &self.issuer)?;
         room.write("ca.pem", &self.pem)?;
         room.write("cert.pem", &certificate.pem())?;
+        // haproxy reads both from one file.
+        room.write("both.pem", &(certificate.pem() + &key.serialize_pem()))?;
+        room.write("key.pem", &key.serialize_pem())
+    }
+
+    /// A certificate of the mesh's own root for a pod's identity, in the room.
+    pub fn certify_of_mesh(state_dir: &Path, identity: &str, room: &Room) -> Result<()> {
+        let (issuer, key) = (Authority::of_state_dir(state_dir)?.issuer()?, KeyPair::generate()?);
+        let mut params = CertificateParams::default();
+        params.subject_alt_names = vec![SanType::URI(identity.try_into()?)];
+        let now = OffsetDateTime::now_utc();
+        (params.not_before, params.not_after) = (now - time::Duration::HOUR, now + time::Duration::DAY);
+        room.write("cert.pem", &params.signed_by(&key, &issuer)?.pem())?;
         room.write("key.pem", &key.serialize_pem())
     }
 }

@@ -9,15 +9,18 @@ use super::room::{NAME, Room};
 
 pub const PROGRAM: &str = "/usr/sbin/nginx";
 /// Bytes of the answer.
-const BODY: usize = 1024;
+pub const BODY: u64 = 1024;
 /// A suite of TLS 1.3, as the mesh and the bare pair choose it.
-const SUITE: &str = "TLS_AES_256_GCM_SHA384";
+pub const SUITE: &str = "TLS_AES_256_GCM_SHA384";
 /// Connections that are kept to the next hop; more than the load has.
 const KEPT: usize = 128;
 
+/// What the proxy at the server answers itself, with nothing: for those who only want to know that they are believed.
+pub const NOTHING: &str = "/nothing";
+
 /// Answers everything with 200 and the same body.
 pub fn server(room: &Room, port: u16) -> Result<Command> {
-    let body = "x".repeat(BODY);
+    let body = "x".repeat(BODY as usize);
     start(
         room,
         &format!(
@@ -69,6 +72,7 @@ pub fn inbound(room: &Room, listen: SocketAddr, app: SocketAddr) -> Result<Comma
                 ssl_verify_client on;
                 ssl_protocols TLSv1.3;
                 ssl_conf_command Ciphersuites {SUITE};
+                location = {NOTHING} {{ return 204; }}
                 location / {{
                     proxy_pass http://next;
                     {proxying}
@@ -76,6 +80,17 @@ pub fn inbound(room: &Room, listen: SocketAddr, app: SocketAddr) -> Result<Comma
             }}",
             upstream = upstream(app),
             proxying = PROXYING,
+        ),
+    )
+}
+
+/// Takes HTTP/1.1 and sends it on as it came, in the clear.
+pub fn hop(room: &Room, listen: SocketAddr, app: SocketAddr) -> Result<Command> {
+    let upstream = upstream(app);
+    start(
+        room,
+        &format!(
+            "{upstream} server {{ listen {listen} reuseport backlog=4096; location / {{ proxy_pass http://next; {PROXYING} }} }}"
         ),
     )
 }
@@ -94,7 +109,7 @@ fn start(room: &Room, http: &str) -> Result<Command> {
     let workers = std::thread::available_parallelism()?;
     let text = format!(
         "daemon off; worker_processes {workers}; pid {dir}/pid; error_log stderr error;
-        events {{ worker_connections 4096; }}
+        worker_rlimit_nofile 20000; events {{ worker_connections 16384; }}
         http {{
             access_log off; keepalive_requests 1000000000; keepalive_time 1d; keepalive_timeout 1d; tcp_nodelay on;
             client_body_temp_path {dir}/body; proxy_temp_path {dir}/proxy; fastcgi_temp_path {dir}/fastcgi;
