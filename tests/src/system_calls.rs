@@ -32,7 +32,8 @@ impl SystemCalls {
             let task: i32 = task?.file_name().to_string_lossy().parse()?;
             let mut builder = Builder::new(tracepoint);
             builder.observe_pid(Pid::from_raw(task).as_raw()).any_cpu().inherit(true).include_kernel();
-            let counter = builder.build().with_context(|| format!("counting system calls of thread {task}"))?;
+            let counter =
+                builder.build().with_context(|| format!("counting system calls of thread {task}"))?;
             counters.push(counter);
         }
         ensure!(!counters.is_empty(), "process {process} has no thread");
@@ -51,17 +52,16 @@ impl SystemCalls {
 /// The kernel's number of the tracepoint.
 fn event() -> Result<u64> {
     let read = |root: &Path| fs::read_to_string(root.join(EVENT));
-    let text = match read(Path::new(TRACEFS)) {
-        Ok(text) => text,
+    let text = if let Ok(text) = read(Path::new(TRACEFS)) {
+        text
+    } else {
         // Not mounted: for a moment, at a place of our own.
-        Err(_) => {
-            let dir = tempfile::tempdir()?;
-            mount(Some("tracefs"), dir.path(), Some("tracefs"), MsFlags::empty(), None::<&str>)
-                .context("mounting tracefs")?;
-            let text = read(dir.path());
-            umount2(dir.path(), MntFlags::MNT_DETACH).context("unmounting tracefs")?;
-            text.context("the kernel has no tracepoint raw_syscalls:sys_enter")?
-        }
+        let dir = tempfile::tempdir()?;
+        mount(Some("tracefs"), dir.path(), Some("tracefs"), MsFlags::empty(), None::<&str>)
+            .context("mounting tracefs")?;
+        let text = read(dir.path());
+        umount2(dir.path(), MntFlags::MNT_DETACH).context("unmounting tracefs")?;
+        text.context("the kernel has no tracepoint raw_syscalls:sys_enter")?
     };
     text.trim().parse().with_context(|| format!("{text:?} is no number of a tracepoint"))
 }

@@ -185,7 +185,7 @@ async fn opaque_tcp_is_measured_against_pairs_of_proxies() -> Result<()> {
         return Ok(());
     }
     let kept = quick("tcp").await?;
-    let figures = ["exchanges of 1 KiB", "1 KiB there and back, p50", "bulk"];
+    let figures = ["exchanges of 1 KiB", "1 KiB there and back on one connection, p50", "bulk"];
     have(&kept, &["no mesh", "mesh", "haproxy pair"], &figures)?;
     let figures = ["CPU of both proxies, per exchange", "CPU of the proxies, per GiB"];
     have(&kept, &["mesh", "haproxy pair"], &figures)?;
@@ -297,5 +297,26 @@ async fn authorization_is_measured_by_the_number_of_policies() -> Result<()> {
     let variants = ["no policies", "20 policies", "200 policies"];
     let expected = ["judging a request", "compiling"].map(|figure| variants.map(|variant| (figure, variant)));
     ensure!(rows(&kept) == expected.concat(), "{:?}", rows(&kept));
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_profile_has_the_stacks_of_the_agents() -> Result<()> {
+    if !can_run("/usr/bin/perf")? || !can_run("/usr/bin/wrk")? {
+        return Ok(());
+    }
+    let out = TempDir::new()?;
+    let file = out.path().join("samples.txt");
+    let output = bench(out.path(), &["http", "--quick", "--profile", &file.to_string_lossy()]).await?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let said = std::fs::read_to_string(&file)?;
+    // A sample is a line with its event, then its calls, the last one first.
+    let samples = said.lines().filter(|line| line.contains("cpu-clock")).count();
+    ensure!(samples > 0 && said.contains("mesh_agent::proxy::"), "{samples} samples: {said:.2000}");
+    let left: Vec<_> = std::fs::read_dir(out.path())?.flatten().map(|entry| entry.file_name()).collect();
+    ensure!(left == ["samples.txt"], "{left:?}");
+    let output = bench(out.path(), &["scale", "--quick", "--profile", &file.to_string_lossy()]).await?;
+    let error = String::from_utf8_lossy(&output.stderr);
+    ensure!(!output.status.success() && error.contains("scale has no load that an agent carries"), "{error}");
     Ok(())
 }

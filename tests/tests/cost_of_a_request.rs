@@ -100,7 +100,10 @@ async fn each(counted: &Counted, client: &Pod, server: &str) -> Result<Cost> {
 }
 
 fn check(whose: &str, cost: Cost, most: Most) -> Result<()> {
-    println!("{whose}: {:.2} allocations and {:.2} system calls a request", cost.allocations, cost.system_calls);
+    println!(
+        "{whose}: {:.2} allocations and {:.2} system calls a request",
+        cost.allocations, cost.system_calls
+    );
     // Whoever counted nothing would find everything cheap.
     ensure!(cost.allocations >= 1.0 && cost.system_calls >= 2.0, "{whose}: not counted: {cost:?}");
     ensure!(

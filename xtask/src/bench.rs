@@ -3,7 +3,7 @@
 //! The benchmarks themselves are the program `lab-bench` of the package `lab`; what is measured, and how, is told there and
 //! in what it prints. Figures go to `target/bench/NAME.json`, and with `--report` to `docs/benchmarks.md`.
 
-mod peers;
+pub mod peers;
 
 use std::ffi::OsString;
 

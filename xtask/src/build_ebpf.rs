@@ -21,7 +21,8 @@ use crate::workspace;
 const TARGET: &str = "bpfel-unknown-none";
 
 /// The linker that turns LLVM bitcode into a BPF object.
-const LINKER: Tool = Tool { name: "bpf-linker", version: "0.13.0", takes: "about a minute" };
+const LINKER: Tool =
+    Tool { name: "bpf-linker", program: "bpf-linker", version: "0.13.0", takes: "about a minute" };
 
 /// The LLVMs that this bpf-linker can be built with, in order of preference: 22 is that of the toolchains tried.
 const LINKER_LLVMS: [u32; 3] = [22, 23, 21];

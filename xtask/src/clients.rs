@@ -26,6 +26,7 @@ const SOURCES_FILE: &str = "lab-grpc-client.sources";
 pub fn prepare(progress: &mut Progress) -> Result<()> {
     setup::packages(progress, &setup::CLIENTS, "the lab's clients")?;
     setup::packages_at_rest(progress, &setup::PROXIES, "the smoke run of the benchmarks")?;
+    setup::packages(progress, &setup::PERF, "the smoke run of a profile")?;
     setup::packages_at_rest(progress, &setup::SERVERS, "the lab's servers")?;
     let sources = sources(&workspace::root().join("tests/clients/grpc"))?;
     let built_from = fs::read_to_string(workspace::tools_dir().join(SOURCES_FILE)).unwrap_or_default();

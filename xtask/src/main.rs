@@ -13,6 +13,7 @@ mod command;
 mod demo;
 mod fuzz;
 mod lint;
+mod profile;
 mod progress;
 mod setup;
 mod test;
@@ -50,6 +51,8 @@ enum Command {
     Demo(demo::Options),
     /// Measures the mesh and its alternatives side by side on this machine (root)
     Bench(bench::Options),
+    /// Draws a flame graph of the agents under the load of a benchmark (root)
+    Profile(profile::Options),
     /// Removes what tests, demos and benchmarks may have left on this machine
     Clean(clean::Options),
 }
@@ -62,6 +65,7 @@ fn main() -> ExitCode {
         Command::Fuzz(options) => fuzz::run(&options),
         Command::Demo(options) => demo::run(&options),
         Command::Bench(options) => bench::run(&options),
+        Command::Profile(options) => profile::run(&options),
         Command::Clean(options) => clean::run(&options),
     };
     match done {

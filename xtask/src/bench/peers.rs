@@ -37,6 +37,11 @@ pub fn prepare(progress: &mut Progress) -> Result<()> {
     Ok(())
 }
 
+/// The load alone, where nothing is compared.
+pub fn load(progress: &mut Progress) -> Result<()> {
+    setup::packages_at_rest(progress, &setup::PROXIES, "the load")
+}
+
 fn program(name: &str) -> PathBuf {
     workspace::tools_dir().join("bin").join(name)
 }

@@ -17,7 +17,8 @@ use crate::progress::Progress;
 use crate::setup::{self, Missing, Tool};
 use crate::workspace::{self, HOST_PACKAGES};
 
-const CARGO_DENY: Tool = Tool { name: "cargo-deny", version: "0.20.2", takes: "two to four minutes" };
+const CARGO_DENY: Tool =
+    Tool { name: "cargo-deny", program: "cargo-deny", version: "0.20.2", takes: "two to four minutes" };
 
 /// What is checked.
 #[derive(Debug, Args)]

@@ -16,8 +16,8 @@ mod relay;
 use anyhow::{Context as _, Result};
 use clap::{Args, Parser};
 use nix::{
-    sys::resource::{Resource, getrlimit, setrlimit},
     sched::{CpuSet, sched_setaffinity},
+    sys::resource::{Resource, getrlimit, setrlimit},
     unistd::Pid,
 };
 

@@ -44,8 +44,7 @@ pub async fn run(plan: &Plan) -> Result<Measured> {
     }
     let agents = agents(&[&a, &b]).await?;
     for course in &courses {
-        course.enrolled().await?;
-        course.answers().await?;
+        course.ready().await?;
     }
     let of_mesh = greeter(&c, "greeter-mesh").await?;
     Root::certify_of_mesh(agents[1].state_dir(), CLIENT, &of_mesh.certificates)?;

@@ -81,7 +81,11 @@ impl Goal {
         let sign = if self.sense == Sense::AtMost { "≤" } else { "≥" };
         let Self { required, unit, .. } = self;
         let aim = self.aim.map(|aim| format!(", aim {aim}")).unwrap_or_default();
-        if unit == "×" { format!("{sign} {required} ×{aim}") } else { format!("{sign} {required} {unit}{aim}") }
+        if unit == "×" {
+            format!("{sign} {required} ×{aim}")
+        } else {
+            format!("{sign} {required} {unit}{aim}")
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! gRPC's unary calls between two nodes on one connection of the client's.
 
 use anyhow::{Result, ensure};
-use lab::{Lab, eventually};
+use lab::Lab;
 
 use crate::{
     figures::{Figure, Measured},
@@ -32,13 +32,7 @@ pub async fn run(plan: &Plan) -> Result<Measured> {
     }
     let agents = agents(&[&a, &b]).await?;
     for course in &courses {
-        course.enrolled().await?;
-        eventually("gRPC's answer through all that was started", async || {
-            let health = course.client.grpc(&course.url(), "count/1").await?;
-            ensure!(health.check == "SERVING", "{health:?}");
-            Ok(())
-        })
-        .await?;
+        course.ready().await?;
     }
     let meter = Meter::new(lab.cgroup())?;
     let rounds = alternate(plan, &meter, courses.len(), async |at| measure(plan, &courses[at]).await);
@@ -58,7 +52,8 @@ fn about() -> Vec<String> {
             "h2load on one connection with {STREAMS} calls at a time of gRPC's health check, each as soon as another was \
              answered; the server is the lab's own (tonic). HTTP/2 at both ends and between the proxies."
         ),
-        "mesh: the client calls a Service whose port is declared `grpc`; a VirtualService routes it.".to_owned(),
+        "mesh: the client calls a Service whose port is declared `grpc`; a VirtualService routes it."
+            .to_owned(),
         "Envoy pair: Envoy in both pods, HTTP/2 throughout.".to_owned(),
     ]
 }

@@ -21,8 +21,7 @@ const ADDED_P50: &str = "added to p50 at 1,000/s";
 const ADDED_P99: &str = "added to p99 at 1,000/s";
 
 /// The first is what the others are compared with.
-const KINDS: [Kind; 6] =
-    [Kind::None, Kind::Mesh, Kind::Bare, Kind::Nginx, Kind::Haproxy, Kind::Envoy];
+const KINDS: [Kind; 6] = [Kind::None, Kind::Mesh, Kind::Bare, Kind::Nginx, Kind::Haproxy, Kind::Envoy];
 
 pub async fn run(plan: &Plan) -> Result<Measured> {
     ensure!(std::path::Path::new(WRK).is_file(), "no {WRK}: `cargo xtask bench http` installs it");
@@ -40,8 +39,7 @@ pub async fn run(plan: &Plan) -> Result<Measured> {
     }
     let agents = agents(&[&a, &b]).await?;
     for course in &courses {
-        course.enrolled().await?;
-        course.answers().await?;
+        course.ready().await?;
     }
     let meter = Meter::new(lab.cgroup())?;
     let rounds = alternate(plan, &meter, courses.len(), async |at| measure(plan, &courses[at]).await);

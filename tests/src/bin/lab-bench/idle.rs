@@ -12,7 +12,7 @@ use crate::{
     meter::Meter,
     peers::{Course, Kind, Traffic, agents, by_mutual_tls},
     rounds::{Plan, alternate},
-    world::{bench_app, finish, serve},
+    world::{finish, hold},
 };
 
 const VARIANTS: [&str; 2] = ["none idle", "many idle"];
@@ -34,18 +34,15 @@ pub async fn run(plan: &Plan) -> Result<Measured> {
     let course = Course::meshed(&lab, "server", Traffic::Http, &a, &b).await?;
     let holders = holders(&a).await?;
     let agents = agents(&[&a, &b]).await?;
-    course.enrolled().await?;
     for holder in &holders {
         holder.enrolled().await?;
     }
-    course.answers().await?;
+    course.ready().await?;
     let meter = Meter::new(lab.cgroup())?;
     let rounds = alternate(plan, &meter, VARIANTS.len(), async |at| {
         let mut held = Vec::new();
         for holder in holders.iter().filter(|_| at == 1) {
-            let count = (idle / HOLDERS).to_string();
-            let command = bench_app(&["hold", &course.at.to_string(), "--connections", &count])?;
-            held.push(serve(holder, "hold", command).await?);
+            held.push(hold(holder, course.at, idle / HOLDERS, &[]).await?);
         }
         let seen = asks(plan, &course, busy, None).await?;
         for clients in held {
@@ -64,8 +61,7 @@ pub async fn run(plan: &Plan) -> Result<Measured> {
     let title = "Busy connections beside idle ones";
     let mut measured = Measured::new(title, about(idle, busy), &VARIANTS, &rounds);
     let over = times(&measured.rows, P99, VARIANTS[1], VARIANTS[0]);
-    measured.goals =
-        vec![Goal::at_most(format!("p99 beside {idle} idle ones, of without them"), over, 1.2)];
+    measured.goals = vec![Goal::at_most(format!("p99 beside {idle} idle ones, of without them"), over, 1.2)];
     Ok(measured)
 }
 

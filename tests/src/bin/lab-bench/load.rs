@@ -166,8 +166,7 @@ pub struct Exchange {
 pub async fn exchange(plan: &Plan, course: &Course, what: Exchange) -> Result<Asked> {
     let (at, seconds) = (course.at.to_string(), plan.seconds.to_string());
     let (bytes, connections) = (what.bytes.to_string(), what.connections.to_string());
-    let args =
-        ["exchange", &at, "--bytes", &bytes, "--connections", &connections, "--seconds", &seconds];
+    let args = ["exchange", &at, "--bytes", &bytes, "--connections", &connections, "--seconds", &seconds];
     ask(plan, &course.client, &args).await
 }
 
@@ -179,8 +178,7 @@ pub async fn bulk(plan: &Plan, course: &Course) -> Result<Sent> {
 
 /// Requests of `bench-app` on kept connections, at a rate or as fast as it goes.
 pub async fn asks(plan: &Plan, course: &Course, connections: u32, rate: Option<u32>) -> Result<Asked> {
-    let (at, seconds, count) =
-        (course.at.to_string(), plan.seconds.to_string(), connections.to_string());
+    let (at, seconds, count) = (course.at.to_string(), plan.seconds.to_string(), connections.to_string());
     let mut args = vec!["ask", &*at, "--connections", &count, "--seconds", &seconds];
     let rate = rate.map(|rate| rate.to_string());
     args.extend(rate.iter().flat_map(|rate| ["--rate", rate]));

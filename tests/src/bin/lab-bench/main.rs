@@ -19,6 +19,7 @@ mod memory;
 mod meter;
 mod neighbour;
 mod peers;
+mod profile;
 mod report;
 mod rounds;
 mod same_node;
@@ -29,7 +30,7 @@ mod world;
 
 use std::path::PathBuf;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use clap::{Parser, ValueEnum};
 
 use crate::{figures::Outcome, rounds::Plan};
@@ -60,6 +61,10 @@ struct Cli {
     /// Also write what is in DIR, of this and earlier runs, as Markdown to this file, with charts in `benchmarks` beside it
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
+    /// In place of measuring: put the load of the one suite named on the mesh, and what `perf script` says of the agents into
+    /// this file
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["report", "rounds"])]
+    profile: Option<PathBuf>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -148,6 +153,10 @@ async fn run(cli: &Cli) -> Result<()> {
     ensure!(lab::require_root()?, "run it as root");
     let plan = cli.plan()?;
     std::fs::create_dir_all(&cli.out).with_context(|| format!("making {}", cli.out.display()))?;
+    if let Some(file) = &cli.profile {
+        let [suite] = &*cli.suites else { bail!("--profile takes one suite") };
+        return profile::run(*suite, &plan, file).await;
+    }
     for suite in cli.suites() {
         let name = suite.name();
         println!("{name}: {} rounds of {} s", plan.rounds, plan.seconds);

@@ -11,7 +11,7 @@ use crate::{
     meter::Meter,
     peers::{Course, Kind, Root, Traffic, agents},
     rounds::{Plan, alternate},
-    world::{bench_app, finish, serve},
+    world::{finish, hold},
 };
 
 const IDLE: &str = "idle";
@@ -80,18 +80,15 @@ async fn fresh(kind: Kind, traffic: Traffic, held: u32) -> Result<Vec<Figure>> {
         Some(agent) => agent.process().clone(),
         None => course.outbound.clone().context("a proxy at the client")?,
     };
+    // A proxy that has just been started is not all there yet; an agent is once its pods are enrolled.
     if kind != Kind::Mesh {
-        // What has just been started is not there yet.
-        if traffic == Traffic::Http { course.answers().await? } else { course.echoes().await? }
+        course.works().await?;
     }
     let idle = holder.rss_bytes()? as f64;
-    if traffic == Traffic::Http { course.answers().await? } else { course.echoes().await? }
+    course.works().await?;
     let used = holder.rss_bytes()? as f64;
-    let mut command = bench_app(&["hold", &course.at.to_string(), "--connections", &held.to_string()])?;
-    if traffic == Traffic::Bytes {
-        command.arg("--bytes");
-    }
-    let clients = serve(&course.client, "hold", command).await?;
+    let args: &[&str] = if traffic == Traffic::Bytes { &["--bytes"] } else { &[] };
+    let clients = hold(&course.client, course.at, held, args).await?;
     let grown = holder.rss_bytes()? as f64 - used;
     let ended = clients.stop(GRACE).await?;
     ensure!(ended.signal().is_some(), "the clients ended with {ended}");

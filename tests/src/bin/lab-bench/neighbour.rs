@@ -29,16 +29,11 @@ pub async fn run(plan: &Plan) -> Result<Measured> {
     let loud = Course::meshed(&lab, "loud", Traffic::Bytes, &a, &b).await?;
     let outside = Course::new(Kind::None, Traffic::Bytes, &a, &b, &root).await?;
     let agents = agents(&[&a, &b]).await?;
-    for course in [&quiet, &loud] {
-        course.enrolled().await?;
-    }
-    quiet.answers().await?;
-    for course in [&loud, &outside] {
-        course.echoes().await?;
+    for course in [&quiet, &loud, &outside] {
+        course.ready().await?;
     }
     let (meter, beside) = (Meter::new(lab.cgroup())?, [None, Some(&outside), Some(&loud)]);
-    let rounds =
-        alternate(plan, &meter, beside.len(), async |at| measure(plan, &quiet, beside[at]).await);
+    let rounds = alternate(plan, &meter, beside.len(), async |at| measure(plan, &quiet, beside[at]).await);
     let rounds = rounds.await?;
     finish(lab, agents).await?;
     let title = "A pod beside a loud neighbour";
@@ -72,8 +67,7 @@ async fn measure(plan: &Plan, quiet: &Course, loud: Option<&Course>) -> Result<V
             None => Ok(None),
         }
     };
-    let (seen, rate) =
-        tokio::try_join!(asks(plan, quiet, RATE_CONNECTIONS, Some(RATE)), noise)?;
+    let (seen, rate) = tokio::try_join!(asks(plan, quiet, RATE_CONNECTIONS, Some(RATE)), noise)?;
     let mut figures =
         vec![Figure::new(P50, "ms", seen.p50_us / 1000.0), Figure::new(P99, "ms", seen.p99_us / 1000.0)];
     figures.extend(rate.map(|rate| Figure::new(BULK, "GiB/s", rate)));

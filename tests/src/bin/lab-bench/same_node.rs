@@ -14,7 +14,7 @@ use crate::{
     peers::{APP, Course, Kind, Root, Traffic, agents},
     rounds::{Plan, alternate},
     tcp::{BULK_CPU, in_bulk},
-    world::{WORKERS, ask, bench_app, each, finish, redirect, serve},
+    world::{WORKERS, ask, each, finish, hold, redirect, serve},
 };
 
 const FLOOD: &str = "requests";
@@ -53,9 +53,8 @@ pub async fn run(plan: &Plan) -> Result<Measured> {
     let (node, bare) = (lab.node("a").await?, lab.node("c").await?);
     let variants = variants(&lab, &node, &bare).await?;
     let agents = agents(&[&node]).await?;
-    for Variant { course, asks, .. } in &variants {
-        course.enrolled().await?;
-        if *asks == Asks::Http { course.answers().await? } else { course.echoes().await? }
+    for Variant { course, .. } in &variants {
+        course.ready().await?;
     }
     for (name, verdict) in [(DIRECT, "direct"), (AGENT, "captured")] {
         let variant = variants.iter().find(|variant| variant.name == name).context("a variant")?;
@@ -109,8 +108,7 @@ const RELAY_CGROUP: &str = "relay";
 
 /// The kernel says how the bytes go.
 async fn is_carried(agent: &Agent, course: &Course, verdict: &str) -> Result<()> {
-    let held = bench_app(&["hold", &course.at.to_string(), "--connections", "1", "--bytes"])?;
-    let held = serve(&course.client, "hold", held).await?;
+    let held = hold(&course.client, course.at, 1, &["--bytes"]).await?;
     eventually("the flow of a connection", async || {
         let (flows, client) = (agent.flows().await?, format!("{}:", course.client.ip()));
         let of_client = |flow: &&serde_json::Value| {

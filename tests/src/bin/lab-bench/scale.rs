@@ -5,15 +5,14 @@ use std::{
     hint::black_box,
     net::Ipv4Addr,
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use anyhow::{Context as _, Result, ensure};
 use hyper::{Request, http::request::Parts};
 use lab::{Agent, Lab, Pod, apps, cgroup, eventually_within};
 use mesh_agent::{
-    balance,
-    route,
+    balance, route,
     source::read_text,
     state::{
         compile::{Settings, compile},
@@ -45,7 +44,7 @@ const ROUTED: usize = 10;
 const IN_A_FILE: usize = 100;
 const BATCH: u32 = 1000;
 const MB: f64 = 1e6;
-/// How long the agent is watched: for the change, and for what it does anyway.
+/// How long the agent is watched for what it does anyway, and after a change.
 const WINDOW: Duration = Duration::from_millis(500);
 /// How long an agent may take to read all of it.
 const READING: Duration = Duration::from_mins(3);
@@ -73,9 +72,8 @@ pub async fn run(plan: &Plan) -> Result<Measured> {
     let meter = Meter::new(meter_lab.cgroup())?;
     // Nearly all of it is processor time of this thread, or of the agent alone: other work has little say.
     let plan = Plan { quick: true, ..*plan };
-    let rounds = alternate(&plan, &meter, worlds.len(), async |at| {
-        worlds[at].measure(&plan, &labs[at]).await
-    });
+    let rounds =
+        alternate(&plan, &meter, worlds.len(), async |at| worlds[at].measure(&plan, &labs[at]).await);
     let rounds = rounds.await?;
     for (lab, world) in labs.into_iter().zip(worlds) {
         finish(lab, [world.agent]).await?;
@@ -106,13 +104,14 @@ fn about() -> Vec<String> {
             "Services with {ENDPOINTS} endpoints each, in files of {IN_A_FILE}; one of {ROUTED} has a VirtualService with three \
              rules, the last of which holds."
         ),
-        "Lookup: from the address that was dialled to an endpoint, in one thread of this program, in its processor time; each \
-         time another Service."
-            .to_owned(),
+        format!(
+            "Lookup: from the address that was dialled to an endpoint, in one thread of this program, in its processor time; \
+             {FEW} Services, spread over all there are, are asked in turn."
+        ),
         "A change: the endpoint of one more Service, in a file of its own, is another pod. From when the file is written to when \
          the agent logs that it has compiled it; a request then goes to the other pod. The time includes the 50 ms of \
-         quiet that the agent waits for after a change of its directory. CPU is that of the agent in half a second around \
-         it, less that in half a second without."
+         quiet that the agent waits for after a change of its directory. CPU is that of the agent until half a second after, \
+         less what it uses in such a time anyway."
             .to_owned(),
     ]
 }
@@ -157,8 +156,7 @@ fn service(name: &str, address: Ipv4Addr) -> String {
 }
 
 fn slice(service: &str, endpoints: &[Ipv4Addr]) -> String {
-    let endpoints: Vec<_> =
-        endpoints.iter().map(|address| format!("{{addresses: [{address}]}}")).collect();
+    let endpoints: Vec<_> = endpoints.iter().map(|address| format!("{{addresses: [{address}]}}")).collect();
     format!(
         "{{apiVersion: discovery.k8s.io/v1, kind: EndpointSlice, addressType: IPv4, metadata: {{name: {service}-1, labels: \
          {{kubernetes.io/service-name: {service}}}}}, endpoints: [{}], ports: [{{name: http, port: 8080}}]}}\n",
@@ -231,13 +229,15 @@ impl World {
         let count = self.snapshot.vips.len();
         let mut number = 0;
         per_time(plan.seconds, BATCH, || {
-            // Far apart, so that what was looked up last does not help.
-            number = (number + 7919) % count;
+            number = (number + count / FEW) % count;
             let service = self.snapshot.service_at(address(number)?.into(), "default");
             let port = service.context("a Service")?.port_for("default", 80).context("its port")?;
-            let (route, _) = route::find(&port.routes, black_box(&request), 80, &source).context("a route")?;
+            let (route, _) =
+                route::find(&port.routes, black_box(&request), 80, &source).context("a route")?;
             let RouteAction::Forward(backends) = &route.action else { anyhow::bail!("no backend") };
-            let Backend::Cluster(cluster) = &route::draw(backends).backend else { anyhow::bail!("no cluster") };
+            let Backend::Cluster(cluster) = &route::draw(backends).backend else {
+                anyhow::bail!("no cluster")
+            };
             let chosen = balance::choose(cluster, &[], None);
             black_box(chosen.context("an endpoint")?);
             Ok(())
@@ -246,22 +246,28 @@ impl World {
 
     /// How long until it was in force, and the agent's processor time for it.
     async fn change(&self, lab: &Lab, to: &Pod) -> Result<(Duration, Duration)> {
-        let used = async || {
-            let before = cgroup::cpu_time(&self.cgroup)?;
-            tokio::time::sleep(WINDOW).await;
-            anyhow::Ok(cgroup::cpu_time(&self.cgroup)?.saturating_sub(before))
+        let used = async || anyhow::Ok((Instant::now(), cgroup::cpu_time(&self.cgroup)?));
+        let since = |(then, cpu): (Instant, Duration), (now, more): (Instant, Duration)| {
+            (now - then, more.saturating_sub(cpu))
         };
-        let anyway = used().await?;
+        let before = used().await?;
+        tokio::time::sleep(WINDOW).await;
+        let began = used().await?;
+        let (window, anyway) = since(before, began);
         let (seen, written) = (self.compiled()?.len(), SystemTime::now());
         lab.apply("moving.yaml", &moving(to)?)?;
-        let used = used().await?;
         let in_force = eventually_within(READING, "the change is compiled", async || {
             self.compiled()?.get(seen).copied().context("nothing was compiled")
         });
-        let took = in_force.await?.duration_since(written).context("it was compiled before it was written")?;
+        let took =
+            in_force.await?.duration_since(written).context("it was compiled before it was written")?;
+        // What follows from a snapshot is done by then.
+        tokio::time::sleep(WINDOW).await;
+        let (elapsed, cpu) = since(began, used().await?);
+        let anyway = anyway.mul_f64(elapsed.as_secs_f64() / window.as_secs_f64());
         let answer = self.client.get(format!("http://{MOVING}/")).send().await?;
         ensure!(answer.pod() == Some(to.name()), "{} did not answer: {answer:?}", to.name());
-        Ok((took, used.saturating_sub(anyway)))
+        Ok((took, cpu.saturating_sub(anyway)))
     }
 
     /// When the agent has compiled its configuration, each time that it has.

@@ -15,12 +15,13 @@ use crate::{
 
 const RATE: &str = "exchanges of 1 KiB";
 const CPU: &str = "CPU of both proxies, per exchange";
-const P50: &str = "1 KiB there and back, p50";
+const P50: &str = "1 KiB there and back on one connection, p50";
 const BULK: &str = "bulk";
 pub const BULK_CPU: &str = "CPU of the proxies, per GiB";
 const GIB: f64 = (1_u64 << 30) as f64;
 const KINDS: [Kind; 4] = [Kind::None, Kind::Mesh, Kind::Haproxy, Kind::Envoy];
 const EXCHANGE: Exchange = Exchange { bytes: 1024, connections: 64 };
+const ALONE: Exchange = Exchange { bytes: 1024, connections: 1 };
 
 pub async fn run(plan: &Plan) -> Result<Measured> {
     let lab = Lab::new("bench-tcp").await?;
@@ -35,15 +36,15 @@ pub async fn run(plan: &Plan) -> Result<Measured> {
     }
     let agents = agents(&[&a, &b]).await?;
     for course in &courses {
-        course.enrolled().await?;
-        course.echoes().await?;
+        course.ready().await?;
     }
     let meter = Meter::new(lab.cgroup())?;
     let rounds = alternate(plan, &meter, courses.len(), async |at| measure(plan, &courses[at]).await);
     let rounds = rounds.await?;
     finish(lab, agents).await?;
     let names: Vec<_> = courses.iter().map(|course| course.kind.name()).collect();
-    let mut measured = Measured::new("Opaque TCP between two nodes, over mutual TLS", about(), &names, &rounds);
+    let mut measured =
+        Measured::new("Opaque TCP between two nodes, over mutual TLS", about(), &names, &rounds);
     let over = |figure| times(&measured.rows, figure, Kind::Mesh.name(), Kind::Envoy.name());
     measured.goals = vec![
         Goal::at_most("CPU per exchange of 1 KiB, of the Envoy pair's", over(CPU), 0.7),
@@ -74,8 +75,8 @@ async fn measure(plan: &Plan, course: &Course) -> Result<Vec<Figure>> {
     let before = course.cpu()?;
     let seen = exchange(plan, course, EXCHANGE).await?;
     let used = course.cpu()?.saturating_sub(before);
-    let mut figures =
-        vec![Figure::new(RATE, "1/s", seen.per_second()), Figure::new(P50, "µs", seen.p50_us)];
+    let alone = exchange(plan, course, ALONE).await?;
+    let mut figures = vec![Figure::new(RATE, "1/s", seen.per_second()), Figure::new(P50, "µs", alone.p50_us)];
     if course.has_proxies() {
         figures.push(Figure::new(CPU, "µs", each(used, seen.count)));
     }

@@ -1,10 +1,11 @@
 //! What the benchmarks of TCP have in common: a node with a server and a client, and how they are run.
 
-use std::{process::Command, time::Duration};
+use std::{net::SocketAddr, process::Command, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use lab::{
-    Agent, Lab, Node, Pod, Process, bench::Connected, binary, cgroup, eventually, servers::nobody,
+    Agent, Lab, Node, PATIENCE, Pod, Process, bench::Connected, binary, cgroup, eventually_within,
+    servers::nobody,
 };
 use serde::de::DeserializeOwned;
 
@@ -17,6 +18,8 @@ pub const PORTS: u16 = 16;
 pub const WORKERS: u16 = 16;
 /// How much longer than it was told a client may take.
 const GRACE: Duration = Duration::from_secs(30);
+/// How long thousands of connections may take to be there.
+const HOLDING: Duration = Duration::from_mins(2);
 
 /// Figures that several suites have.
 pub const RATE: &str = "connections";
@@ -78,8 +81,19 @@ pub fn bench_app(args: &[&str]) -> Result<Command> {
 
 /// Starts a server of `bench-app`, in a cgroup of its own below the pod's, and waits until it listens.
 pub async fn serve(pod: &Pod, cgroup: &str, command: Command) -> Result<Process> {
+    started(pod, cgroup, command, PATIENCE).await
+}
+
+/// The same for `bench-app hold`, which is as far once all its connections are there.
+pub async fn hold(pod: &Pod, at: SocketAddr, connections: u32, args: &[&str]) -> Result<Process> {
+    let (at, connections) = (at.to_string(), connections.to_string());
+    let command = bench_app(&[&["hold", &*at, "--connections", &connections], args].concat())?;
+    started(pod, "hold", command, HOLDING).await
+}
+
+async fn started(pod: &Pod, cgroup: &str, command: Command, limit: Duration) -> Result<Process> {
     let process = pod.spawn_apart(cgroup, command)?;
-    eventually("a server that listens", async || {
+    eventually_within(limit, "a program that listens, or holds what it should", async || {
         ensure!(process.status().is_none(), "{} has ended\n{}", process.label(), process.tail());
         ensure!(process.stdout().contains("listening"), "{} does not listen yet", process.label());
         Ok(())

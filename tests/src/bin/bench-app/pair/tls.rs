@@ -56,7 +56,8 @@ pub fn believer(dir: &Path, alpn: &[u8]) -> Result<Arc<ClientConfig>> {
     let certificates = CertificateDer::pem_file_iter(dir.join("cert.pem"))?.collect::<Result<Vec<_>, _>>()?;
     let key = PrivateKeyDer::from_pem_file(dir.join("key.pem")).context("reading key.pem")?;
     let provider = Arc::new(aws_lc_rs::default_provider());
-    let config = ClientConfig::builder_with_provider(Arc::clone(&provider)).with_protocol_versions(&[&TLS13])?;
+    let config =
+        ClientConfig::builder_with_provider(Arc::clone(&provider)).with_protocol_versions(&[&TLS13])?;
     let config = config.dangerous().with_custom_certificate_verifier(Arc::new(Anybody(provider)));
     let mut config = config.with_client_auth_cert(certificates, key)?;
     config.alpn_protocols = vec![alpn.to_vec()];

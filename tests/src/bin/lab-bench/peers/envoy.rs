@@ -31,8 +31,7 @@ pub fn outbound(room: &Room, traffic: Traffic, listen: SocketAddr, peer: SocketA
 
 /// Takes mutual TLS and sends it on to the app.
 pub fn inbound(room: &Room, traffic: Traffic, listen: SocketAddr, app: SocketAddr) -> Result<Command> {
-    let tls =
-        json!({ "require_client_certificate": true, "common_tls_context": common_tls(room, traffic) });
+    let tls = json!({ "require_client_certificate": true, "common_tls_context": common_tls(room, traffic) });
     let listener = listener(traffic, listen, Some(transport("DownstreamTlsContext", tls)));
     start(room, &listener, &cluster(app, traffic == Traffic::Grpc))
 }
@@ -54,11 +53,10 @@ fn cluster(next: SocketAddr, http2: bool) -> Value {
         }]},
     });
     if http2 {
-        cluster["typed_extension_protocol_options"] =
-            json!({ "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
-                "@type": format!("{TYPES}.upstreams.http.v3.HttpProtocolOptions"),
-                "explicit_http_config": { "http2_protocol_options": {} },
-            }});
+        cluster["typed_extension_protocol_options"] = json!({ "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
+            "@type": format!("{TYPES}.upstreams.http.v3.HttpProtocolOptions"),
+            "explicit_http_config": { "http2_protocol_options": {} },
+        }});
     }
     cluster
 }

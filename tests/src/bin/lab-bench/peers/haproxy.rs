@@ -25,7 +25,9 @@ pub fn inbound(room: &Room, traffic: Traffic, listen: SocketAddr, app: SocketAdd
 
 fn tls(room: &Room) -> String {
     let (dir, suite) = (room.path().display(), nginx::SUITE);
-    format!("ssl crt {dir}/both.pem ca-file {dir}/ca.pem verify required ssl-min-ver TLSv1.3 ciphersuites {suite}")
+    format!(
+        "ssl crt {dir}/both.pem ca-file {dir}/ca.pem verify required ssl-min-ver TLSv1.3 ciphersuites {suite}"
+    )
 }
 
 fn start(room: &Room, traffic: Traffic, bind: &str, server: &str) -> Result<Command> {

@@ -16,10 +16,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use lab::{
-    Agent, Lab, Node, Pod, Process, apps, binary, cgroup, eventually, metric,
-    servers::as_nobody,
-};
+use lab::{Agent, Lab, Node, Pod, Process, apps, binary, cgroup, eventually, metric, servers::as_nobody};
 
 pub use self::room::{NAME, Room, Root};
 use crate::world::{bench_app, redirect, serve};
@@ -63,6 +60,7 @@ pub enum Traffic {
 #[derive(Debug)]
 pub struct Course {
     pub kind: Kind,
+    traffic: Traffic,
     pub client: Pod,
     pub server: Pod,
     /// Whom the client asks.
@@ -209,7 +207,16 @@ impl Course {
             at = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), OUTBOUND);
             proxies.push(client.cgroup().join(PROXY));
         }
-        Ok(Self { kind, client, server, at, proxies, outbound, rooms: vec![app, at_client, at_server] })
+        Ok(Self {
+            kind,
+            traffic,
+            client,
+            server,
+            at,
+            proxies,
+            outbound,
+            rooms: vec![app, at_client, at_server],
+        })
     }
 
     /// Between enrolled pods, through a Service of this name. Agents are the caller's to start.
@@ -241,7 +248,7 @@ impl Course {
             proxies.push(b.agent_cgroup());
         }
         let at = service.at(PORT);
-        Ok(Self { kind: Kind::Mesh, client, server, at, proxies, outbound: None, rooms: vec![app] })
+        Ok(Self { kind: Kind::Mesh, traffic, client, server, at, proxies, outbound: None, rooms: vec![app] })
     }
 
     /// Has the client's proxy take what the client sends to an address where nobody listens, by
@@ -270,28 +277,34 @@ impl Course {
         format!("http://{}/", self.at)
     }
 
-    /// Waits for the right answer to an HTTP request.
-    pub async fn answers(&self) -> Result<()> {
-        eventually("an answer through all that was started", async || {
-            let answer = self.client.get(self.url()).send().await?;
-            let bytes = answer.body_bytes;
-            ensure!(answer.status == 200 && bytes == nginx::BODY, "{bytes} bytes, {answer:?}");
-            Ok(())
-        })
-        .await
-        .with_context(|| self.kind.name())
+    /// Waits until what it carries goes through all that was started.
+    pub async fn works(&self) -> Result<()> {
+        let tried = async || match self.traffic {
+            Traffic::Http => {
+                let answer = self.client.get(self.url()).send().await?;
+                let bytes = answer.body_bytes;
+                ensure!(answer.status == 200 && bytes == nginx::BODY, "{bytes} bytes, {answer:?}");
+                Ok(())
+            }
+            Traffic::Grpc => {
+                let health = self.client.grpc(&self.url(), "count/1").await?;
+                ensure!(health.check == "SERVING", "{health:?}");
+                Ok(())
+            }
+            Traffic::Bytes => {
+                let args = ["exchange", &self.at.to_string(), "--seconds", "0.01"];
+                let output = self.client.run(bench_app(&args)?).await?;
+                ensure!(output.status.success(), "{}", output.stderr);
+                Ok(())
+            }
+        };
+        eventually("an answer through all that was started", tried).await.with_context(|| self.kind.name())
     }
 
-    /// Waits for bytes to come back.
-    pub async fn echoes(&self) -> Result<()> {
-        eventually("bytes through all that was started", async || {
-            let args = ["exchange", &self.at.to_string(), "--seconds", "0.01"];
-            let output = self.client.run(bench_app(&args)?).await?;
-            ensure!(output.status.success(), "{}", output.stderr);
-            Ok(())
-        })
-        .await
-        .with_context(|| self.kind.name())
+    /// Waits for the mesh to have both pods, where it is the mesh, and for the first answer.
+    pub async fn ready(&self) -> Result<()> {
+        self.enrolled().await?;
+        self.works().await
     }
 
     /// What the proxies have used so far, the kernel's work for them included.

@@ -20,19 +20,19 @@ const MARGIN: i32 = 12;
 /// Where names end and bars begin, and how long the longest is.
 const BARS_AT: i32 = 220;
 const LONGEST: f64 = 500.0;
-const FONT: (&str, i32) = ("sans-serif", 13);
+const FONT: (&str, i32) = ("sans-serif", 16);
 const MESH: RGBColor = RGBColor(0x1f, 0x6f, 0xb5);
 const OTHERS: RGBColor = RGBColor(0xb0, 0xb7, 0xbf);
 
 /// The chart of all rows.
 pub fn svg(outcome: &Outcome) -> Result<String> {
     let groups: Vec<&[Row]> = outcome.rows.chunk_by(|a, b| a.figure == b.figure).collect();
-    let bars = outcome.rows.len() as i32 * (BAR + GAP);
-    let height = 2 * MARGIN + groups.len() as i32 * HEADING + bars;
+    let (headings, bars) = (i32::try_from(groups.len())?, i32::try_from(outcome.rows.len())?);
+    let height = 2 * MARGIN + headings * HEADING + bars * (BAR + GAP);
     let mut text = String::new();
     {
         let mut canvas = Canvas(SVGBackend::with_string(&mut text, (WIDTH, height.unsigned_abs())));
-        canvas.rectangle((0, 0), (WIDTH.cast_signed(), height), &WHITE)?;
+        canvas.rectangle((0, 0), (WIDTH.cast_signed(), height), WHITE)?;
         let mut top = MARGIN;
         for group in groups {
             canvas.text(&group[0].figure, (MARGIN, top + HEADING - BAR - GAP), true)?;
@@ -58,16 +58,17 @@ impl Canvas<'_> {
             BARS_AT + (share * LONGEST).round() as i32
         };
         self.text(&row.variant, (2 * MARGIN, top + 2), false)?;
-        let is_mesh = row.variant == "mesh" || row.variant.contains("(mesh)") || row.variant.contains("agent");
+        let is_mesh =
+            row.variant == "mesh" || row.variant.contains("(mesh)") || row.variant.contains("agent");
         let color = if is_mesh { MESH } else { OTHERS };
-        self.rectangle((BARS_AT, top), (at(row.median), top + BAR), &color)?;
+        self.rectangle((BARS_AT, top), (at(row.median), top + BAR), color)?;
         let middle = top + BAR / 2;
-        self.rectangle((at(row.least), middle), (at(row.most), middle + 1), &BLACK)?;
+        self.rectangle((at(row.least), middle), (at(row.most), middle + 1), BLACK)?;
         let label = format!("{} {}", number(row.median), row.unit);
         self.text(&label, (at(row.most.max(row.median)) + GAP, top + 2), false)
     }
 
-    fn rectangle(&mut self, from: (i32, i32), to: (i32, i32), color: &RGBColor) -> Result<()> {
+    fn rectangle(&mut self, from: (i32, i32), to: (i32, i32), color: RGBColor) -> Result<()> {
         let style = color.filled();
         self.0.draw_rect(from, to, &style, true).map_err(|error| anyhow!("{error}"))
     }
@@ -117,7 +118,10 @@ mod tests {
     fn a_bar_is_as_long_as_its_figure() -> Result<()> {
         let svg = svg(&outcome(&[("mesh", 25.0), ("Envoy pair", 100.0), ("less than none", -1.0)]))?;
         let width = |share: f64| format!("width=\"{}\" height=\"{BAR}\"", (LONGEST * share) as i32);
-        assert!(svg.contains(&width(0.25)) && svg.contains(&width(1.0)) && svg.contains(&width(0.0)), "{svg}");
+        assert!(
+            svg.contains(&width(0.25)) && svg.contains(&width(1.0)) && svg.contains(&width(0.0)),
+            "{svg}"
+        );
         assert!(svg.contains("25.0 µs") && svg.contains("-1.00 µs"), "{svg}");
         // What is said of a figure is text, whatever it holds.
         assert!(svg.contains("CPU &lt;of both&gt;"), "{svg}");
