@@ -65,8 +65,12 @@ pub fn run(options: &Options) -> Result<()> {
     setup::packages(&mut progress, &setup::LAB, "the lab")?;
     setup::packages(&mut progress, &setup::PERF, "profiles")?;
     peers::load(&mut progress)?;
-    let features = ["--no-default-features", "--features", "cli,nameattr"];
-    INFERNO.install(&mut progress, &features, None)?;
+    // Its programs do not tell their version.
+    if !peers::is_there(INFERNO.program, INFERNO.version) {
+        let features = ["--no-default-features", "--features", "cli,nameattr"];
+        INFERNO.install(&mut progress, &features, None)?;
+        peers::remember(INFERNO.program, INFERNO.version)?;
+    }
     build_ebpf::build(&mut progress, &options.ebpf)?;
     progress.step("build programs, optimised (minutes, the first time)", || {
         let packages =

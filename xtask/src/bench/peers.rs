@@ -46,13 +46,14 @@ fn program(name: &str) -> PathBuf {
     workspace::tools_dir().join("bin").join(name)
 }
 
-/// Beside each program: its version.
-fn is_there(name: &str, version: &str) -> bool {
+/// Whether a program below `target/tools` is of this version, by the file beside it.
+pub fn is_there(name: &str, version: &str) -> bool {
     let known = fs::read_to_string(program(&format!("{name}.version")));
     program(name).is_file() && known.is_ok_and(|known| known == version)
 }
 
-fn remember(name: &str, version: &str) -> Result<()> {
+/// Says which version it is.
+pub fn remember(name: &str, version: &str) -> Result<()> {
     let marker = program(&format!("{name}.version"));
     fs::write(marker, version).with_context(|| format!("cannot say which {name} this is"))
 }
