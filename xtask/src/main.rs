@@ -1,4 +1,4 @@
-//! `cargo xtask`: builds, demo, tests, benchmarks, lint and clean-up of this workspace.
+//! `cargo xtask`: builds, demo, tests, benchmarks, profiles, lint and clean-up of this workspace.
 //!
 //! One module per subcommand, each with `Options` and `run`. A subcommand looks first for what it needs, installs it
 //! where it may (root on Debian) or says what to install, and runs again in seconds when nothing changed. It never
@@ -26,7 +26,7 @@ use clap::{Parser, Subcommand};
 use crate::progress::Reported;
 use crate::setup::Missing;
 
-/// Builds, demo, tests, benchmarks, lint and clean-up of this workspace.
+/// Builds, demo, tests, benchmarks, profiles, lint and clean-up of this workspace.
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask", after_help = EXIT_CODES)]
 struct Cli {

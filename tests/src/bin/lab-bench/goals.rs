@@ -21,7 +21,8 @@ pub struct Goal {
     /// Of what, and against what.
     pub what: String,
     pub sense: Sense,
-    pub required: f64,
+    /// `None`: it is aimed at, and not required.
+    pub required: Option<f64>,
     /// Further than what is required.
     pub aim: Option<f64>,
     /// `×` where it is a ratio.
@@ -32,6 +33,7 @@ pub struct Goal {
 
 impl Goal {
     fn new(what: impl Into<String>, sense: Sense, measured: Option<f64>, required: f64) -> Self {
+        let required = Some(required);
         Self { what: what.into(), sense, required, aim: None, unit: "×".to_owned(), measured }
     }
 
@@ -51,14 +53,21 @@ impl Goal {
         self
     }
 
+    /// Not required, but aimed at.
+    pub fn only_aimed_at(mut self) -> Self {
+        self.aim = self.required.take();
+        self
+    }
+
     /// What it is counted in, where it is no ratio.
     pub fn unit(mut self, unit: &str) -> Self {
         unit.clone_into(&mut self.unit);
         self
     }
 
-    fn reaches(&self, limit: f64) -> Option<bool> {
-        let measured = self.measured?;
+    /// `None` where there is no such limit, or nothing to hold against it.
+    fn reaches(&self, limit: Option<f64>) -> Option<bool> {
+        let (measured, limit) = (self.measured?, limit?);
         Some(match self.sense {
             Sense::AtMost => measured <= limit,
             Sense::AtLeast => measured >= limit,
@@ -67,25 +76,23 @@ impl Goal {
 
     /// In a word.
     pub fn verdict(&self) -> &'static str {
-        match (self.reaches(self.required), self.aim.and_then(|aim| self.reaches(aim))) {
-            (None, _) => "not compared",
+        match (self.reaches(self.required), self.reaches(self.aim)) {
+            (None, None) => "not compared",
             (Some(false), _) => "MISSED",
             (Some(true), None) => "met",
             (Some(true), Some(false)) => "met, the aim is not",
             (Some(true), Some(true)) => "met, and the aim",
+            (None, Some(true)) => "the aim is met",
+            (None, Some(false)) => "the aim is not met",
         }
     }
 
     /// The limit, as people write it.
     pub fn limit(&self) -> String {
         let sign = if self.sense == Sense::AtMost { "≤" } else { "≥" };
-        let Self { required, unit, .. } = self;
-        let aim = self.aim.map(|aim| format!(", aim {aim}")).unwrap_or_default();
-        if unit == "×" {
-            format!("{sign} {required} ×{aim}")
-        } else {
-            format!("{sign} {required} {unit}{aim}")
-        }
+        let required = self.required.map(|required| format!("{sign} {required} {}", self.unit));
+        let aim = self.aim.map(|aim| format!("aim {sign} {aim} {}", self.unit));
+        required.into_iter().chain(aim).collect::<Vec<_>>().join(", ")
     }
 }
 
@@ -111,6 +118,8 @@ mod tests {
         let least = |measured| Goal::at_least("rate", Some(measured), 2.5).verdict();
         assert_eq!((least(2.5), least(2.4)), ("met", "MISSED"));
         assert_eq!(Goal::at_most("memory", None, 15.0).unit("MB").limit(), "≤ 15 MB");
-        assert_eq!(Goal::at_least("rate", None, 0.9).aim(1.2).limit(), "≥ 0.9 ×, aim 1.2");
+        assert_eq!(Goal::at_least("rate", None, 0.9).aim(1.2).limit(), "≥ 0.9 ×, aim ≥ 1.2 ×");
+        let aim = Goal::at_most("latency", Some(1.1), 1.0).only_aimed_at();
+        assert_eq!((aim.verdict(), &*aim.limit()), ("the aim is not met", "aim ≤ 1 ×"));
     }
 }

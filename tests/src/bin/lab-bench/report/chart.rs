@@ -24,6 +24,9 @@ const FONT: (&str, i32) = ("sans-serif", 16);
 const MESH: RGBColor = RGBColor(0x1f, 0x6f, 0xb5);
 const OTHERS: RGBColor = RGBColor(0xb0, 0xb7, 0xbf);
 
+/// The variants that stand out: what the mesh carries.
+const OURS: [&str; 5] = ["mesh", "agent", "direct (mesh)", "through the agent", "beside bulk in the mesh"];
+
 /// The chart of all rows.
 pub fn svg(outcome: &Outcome) -> Result<String> {
     let groups: Vec<&[Row]> = outcome.rows.chunk_by(|a, b| a.figure == b.figure).collect();
@@ -58,8 +61,7 @@ impl Canvas<'_> {
             BARS_AT + (share * LONGEST).round() as i32
         };
         self.text(&row.variant, (2 * MARGIN, top + 2), false)?;
-        let is_mesh =
-            row.variant == "mesh" || row.variant.contains("(mesh)") || row.variant.contains("agent");
+        let is_mesh = OURS.contains(&&*row.variant);
         let color = if is_mesh { MESH } else { OTHERS };
         self.rectangle((BARS_AT, top), (at(row.median), top + BAR), color)?;
         let middle = top + BAR / 2;
