@@ -4,7 +4,12 @@
 use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
-use lab::{Agent, Lab, Node, bench::Connected, binary, eventually, servers::as_nobody};
+use lab::{
+    Agent, Lab, Node,
+    bench::{Connected, Pinged},
+    binary, eventually,
+    servers::as_nobody,
+};
 
 use crate::{
     figures::{Figure, Measured},
@@ -29,7 +34,6 @@ const AGENT: &str = "through the agent";
 const RELAY: &str = "tokio copy";
 const NO_MESH: &str = "no mesh, bytes";
 const EXCHANGE: Exchange = Exchange { bytes: 1024, connections: 16 };
-const PING_PONG: Exchange = Exchange { bytes: 1, connections: 1 };
 
 /// What is measured of a course.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -143,7 +147,7 @@ impl Variant {
             (course.cpu()?.saturating_sub(before.0), course.cpu_of_all()?.saturating_sub(before.1));
         let mut figures = vec![
             Figure::new(EXCHANGE_CPU, "µs", each(of_all, seen.count)),
-            Figure::new(PING, "µs", exchange(plan, course, PING_PONG).await?.p50_us),
+            Figure::new(PING, "µs", ping(plan, course).await?.p50_us),
         ];
         if *asks == Asks::Carried {
             // Whoever has done nothing was passed by.
@@ -155,6 +159,11 @@ impl Variant {
         }
         Ok(figures)
     }
+}
+
+async fn ping(plan: &Plan, course: &Course) -> Result<Pinged> {
+    let (at, seconds) = (course.pinned().to_string(), plan.seconds.to_string());
+    ask(plan, &course.client, &["ping", &at, "--seconds", &seconds, "--core", "0"]).await
 }
 
 async fn connect(plan: &Plan, course: &Course) -> Result<Figure> {
@@ -196,8 +205,8 @@ fn about() -> Vec<String> {
     vec![
         format!(
             "Client and server are pods of one node. HTTP: wrk, and nginx with an answer of 1 KiB. Bytes: {} connections that \
-             each send 1 KiB as soon as the last came back; single bytes on one connection; one after the other, connections \
-             of one byte on {WORKERS} at a time; bulk on one connection.",
+             each send 1 KiB as soon as the last came back; single bytes on one connection, its two ends on a core each; \
+             connections of one byte, {WORKERS} at a time; bulk on one connection.",
             EXCHANGE.connections
         ),
         "mesh: one agent; a VirtualService routes; within a node it does not encrypt.".to_owned(),

@@ -7,7 +7,7 @@ use crate::{
     figures::{Figure, Measured, median_of, rows},
     meter::Meter,
     rounds::{Plan, alternate},
-    world::{CPU, RATE, Site, WORKERS, ask, bench_app, finish, serve},
+    world::{CPU, RATE, Site, WORKERS, ask, bench_app, finish, other_core, serve},
 };
 
 /// The second is as the first, to show how far apart equals are.
@@ -78,9 +78,4 @@ async fn measure(plan: &Plan, site: &Site) -> Result<Vec<Figure>> {
     figures.push(Figure::new(PING, "µs", seen.p50_us));
     figures.push(Figure::new(PING_P99, "µs", seen.p99_us));
     Ok(figures)
-}
-
-/// Not the client's, where there is another.
-fn other_core() -> Result<usize> {
-    Ok(std::thread::available_parallelism()?.get().min(2) - 1)
 }

@@ -72,6 +72,11 @@ pub fn each(time: Duration, count: u64) -> f64 {
     time.as_secs_f64() * 1e6 / count as f64
 }
 
+/// For the server of single bytes: not the client's, which is the first, where there is another.
+pub fn other_core() -> Result<usize> {
+    Ok(std::thread::available_parallelism()?.get().min(2) - 1)
+}
+
 /// The program of the benchmarks, with these arguments.
 pub fn bench_app(args: &[&str]) -> Result<Command> {
     let mut command = Command::new(binary("bench-app", "MESH_BENCH_APP", "lab")?);

@@ -19,7 +19,7 @@ use anyhow::{Context as _, Result, ensure};
 use lab::{Agent, Lab, Node, Pod, Process, apps, binary, cgroup, eventually, metric, servers::as_nobody};
 
 pub use self::room::{NAME, Room, Root};
-use crate::world::{bench_app, redirect, serve};
+use crate::world::{bench_app, other_core, redirect, serve};
 
 /// Where the app listens, where the pairs do, and a Service.
 pub const APP: u16 = 8080;
@@ -167,7 +167,9 @@ impl Traffic {
             Self::Http => drop(pod.spawn_apart(SERVER, nginx::server(room, APP)?)?),
             Self::Grpc => drop(pod.serve(apps::grpc(APP)).await?),
             Self::Bytes => {
-                drop(serve(pod, SERVER, bench_app(&["answer", "--port", &APP.to_string()])?).await?);
+                let (port, next, core) = (APP.to_string(), (APP + 1).to_string(), other_core()?.to_string());
+                serve(pod, SERVER, bench_app(&["answer", "--port", &port])?).await?;
+                serve(pod, SERVER, bench_app(&["answer", "--port", &next, "--core", &core])?).await?;
             }
         }
         Ok(())
@@ -239,7 +241,11 @@ impl Course {
         let server = annotations.iter().fold(server, annotated).start().await?;
         let app = Room::new()?;
         traffic.serve(&server, &app).await?;
-        let service = lab.service(name).selector("app", name).port(traffic.declared(), PORT, APP).apply()?;
+        let service = lab.service(name).selector("app", name).port(traffic.declared(), PORT, APP);
+        let service = match traffic {
+            Traffic::Bytes => service.port("tcp-pinned", PORT + 1, APP + 1).apply()?,
+            Traffic::Http | Traffic::Grpc => service.apply()?,
+        };
         if traffic != Traffic::Bytes {
             lab.apply(&format!("route-{name}.yaml"), &route(name))?;
         }
@@ -271,6 +277,12 @@ impl Course {
             self.server.enrolled().await?;
         }
         Ok(())
+    }
+
+    /// Where single bytes are sent back by a server that stays on one core: where the scheduler puts two that wait for each
+    /// other decides how long they wait. Only where bytes are carried, and no pair carries them.
+    pub fn pinned(&self) -> SocketAddr {
+        SocketAddr::new(self.at.ip(), self.at.port() + 1)
     }
 
     pub fn url(&self) -> String {
