@@ -98,7 +98,7 @@ fn balancing(criterion: &mut Criterion) {
         let RouteAction::Forward(backends) = &port.routes[0].action else { unreachable!("it forwards") };
         let Backend::Cluster(cluster) = &backends[0].backend else { unreachable!("it is there") };
         group.bench_function(BenchmarkId::from_parameter(endpoints), |bencher| {
-            bencher.iter(|| balance::choose(black_box(cluster), &[], None).is_some());
+            bencher.iter(|| balance::choose(black_box(cluster), &balance::Wish::default()).is_some());
         });
     }
     group.finish();

@@ -48,7 +48,7 @@ use crate::{
     enrolment::{Ended, Enrolment, put_in_force},
     handover::{self, Door, Offered, Place},
     identity::Authority,
-    proxy::{Mesh, health::watch_endpoints},
+    proxy::{Mesh, checks::check_endpoints, health::watch_endpoints},
     report::Reporter,
     source::{self, Source, key_sets},
     state::{
@@ -159,6 +159,7 @@ async fn begin(config: &NodeConfig, dir: &Path) -> Result<Begun> {
     let settings = Settings {
         trust_domain: config.trust_domain.as_str().into(),
         root_namespace: config.root_namespace.as_str().into(),
+        node: Some(config.node.as_str().into()),
         netns: Netns::Annotation,
     };
     let source = source::directory(dir.to_path_buf(), settings).await?;
@@ -258,12 +259,14 @@ async fn serve_pods(
         async move { certified.call().await }
     };
     tokio::spawn(key_sets::run(connect, following));
+    tokio::spawn(check_endpoints(Arc::clone(&mesh), snapshots.clone()));
     tokio::spawn(watch_endpoints(Arc::clone(&reporter), snapshots.clone()));
     tokio::spawn(report_flows(capture.closed_flows()?, Arc::clone(&mesh)));
     drop(capture);
     let door = open_door(&listeners, &run_dir, config)?;
     let readiness = Readiness::default();
     let enrolling = readiness.block("the pods of this node");
+    reporter.show_endpoints(snapshots.clone(), config.endpoint_metrics);
     let state =
         state((&snapshots, &source.problems), &mesh, &enrolment, authority, config, (readiness, log_level));
     let stop = CancellationToken::new();

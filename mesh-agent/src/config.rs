@@ -132,6 +132,10 @@ pub struct NodeConfig {
     /// Access log on stdout, one line per request or connection
     #[arg(long, env = "MESH_ACCESS_LOG", value_enum, default_value_t = AccessLogFormat::Text)]
     pub access_log: AccessLogFormat,
+    /// How many endpoints have series of their own in `/metrics` (what is in flight, latency, whether ejected), of those that
+    /// pods of this node use
+    #[arg(long, env = "MESH_ENDPOINT_METRICS", value_name = "NUMBER", default_value_t = 1000)]
+    pub endpoint_metrics: usize,
     /// How long SIGTERM waits for open connections, seconds
     #[arg(long, env = "MESH_DRAIN_DEADLINE", value_name = "SECONDS", default_value = "5", value_parser = seconds)]
     pub drain_deadline: Duration,

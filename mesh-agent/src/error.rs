@@ -3,6 +3,7 @@
 //! Status, gRPC code and response flag come from the one table in [`Kind::row`]: a refusal without a kind does
 //! not compile, so every refusal is counted. Tested by the unit tests below.
 
+mod limit;
 mod token;
 
 use std::{fmt, sync::Arc};
@@ -10,7 +11,7 @@ use std::{fmt, sync::Arc};
 use bytes::Bytes;
 use http::StatusCode;
 
-pub use self::token::TokenFailure;
+pub use self::{limit::Limit, token::TokenFailure};
 
 /// Why a connection or request did not get its answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -55,6 +56,10 @@ pub enum Kind {
     DownstreamReset,
     /// A budget is used up.
     Overflow,
+    /// The destination's `connectionPool` allows no more.
+    Full(Limit),
+    /// A connection has been open as long as `connectionPool.tcp.maxConnectionDuration` allows.
+    TooOld,
     /// The head of a request did not come in time.
     HeadTimeout,
     /// The head of a request is larger than is taken.
@@ -67,6 +72,10 @@ pub enum Kind {
     NoUpgrade,
     /// The agent has too little memory for anything new.
     Overload,
+    /// More requests than a rate limit of the pod's port lets in.
+    RateLimited,
+    /// As many requests are under way at the pod's port as its adaptive concurrency lets in.
+    ConcurrencyLimit,
 }
 
 /// The status an injected abort answers with.
@@ -183,6 +192,10 @@ impl Kind {
             Self::IllegalDestination => (Downstream, StatusCode::FORBIDDEN, 7, "DENY", "illegal_destination"),
             Self::DownstreamReset => (Downstream, StatusCode::BAD_REQUEST, 1, "DC", "downstream_reset"),
             Self::Overflow => (Mesh, StatusCode::SERVICE_UNAVAILABLE, 8, "UO", "overflow"),
+            // As Envoy's circuit breakers: `overflow`, and UNAVAILABLE for gRPC.
+            Self::Full(_) => (Mesh, StatusCode::SERVICE_UNAVAILABLE, 14, "UO", "overflow"),
+            // Envoy's flag for it.
+            Self::TooOld => (Mesh, StatusCode::SERVICE_UNAVAILABLE, 14, "DT", "max_duration"),
             Self::HeadTimeout => (Downstream, StatusCode::REQUEST_TIMEOUT, 4, "SI", "head_timeout"),
             Self::HeadTooLarge => {
                 (Downstream, StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, 8, "DPE", "head_too_large")
@@ -191,6 +204,9 @@ impl Kind {
             Self::StreamIdle => (Mesh, StatusCode::GATEWAY_TIMEOUT, 4, "SI", "stream_idle"),
             // Envoy's flag for what its overload manager ends.
             Self::Overload => (Mesh, StatusCode::SERVICE_UNAVAILABLE, 14, "OM", "overload"),
+            // Envoy's local rate limit.
+            Self::RateLimited => (Mesh, StatusCode::TOO_MANY_REQUESTS, 14, "RL", "rate_limited"),
+            Self::ConcurrencyLimit => (Mesh, StatusCode::SERVICE_UNAVAILABLE, 14, "UO", "concurrency_limit"),
             Self::NoUpgrade => (Upstream, StatusCode::BAD_GATEWAY, 12, "UPE", "no_upgrade"),
         };
         Row { side, http, grpc, flag, word }

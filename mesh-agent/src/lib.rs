@@ -21,6 +21,7 @@ pub mod handover;
 pub mod http1;
 pub mod http2;
 pub mod identity;
+pub mod limit;
 pub mod mounts;
 pub mod overload;
 pub mod policy;

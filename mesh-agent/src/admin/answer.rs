@@ -10,10 +10,11 @@ use serde::Serialize;
 use tokio::sync::{broadcast::error::RecvError, mpsc};
 use tokio_util::sync::CancellationToken;
 
-use super::{FlowEvent, HealthView, Readiness, Reply, State, VersionView, dump};
+use super::{FlowEvent, HealthView, Readiness, Reply, State, VersionView, dump, endpoints};
 use crate::report::{FlowView, Reporter};
 
-const PATHS: &str = "/config_dump, /pods, /flows, /certs, /logging, /overload, /version, /healthz";
+const PATHS: &str =
+    "/config_dump, /endpoints, /pods, /flows, /certs, /logging, /overload, /version, /healthz";
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 const JSON: &str = "application/json";
 const JSON_LINES: &str = "application/x-ndjson";
@@ -98,6 +99,10 @@ pub(super) async fn admin<B>(
             let snapshot = state.snapshot.borrow().clone();
             json(StatusCode::OK, &dump::config(&snapshot, &(state.problems)()))
         }
+        (&Method::GET, "/endpoints") => {
+            let snapshot = state.snapshot.borrow().clone();
+            json(StatusCode::OK, &endpoints::endpoints(&snapshot))
+        }
         (&Method::GET, "/flows") => flows(&query, state, stop).await,
         (&Method::GET, "/pods") => json(StatusCode::OK, &(state.pods)()),
         (&Method::GET, "/certs") => json(StatusCode::OK, &(state.certificates)()),
@@ -110,9 +115,11 @@ pub(super) async fn admin<B>(
         (&Method::GET, "/logging") => sentence(StatusCode::OK, (state.log_level.show)()),
         (&Method::POST, "/logging") => set_log_level(&query, state),
         (_, "/logging") => not_allowed("GET, POST"),
-        (_, "/config_dump" | "/pods" | "/flows" | "/certs" | "/overload" | "/version" | "/healthz") => {
-            not_allowed("GET")
-        }
+        (
+            _,
+            "/config_dump" | "/endpoints" | "/pods" | "/flows" | "/certs" | "/overload" | "/version"
+            | "/healthz",
+        ) => not_allowed("GET"),
         (_, path) => sentence(StatusCode::NOT_FOUND, format!("there is no {path}, only {PATHS}")),
     }
 }

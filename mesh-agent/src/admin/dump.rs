@@ -1,21 +1,24 @@
 //! The snapshot as JSON, for `/config_dump`: what the agent acts on, after all defaults.
 //!
 //! Promises to show every field that decides anything, and the same text for the same snapshot. Never shows a
-//! secret: a snapshot holds none. Tested in `dump/tests.rs`.
+//! secret: of the keys that a rule refers to, whether there are any. Tested in `dump/tests.rs`.
 
-use std::{collections::BTreeMap, sync::atomic::Ordering::Relaxed, time::Duration};
+use std::{collections::BTreeMap, time::Duration};
 
 use serde_json::{Value, json};
 
+mod cluster;
+mod policies;
 #[cfg(test)]
 mod tests;
 
+use self::cluster::cluster;
 use crate::state::snapshot::{
-    Abort, Action, Applied, AppliedTokens, Authentication, Authorization, Backend, CapturePolicy, Cluster,
-    ConsistentHash, CorsPolicy, Exclusions, Fault, HashKey, HeaderMatch, HeaderOp, HttpRoute, Keys, Mirror,
-    Mtls, OutlierDetection, PathRewrite, Percentage, Policy, Protocol, RequestMatch, RetryOn, RetryPolicy,
-    Rewrite, RouteAction, Service, ServicePort, Snapshot, SniHost, StreamMatch, StreamRoute, StringMatch,
-    TokenRule, Tokens, Visibility, WeightedBackend, WhenAgentIsDown, Workload,
+    Abort, Action, Applied, AppliedTokens, Authentication, Authorization, Backend, CapturePolicy, CorsPolicy,
+    Exclusions, Fault, HeaderMatch, HeaderOp, HttpRoute, Keys, Mirror, Mtls, PathRewrite, Percentage, Policy,
+    Protocol, RequestMatch, RetryOn, RetryPolicy, Rewrite, RouteAction, Service, ServicePort, Snapshot,
+    SniHost, StreamMatch, StreamRoute, StringMatch, TokenRule, Tokens, Visibility, WeightedBackend,
+    WhenAgentIsDown, Workload,
 };
 
 /// The whole snapshot.
@@ -30,6 +33,8 @@ pub(super) fn config(snapshot: &Snapshot, problems: &[String]) -> Value {
         "workloads": workloads.into_values().collect::<Vec<_>>(),
         "services": services.into_values().collect::<Vec<_>>(),
         "key_sets": key_sets(snapshot),
+        "health_checks": policies::health_checks(snapshot),
+        "guards": policies::guards(snapshot),
     })
 }
 
@@ -174,50 +179,6 @@ fn protocol(p: Protocol) -> &'static str {
         Protocol::Http2 => "http2",
         Protocol::Opaque => "opaque",
     }
-}
-
-fn cluster(c: &Cluster) -> Value {
-    let endpoints = c.endpoints.iter().map(|e| {
-        json!({
-            "address": e.address,
-            "workload": e.workload.as_ref().map(|w| format!("{}/{}", w.namespace, w.name)),
-            "in_flight": e.state.in_flight.load(Relaxed),
-            "ejected": c.outlier.is_some() && e.state.health.is_ejected(),
-            "ejections": e.state.health.ejections.load(Relaxed),
-        })
-    });
-    json!({
-        "name": *c.name,
-        "balancing": c.hash.as_ref().map_or_else(|| json!(format!("{:?}", c.balancing)), hash),
-        "outlier_detection": c.outlier.as_ref().map(outlier),
-        "view": c.view.as_deref(),
-        "connect_timeout_ms": ms(c.connect_timeout),
-        "retry_budget": { "percent": percent(c.retry_budget.percent), "min": c.retry_budget.min_concurrency },
-        "endpoints": endpoints.collect::<Vec<_>>(),
-    })
-}
-
-fn hash(hash: &ConsistentHash) -> Value {
-    let by = match &*hash.key {
-        HashKey::Header(name) => json!({ "header": name.as_str() }),
-        HashKey::Cookie(cookie) => json!({ "cookie": *cookie.name, "ttl_ms": cookie.ttl.map(ms) }),
-        HashKey::SourceIp => json!("source_ip"),
-        HashKey::Query(name) => json!({ "query": **name }),
-    };
-    let (table, places) = hash.table();
-    json!({ "hash": by, "table": table, "places": places })
-}
-
-fn outlier(rule: &OutlierDetection) -> Value {
-    json!({
-        "consecutive_5xx": rule.server_errors,
-        "consecutive_gateway_errors": rule.gateway_errors,
-        "consecutive_local_origin_failures": rule.local_failures,
-        "interval_ms": ms(rule.interval),
-        "base_ejection_time_ms": ms(rule.base_ejection_time),
-        "max_ejection_percent": rule.max_ejection_percent,
-        "min_health_percent": rule.min_health_percent,
-    })
 }
 
 fn ms(duration: Duration) -> u64 {

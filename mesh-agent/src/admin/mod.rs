@@ -1,5 +1,5 @@
-//! What the agent shows of itself over HTTP: to the operator (`/config_dump`, `/pods`, `/flows`, `/certs`,
-//! `/logging`, `/overload`, `/version`, `/healthz`), to Prometheus (`/metrics`) and to the kubelet (`/healthz/ready`).
+//! What the agent shows of itself over HTTP: to the operator (`/config_dump`, `/endpoints`, `/pods`, `/flows`,
+//! `/certs`, `/logging`, `/overload`, `/version`, `/healthz`), to Prometheus (`/metrics`) and to the kubelet (`/healthz/ready`).
 //!
 //! Promises that the operator's endpoints are reachable by this machine's administrator alone (a 0600 unix socket, or
 //! loopback when asked for). Never changes anything but the log level. Binding is in `listen.rs`, the directory of the
@@ -7,6 +7,7 @@
 
 mod answer;
 mod dump;
+mod endpoints;
 mod health;
 mod listen;
 mod run_dir;
@@ -24,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 use tracing_subscriber::{EnvFilter, reload};
 
 pub use self::{
+    endpoints::EndpointView,
     health::{BlockReady, Readiness},
     listen::{Address, AddressError, HANDOVER_SOCKET, KeepFile, Listener, SOCKET_NAME, Socket},
     run_dir::{RunDir, clean_run_dir, noted_bpf_dir, run_dir_files},

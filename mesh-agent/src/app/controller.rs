@@ -39,6 +39,7 @@ async fn run(config: ControllerConfig, dir: &Path) -> Result<()> {
     let settings = Settings {
         trust_domain: config.trust_domain.as_str().into(),
         root_namespace: config.root_namespace.as_str().into(),
+        node: None,
         netns: Netns::Annotation,
     };
     let source = source::directory(dir.to_path_buf(), settings).await?;

@@ -1,128 +1,189 @@
 //! Chooses an endpoint of a cluster and counts what is in flight there.
 //!
-//! Never takes a lock and never allocates; never chooses an endpoint already tried while another is left, nor one that is
-//! ejected. Tested by the unit tests below, with seeded random numbers.
+//! Promises a choice whose cost does not grow with the number of endpoints, unless hardly any of them may be chosen. Never
+//! takes a lock and never allocates; never chooses an endpoint already tried while another of its level is left, nor one
+//! that is ejected or found unhealthy. Which level comes first is `levels.rs`'s, who is drawn from a level `draw.rs`'s. Tested by the unit tests
+//! below, with seeded random numbers; shares by chi-square in `distribution.rs`, latency in `simulation.rs`.
 
+pub mod checks;
+#[cfg(test)]
+mod distribution;
+mod draw;
 mod hash;
+mod levels;
 pub mod outlier;
+#[cfg(test)]
+mod simulation;
+#[cfg(test)]
+mod statistics;
 
 use std::{
     net::SocketAddr,
     sync::{Arc, atomic::Ordering},
 };
 
-pub use self::hash::{Keyed, key};
-use crate::state::snapshot::{Balancing, Cluster, ConsistentHash, Endpoint};
+use tokio::time::Instant;
+
+use self::draw::Places;
+pub use self::{
+    hash::{Keyed, key},
+    levels::Visited,
+};
+use crate::state::snapshot::{Balancing, Cluster, ConsistentHash, Endpoint, FAILURE};
 
 /// A chosen endpoint; counts as in flight until dropped.
 #[derive(Debug)]
 pub struct Chosen {
     /// The endpoint.
     pub endpoint: Arc<Endpoint>,
+    /// The level of the cluster that it was chosen from.
+    level: usize,
+    /// When it was chosen; `None` once it has answered.
+    asked: Option<Instant>,
 }
 
 impl Chosen {
-    fn new(endpoint: &Arc<Endpoint>) -> Self {
+    fn new(endpoint: &Arc<Endpoint>, level: usize, now: Instant) -> Self {
         // Relaxed: a balancer's hint orders nothing else.
         endpoint.state.in_flight.fetch_add(1, Ordering::Relaxed);
-        Self { endpoint: Arc::clone(endpoint) }
+        endpoint.state.latency.asked(now);
+        Self { endpoint: Arc::clone(endpoint), level, asked: Some(now) }
+    }
+
+    /// The one address that there is.
+    pub fn alone(endpoint: &Arc<Endpoint>) -> Self {
+        Self::new(endpoint, 0, Instant::now())
+    }
+
+    /// It has answered, or its connection has come about: how long it took is learnt.
+    pub fn answered(&mut self) {
+        if let Some(asked) = self.asked.take() {
+            let now = Instant::now();
+            self.endpoint.state.latency.answered(now, now.saturating_duration_since(asked));
+        }
+    }
+
+    /// It has failed, which counts as slow however fast it was.
+    pub fn failed(&mut self) {
+        if let Some(asked) = self.asked.take() {
+            let now = Instant::now();
+            let took = now.saturating_duration_since(asked).max(FAILURE);
+            self.endpoint.state.latency.answered(now, took);
+        }
     }
 }
 
 impl Drop for Chosen {
     fn drop(&mut self) {
         self.endpoint.state.in_flight.fetch_sub(1, Ordering::Relaxed);
+        if let Some(asked) = self.asked.take() {
+            let now = Instant::now();
+            self.endpoint.state.latency.given_up(now, now.saturating_duration_since(asked));
+        }
     }
 }
 
-/// Chooses an endpoint, avoiding those tried before when others are left, and those that are ejected. `hash`: what a cluster
-/// that hashes tells the request apart by; then those tried are not avoided (Istio sets no such predicate there).
-/// `None` when there is no endpoint that may be chosen.
-pub fn choose(cluster: &Cluster, tried: &[SocketAddr], hash: Option<u64>) -> Option<Chosen> {
-    let mut left = Left::of(cluster, tried);
-    if !tried.is_empty() && !cluster.endpoints.iter().any(|endpoint| left.allows(endpoint)) {
-        left.tried = &[];
+/// What is known of whoever wants an endpoint.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Wish<'a> {
+    /// Endpoints that were tried before, avoided when others are left.
+    pub tried: &'a [SocketAddr],
+    /// What a cluster that hashes tells the request apart by; then those tried are not avoided (Istio sets no such predicate
+    /// there).
+    pub hash: Option<u64>,
+    /// Levels that were tried before, where a retry is to go elsewhere (`retryRemoteLocalities`).
+    pub visited: Visited,
+}
+
+/// Chooses an endpoint, avoiding those tried before and those that are ejected or unhealthy. `None` when there is no endpoint that may be
+/// chosen, and where the client's own address decides ([`Balancing::Passthrough`]).
+pub fn choose(cluster: &Cluster, wish: &Wish<'_>) -> Option<Chosen> {
+    if cluster.balancing == Balancing::Passthrough {
+        return None;
     }
-    let endpoint = match (&cluster.hash, hash) {
-        (Some(table), Some(hash)) => left.by_hash(table, hash),
-        (Some(_), None) => left.draw(None),
-        (None, _) => match cluster.balancing {
-            Balancing::LeastRequest => left.least_request(),
-            Balancing::Random => left.draw(None),
-            Balancing::RoundRobin => {
-                let turn = cluster.state.next.fetch_add(1, Ordering::Relaxed);
-                left.from(turn)
-            }
-        },
-    }?;
-    Some(Chosen::new(endpoint))
+    let now = Instant::now();
+    let left = Left::of(cluster, wish.tried, now);
+    let (endpoint, level) = if cluster.spread.levels.is_empty() {
+        (left.among(&Places::all(&cluster.endpoints), 0, wish.hash)?, 0)
+    } else {
+        left.by_level(wish)?
+    };
+    Some(Chosen::new(endpoint, level, now))
 }
 
 /// The endpoint at this address, which was chosen elsewhere. `None` when the cluster does not have it (any more).
 pub fn chosen(cluster: &Cluster, address: SocketAddr) -> Option<Chosen> {
-    cluster.endpoints.iter().find(|endpoint| endpoint.address == address).map(Chosen::new)
+    let found = cluster.endpoints.binary_search_by_key(&address, |endpoint| endpoint.address).ok()?;
+    cluster.endpoints.get(found).map(Chosen::alone)
 }
 
-/// How often an endpoint is drawn that may turn out not to be allowed, before all of them are looked at.
-const DRAWS: usize = 16;
+/// Who serves in the place of a cluster of which no endpoint may be chosen: the first of its fallbacks that has one; else
+/// the cluster itself, which then panics or fails.
+pub fn serving(cluster: &Arc<Cluster>) -> &Arc<Cluster> {
+    let fallbacks = &cluster.standby.fallbacks;
+    if fallbacks.is_empty() || serves(cluster) {
+        return cluster;
+    }
+    fallbacks.iter().find(|fallback| serves(fallback)).unwrap_or(cluster)
+}
+
+/// Whether it has an endpoint that is neither ejected nor unhealthy. The first one looked at answers as a rule.
+fn serves(cluster: &Cluster) -> bool {
+    cluster.endpoints.iter().any(|endpoint| !outlier::is_away(cluster, endpoint))
+}
+
+/// Whether anything may keep an endpoint from getting its share.
+fn may_be_away(cluster: &Cluster) -> bool {
+    cluster.outlier.is_some() || cluster.standby.checks.is_some()
+}
 
 /// The endpoints that may still be chosen.
+#[derive(Clone, Copy)]
 struct Left<'a> {
-    endpoints: &'a [Arc<Endpoint>],
+    cluster: &'a Cluster,
     tried: &'a [SocketAddr],
-    /// Whether those that are ejected get nothing.
-    spare_ejected: bool,
+    /// Whether those that are ejected or unhealthy get nothing.
+    spare_away: bool,
+    now: Instant,
 }
 
 impl<'a> Left<'a> {
-    fn of(cluster: &'a Cluster, tried: &'a [SocketAddr]) -> Self {
-        let spare_ejected = cluster.outlier.as_ref().is_some_and(|rule| !outlier::panics(cluster, rule));
-        Self { endpoints: &cluster.endpoints, tried, spare_ejected }
+    fn of(cluster: &'a Cluster, tried: &'a [SocketAddr], now: Instant) -> Self {
+        let panics = || cluster.outlier.as_ref().is_some_and(|rule| outlier::panics(cluster, rule));
+        Self { cluster, tried, spare_away: may_be_away(cluster) && !panics(), now }
+    }
+
+    /// Whether it is up to getting anything.
+    fn is_available(&self, endpoint: &Endpoint) -> bool {
+        !(self.spare_away && outlier::is_away(self.cluster, endpoint))
     }
 
     fn allows(&self, endpoint: &Endpoint) -> bool {
-        let ejected = self.spare_ejected && endpoint.state.health.is_ejected();
-        !ejected && !self.tried.contains(&endpoint.address)
+        self.is_available(endpoint) && !self.tried.contains(&endpoint.address)
     }
 
-    /// Two at random, the one with fewer requests in flight.
-    fn least_request(&self) -> Option<&'a Arc<Endpoint>> {
-        let first = self.draw(None)?;
-        let Some(second) = self.draw(Some(first)) else { return Some(first) };
-        let in_flight = |endpoint: &Endpoint| endpoint.state.in_flight.load(Ordering::Relaxed);
-        Some(if in_flight(second) < in_flight(first) { second } else { first })
-    }
-
-    /// One at random, each as likely as any other.
-    fn draw(&self, except: Option<&Arc<Endpoint>>) -> Option<&'a Arc<Endpoint>> {
-        let allowed = |endpoint: &Arc<Endpoint>| {
-            self.allows(endpoint) && except.is_none_or(|except| !Arc::ptr_eq(except, endpoint))
-        };
-        let count = self.endpoints.len();
-        if count > usize::from(except.is_some()) {
-            let mut draws = (0..DRAWS).map(|_| &self.endpoints[fastrand::usize(..count)]);
-            if let Some(drawn) = draws.find(|endpoint| allowed(endpoint)) {
-                return Some(drawn);
-            }
+    /// One of these places, which are of this level.
+    fn among(mut self, places: &Places<'a>, level: usize, hash: Option<u64>) -> Option<&'a Arc<Endpoint>> {
+        if let (Some(table), Some(hash)) = (&self.cluster.hash, hash) {
+            return self.by_hash(table, level, hash);
         }
-        // Few are left, if any.
-        let left = || self.endpoints.iter().filter(|endpoint| allowed(endpoint));
-        let count = left().count();
-        if count == 0 { None } else { left().nth(fastrand::usize(..count)) }
+        if !self.tried.is_empty() && !places.iter().any(|endpoint| self.allows(endpoint)) {
+            self.tried = &[];
+        }
+        match self.cluster.balancing {
+            _ if self.cluster.hash.is_some() => self.draw(places, None),
+            Balancing::LeastRequest => self.better_of_two(places, draw::is_less_busy),
+            Balancing::PeakEwma => self.better_of_two(places, draw::is_likely_sooner(self.now)),
+            Balancing::Random | Balancing::Passthrough => self.draw(places, None),
+            Balancing::RoundRobin => self.in_turn(places),
+        }
     }
 
-    /// The first of those left at or after this place, going round.
-    fn from(&self, turn: u64) -> Option<&'a Arc<Endpoint>> {
-        let place = turn.checked_rem(self.endpoints.len() as u64)?;
-        let (before, after) = self.endpoints.split_at_checked(place as usize)?;
-        after.iter().chain(before).find(|endpoint| self.allows(endpoint))
-    }
-
-    /// The best for this hash that is not ejected.
-    fn by_hash(&self, table: &ConsistentHash, hash: u64) -> Option<&'a Arc<Endpoint>> {
-        let left = Left { tried: &[], ..*self };
-        let mut preferred = table.preferred(hash).filter_map(|index| self.endpoints.get(index));
-        preferred.find(|endpoint| left.allows(endpoint))
+    /// The best for this hash that is available.
+    fn by_hash(&self, table: &ConsistentHash, level: usize, hash: u64) -> Option<&'a Arc<Endpoint>> {
+        let mut preferred =
+            table.preferred(level, hash).filter_map(|index| self.cluster.endpoints.get(index));
+        preferred.find(|endpoint| self.is_available(endpoint))
     }
 }
 
@@ -132,20 +193,14 @@ mod tests {
     use std::{collections::BTreeMap, time::Duration};
 
     use super::*;
-    use crate::state::snapshot::{ClusterState, EndpointState, HashKey, HashTable, hash_of};
+    use crate::state::snapshot::{ClusterState, HashKey, HashTable, hash_of};
 
     fn address(n: u8) -> SocketAddr {
         SocketAddr::from(([10, 0, 0, n], 80))
     }
 
     pub(super) fn cluster(balancing: Balancing, endpoints: u8) -> Cluster {
-        let endpoint = |n| {
-            Arc::new(Endpoint {
-                address: address(n),
-                workload: None,
-                state: Arc::new(EndpointState::default()),
-            })
-        };
+        let endpoint = |n| Arc::new(Endpoint::alone(address(n), None));
         Cluster {
             name: "outbound|80||a.default.svc.cluster.local".into(),
             host: "a.default.svc.cluster.local".into(),
@@ -156,32 +211,51 @@ mod tests {
             subset: None,
             view: None,
             endpoints: (1..=endpoints).map(endpoint).collect(),
+            spread: Arc::default(),
             balancing,
             hash: None,
             outlier: None,
             connect_timeout: Duration::from_secs(10),
+            pool: crate::state::snapshot::ConnectionPool::UNLIMITED,
+            tls: crate::state::snapshot::Origination::Plaintext,
             limits_connections: false,
             retry_budget: crate::state::defaults::RETRY_BUDGET,
+            standby: crate::state::snapshot::Standby::default(),
             state: Arc::new(ClusterState::default()),
         }
+    }
+
+    fn tried(tried: &[SocketAddr]) -> Wish<'_> {
+        Wish { tried, ..Wish::default() }
     }
 
     fn draw(cluster: &Cluster, times: usize) -> BTreeMap<SocketAddr, usize> {
         fastrand::seed(7);
         let mut drawn = BTreeMap::new();
         for _ in 0..times {
-            *drawn.entry(choose(cluster, &[], None).unwrap().endpoint.address).or_default() += 1;
+            *drawn.entry(choose(cluster, &Wish::default()).unwrap().endpoint.address).or_default() += 1;
         }
         drawn
     }
 
-    const ALL: [Balancing; 3] = [Balancing::LeastRequest, Balancing::RoundRobin, Balancing::Random];
+    const ALL: [Balancing; 4] =
+        [Balancing::LeastRequest, Balancing::PeakEwma, Balancing::RoundRobin, Balancing::Random];
 
     #[test]
     fn nothing_to_choose_from() {
         for balancing in ALL {
-            assert!(choose(&cluster(balancing, 0), &[], None).is_none(), "{balancing:?}");
+            assert!(choose(&cluster(balancing, 0), &Wish::default()).is_none(), "{balancing:?}");
         }
+    }
+
+    #[test]
+    fn nobody_is_chosen_where_the_client_chooses() {
+        let cluster = cluster(Balancing::Passthrough, 3);
+        assert!(choose(&cluster, &Wish::default()).is_none());
+        // What it has dialled may be an endpoint, and counts as one.
+        let chosen = chosen(&cluster, address(2)).unwrap();
+        assert_eq!(chosen.endpoint.state.in_flight.load(Ordering::Relaxed), 1);
+        assert!(super::chosen(&cluster, address(9)).is_none());
     }
 
     #[test]
@@ -189,10 +263,13 @@ mod tests {
         for balancing in ALL {
             let cluster = cluster(balancing, 3);
             for _ in 0..50 {
-                let chosen = choose(&cluster, &[address(1), address(3)], None).unwrap();
+                let chosen = choose(&cluster, &tried(&[address(1), address(3)])).unwrap();
                 assert_eq!(chosen.endpoint.address, address(2), "{balancing:?}");
             }
-            assert!(choose(&cluster, &[address(1), address(2), address(3)], None).is_some(), "{balancing:?}");
+            assert!(
+                choose(&cluster, &tried(&[address(1), address(2), address(3)])).is_some(),
+                "{balancing:?}"
+            );
         }
     }
 
@@ -200,7 +277,7 @@ mod tests {
     fn in_flight_counts_while_chosen() {
         let cluster = cluster(Balancing::RoundRobin, 1);
         let in_flight = || cluster.endpoints[0].state.in_flight.load(Ordering::Relaxed);
-        let (one, two) = (choose(&cluster, &[], None), choose(&cluster, &[], None));
+        let (one, two) = (choose(&cluster, &Wish::default()), choose(&cluster, &Wish::default()));
         assert_eq!(in_flight(), 2);
         drop(one);
         assert_eq!(in_flight(), 1);
@@ -240,12 +317,13 @@ mod tests {
     #[test]
     fn a_hash_stays_with_its_endpoint_and_moves_only_while_that_is_ejected() {
         let cluster = hashed(5);
-        let of = |hash| choose(&cluster, &[], Some(hash)).unwrap().endpoint.address;
+        let of =
+            |hash| choose(&cluster, &Wish { hash: Some(hash), ..Wish::default() }).unwrap().endpoint.address;
         let keys = || (0..500_u64).map(|key| hash_of(&key.to_be_bytes()));
         let before: Vec<_> = keys().map(of).collect();
         assert_eq!(before, keys().map(of).collect::<Vec<_>>());
         // What was tried before is tried again: that is what a hash is for.
-        let again = choose(&cluster, &[before[0]], keys().next()).unwrap();
+        let again = choose(&cluster, &Wish { hash: keys().next(), ..tried(&before[..1]) }).unwrap();
         assert_eq!(again.endpoint.address, before[0]);
 
         let away = &cluster.endpoints[2];
@@ -263,7 +341,7 @@ mod tests {
     fn what_has_nothing_to_be_hashed_goes_anywhere() {
         let drawn: std::collections::BTreeSet<_> = {
             let cluster = hashed(3);
-            (0..200).map(|_| choose(&cluster, &[], None).unwrap().endpoint.address).collect()
+            (0..200).map(|_| choose(&cluster, &Wish::default()).unwrap().endpoint.address).collect()
         };
         assert_eq!(drawn.len(), 3);
     }

@@ -113,15 +113,29 @@ fn eject(cluster: &Cluster, rule: &OutlierDetection, endpoint: &Endpoint, reason
         away.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |away| allowed(away).then_some(away + 1));
     taken.ok()?;
     if endpoint.state.health.eject(Instant::now()) {
+        recount(cluster);
         return Some(reason);
     }
     away.fetch_sub(1, Ordering::Relaxed);
     None
 }
 
-/// Whether so many are away that all are used, healthy or not (`minHealthPercent`).
+/// Whether an endpoint is to get nothing: ejected, where a rule lets it come back, or found unhealthy by its checks.
+pub fn is_away(cluster: &Cluster, endpoint: &Endpoint) -> bool {
+    let unhealthy = endpoint.checked.as_ref().is_some_and(|checked| checked.is_unhealthy());
+    unhealthy || (cluster.outlier.is_some() && endpoint.state.health.is_ejected())
+}
+
+/// Counts those that are away, for [`panics`] and for the levels. To be called when that has changed: requests only read the number.
+pub fn recount(cluster: &Cluster) {
+    let away = cluster.endpoints.iter().filter(|endpoint| is_away(cluster, endpoint)).count();
+    cluster.state.away.store(away as u32, Ordering::Relaxed);
+    cluster.spread.changed();
+}
+
+/// Whether so many are away that all are used, healthy or not (`minHealthPercent`), whatever they are away for.
 pub fn panics(cluster: &Cluster, rule: &OutlierDetection) -> bool {
-    let (away, all) = (cluster.state.ejected.load(Ordering::Relaxed) as usize, cluster.endpoints.len());
+    let (away, all) = (cluster.state.away.load(Ordering::Relaxed) as usize, cluster.endpoints.len());
     all.saturating_sub(away) * 100 < rule.min_health_percent as usize * all
 }
 
@@ -146,6 +160,7 @@ pub fn sweep<'a>(cluster: &'a Cluster, rule: &OutlierDetection, now: Instant) ->
     // Counted anew: endpoints that have left the cluster took their share along. It bounds how many may be away; who is,
     // each endpoint says itself.
     cluster.state.ejected.store(away, Ordering::Relaxed);
+    recount(cluster);
     back
 }
 
@@ -161,7 +176,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        balance::{choose, tests::cluster},
+        balance::{Wish, choose, tests::cluster},
         state::{defaults, snapshot::Balancing},
     };
 
@@ -264,7 +279,7 @@ mod tests {
         let share = |cluster: &Cluster| {
             fastrand::seed(7);
             let address = cluster.endpoints[0].address;
-            let chosen = (0..4_000).map(|_| choose(cluster, &[], None).unwrap().endpoint.address);
+            let chosen = (0..4_000).map(|_| choose(cluster, &Wish::default()).unwrap().endpoint.address);
             chosen.filter(|chosen| *chosen == address).count()
         };
         for balancing in [Balancing::LeastRequest, Balancing::Random, Balancing::RoundRobin] {
@@ -285,9 +300,9 @@ mod tests {
             outcomes(&cluster, away - 1, &[Outcome::Failed; 5]);
             assert_eq!(panics(&cluster, &rule), panic, "{away} of 4");
         }
-        assert!(choose(&cluster, &[], None).is_some());
+        assert!(choose(&cluster, &Wish::default()).is_some());
         let strict = with(OutlierDetection { min_health_percent: 0, ..rule }, 1);
         outcomes(&strict, 0, &[Outcome::Failed; 5]);
-        assert!(choose(&strict, &[], None).is_none(), "all are ejected, and nobody panics");
+        assert!(choose(&strict, &Wish::default()).is_none(), "all are ejected, and nobody panics");
     }
 }

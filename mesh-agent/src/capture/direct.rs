@@ -236,7 +236,10 @@ impl Written {
         number: u32,
     ) -> Result<()> {
         let balancing = match set.balancing {
-            Balancing::LeastRequest => balancing::LEAST_REQUEST,
+            // The agent chooses by latency, and where there is no choice.
+            Balancing::LeastRequest | Balancing::PeakEwma | Balancing::Passthrough => {
+                balancing::LEAST_REQUEST
+            }
             Balancing::Random => balancing::RANDOM,
             Balancing::RoundRobin => balancing::ROUND_ROBIN,
         };

@@ -7,6 +7,7 @@
 mod certs;
 mod client;
 mod config;
+mod endpoints;
 mod flows;
 mod maps;
 mod output;
@@ -73,7 +74,10 @@ enum Command {
         command: maps::Command,
     },
     /// The configuration in force: workloads, routes of each service, endpoints, problems
-    Config,
+    Config {
+        #[command(subcommand)]
+        part: Option<Part>,
+    },
     /// Certificates in use and when they expire
     Certs,
     /// Whether the agent is ready, what it has, and which pods of this node it cannot enrol
@@ -83,6 +87,14 @@ enum Command {
         /// The shell
         shell: clap_complete::Shell,
     },
+}
+
+/// A part of the configuration.
+#[derive(Debug, Subcommand)]
+enum Part {
+    /// Each endpoint as the agent sees it now: cluster, address, locality, level (0 is chosen first), weight, health and
+    /// ejection, what is in flight, latency (a moving average that goes up at once)
+    Endpoints(endpoints::Args),
 }
 
 /// Why a command failed; each has its exit code.
@@ -138,7 +150,10 @@ pub async fn run(cli: Cli, out: &mut dyn Write) -> Result<(), Failure> {
     match &cli.command {
         Command::Flows(args) => flows::run(&client()?, args, cli.output, out).await,
         Command::Maps { command } => maps::run(command, &bpf_dir(&cli)?, cli.output, out),
-        Command::Config => config::run(&client()?, cli.output, out).await,
+        Command::Config { part: None } => config::run(&client()?, cli.output, out).await,
+        Command::Config { part: Some(Part::Endpoints(args)) } => {
+            endpoints::run(&client()?, args, cli.output, out).await
+        }
         Command::Certs => certs::run(&client()?, cli.output, out).await,
         Command::Status => status::run(&client()?, cli.output, out).await,
         Command::Completions { shell } => {

@@ -83,6 +83,11 @@ async fn status_config_and_certs_tell_what_the_agent_has() -> Result<()> {
         "{config}"
     );
     assert!(output(&agent, &["config", "-o", "yaml"]).await?.contains("revision: 3\n"));
+    let endpoints = output(&agent, &["config", "endpoints", "reviews"]).await?;
+    assert!(
+        endpoints.starts_with("CLUSTER  ENDPOINT  WORKLOAD") && endpoints.lines().count() == 1,
+        "{endpoints}"
+    );
     assert_eq!(
         output(&agent, &["certs"]).await?,
         "ROLE  IDENTITY  SERIAL  NOT BEFORE  NOT AFTER  EXPIRES IN\n"

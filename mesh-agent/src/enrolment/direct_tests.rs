@@ -68,7 +68,7 @@ fn snapshot(port: &Port) -> Snapshot {
     let endpoint = |address: &&str| {
         let address: Option<SocketAddr> = address.parse().ok();
         let workload = address.map(|address| workload("server", &address.ip().to_string(), false));
-        address.map(|address| Arc::new(Endpoint { address, workload, state: Arc::default() }))
+        address.map(|address| Arc::new(Endpoint::alone(address, workload)))
     };
     let cluster = Cluster {
         name: "outbound|70||s".into(),
@@ -80,12 +80,16 @@ fn snapshot(port: &Port) -> Snapshot {
         subset: None,
         view: None,
         endpoints: port.endpoints.iter().filter_map(endpoint).collect(),
+        spread: Arc::default(),
         balancing: Balancing::Random,
         hash: None,
         outlier: None,
         connect_timeout: Duration::from_secs(10),
+        pool: crate::state::snapshot::ConnectionPool::UNLIMITED,
+        tls: crate::state::snapshot::Origination::Plaintext,
         limits_connections: port.limited,
         retry_budget: defaults::RETRY_BUDGET,
+        standby: crate::state::snapshot::Standby::default(),
         state: Arc::default(),
     };
     let stream = || {

@@ -16,7 +16,7 @@ pub enum Because {
     NotDeclared,
     /// A `VirtualService` routes its connections (`tls[]`, `tcp[]`).
     Routed,
-    /// A `DestinationRule` sets what only the agent keeps (`connectionPool`).
+    /// A `DestinationRule` or `ServicePolicy` sets what only the agent keeps (`connectionPool`, `healthCheck`, `fallbacks`).
     Limited,
     /// One of the pods says so (`mesh.io/direct: disabled`).
     Asked,
@@ -33,7 +33,7 @@ impl fmt::Display for Because {
         f.write_str(match self {
             Self::NotDeclared => "the port is not declared to carry bytes",
             Self::Routed => "a VirtualService routes its connections",
-            Self::Limited => "a DestinationRule limits its connections",
+            Self::Limited => "a DestinationRule or ServicePolicy asks for what only the agent can do",
             Self::Asked => "a pod has mesh.io/direct: disabled",
             Self::Judged => "an AuthorizationPolicy selects the server's pod",
             Self::Strict => "a PeerAuthentication asks for mutual TLS at the server's port",

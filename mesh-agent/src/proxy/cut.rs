@@ -17,7 +17,7 @@ use std::{
 use http::{HeaderMap, Method, Request, Uri};
 use tokio::sync::watch;
 
-use super::{external::Approved, permits::From};
+use super::{external::Approved, guards::Ticket, permits::From};
 use crate::{
     config::PathNormalization,
     error::{Error, Kind, Result},
@@ -65,6 +65,8 @@ pub(super) struct Standing {
     pub what: What,
     /// Those external authorizers that have said yes, and what else they said.
     approved: Approved,
+    /// What the limits of the port have given it.
+    ticket: Ticket,
     /// What the source proved itself with, where it came by mutual TLS.
     pub shown: Option<Arc<Shown>>,
     changes: watch::Receiver<()>,
@@ -84,8 +86,19 @@ impl Standing {
         let From { identity, client } = from;
         let (pod, source) = (Arc::clone(pod), identity.cloned());
         let changes = pod.policy_changes();
-        let approved = Approved::default();
-        Box::new(Self { pod, source, client, app, what, approved, shown: None, changes, waiting: None })
+        let (approved, ticket) = (Approved::default(), Ticket::default());
+        Box::new(Self {
+            pod,
+            source,
+            client,
+            app,
+            what,
+            approved,
+            ticket,
+            shown: None,
+            changes,
+            waiting: None,
+        })
     }
 
     /// The same connection, of which more is known.
@@ -100,8 +113,20 @@ impl Standing {
         self
     }
 
-    /// Makes the changes that external authorizers ask for in the response.
+    /// The same, which the limits of the port have let in.
+    pub fn admitted(mut self: Box<Self>, ticket: Ticket) -> Box<Self> {
+        self.ticket = ticket;
+        self
+    }
+
+    /// The response is whole.
+    pub fn finished(&self) {
+        self.ticket.finished();
+    }
+
+    /// Makes the changes that external authorizers ask for in the response, and tells what the limits of the port leave.
     pub fn changes_of_response(&self, headers: &mut HeaderMap) {
+        self.ticket.tell(headers);
         policy::external::change(headers, &self.approved.response);
     }
 

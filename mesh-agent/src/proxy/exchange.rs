@@ -17,7 +17,7 @@ use tokio::time::{Instant, Sleep};
 
 use super::{Ends, headers, permits::Stands, tries::UnderWay};
 use crate::{
-    balance::Chosen,
+    balance::{Chosen, Visited},
     body::{Activity, Body, BodyError, Breaking, Inform, Meter},
     error::{Error, Kind, grpc_of},
     http1::Turn,
@@ -25,7 +25,7 @@ use crate::{
     route,
     state::snapshot::{Cluster, HttpRoute, Protocol},
     tunnel,
-    upstream::{Held, Lease, message, retry},
+    upstream::{Held, Lease, RequestPlace, message, retry},
 };
 
 /// What `grpc-message` has encoded, beside what is not ASCII (gRPC over HTTP/2, "Responses").
@@ -78,6 +78,10 @@ pub(super) struct Exchange {
     pub standing: Stands,
     /// Counts as in flight until the response has ended.
     pub chosen: Option<Chosen>,
+    /// What it has in use of a limited cluster until the response has ended.
+    pub place: Option<RequestPlace>,
+    /// Where the tries before went, if the next one is to go elsewhere.
+    pub visited: Visited,
     /// Counts as under way at the cluster until the response has ended.
     pub under_way: Option<UnderWay>,
     /// Counts as the pod's until the response has ended.
@@ -147,6 +151,8 @@ impl Exchange {
             lease: None,
             standing: None,
             chosen: None,
+            place: None,
+            visited: Visited::default(),
             under_way: None,
             held: None,
             set_cookie: None,
@@ -220,6 +226,13 @@ impl Exchange {
             // The detail names endpoints and policies: it is the operator's, in the log, not the client's.
             Body::from(Bytes::from_static(error.kind.told().as_bytes()))
         };
+        if let Kind::Full(limit) = error.kind {
+            // Envoy's word that nobody need ask an endpoint.
+            set(&mut parts.headers, "x-envoy-overloaded", "true");
+            if let Some(cluster) = &self.cluster {
+                self.reporter.overflowed(cluster, limit);
+            }
+        }
         if let Kind::Token(_) = error.kind {
             set(&mut parts.headers, "www-authenticate", &headers::challenge(&self.authority, &self.path));
         }
@@ -349,9 +362,11 @@ impl Reported {
 
     /// The response is whole: the connection may serve again, and the exchange is reported.
     fn end(&mut self) {
-        if let Some(mut exchange) = self.exchange.take()
-            && let Some(lease) = exchange.lease.take()
-        {
+        let Some(mut exchange) = self.exchange.take() else { return };
+        if let Some(standing) = &exchange.standing {
+            standing.finished();
+        }
+        if let Some(lease) = exchange.lease.take() {
             lease.finished();
         }
     }

@@ -14,9 +14,9 @@ use http_body::Body as _;
 use http_body_util::{BodyExt as _, Limited};
 use tokio::time::timeout;
 
-use super::{Mesh, http as requests, permits, vouched};
+use super::{Mesh, choose, health, http as requests, permits, vouched};
 use crate::{
-    balance,
+    balance::{self, Wish},
     body::{Body, Inform, Nobody},
     error::{Error, Kind, Result},
     policy::{
@@ -26,7 +26,7 @@ use crate::{
     },
     report,
     state::snapshot::{CheckProtocol, Cluster, Protocol, Provider},
-    upstream::{self, Destination, Pod, retry},
+    upstream::{self, Destination, Kept, Pod, retry},
 };
 
 /// Largest answer that is read, bytes.
@@ -194,31 +194,39 @@ async fn one(
     client: SocketAddr,
     tried: &mut Vec<SocketAddr>,
 ) -> Result<(Response<Bytes>, Option<HeaderMap>)> {
+    let cluster = super::serving(mesh, cluster, || pod.workload());
+    let protocol = match provider.protocol {
+        CheckProtocol::Grpc => Protocol::Http2,
+        CheckProtocol::Http(_) => requests::upstream_protocol(cluster, Protocol::Http1, false),
+    };
+    let usage = pod.usage(cluster);
+    let _place = match &usage {
+        Some(usage) => Some(usage.request(&cluster.pool, protocol).await?),
+        None => None,
+    };
     // At an address of the pod's own, and a port that tells its clients apart.
     let client = pod.vouched_address(client);
     let keyed = balance::key(cluster, Some((request.uri(), request.headers())), client.ip());
-    let Some(chosen) = balance::choose(cluster, tried, keyed.hash) else {
-        return Err(Error::new(Kind::NoHealthyUpstream, format!("{} has no healthy endpoint", cluster.name)));
-    };
-    let endpoint = &chosen.endpoint;
+    let wish = Wish { tried, hash: keyed.hash, ..Wish::default() };
+    let mut chosen = choose::endpoint(mesh, cluster, &wish, None)?;
+    let endpoint = &Arc::clone(&chosen.endpoint);
     tried.push(endpoint.address);
     let via = upstream::via(&mesh.pods, &mesh.node, endpoint, cluster.connect_timeout).await?;
     let own = vouched(&pod.workload());
     let from = permits::From { identity: own.identity.as_ref(), client };
     let permit = permits::question_to(mesh, from, &via, endpoint, &mut request)?;
-    let protocol = match provider.protocol {
-        CheckProtocol::Grpc => Protocol::Http2,
-        CheckProtocol::Http(_) => requests::upstream_protocol(cluster, Protocol::Http1, false),
-    };
     let destination = Destination {
         address: endpoint.address,
         via: &via,
         protocol,
         connect_timeout: cluster.connect_timeout,
+        kept: Kept::of(cluster, usage.as_ref()),
         flow: None,
     };
     let nobody: Arc<dyn Inform> = Arc::new(Nobody);
-    let (response, lease) = pod.send(&permit, &destination, request, client, &nobody).await?;
+    let sent = pod.send(&permit, &destination, request, client, &nobody).await;
+    health::timed(Some(&mut chosen), &sent);
+    let (response, lease) = sent?;
     let (head, body) = response.into_parts();
     let read = Limited::new(body, LARGEST_ANSWER).collect().await;
     let read = read.map_err(|error| Error::new(Kind::UpstreamReset, format!("its answer: {error}")))?;

@@ -9,7 +9,10 @@ use tokio::{
 };
 
 use crate::{
-    balance::outlier::{self, Outcome},
+    balance::{
+        Chosen,
+        outlier::{self, Outcome},
+    },
     error::{Kind, Result, http_of},
     report::Reporter,
     state::snapshot::{Cluster, Endpoint, Snapshot},
@@ -29,6 +32,16 @@ pub(super) fn learn(
         && let Some(reason) = outlier::learn(cluster, endpoint, outcome)
     {
         reporter.ejected(cluster, endpoint, reason.name());
+    }
+}
+
+/// How long it took is learnt, where the result is the endpoint's own.
+pub(super) fn timed<T>(chosen: Option<&mut Chosen>, result: &Result<T>) {
+    let Some(chosen) = chosen else { return };
+    match result {
+        Ok(_) => chosen.answered(),
+        Err(error) if is_the_endpoints(error.kind) => chosen.failed(),
+        Err(_) => {}
     }
 }
 
@@ -61,7 +74,7 @@ pub(super) fn of_try<B>(result: &Result<Response<B>>) -> Option<Outcome> {
 }
 
 /// What is denied, or cut off by the client, is not the endpoint's fault.
-const fn is_the_endpoints(kind: Kind) -> bool {
+pub(super) const fn is_the_endpoints(kind: Kind) -> bool {
     matches!(
         kind,
         Kind::ConnectFailure

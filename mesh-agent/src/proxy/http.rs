@@ -235,12 +235,11 @@ async fn send(
             switched @ Made::Switch(_) => return Ok(switched),
         }
     } else {
-        let protocol = upstream_protocol(cluster, exchange.client.version, exchange.grpc);
         let kept = terms.retries.attempts > 0 || !route.mirrors.is_empty();
         let sendable = Sendable::new(parts, body, kept, &outbound.pod, exchange);
         mirror::send(outbound, route, terms.timeout, &sendable, exchange.grpc);
         // Boxed: its room goes back once the head of the response is there, while the body may take long.
-        Box::pin(tries::run(outbound, exchange, &terms.retries, cluster, protocol, sendable)).await?
+        Box::pin(tries::run(outbound, exchange, &terms.retries, cluster, sendable)).await?
     };
     let (mut head, body) = response.into_parts();
     for_client(&mut head, exchange);
@@ -260,18 +259,23 @@ fn for_client(head: &mut response::Parts, exchange: &Exchange) {
     head.extensions = http::Extensions::new();
 }
 
-/// What to speak to the app: what its port declares; where nothing is declared, what the client speaks. gRPC needs HTTP/2
+/// What to speak to the app: what the cluster's `connectionPool` says, else what its port declares; where nothing is declared, what the client speaks. gRPC needs HTTP/2
 /// whatever the port is called.
 pub(super) fn upstream_protocol(cluster: &Cluster, client: Protocol, grpc: bool) -> Protocol {
     match cluster.protocol {
-        _ if grpc => Protocol::Http2,
+        _ if grpc || cluster.pool.upgrade => Protocol::Http2,
+        _ if cluster.pool.client_protocol => client,
         Some(declared @ (Protocol::Http1 | Protocol::Http2)) => declared,
         _ => client,
     }
 }
 
-/// What another protocol is asked for in: `Upgrade` is HTTP/1.1's, unless the port declares HTTP/2.
-pub(super) fn upgrade_protocol(cluster: &Cluster) -> Protocol {
+/// What another protocol is asked for in: `Upgrade` is HTTP/1.1's, unless the port declares HTTP/2 (`h2UpgradePolicy` is
+/// about requests: few servers take an `Upgrade` over HTTP/2), or the rule says that the client's version is kept.
+pub(super) fn upgrade_protocol(cluster: &Cluster, client: Protocol) -> Protocol {
+    if cluster.pool.client_protocol {
+        return client;
+    }
     cluster.protocol.filter(|declared| *declared == Protocol::Http2).unwrap_or(Protocol::Http1)
 }
 

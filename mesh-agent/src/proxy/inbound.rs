@@ -27,7 +27,7 @@ use crate::{
     report::{FlowGuard, FlowKey, Peer, RequestProtocol, Security, Side, TcpLabels},
     state::snapshot::{Protocol, Workload},
     tunnel::{self, Accepted, MeshStream, Tunnel},
-    upstream::{Destination, Lease, Pod, Via, message},
+    upstream::{Destination, Kept, Lease, Pod, Via, message},
 };
 
 /// Time for the app inside the pod to accept a connection.
@@ -339,8 +339,15 @@ async fn send_to_app(
     protocol: Protocol,
 ) -> Result<(Response<Body>, Lease)> {
     let via = Via::Local(Arc::clone(&inbound.pod));
-    let to =
-        Destination { address: app, via: &via, protocol, connect_timeout: APP_CONNECT_TIMEOUT, flow: None };
+    let to = Destination {
+        address: app,
+        via: &via,
+        protocol,
+        connect_timeout: APP_CONNECT_TIMEOUT,
+        // As in Istio, the rule that everybody sees holds for the last part of the way too.
+        kept: exchange.cluster.as_ref().map_or(Kept::FREELY, |cluster| Kept::of(cluster, None)),
+        flow: None,
+    };
     inbound.pod.send_to_app(&to, request, inbound.ends.client, &exchange.client.inform).await
 }
 

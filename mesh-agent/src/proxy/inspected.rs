@@ -31,7 +31,7 @@ use crate::{
     policy::Permit,
     state::snapshot::Protocol,
     tunnel,
-    upstream::{Destination, Switch, Switched, Via, message},
+    upstream::{Destination, Kept, Switch, Switched, Via, message},
 };
 
 /// Serves a connection to this address of the pod, until it ends.
@@ -223,6 +223,7 @@ async fn switch(
         via: &via,
         protocol: exchange.client.version,
         connect_timeout: inbound::APP_CONNECT_TIMEOUT,
+        kept: Kept::FREELY,
         flow: None,
     };
     let client = inbound.ends.client;

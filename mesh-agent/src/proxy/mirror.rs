@@ -12,20 +12,20 @@ use http_body::Body as _;
 use tokio::time::timeout;
 
 use super::{
-    Mesh,
+    Mesh, choose,
     cut::unless_cut,
-    headers,
+    headers, health,
     outbound::Outbound,
     permits,
     tries::{Sendable, UnderWay},
 };
 use crate::{
-    balance,
+    balance::{self, Wish},
     body::{Body, Follow, Inform, Nobody},
     error::{Error, Kind, Result},
     route,
     state::snapshot::{Backend, Cluster, HttpRoute},
-    upstream::{self, Destination, Pod},
+    upstream::{self, Destination, Kept, Pod},
 };
 
 /// How long a mirror may take where the route has no timeout of its own.
@@ -69,11 +69,11 @@ pub(super) fn send(
         let copy = Request::from_parts(parts, follow.map_or(Body::Empty, Body::Follow));
         // Not the connection: its place among the pod's is free again when its client has gone.
         let (mesh, pod) = (Arc::clone(&outbound.mesh), Arc::clone(&outbound.pod));
-        let (client, cluster) = (outbound.shown, Arc::clone(cluster));
+        let (ends, cluster) = ((outbound.shown, outbound.dialled()), Arc::clone(cluster));
         let limit = within.unwrap_or(LIMIT).min(route.timeout.unwrap_or(LIMIT));
         tokio::spawn(async move {
             let _place = place;
-            let sent = timeout(limit, one(&mesh, &pod, client, &cluster, copy, grpc)).await;
+            let sent = timeout(limit, one(&mesh, &pod, ends, &cluster, copy, grpc)).await;
             let outcome = match &sent {
                 Ok(Ok(())) => "answered",
                 // Not the mirror's fault.
@@ -92,16 +92,22 @@ pub(super) fn send(
 async fn one(
     mesh: &Mesh,
     pod: &Pod,
-    client: SocketAddr,
+    (client, dialled): (SocketAddr, SocketAddr),
     cluster: &Arc<Cluster>,
     mut request: Request<Body>,
     grpc: bool,
 ) -> Result<()> {
-    let keyed = balance::key(cluster, Some((request.uri(), request.headers())), client.ip());
-    let Some(chosen) = balance::choose(cluster, &[], keyed.hash) else {
-        return Err(Error::new(Kind::NoHealthyUpstream, format!("{} has no healthy endpoint", cluster.name)));
+    let cluster = super::serving(mesh, cluster, || pod.workload());
+    let protocol = super::http::upstream_protocol(cluster, super::http::version_of(&request), grpc);
+    let usage = pod.usage(cluster);
+    let _place = match &usage {
+        Some(usage) => Some(usage.request(&cluster.pool, protocol).await?),
+        None => None,
     };
-    let endpoint = &chosen.endpoint;
+    let keyed = balance::key(cluster, Some((request.uri(), request.headers())), client.ip());
+    let wish = Wish { hash: keyed.hash, ..Wish::default() };
+    let mut chosen = choose::endpoint(mesh, cluster, &wish, Some(dialled))?;
+    let endpoint = &Arc::clone(&chosen.endpoint);
     let via = upstream::via(&mesh.pods, &mesh.node, endpoint, cluster.connect_timeout).await?;
     let own = pod.workload();
     let from = permits::From { identity: Some(&own.identity), client };
@@ -109,13 +115,16 @@ async fn one(
     let destination = Destination {
         address: endpoint.address,
         via: &via,
-        protocol: super::http::upstream_protocol(cluster, super::http::version_of(&request), grpc),
+        protocol,
         connect_timeout: cluster.connect_timeout,
+        kept: Kept::of(cluster, usage.as_ref()),
         flow: None,
     };
     let nobody: Arc<dyn Inform> = Arc::new(Nobody);
     let sending = async {
-        let (response, lease) = pod.send(&permit, &destination, request, client, &nobody).await?;
+        let sent = pod.send(&permit, &destination, request, client, &nobody).await;
+        health::timed(Some(&mut chosen), &sent);
+        let (response, lease) = sent?;
         // Read to its end, so that the connection can be used again.
         let mut body = response.into_body();
         while let Some(frame) = std::future::poll_fn(|cx| std::pin::Pin::new(&mut body).poll_frame(cx)).await

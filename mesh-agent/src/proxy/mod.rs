@@ -5,15 +5,19 @@
 //! the lab with real eBPF.
 
 mod asked;
+pub mod checks;
+mod choose;
 mod cut;
 mod downstream;
 mod exchange;
 mod external;
+mod guards;
 mod headers;
 pub mod health;
 mod http;
 pub mod inbound;
 mod inspected;
+mod lasting;
 mod mirror;
 pub mod outbound;
 mod permits;
@@ -25,15 +29,16 @@ mod upgrade;
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::{sync::OwnedSemaphorePermit, time::Instant};
 
 use crate::{
+    balance,
     capture::{Captured, Endpoints, Listener, Refused},
     config::{HttpLimits, PathNormalization},
     error::{Error, Kind},
     overload::Overload,
     report::{FlowFacts, Peer, Reporter, RequestProtocol, Security, Side},
-    state::snapshot::{Endpoint, Snapshot, Workload},
+    state::snapshot::{Cluster, Endpoint, Snapshot, Workload},
     upstream::{LocalPods, Pod, Via},
 };
 
@@ -105,6 +110,22 @@ async fn next(mesh: &Mesh, pod: &Pod, listener: Listener, side: Side) -> Option<
 /// The pod itself as one end of the traffic: its identity is the kernel's word, not the wire's.
 fn vouched(workload: &Arc<Workload>) -> Peer {
     Peer { workload: Some(Arc::clone(workload)), identity: Some(workload.identity.clone()) }
+}
+
+/// Who serves what is for this cluster now: itself, or a fallback. A use by a pod is noted where its endpoints are checked.
+fn serving<'c>(mesh: &Mesh, cluster: &'c Arc<Cluster>, by: impl Fn() -> Arc<Workload>) -> &'c Arc<Cluster> {
+    let note = |cluster: &Cluster| {
+        if let Some(usage) = &cluster.standby.checks {
+            usage.note(Instant::now(), &by);
+        }
+    };
+    note(cluster);
+    let serving = balance::serving(cluster);
+    if !Arc::ptr_eq(serving, cluster) {
+        note(serving);
+        mesh.reporter.fell_back(cluster, serving);
+    }
+    serving
 }
 
 /// `namespace/name`, for people.

@@ -13,16 +13,16 @@ use tokio::{
 };
 
 use super::{
-    Ends, Mesh, admit, assert_small, cut,
+    Ends, Mesh, admit, assert_small, choose, cut,
     downstream::{self, Server},
     health,
     inbound::Inbound,
-    inspected, learn_end, next,
+    inspected, lasting, learn_end, next,
     permits::{self, Stands},
     pod_name, unsent, vouched,
 };
 use crate::{
-    balance::{self, Chosen},
+    balance::{self, Chosen, Wish},
     capture::{Captured, Listener},
     copy::{self, Moved},
     detect::{self, Prefixed},
@@ -31,7 +31,7 @@ use crate::{
     report::{FlowGuard, FlowKey, Peer, RequestProtocol, Side, TcpLabels},
     route::{self, StreamFacts},
     state::snapshot::{Backend, Cluster, Endpoint, Protocol, Snapshot, StreamRoute, Workload},
-    upstream::{self, Destination, Pod, UpstreamStream, Via},
+    upstream::{self, Destination, Kept, Pod, UpstreamStream, Used, Via},
 };
 
 /// How long an undeclared port's client may be silent before the endpoint is dialled, in case the server speaks first.
@@ -160,8 +160,14 @@ impl Outbound {
         }
     }
 
-    /// The cluster that the service's `tls` and `tcp` routes choose; the whole service where none of them holds.
+    /// The cluster that serves a connection: of the service's routes, or who stands in for that.
     async fn routed(&self, client: &mut Prefixed<TcpStream>, port: ServicePort) -> Result<Arc<Cluster>> {
+        let cluster = self.by_route(client, port).await?;
+        Ok(Arc::clone(self.serving(&cluster)))
+    }
+
+    /// The cluster that the service's `tls` and `tcp` routes choose; the whole service where none of them holds.
+    async fn by_route(&self, client: &mut Prefixed<TcpStream>, port: ServicePort) -> Result<Arc<Cluster>> {
         if port.streams.is_empty() {
             return Ok(port.cluster);
         }
@@ -250,33 +256,52 @@ impl Outbound {
 
     /// A pod dialled by its own address, or an address that the mesh does not know: bytes, whatever they are.
     async fn to_address(&self, client: TcpStream, workload: Option<Arc<Workload>>) -> Result<()> {
-        let endpoint =
-            Arc::new(Endpoint { address: self.ends.original_dst, workload, state: Arc::default() });
-        let server = self.open_endpoint(endpoint, None, CONNECT_TIMEOUT).await?;
+        let endpoint = Arc::new(Endpoint::alone(self.ends.original_dst, workload));
+        let server = self.open_endpoint(endpoint, CONNECT_TIMEOUT, Kept::FREELY).await?;
         self.copy(Prefixed::new(client), server, None).await
     }
 
+    /// Who serves what is for this cluster.
+    pub(super) fn serving<'c>(&self, cluster: &'c Arc<Cluster>) -> &'c Arc<Cluster> {
+        super::serving(&self.mesh, cluster, || self.pod.workload())
+    }
+
+    /// What the client has dialled.
+    pub(super) fn dialled(&self) -> SocketAddr {
+        self.ends.original_dst
+    }
+
     async fn open(&self, cluster: &Cluster) -> Result<Opened> {
+        let place = self.pod.usage(cluster).map_or(Ok(None), |usage| usage.stream(&cluster.pool));
+        let place = place.inspect_err(|error| {
+            if let Kind::Full(limit) = error.kind {
+                self.mesh.reporter.overflowed(cluster, limit);
+            }
+        })?;
         // What the kernel has chosen for the connection stands: others of the same service go there without the agent, and
         // together they are to have the shares that they should.
         let by_kernel = self.mesh.endpoints.address(self.ends.endpoint);
         let by_kernel = by_kernel.and_then(|address| balance::chosen(cluster, address));
         let hash = balance::key(cluster, None, self.shown.ip()).hash;
-        let Some(chosen) = by_kernel.or_else(|| balance::choose(cluster, &[], hash)) else {
-            let text = format!("{} has no healthy endpoint", cluster.name);
-            return Err(Error::new(Kind::NoHealthyUpstream, text));
+        let wish = Wish { hash, ..Wish::default() };
+        let mut chosen = match by_kernel {
+            Some(chosen) => chosen,
+            None => choose::endpoint(&self.mesh, cluster, &wish, Some(self.dialled()))?,
         };
         let endpoint = Arc::clone(&chosen.endpoint);
-        let opened = self.open_endpoint(Arc::clone(&endpoint), Some(chosen), cluster.connect_timeout).await;
+        let (timeout, kept) = (cluster.connect_timeout, Kept::of(cluster, None));
+        let opened = self.open_endpoint(Arc::clone(&endpoint), timeout, kept).await;
+        health::timed(Some(&mut chosen), &opened);
         health::learn(&self.mesh.reporter, cluster, &endpoint, || health::of_opened(&opened));
-        opened
+        let in_use = InUse { _chosen: Some(chosen), _place: place };
+        opened.map(|opened| Opened { _in_use: in_use, ..opened })
     }
 
     async fn open_endpoint(
         &self,
         endpoint: Arc<Endpoint>,
-        chosen: Option<Chosen>,
         connect_timeout: Duration,
+        kept: Kept<'_>,
     ) -> Result<Opened> {
         let via = upstream::via(&self.mesh.pods, &self.mesh.node, &endpoint, connect_timeout).await?;
         let (ruling, standing) = permits::connection_to(&self.mesh, self.asks(), &via, &endpoint)?;
@@ -285,6 +310,7 @@ impl Outbound {
             via: &via,
             protocol: Protocol::Opaque,
             connect_timeout,
+            kept,
             flow: None,
         };
         // Known even if nothing comes of it.
@@ -300,7 +326,7 @@ impl Outbound {
                     via,
                     received: 0,
                     standing,
-                    _in_flight: chosen,
+                    _in_use: InUse::default(),
                     _flow: None,
                 });
             }
@@ -312,7 +338,8 @@ impl Outbound {
             self.passed_flow(&endpoint, service, RequestProtocol::Tcp)
         };
         let flow = matches!(via, Via::Local(_)).then(passed).flatten();
-        Ok(Opened { stream, endpoint, via, received: 0, standing, _in_flight: chosen, _flow: flow })
+        let in_use = InUse::default();
+        Ok(Opened { stream, endpoint, via, received: 0, standing, _in_use: in_use, _flow: flow })
     }
 
     /// The other end of a pass within the node, where the bytes decide what is permitted: what another node's agent does
@@ -365,6 +392,7 @@ impl Outbound {
         cluster: Option<Arc<Cluster>>,
     ) -> Result<()> {
         let peer = server.endpoint.workload.clone();
+        let limited = cluster.clone().filter(|cluster| lasting::limits(&cluster.pool));
         let labels = TcpLabels {
             side: Side::Source,
             source: self.source.clone(),
@@ -395,7 +423,15 @@ impl Outbound {
                 server => copy::both_ways(client, server, &moved).await,
             }
         };
-        let error = cut::unless_cut(standing.as_mut(), copying).await.err();
+        let ended = match &limited {
+            None => cut::unless_cut(standing.as_mut(), copying).await,
+            // Boxed: few are limited, and every idle connection would have to make room for it.
+            Some(cluster) => {
+                let copying = lasting::within(&cluster.pool, &moved, copying);
+                Box::pin(cut::unless_cut(standing.as_mut(), copying)).await
+            }
+        };
+        let error = ended.err();
         let (sent, received) = moved.get();
         for guard in guards {
             guard.moved(sent, received + server.received);
@@ -421,9 +457,18 @@ struct Opened {
     received: u64,
     /// In a pass within the node.
     standing: Stands,
-    _in_flight: Option<Chosen>,
+    _in_use: InUse,
     /// The facts of the app's end, in a pass within the node.
     _flow: Option<FlowGuard>,
+}
+
+/// What a stream counts as, until it has ended.
+#[derive(Default)]
+struct InUse {
+    /// As in flight at its endpoint.
+    _chosen: Option<Chosen>,
+    /// As a connection of a limited cluster.
+    _place: Option<Used>,
 }
 
 /// The routes that may hold for a client that says nothing.

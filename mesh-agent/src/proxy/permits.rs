@@ -15,6 +15,7 @@ use super::{
     Mesh,
     cut::{self, Standing, What},
     external::{self, Approved},
+    guards::{self, Ticket},
     inbound::Inbound,
 };
 use crate::{
@@ -52,7 +53,8 @@ pub(super) fn connection_to(
     let workload = pod.workload();
     let From { identity: source, client } = from;
     let asked = Asked { workload: &workload, destination: endpoint.address, source, client, approved: &[] };
-    Ok((policy::connection(&asked, &mesh.reporter)?, Some(standing)))
+    let ruling = policy::connection(&asked, &mesh.reporter)?;
+    Ok((unless_read(mesh, endpoint.address, ruling), Some(standing)))
 }
 
 /// Whether a request may go to an endpoint, as far as that is this node's to say. May ask external authorizers, who may
@@ -73,8 +75,8 @@ pub(super) async fn request_to(
     // What it says of its sender itself is not what policies go by.
     message::client_certificate(request.headers_mut(), source, &workload.identity);
     let asked = Asked { workload: &workload, destination: endpoint.address, source, client, approved: &[] };
-    let (permit, what, approved) = of_request(mesh, pod, &asked, request).await?;
-    Ok((permit, Some(standing.known_as(what).approved_by(approved))))
+    let (permit, what, approved, ticket) = of_request(mesh, pod, &asked, request).await?;
+    Ok((permit, Some(standing.known_as(what).approved_by(approved).admitted(ticket))))
 }
 
 /// Whether a question to an external authorizer may go to an endpoint of it. No authorizer is asked about that: where one
@@ -111,7 +113,10 @@ impl Inbound {
         let standing = self.standing(app);
         self.is_believed()?;
         let workload = self.pod.workload();
-        Ok((policy::connection(&self.asked(&workload, app), &self.mesh.reporter)?, standing))
+        let ruling = policy::connection(&self.asked(&workload, app), &self.mesh.reporter)?;
+        // What the kubelet asks for is not held up.
+        let ruling = if self.probe { ruling } else { unless_read(&self.mesh, app, ruling) };
+        Ok((ruling, standing))
     }
 
     /// The same for a connection in plaintext. The kubelet's is let in where it would be refused, for the requests in it that
@@ -172,8 +177,8 @@ impl Inbound {
         self.is_believed()?;
         let workload = self.pod.workload();
         let asked = self.asked(&workload, app);
-        let (permit, what, approved) = of_request(&self.mesh, &self.pod, &asked, request).await?;
-        Ok((permit, standing.known_as(what).approved_by(approved)))
+        let (permit, what, approved, ticket) = of_request(&self.mesh, &self.pod, &asked, request).await?;
+        Ok((permit, standing.known_as(what).approved_by(approved).admitted(ticket)))
     }
 
     fn standing(&self, app: SocketAddr) -> Box<Standing> {
@@ -200,8 +205,8 @@ async fn of_request(
     pod: &Arc<Pod>,
     asked: &Asked<'_>,
     request: &mut Request<Body>,
-) -> Result<(Permit, What, Approved)> {
-    let settled = asked.workload.authorization.reads_paths;
+) -> Result<(Permit, What, Approved, Ticket)> {
+    let settled = asked.workload.authorization.reads_paths || guards::reads_paths(mesh, asked.destination);
     if settled {
         settle_path(mesh, request.uri_mut())?;
     }
@@ -216,8 +221,18 @@ async fn of_request(
         approved = Box::pin(external::request(mesh, pod, asked, request, claims.as_ref())).await?;
     }
     let asked = Asked { approved: &approved.by, ..*asked };
-    let permit = policy::request(&asked, &head(request, claims.as_ref()), &mesh.reporter)?;
-    Ok((permit, what, approved))
+    let head = head(request, claims.as_ref());
+    let permit = policy::request(&asked, &head, &mesh.reporter)?;
+    let ticket = guards::admit(mesh, &asked, &head)?;
+    Ok((permit, what, approved, ticket))
+}
+
+/// What may pass unread is read all the same where the requests in it are held to limits.
+fn unless_read(mesh: &Mesh, app: SocketAddr, ruling: Ruling) -> Ruling {
+    match ruling {
+        Ruling::Permitted(_) if guards::reads_requests(mesh, app) => Ruling::BytesDecide,
+        ruling => ruling,
+    }
 }
 
 /// What policies see of a request.

@@ -16,20 +16,21 @@ use hyper::body::Body as _;
 use tokio::time::{Instant, sleep_until};
 
 use super::{
+    choose,
     cut::unless_cut,
     exchange::{Exchange, Sides},
-    headers, health, learn_end,
+    headers, health, http as requests, learn_end,
     outbound::Outbound,
     permits, vouched,
 };
 use crate::{
-    balance,
+    balance::{self, Wish},
     body::{Activity, Body, Follow, Replay},
     error::{Error, Kind, Result},
     policy,
     report::GaveUp,
     state::snapshot::{Cluster, Endpoint, Protocol, RetryPolicy},
-    upstream::{self, Destination, Pod, Via, retry},
+    upstream::{self, Destination, Kept, Pod, Used, Via, retry},
 };
 
 /// A request that may be sent more than once.
@@ -130,13 +131,29 @@ impl Drop for UnderWay {
     }
 }
 
+/// A retry under way, as it is counted: in the budget, or against `maxRetries` of the rule.
+#[expect(dead_code, reason = "held for what is counted")]
+pub(super) enum Retrying {
+    Budget(UnderWay),
+    Most(Used),
+}
+
+impl Retrying {
+    /// `None` when there are as many already as there may be.
+    fn begin(pod: &Pod, cluster: &Arc<Cluster>) -> Option<Self> {
+        match (cluster.pool.retries, pod.usage(cluster)) {
+            (Some(most), Some(usage)) => usage.retry(most).map(Self::Most),
+            _ => UnderWay::retry(cluster).map(Self::Budget),
+        }
+    }
+}
+
 /// Sends until a try is good enough or no more are allowed. The last try's answer counts.
 pub(super) async fn run(
     outbound: &Outbound,
     exchange: &mut Exchange,
     policy: &RetryPolicy,
     cluster: &Arc<Cluster>,
-    protocol: Protocol,
     mut sendable: Sendable,
 ) -> Result<Response<Body>> {
     exchange.under_way = Some(UnderWay::request(cluster));
@@ -153,7 +170,7 @@ pub(super) async fn run(
             let lowered = exchange.tries > 0 || exchange.told != Some(limit);
             headers::expected(sending.headers_mut(), limit, exchange.grpc && lowered);
         }
-        let result = one(outbound, exchange, cluster, protocol, sending, &tried, limit).await;
+        let result = one(outbound, exchange, cluster, sending, &tried, limit).await;
         // What the failed try held of the budget goes back before the next one asks.
         drop(retrying.take());
         let covered = match &result {
@@ -175,7 +192,7 @@ pub(super) async fn run(
 
 /// Another try that may be made.
 pub(super) struct Another {
-    under_way: UnderWay,
+    under_way: Retrying,
     wait: Duration,
 }
 
@@ -187,11 +204,14 @@ impl Another {
         exchange: &mut Exchange,
         policy: &RetryPolicy,
         tried: &mut Vec<SocketAddr>,
-    ) -> UnderWay {
+    ) -> Retrying {
         if policy.ignore_previous_hosts {
             tried.extend(exchange.endpoint);
         }
-        (exchange.lease, exchange.chosen, exchange.standing) = (None, None, None);
+        if let Some(chosen) = exchange.chosen.as_ref().filter(|_| policy.remote_localities) {
+            exchange.visited.note(chosen);
+        }
+        (exchange.lease, exchange.chosen, exchange.standing, exchange.place) = (None, None, None, None);
         let _own = exchange.client.activity.own_wait();
         tokio::time::sleep(self.wait).await;
         self.under_way
@@ -214,7 +234,7 @@ pub(super) fn another(
         exchange.gave_up = Some(GaveUp::Tries);
         return None;
     }
-    let Some(under_way) = UnderWay::retry(cluster) else {
+    let Some(under_way) = Retrying::begin(&outbound.pod, cluster) else {
         exchange.gave_up = Some(GaveUp::Budget);
         outbound.mesh.reporter.retry_over_budget(cluster);
         return None;
@@ -229,6 +249,19 @@ fn try_limit(exchange: &Exchange, policy: &RetryPolicy) -> Option<Instant> {
         (Some(a), Some(b)) => Some(a.min(b)),
         (one, other) => one.or(other),
     }
+}
+
+/// Who serves this try: the cluster, or a fallback of it, where nobody in it does.
+pub(super) fn serving<'c>(
+    outbound: &Outbound,
+    exchange: &mut Exchange,
+    cluster: &'c Arc<Cluster>,
+) -> &'c Arc<Cluster> {
+    let cluster = outbound.serving(cluster);
+    if !exchange.cluster.as_ref().is_some_and(|noted| Arc::ptr_eq(noted, cluster)) {
+        exchange.cluster = Some(Arc::clone(cluster));
+    }
+    cluster
 }
 
 /// An endpoint that was chosen and permitted.
@@ -247,9 +280,8 @@ async fn pick(
     tried: &[SocketAddr],
 ) -> Result<Picked> {
     let keyed = balance::key(cluster, Some((request.uri(), request.headers())), outbound.shown.ip());
-    let Some(chosen) = balance::choose(cluster, tried, keyed.hash) else {
-        return Err(Error::new(Kind::NoHealthyUpstream, format!("{} has no healthy endpoint", cluster.name)));
-    };
+    let wish = Wish { tried, hash: keyed.hash, visited: exchange.visited };
+    let chosen = choose::endpoint(&outbound.mesh, cluster, &wish, Some(outbound.dialled()))?;
     exchange.set_cookie = keyed.set_cookie;
     let endpoint = Arc::clone(&chosen.endpoint);
     exchange.chosen = Some(chosen);
@@ -279,25 +311,47 @@ pub(super) async fn pick_in_time(
     in_time(outbound, &activity, &"an external authorizer", limit, picking).await
 }
 
+/// Takes a place among what the cluster's `connectionPool` allows, within the time that there is, and notes it in the
+/// exchange. Before an endpoint is chosen: who waits for a connection is no load of any.
+pub(super) async fn take_place(
+    outbound: &Outbound,
+    exchange: &mut Exchange,
+    cluster: &Cluster,
+    protocol: Protocol,
+    limit: Option<Instant>,
+) -> Result<()> {
+    let Some(usage) = outbound.pod.usage(cluster) else { return Ok(()) };
+    let activity = Arc::clone(&exchange.client.activity);
+    let taking = usage.request(&cluster.pool, protocol);
+    // Boxed: few clusters are limited.
+    let taking = Box::pin(in_time(outbound, &activity, &"the queue for a connection", limit, taking));
+    exchange.place = Some(taking.await?);
+    Ok(())
+}
+
 async fn one(
     outbound: &Outbound,
     exchange: &mut Exchange,
     cluster: &Arc<Cluster>,
-    protocol: Protocol,
     mut request: Request<Body>,
     tried: &[SocketAddr],
     limit: Option<Instant>,
 ) -> Result<Response<Body>> {
+    let cluster = serving(outbound, exchange, cluster);
+    let protocol = requests::upstream_protocol(cluster, exchange.client.version, exchange.grpc);
+    take_place(outbound, exchange, cluster, protocol, limit).await?;
     let Picked { endpoint, via, permit } =
         pick_in_time(outbound, exchange, cluster, &mut request, tried, limit).await?;
     let service = exchange.cluster.as_ref().map(|cluster| &cluster.host);
     let (service, protocol_seen) = (service.cloned(), exchange.protocol());
     let passed = || outbound.passed_flow(&endpoint, service.clone(), protocol_seen);
+    let usage = outbound.pod.usage(cluster);
     let destination = Destination {
         address: endpoint.address,
         via: &via,
         protocol,
         connect_timeout: cluster.connect_timeout,
+        kept: Kept::of(cluster, usage.as_ref()),
         // In a pass within the node nobody else knows what the app's connection is for.
         flow: matches!(via, Via::Local(_)).then_some(&passed),
     };
@@ -309,6 +363,7 @@ async fn one(
         exchange.lease = Some(lease);
         response
     });
+    health::timed(exchange.chosen.as_mut(), &result);
     health::learn(&outbound.mesh.reporter, cluster, &endpoint, || health::of_try(&result));
     result
 }

@@ -22,8 +22,8 @@ use crate::{
     copy::{self, Moved},
     drain::Drain,
     error::{Error, Kind, Result},
-    state::snapshot::{Cluster, RetryPolicy},
-    upstream::{Destination, Io, Switch, Switched, retry},
+    state::snapshot::{Cluster, Protocol, RetryPolicy},
+    upstream::{Destination, Io, Kept, Switch, Switched, retry},
 };
 
 /// Who takes the client's side of the connection once it is bytes.
@@ -79,19 +79,24 @@ async fn one(
 ) -> Result<Made> {
     let key = request.headers().get(SEC_WEBSOCKET_KEY).cloned();
     let limit = exchange.deadline;
+    let cluster = tries::serving(outbound, exchange, cluster);
+    // A connection of its own, whatever is spoken on it.
+    tries::take_place(outbound, exchange, cluster, Protocol::Http1, limit).await?;
     let picking = tries::pick_in_time(outbound, exchange, cluster, &mut request, tried, limit);
     let Picked { endpoint, via, permit } = picking.await?;
     let destination = Destination {
         address: endpoint.address,
         via: &via,
-        protocol: http::upgrade_protocol(cluster),
+        protocol: http::upgrade_protocol(cluster, exchange.client.version),
         connect_timeout: cluster.connect_timeout,
+        kept: Kept::of(cluster, None),
         flow: None,
     };
     let asking = outbound.pod.switch(&permit, &destination, request, wanted, outbound.shown);
     let activity = &exchange.client.activity;
     let asking = Box::pin(tries::in_time(outbound, activity, &endpoint.address, exchange.deadline, asking));
     let asked = unless_cut(exchange.standing.as_mut(), asking).await;
+    health::timed(exchange.chosen.as_mut(), &asked);
     health::learn(&outbound.mesh.reporter, cluster, &endpoint, || health::of_switched(&asked));
     match asked? {
         Switched::Answered(response) => Ok(Made::Response(response)),

@@ -120,6 +120,7 @@ const fn never_established(kind: Kind) -> bool {
         | Kind::FaultAbort(_)
         | Kind::IllegalDestination
         | Kind::Overflow
+        | Kind::Full(_)
         | Kind::Overload => true,
         Kind::BadRequest
         | Kind::UpstreamReset
@@ -129,6 +130,7 @@ const fn never_established(kind: Kind) -> bool {
         | Kind::HeadTooLarge
         | Kind::TargetTooLong
         | Kind::StreamIdle
+        | Kind::TooOld
         | Kind::NoUpgrade
         // It was established, and then cut.
         | Kind::Denied
@@ -136,7 +138,9 @@ const fn never_established(kind: Kind) -> bool {
         | Kind::ExternalError
         | Kind::Token(_)
         | Kind::Revoked
-        | Kind::Plaintext => false,
+        | Kind::Plaintext
+        | Kind::RateLimited
+        | Kind::ConcurrencyLimit => false,
     }
 }
 

@@ -23,8 +23,11 @@ use prometheus_client::{
 use super::{
     Peer, RequestOutcome, RequestProtocol, Security, Side,
     certificates::CertificateMetrics,
+    endpoints::EndpointMetrics,
     health::HealthMetrics,
     labels::{Flags, RefusedLabels, RequestLabels, TrafficLabels},
+    limits::LimitMetrics,
+    overflow::OverflowMetrics,
 };
 use crate::{
     identity::SpiffeId,
@@ -83,6 +86,7 @@ pub(super) struct Metrics {
     idle_closed: Family<[(&'static str, String); 2], Counter>,
     routes: Family<RouteLabels, Counter>,
     over_budget: Family<ClusterLabels, Counter>,
+    pub overflow: OverflowMetrics,
     mirrored: Family<MirrorLabels, Counter>,
     policy_dry_run: Family<[(&'static str, String); 3], Counter>,
     pub external_authorization: Family<[(&'static str, String); 2], Counter>,
@@ -101,6 +105,8 @@ pub(super) struct Metrics {
     pub kernel_dropped: Family<[(&'static str, &'static str); 1], Counter>,
     pub certificates: CertificateMetrics,
     pub health: HealthMetrics,
+    pub endpoints: EndpointMetrics,
+    pub limits: LimitMetrics,
 }
 
 /// The series of one label set of requests.
@@ -139,9 +145,12 @@ impl Metrics {
             idle_closed: Family::default(),
             routes: Family::default(),
             over_budget: Family::default(),
+            overflow: OverflowMetrics::default(),
             mirrored: Family::default(),
             policy_dry_run: Family::default(),
             health: HealthMetrics::default(),
+            endpoints: EndpointMetrics::default(),
+            limits: LimitMetrics::default(),
             external_authorization: Family::default(),
             config_problems: Gauge::default(),
             config_revision: Gauge::default(),
@@ -225,6 +234,9 @@ impl Metrics {
             self.policy_dry_run.clone(),
         );
         self.health.register(&mut self.registry);
+        self.overflow.register(&mut self.registry);
+        self.endpoints.register(&mut self.registry);
+        self.limits.register(&mut self.registry);
         self.registry.register(
             "mesh_external_authorization",
             "Questions to external authorizers, by what came of them",

@@ -6,15 +6,18 @@
 mod access_log;
 mod certificates;
 mod connection;
+mod endpoints;
 mod facts;
 mod flows;
 mod health;
 mod inherited;
 mod labels;
+mod limits;
 mod metrics;
+mod overflow;
 mod policy;
 #[cfg(test)]
-mod samples;
+pub(crate) mod samples;
 mod seldom;
 
 use std::{

@@ -52,12 +52,16 @@ pub fn cluster(name: &str) -> Arc<Cluster> {
         subset: None,
         view: None,
         endpoints: Vec::new(),
+        spread: Arc::default(),
         balancing: Balancing::default(),
         hash: None,
         outlier: None,
         connect_timeout: Duration::from_secs(10),
+        pool: crate::state::snapshot::ConnectionPool::UNLIMITED,
+        tls: crate::state::snapshot::Origination::Plaintext,
         limits_connections: false,
         retry_budget: defaults::RETRY_BUDGET,
+        standby: crate::state::snapshot::Standby::default(),
         state: Arc::default(),
     })
 }

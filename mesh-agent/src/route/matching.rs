@@ -46,7 +46,7 @@ pub(super) fn has_labels(source: &Workload, labels: &[(String, String)]) -> bool
 }
 
 /// Whether a value is what a match asks for; what is no text matches no regular expression.
-pub(super) fn matches(m: &StringMatch, value: &[u8]) -> bool {
+pub fn matches(m: &StringMatch, value: &[u8]) -> bool {
     match m {
         StringMatch::Exact(exact) => value == exact.as_bytes(),
         StringMatch::Prefix(prefix) => value.starts_with(prefix.as_bytes()),

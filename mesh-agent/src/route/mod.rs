@@ -13,7 +13,7 @@ mod stream;
 mod tests;
 
 pub use fault::{Injection, injection};
-pub use matching::{find, query_parameter};
+pub use matching::{find, matches, query_parameter};
 pub use redirect::location;
 pub use rewrite::{apply_request, apply_response, rewrite};
 pub use stream::{StreamFacts, find_stream, needs_sni};

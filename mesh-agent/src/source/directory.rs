@@ -305,14 +305,14 @@ const KUBERNETES_KINDS: [&str; 8] =
 const ISTIO_KINDS: [&str; 2] = ["VirtualService", "DestinationRule"];
 
 /// The kind of an object that is somebody else's business (a Deployment, a Job). What does not say what it is, and kinds
-/// of Istio and of the Gateway API that are not supported, are not: those have to be told.
+/// of Istio, of the Gateway API and of the mesh's own group that are not supported, are not: those have to be told.
 fn foreign_kind(object: &Value) -> Option<String> {
     let text = |name: &str| object[name].as_str().filter(|text| !text.is_empty());
     let (api_version, kind) = (text("apiVersion")?, text("kind")?);
     let group = api_version.split_once('/').map_or("", |(group, _)| group);
     let ours = match group {
         "" | "discovery.k8s.io" => KUBERNETES_KINDS.contains(&kind),
-        "gateway.networking.k8s.io" => true,
+        "gateway.networking.k8s.io" | "mesh.io" => true,
         _ => group.ends_with(".istio.io") || ISTIO_KINDS.contains(&kind),
     };
     (!ours).then(|| format!("{kind} ({api_version})"))

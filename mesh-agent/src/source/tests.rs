@@ -290,6 +290,7 @@ async fn kinds_of_others_are_passed_over_and_ours_are_not() {
         ("telemetry.istio.io/v1", "Telemetry"),
         ("gateway.networking.k8s.io/v1", "HTTPRoute"),
         ("networking.istio.oi/v1", "VirtualService"),
+        ("mesh.io/v1alpha1", "ServicePolicies"),
         ("v2", "Service"),
     ];
     let text: String = ours.iter().map(|(api_version, kind)| object(api_version, kind)).collect();

@@ -3,11 +3,11 @@
 //! Promises that nothing else in `state/` invents a number. Tested through the compiled snapshots in
 //! `compile/tests.rs`.
 
-use std::time::Duration;
+use std::{ops::RangeInclusive, time::Duration};
 
 use http::StatusCode;
 
-use super::snapshot::{OutlierDetection, Percentage, RetryBudget, RetryOn, RetryPolicy};
+use super::snapshot::{ConcurrencyRule, OutlierDetection, Percentage, RetryBudget, RetryOn, RetryPolicy};
 
 /// DNS suffix of service host names: `NAME.NAMESPACE.svc.cluster.local` (Kubernetes' default cluster domain).
 pub const CLUSTER_DOMAIN: &str = "cluster.local";
@@ -122,3 +122,52 @@ pub const OUTLIER_DETECTION: OutlierDetection = OutlierDetection {
 
 /// `outlierDetection.consecutiveLocalOriginFailures`, where they are counted apart (Envoy).
 pub const LOCAL_ORIGIN_FAILURES: u32 = 5;
+
+/// `loadBalancer.warmup.minimumPercent` (Istio).
+pub const WARMUP_MINIMUM_PERCENT: f64 = 10.0;
+
+/// `loadBalancer.warmup.aggression` (Istio, Envoy).
+pub const WARMUP_AGGRESSION: f64 = 1.0;
+
+/// Largest weight of an endpoint: with 10,000 of them the tables stay exact.
+pub const LARGEST_WEIGHT: u32 = 10_000;
+/// `healthCheck.interval` (Kubernetes' `periodSeconds`).
+pub const HEALTH_CHECK_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Shortest `healthCheck.interval`: each agent whose pods use a service checks each of its endpoints so often.
+pub const SHORTEST_HEALTH_CHECK_INTERVAL: Duration = Duration::from_millis(100);
+
+/// `healthCheck.timeout` (Kubernetes' `timeoutSeconds`).
+pub const HEALTH_CHECK_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// `healthCheck.jitter`, percent of the interval: agents that start together do not go on checking together.
+pub const HEALTH_CHECK_JITTER: u32 = 10;
+
+/// `healthCheck.unhealthyThreshold` (Kubernetes' `failureThreshold`).
+pub const UNHEALTHY_THRESHOLD: u32 = 3;
+
+/// `healthCheck.healthyThreshold` (Kubernetes' `successThreshold`).
+pub const HEALTHY_THRESHOLD: u32 = 1;
+
+/// `healthCheck.http.expectedStatuses` (Kubernetes).
+pub const HEALTHY_STATUSES: RangeInclusive<u16> = 200..=399;
+
+/// Longest `rateLimits[].per`.
+pub const LONGEST_RATE: Duration = Duration::from_hours(24);
+
+/// Largest `rateLimits[].burst`, in times of its `requests`: with [`LONGEST_RATE`] what a bucket remembers stays far below
+/// what 64 bits of nanoseconds hold.
+pub const LARGEST_BURST: u64 = 1_000;
+
+/// `adaptiveConcurrency`, where a policy leaves something out (Envoy's; Envoy asks for the two intervals, and these are
+/// those of its documentation).
+pub const ADAPTIVE_CONCURRENCY: ConcurrencyRule = ConcurrencyRule {
+    percentile: 50,
+    max: 1_000,
+    min: 3,
+    update_interval: Duration::from_millis(100),
+    min_rtt_interval: Duration::from_mins(1),
+    min_rtt_requests: 50,
+    jitter_percent: 15,
+    buffer_percent: 25,
+};

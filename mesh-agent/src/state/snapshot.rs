@@ -17,17 +17,25 @@ use crate::identity::SpiffeId;
 mod authentication;
 mod authorization;
 mod capture;
+mod client_tls;
 mod cluster;
+mod connection_pool;
 mod external;
+mod guard;
 mod hash;
+mod health_check;
 mod http;
 mod key_set;
+mod latency;
+mod locality;
 mod mesh;
 mod outlier;
 mod probes;
 mod request_authentication;
 mod retry;
+mod spread;
 mod stream;
+mod weights;
 
 pub use self::authentication::{Authentication, Mtls, MtlsMode};
 pub use self::authorization::{
@@ -35,21 +43,31 @@ pub use self::authorization::{
     TextMatch,
 };
 pub use self::capture::{CapturePolicy, Exclusions, PortRange, WhenAgentIsDown};
-pub use self::cluster::{Balancing, Cluster, ClusterState, Endpoint, EndpointState};
+pub use self::client_tls::{ClientCertificate, ClientTls, Origination, TlsTerms};
+pub use self::cluster::{Balancing, Cluster, ClusterState, Endpoint, EndpointState, Standby};
+pub use self::connection_pool::{ClusterId, ConnectionPool, Idle, TcpKeepalive};
 pub use self::external::{BodyInCheck, CheckProtocol, HttpCheck, Provider};
-pub use self::hash::{ConsistentHash, HashCookie, HashKey, HashTable, hash_of};
+pub use self::guard::{
+    Bucket, Buckets, Concurrency, ConcurrencyRule, ConcurrencyState, Guard, RateLimit, RateRule,
+};
+pub use self::hash::{ConsistentHash, HashCookie, HashKey, HashTable, Placed, hash_of};
+pub use self::health_check::{Checked, CheckedPort, HealthCheck, HealthProbe, Run, Use};
 pub use self::http::{
     Abort, Backend, CorsPolicy, Fault, HeaderMatch, HeaderOp, HeaderOps, HttpRoute, Mirror, PathRewrite,
     Percentage, Redirect, RedirectPort, RequestMatch, Rewrite, RouteAction, StringMatch, UnmatchedPreflights,
     WeightedBackend,
 };
 pub use self::key_set::{KeySet, Keys, RemoteKeys};
+pub use self::latency::{FAILURE, Latency};
+pub use self::locality::Locality;
 pub use self::mesh::PathNormalization;
 pub use self::outlier::{Health, OutlierDetection};
 pub use self::probes::{ProbePort, ProbeRequest};
 pub use self::request_authentication::{AppliedTokens, ClaimPath, Location, TokenRule, Tokens};
 pub use self::retry::{RetryBudget, RetryOn, RetryPolicy};
+pub use self::spread::{Group, Level, MOST_LEVELS, Spread, Warmup};
 pub use self::stream::{SniHost, StreamMatch, StreamRoute, Subnet};
+pub use self::weights::Weights;
 
 /// Everything the path needs to know, at one revision of the configuration.
 #[derive(Debug, Default)]
@@ -66,6 +84,10 @@ pub struct Snapshot {
     /// The service that an app's address belongs to, for what the destination reports; the first by host name where
     /// several share an endpoint.
     pub inbound: HashMap<SocketAddr, Arc<Cluster>>,
+    /// What requests to a pod's port are held to, where a `ServicePolicy` says so.
+    pub guards: HashMap<SocketAddr, Arc<Guard>>,
+    /// Ports of services whose endpoints are checked, by host name and port.
+    pub checked: HashMap<(Arc<str>, u16), Arc<CheckedPort>>,
     /// `pathNormalization` of the mesh-wide settings; `None`: what the agent's flag says.
     pub path_normalization: Option<PathNormalization>,
     /// Key sets that are fetched, by their URI.
@@ -215,7 +237,8 @@ impl ServicePort {
             Backend::Cluster(cluster) => Some(cluster),
             Backend::Missing(_) => None,
         });
-        std::iter::once(&self.cluster).chain(named)
+        let all = std::iter::once(&self.cluster).chain(named);
+        all.flat_map(|cluster| std::iter::once(cluster).chain(&cluster.standby.fallbacks))
     }
 }
 

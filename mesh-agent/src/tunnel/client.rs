@@ -28,7 +28,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{
     Wire, failure,
-    native::{strip_mesh_headers, to_wire, told_failure},
+    native::{note_refusal, strip_mesh_headers, to_wire, told_failure},
     settings::{
         CLIENT_MAX_STREAMS, HANDSHAKE_TIMEOUT, PING_INTERVAL, PING_TIMEOUT, ROOT_GONE_GRACE, client_builder,
     },
@@ -263,6 +263,7 @@ impl MeshConnection {
             let agent = self.shared.address.ip();
             return Err(Error::new(kind, format!("the agent of {agent} has no response of {destination}")));
         }
+        note_refusal(&mut response);
         strip_mesh_headers(response.headers_mut());
         Ok(response.map(|body| body.held(Arc::new(place))))
     }

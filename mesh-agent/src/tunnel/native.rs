@@ -7,7 +7,7 @@
 use std::net::SocketAddr;
 
 use http::{
-    HeaderMap, HeaderName, HeaderValue, Method, Request, Uri, Version,
+    HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Uri, Version,
     header::{CONNECTION, HOST, TE, TRANSFER_ENCODING, UPGRADE},
     uri::{Authority, PathAndQuery, Scheme},
 };
@@ -30,6 +30,10 @@ pub const MESH_FAILURE: HeaderName = HeaderName::from_static("mesh-failure");
 const HTTP1: &str = "http/1.1";
 const HTTP2: &str = "h2";
 
+/// In a response by which the peer's agent refuses to ask the app at all: that it is not the app's. The client gets the
+/// response as it stands; a health check learns nothing from it.
+pub const MESH_REFUSAL: HeaderName = HeaderName::from_static("mesh-refusal");
+
 /// Headers that end with the connection they came on (RFC 9110, section 7.6.1), beside those that `Connection` and
 /// `TE` name.
 const HOP_BY_HOP: [HeaderName; 5] = [
@@ -45,16 +49,44 @@ pub fn strip_mesh_headers(headers: &mut HeaderMap) {
     headers.remove(MESH_PORT);
     headers.remove(MESH_APP_PROTOCOL);
     headers.remove(MESH_FAILURE);
+    headers.remove(MESH_REFUSAL);
 }
 
 /// Failures to get a response of the app that the source is told of: what its retries ask for.
-const TOLD: [Kind; 4] = [Kind::ConnectFailure, Kind::UpstreamReset, Kind::RefusedStream, Kind::Overload];
+const TOLD: [Kind; 5] =
+    [Kind::ConnectFailure, Kind::UpstreamReset, Kind::RefusedStream, Kind::Overload, Kind::ConcurrencyLimit];
 
 /// Says in a response that it stands for this failure, where that is of interest to the source.
 pub fn tell_failure(headers: &mut HeaderMap, kind: Kind) {
     if TOLD.contains(&kind) {
         headers.insert(MESH_FAILURE, HeaderValue::from_static(kind.row().word));
+    } else if matches!(
+        kind,
+        Kind::Denied
+            | Kind::ExternalDenied
+            | Kind::ExternalError
+            | Kind::Revoked
+            | Kind::Token(_)
+            | Kind::RateLimited
+    ) {
+        headers.insert(MESH_REFUSAL, HeaderValue::from_static(kind.row().word));
     }
+}
+
+/// The peer's agent has refused to ask the app.
+#[derive(Debug, Clone, Copy)]
+struct Refusal;
+
+/// Keeps what a mesh peer says of its response, before its headers are taken out.
+pub(super) fn note_refusal<B>(response: &mut Response<B>) {
+    if response.headers().contains_key(MESH_REFUSAL) {
+        response.extensions_mut().insert(Refusal);
+    }
+}
+
+/// Whether a response is not the app's, which was not asked: by the word of the peer's agent.
+pub fn is_refusal<B>(response: &Response<B>) -> bool {
+    response.extensions().get::<Refusal>().is_some()
 }
 
 /// The failure that a response of the peer's agent stands for.
@@ -238,6 +270,16 @@ mod tests {
         }
         let mut headers = HeaderMap::new();
         tell_failure(&mut headers, Kind::Denied);
+        assert_eq!(told_failure(&headers), None);
+        let mut response = Response::new(());
+        note_refusal(&mut response);
+        assert!(!is_refusal(&response));
+        response.headers_mut().clone_from(&headers);
+        note_refusal(&mut response);
+        assert!(is_refusal(&response));
+        strip_mesh_headers(&mut headers);
+        assert!(headers.is_empty());
+        tell_failure(&mut headers, Kind::Timeout);
         assert!(headers.is_empty());
     }
 

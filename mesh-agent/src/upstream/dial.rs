@@ -6,16 +6,18 @@ use std::{
     time::Duration,
 };
 
+use socket2::SockRef;
 use tokio::{
     net::TcpStream,
-    time::{Instant, sleep, timeout},
+    time::{Instant, sleep, timeout, timeout_at},
 };
 
-use super::BeginFlow;
+use super::{BeginFlow, UpstreamStream, originate};
 use crate::{
     capture::PodNet,
     error::{Error, Kind, Result},
     report::FlowGuard,
+    state::snapshot::{ClientTls, Protocol, TcpKeepalive},
     tunnel::MESH_TLS_PORT,
 };
 
@@ -33,6 +35,10 @@ pub struct Dial<'a> {
     pub as_client: Option<SocketAddr>,
     /// Time to connect.
     pub timeout: Duration,
+    /// Probes while nothing is said (`tcpKeepalive`).
+    pub keepalive: Option<TcpKeepalive>,
+    /// What is begun on it before anything is said.
+    pub tls: Option<&'a ClientTls>,
     /// Begins the facts of the connection, where the app's end has some.
     pub flow: Option<&'a BeginFlow<'a>>,
 }
@@ -41,6 +47,38 @@ impl Dial<'_> {
     /// The facts of the connection just made, for as long as it is open.
     pub fn begin_flow(&self) -> Option<FlowGuard> {
         self.flow.and_then(|begin| begin())
+    }
+
+    fn keep_alive(&self, stream: &TcpStream) -> io::Result<()> {
+        let Some(wanted) = self.keepalive else { return Ok(()) };
+        let (socket, mut probes) = (SockRef::from(stream), socket2::TcpKeepalive::new());
+        if let Some(time) = wanted.time {
+            probes = probes.with_time(time);
+        }
+        if let Some(interval) = wanted.interval {
+            probes = probes.with_interval(interval);
+        }
+        if let Some(count) = wanted.probes {
+            probes = probes.with_retries(count);
+        }
+        // By itself the socket asks for none, whatever the numbers are.
+        socket.set_keepalive(true)?;
+        if wanted == TcpKeepalive::default() { Ok(()) } else { socket.set_tcp_keepalive(&probes) }
+    }
+
+    /// Makes the connection, and begins TLS on it where there is to be any; within its time, both.
+    pub async fn open(&self, protocol: Protocol) -> Result<UpstreamStream> {
+        let deadline = Instant::now() + self.timeout;
+        let stream = self.connect().await?;
+        let Some(tls) = self.tls else { return Ok(UpstreamStream::Tcp(stream)) };
+        // Boxed: rare, and every dial would have to make room for it.
+        let handshake = Box::pin(originate::handshake(tls, protocol, stream));
+        let late = |_| {
+            let text = format!("no TLS with {} within {:?}", self.to, self.timeout);
+            Error::new(Kind::TlsFailure, text)
+        };
+        let stream = timeout_at(deadline, handshake).await.map_err(late)??;
+        Ok(UpstreamStream::Tls(Box::new(stream)))
     }
 
     /// Makes the connection.
@@ -63,7 +101,10 @@ impl Dial<'_> {
         let to = self.to;
         let failed = |text| Err(Error::new(Kind::ConnectFailure, text));
         match timeout(self.timeout, dialling).await {
-            Ok(Ok(stream)) => Ok(stream),
+            Ok(Ok(stream)) => self
+                .keep_alive(&stream)
+                .map(|()| stream)
+                .or_else(|error| failed(format!("the connection to {to} takes no keepalive: {error}"))),
             Ok(Err(error)) => failed(format!("cannot connect to {to}: {error}")),
             Err(_) if to.port() == MESH_TLS_PORT => failed(format!(
                 "no connection to {to} within {:?}: is its agent up, and does a NetworkPolicy let port {MESH_TLS_PORT} in?",

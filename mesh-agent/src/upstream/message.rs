@@ -169,6 +169,17 @@ pub fn for_http2(parts: &mut request::Parts) {
     parts.headers.remove(HOST);
 }
 
+/// The request goes over TLS: over HTTP/2 that stands in its scheme (RFC 9113 §8.3.1).
+pub fn over_tls(uri: &mut Uri) {
+    if uri.scheme().is_none() {
+        return;
+    }
+    let mut parts = std::mem::take(uri).into_parts();
+    parts.scheme = Some(Scheme::HTTPS);
+    // It was whole with another scheme.
+    *uri = Uri::from_parts(parts).unwrap_or_default();
+}
+
 /// A response on its way to the client.
 pub fn for_client(headers: &mut HeaderMap, status: http::StatusCode) {
     strip_hop_by_hop(headers);

@@ -8,13 +8,16 @@
 mod carrier;
 mod dial;
 pub mod message;
+mod originate;
 mod pod;
 mod pool;
 pub mod retry;
 mod slot;
 mod stream;
 mod switch;
+mod terms;
 mod transitions;
+mod usage;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -28,13 +31,14 @@ pub use self::{
     stream::UpstreamStream,
     switch::{Io, Switch, Switched},
     transitions::Transitions,
+    usage::{RequestPlace, Usage, Used},
 };
 use crate::{
     body::{Body, Inform},
     error::{Error, Kind, Result},
     policy::Permit,
     report::{FlowGuard, Security},
-    state::snapshot::{Endpoint, Protocol, Workload},
+    state::snapshot::{Cluster, ClusterId, ConnectionPool, Endpoint, Origination, Protocol, Workload},
     tunnel::{MESH_TLS_PORT, MeshConnection, PoolKey, Wire},
 };
 
@@ -106,8 +110,36 @@ pub struct Destination<'a> {
     pub protocol: Protocol,
     /// Time to connect.
     pub connect_timeout: Duration,
+    /// How its connections are kept.
+    pub kept: Kept<'a>,
     /// What is called when a connection to an app of this node is made for it; kept for as long as that is open.
     pub flow: Option<&'a BeginFlow<'a>>,
+}
+
+/// How the connections of an exchange are kept, and by whom they may be shared.
+#[derive(Debug, Clone, Copy)]
+pub struct Kept<'a> {
+    /// The rule.
+    pub pool: &'a ConnectionPool,
+    /// Whose rule it is: connections under a rule are its cluster's alone.
+    pub cluster: Option<ClusterId>,
+    /// How it is protected outside the mesh.
+    pub tls: &'a Origination,
+    /// What the client's pod has in use of the cluster, where that is limited.
+    pub usage: Option<&'a Arc<Usage>>,
+}
+
+impl<'a> Kept<'a> {
+    /// Under no rule.
+    pub const FREELY: Self =
+        Self { pool: &ConnectionPool::UNLIMITED, cluster: None, tls: &Origination::Plaintext, usage: None };
+
+    /// As the rule of a cluster says.
+    pub fn of(cluster: &'a Cluster, usage: Option<&'a Arc<Usage>>) -> Self {
+        let ruled = cluster.pool != ConnectionPool::UNLIMITED;
+        let cluster_id = ruled.then_some(cluster.state.id);
+        Self { pool: &cluster.pool, cluster: cluster_id, tls: &cluster.tls, usage }
+    }
 }
 
 impl Pod {
@@ -142,11 +174,14 @@ impl Pod {
                 Ok((sent?, Lease::shared()))
             }
             Via::Plain => {
-                let key = Key { to: to.address, client: None };
-                let request = in_form(request, to.protocol);
-                let (net, timeout) = (self.net(), to.connect_timeout);
-                let dial = Dial { net, to: to.address, as_client: None, timeout, flow: None };
-                self.plain.send(key, to.protocol, request, inform, &dial).await
+                let dial = self.dial_plain(to)?;
+                let tls = dial.tls.map(|tls| tls.id);
+                let key = Key { to: to.address, client: None, cluster: to.kept.cluster, tls };
+                let mut request = in_form(request, to.protocol);
+                if tls.is_some() {
+                    message::over_tls(request.uri_mut());
+                }
+                self.plain.send(key, to.protocol, request, inform, &dial, to.kept).await
             }
         }
     }
@@ -159,10 +194,19 @@ impl Pod {
         client: SocketAddr,
         inform: &Arc<dyn Inform>,
     ) -> Result<(Response<Body>, Lease)> {
-        let key = Key { to: to.address, client: Some(client.ip()) };
+        let (client_ip, cluster) = (Some(client.ip()), to.kept.cluster);
+        let key = Key { to: to.address, client: client_ip, cluster, tls: None };
         let (net, timeout) = (self.net(), to.connect_timeout);
-        let dial = Dial { net, to: to.address, as_client: Some(client), timeout, flow: to.flow };
-        self.apps.send(key, to.protocol, in_form(request, to.protocol), inform, &dial).await
+        let dial = Dial {
+            net,
+            to: to.address,
+            as_client: Some(client),
+            timeout,
+            keepalive: None,
+            tls: None,
+            flow: to.flow,
+        };
+        self.apps.send(key, to.protocol, in_form(request, to.protocol), inform, &dial, to.kept).await
     }
 
     /// Opens a byte stream to an endpoint.
@@ -189,12 +233,34 @@ impl Pod {
                     }
                 }
             }
-            Via::Plain => {
-                let (net, to) = (self.net(), to.address);
-                let dial = Dial { net, to, as_client: None, timeout, flow: None };
-                Ok(UpstreamStream::Tcp(dial.connect().await?))
-            }
+            Via::Plain => self.dial_plain(to)?.open(to.protocol).await,
         }
+    }
+
+    /// A connection to what is not in the mesh. (Those between nodes have PINGs, those to apps do not leave the pod.)
+    ///
+    /// # Errors
+    /// [`Kind::TlsFailure`], where the rule asks for TLS that there is not: it is never dialled in the clear then.
+    fn dial_plain<'a>(&'a self, to: &Destination<'a>) -> Result<Dial<'a>> {
+        let refused =
+            |why: &str| Error::new(Kind::TlsFailure, format!("{} is not dialled: {why}", to.address));
+        let tls = match to.kept.tls {
+            Origination::Plaintext => None,
+            Origination::Tls(tls) => Some(&**tls),
+            Origination::MeshOnly => {
+                return Err(refused("it is not in the mesh, and its rule says ISTIO_MUTUAL"));
+            }
+            Origination::Broken(why) => return Err(refused(why)),
+        };
+        Ok(Dial {
+            net: self.net(),
+            to: to.address,
+            as_client: None,
+            timeout: to.connect_timeout,
+            keepalive: to.kept.pool.keepalive,
+            tls,
+            flow: None,
+        })
     }
 
     /// Whether the network lets this pod's bytes pass to a destination on this node.
@@ -215,7 +281,8 @@ impl Pod {
         client: SocketAddr,
         timeout: Duration,
     ) -> Result<TcpStream> {
-        Dial { net: self.net(), to: app, as_client: Some(client), timeout, flow: None }.connect().await
+        let (net, as_client) = (self.net(), Some(client));
+        Dial { net, to: app, as_client, timeout, keepalive: None, tls: None, flow: None }.connect().await
     }
 
     async fn mesh_connection(
@@ -233,7 +300,9 @@ impl Pod {
             std::slice::from_ref(&workload.identity),
             wire,
         );
-        let dial = Dial { net: self.net(), to: destination, as_client: None, timeout, flow: None };
+        let net = self.net();
+        let (to, as_client, keepalive) = (destination, None, None);
+        let dial = Dial { net, to, as_client, timeout, keepalive, tls: None, flow: None };
         let joining = || self.transitions.joining_until(workload);
         self.tunnels.get(&key, self.identity(), dial.connect_once_it_listens(joining)).await
     }

@@ -18,14 +18,19 @@ use tokio::{
     time::Instant,
 };
 
-use super::{Destination, Lease, Pool, Transitions, carrier::Carriers, in_form};
+use super::{
+    Destination, Lease, Pool, Transitions,
+    carrier::Carriers,
+    in_form,
+    usage::{Usage, Usages},
+};
 use crate::{
     body::{Allowance, Body, Inform},
     capture::PodNet,
     drain::Drain,
     error::Result,
     identity::WorkloadIdentity,
-    state::snapshot::Workload,
+    state::snapshot::{Cluster, Workload},
     tunnel::{self, MeshConnection},
 };
 
@@ -45,6 +50,8 @@ pub struct Pod {
     pub(super) apps: Arc<Pool>,
     /// Connections that show whether it may talk to other pods of this node.
     pub(super) carriers: Carriers,
+    /// What it has in use of clusters that are limited.
+    usages: Usages,
     /// Ends when the pod is un-enrolled, or with the agent.
     pub drain: Drain,
     /// Places for connections with the agent.
@@ -99,6 +106,7 @@ impl Pod {
             plain: Arc::default(),
             apps: Arc::default(),
             carriers: Carriers::default(),
+            usages: Usages::default(),
             drain,
             places: Arc::new(Semaphore::new(limits.connections)),
             requests: Arc::default(),
@@ -128,6 +136,11 @@ impl Pod {
     pub fn held(&self) -> u64 {
         let connections = self.limits.connections.saturating_sub(self.places.available_permits()) as u64;
         connections * CONNECTION + self.requests.load(Ordering::Relaxed) * REQUEST
+    }
+
+    /// What it has in use of this cluster; `None` where nothing of it is limited.
+    pub fn usage(&self, cluster: &Cluster) -> Option<Arc<Usage>> {
+        self.usages.of(&cluster.pool, &cluster.state)
     }
 
     /// What the bodies of its requests may keep for other tries.

@@ -10,9 +10,8 @@ use std::{
     net::{IpAddr, SocketAddr},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    time::Duration,
 };
 
 use bytes::Bytes;
@@ -25,22 +24,23 @@ use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    time::Instant,
+    sync::Notify,
+    time::{Instant, sleep_until},
 };
 
-use super::{Dial, message, slot::Slot};
+use super::{
+    Dial, Kept, message,
+    slot::Slot,
+    terms::{LOOK, Terms},
+};
 use crate::{
     body::{Body, Inform},
     error::{Error, Kind, Result},
     http2::{self, Failed},
     report::FlowGuard,
-    state::snapshot::Protocol,
+    state::snapshot::{ClusterId, Protocol},
     tunnel::strip_mesh_headers,
 };
-
-/// How long a connection may wait for its next request (shorter than the 60 s after which many servers close;
-/// Envoy waits an hour and meets their resets).
-const IDLE: Duration = Duration::from_secs(50);
 
 /// Idle HTTP/1.1 connections kept for one address; the rest are closed when they come back.
 const IDLE_PER_KEY: usize = 1024;
@@ -58,6 +58,10 @@ pub struct Key {
     pub to: SocketAddr,
     /// The client the app is shown, if one is.
     pub client: Option<IpAddr>,
+    /// Under whose rule.
+    pub cluster: Option<ClusterId>,
+    /// Over which TLS.
+    pub tls: Option<ClusterId>,
 }
 
 /// Connections of one pod in one direction.
@@ -67,24 +71,55 @@ pub struct Pool {
     shared: Mutex<HashMap<Key, Arc<Slot>>>,
     /// Whether somebody looks after connections that grow old; changed under the lock of `idle`.
     swept: AtomicBool,
+    /// When they look next, in milliseconds since the beginning; changed under the lock of `idle`.
+    looks: AtomicU64,
+    begun: Begun,
+    /// Told when there is one that grows old sooner.
+    sooner: Arc<Notify>,
+}
+
+/// When a pool was made.
+#[derive(Debug)]
+struct Begun(Instant);
+
+impl Default for Begun {
+    fn default() -> Self {
+        Self(Instant::now())
+    }
+}
+
+/// One HTTP/1.1 connection.
+#[derive(Debug)]
+struct Connection {
+    sender: http1::SendRequest<Body>,
+    made: Instant,
+    /// Requests that it has had.
+    served: u32,
+    /// Told when it is kept no longer.
+    terms: Terms,
 }
 
 #[derive(Debug)]
 struct Idle {
-    sender: http1::SendRequest<Body>,
+    connection: Connection,
     since: Instant,
 }
 
 impl Idle {
-    fn is_stale(&self, idle: Duration) -> bool {
-        self.since.elapsed() >= idle || self.sender.is_closed()
+    fn is_stale(&self, now: Instant) -> bool {
+        self.connection.sender.is_closed() || self.until().is_some_and(|until| until <= now)
+    }
+
+    /// When it is closed.
+    fn until(&self) -> Option<Instant> {
+        self.connection.terms.until(self.since, self.connection.made)
     }
 }
 
 /// What must outlive the response body: the HTTP/1.1 connection, which is free again when the body has ended.
 #[derive(Debug)]
 pub struct Lease {
-    h1: Option<(Arc<Pool>, Key, http1::SendRequest<Body>)>,
+    h1: Option<(Arc<Pool>, Key, Connection)>,
 }
 
 impl Lease {
@@ -95,13 +130,16 @@ impl Lease {
 
     /// The response has ended: the connection may serve again. Without this call it is closed.
     pub fn finished(self) {
-        let Some((pool, key, mut sender)) = self.h1 else { return };
-        if sender.is_ready() {
-            pool.put(key, sender);
+        let Some((pool, key, mut connection)) = self.h1 else { return };
+        if connection.terms.is_spent(connection.served, connection.made, Instant::now()) {
+            return;
+        }
+        if connection.sender.is_ready() {
+            pool.put(key, connection);
         } else {
             tokio::spawn(async move {
-                if sender.ready().await.is_ok() {
-                    pool.put(key, sender);
+                if connection.sender.ready().await.is_ok() {
+                    pool.put(key, connection);
                 }
             });
         }
@@ -117,12 +155,13 @@ impl Pool {
         mut request: Request<Body>,
         inform: &Arc<dyn Inform>,
         dial: &Dial<'_>,
+        kept: Kept<'_>,
     ) -> Result<(Response<Body>, Lease)> {
         match protocol {
-            Protocol::Http2 => self.send_http2(key, request, &**inform, dial).await,
+            Protocol::Http2 => self.send_http2(key, request, &**inform, dial, kept).await,
             Protocol::Http1 | Protocol::Opaque => {
                 informed(&mut request, inform);
-                self.send_http1(key, request, dial).await
+                self.send_http1(key, request, dial, kept).await
             }
         }
     }
@@ -132,19 +171,25 @@ impl Pool {
         key: Key,
         mut request: Request<Body>,
         dial: &Dial<'_>,
+        kept: Kept<'_>,
     ) -> Result<(Response<Body>, Lease)> {
+        let terms = Terms::of(kept.pool);
         loop {
-            let kept = self.take(&key);
-            let fresh = kept.is_none();
-            let mut sender = match kept {
-                Some(sender) => sender,
+            let waits = self.take(&key, terms);
+            let fresh = waits.is_none();
+            let mut connection = if let Some(connection) = waits {
+                connection
+            } else {
+                self.make_room(kept);
                 // Boxed: rare, and every request would have to make room for it.
-                None => Box::pin(dial_http1(dial, key.to)).await?,
+                let sender = Box::pin(dial_http1(dial, key.to)).await?;
+                Connection { sender, made: Instant::now(), served: 0, terms }
             };
-            match sender.try_send_request(request).await {
+            connection.served = connection.served.saturating_add(1);
+            match connection.sender.try_send_request(request).await {
                 Ok(response) => {
                     one_length(&response, key.to)?;
-                    let lease = Lease { h1: Some((Arc::clone(self), key, sender)) };
+                    let lease = Lease { h1: Some((Arc::clone(self), key, connection)) };
                     return Ok((response.map(Body::from), lease));
                 }
                 // The kept connection was closed under us and the request was not written: not the request's fault.
@@ -162,11 +207,17 @@ impl Pool {
         request: Request<Body>,
         inform: &dyn Inform,
         dial: &Dial<'_>,
+        kept: Kept<'_>,
     ) -> Result<(Response<Body>, Lease)> {
         let slot = Arc::clone(lock(&self.shared).entry(key).or_default());
         self.look_after(&lock(&self.idle));
         let (sender, place) = loop {
-            let (sender, place) = slot.get(|| dial_http2(dial, key.to)).await?;
+            let (sender, place) = slot.get(kept, || dial_http2(dial, key.to)).await?;
+            if let Some(due) = Terms::of(kept.pool).sooner()
+                && self.looks_later(due)
+            {
+                self.look_by(due, &lock(&self.idle));
+            }
             // Ready at once: it has room. One that has ended meanwhile has sent nothing.
             if let Ok(sender) = sender.ready().await {
                 break (sender, place);
@@ -177,25 +228,52 @@ impl Pool {
         Ok((response.map(|body| body.held(Arc::new(place))), Lease::shared()))
     }
 
-    fn take(&self, key: &Key) -> Option<http1::SendRequest<Body>> {
+    fn take(&self, key: &Key, terms: Terms) -> Option<Connection> {
         let mut idle = lock(&self.idle);
         let kept = idle.get_mut(key)?;
+        let now = Instant::now();
         // Last in, first out: the warmest connection, and the others may grow old and go.
-        while let Some(warmest) = kept.pop() {
-            if warmest.sender.is_ready() && !warmest.is_stale(IDLE) {
-                return Some(warmest.sender);
+        while let Some(mut warmest) = kept.pop() {
+            // The rule may have changed since.
+            warmest.connection.terms = terms;
+            let Connection { sender, made, served, .. } = &warmest.connection;
+            if sender.is_ready() && !warmest.is_stale(now) && !terms.is_spent(*served, *made, now) {
+                return Some(warmest.connection);
             }
         }
         None
     }
 
-    fn put(self: &Arc<Self>, key: Key, sender: http1::SendRequest<Body>) {
+    fn put(self: &Arc<Self>, key: Key, connection: Connection) {
+        let due = connection.terms.sooner();
         let mut idle = lock(&self.idle);
         let kept = idle.entry(key).or_default();
         if kept.len() < IDLE_PER_KEY {
-            kept.push(Idle { sender, since: Instant::now() });
+            kept.push(Idle { connection, since: Instant::now() });
+        }
+        if let Some(due) = due.filter(|due| self.looks_later(*due)) {
+            self.look_by(due, &idle);
         }
         self.look_after(&idle);
+    }
+
+    /// Closes what waits longest of a cluster's connections, where there would be one too many with the next.
+    fn make_room(&self, kept: Kept<'_>) {
+        let (Some(usage), Some(most)) = (kept.usage, kept.pool.connections) else { return };
+        // The next is among those in use already.
+        let may_wait = most.saturating_sub(usage.connections()) as usize;
+        let mut idle = lock(&self.idle);
+        let waiting = |idle: &HashMap<Key, Vec<Idle>>| {
+            let of_cluster = idle.iter().filter(|(key, _)| key.cluster == kept.cluster);
+            let oldest = |(key, waiting): (&Key, &Vec<Idle>)| Some((waiting.first()?.since, *key));
+            let number: usize = of_cluster.clone().map(|(_, waiting)| waiting.len()).sum();
+            (number, of_cluster.filter_map(oldest).min_by_key(|(since, _)| *since))
+        };
+        while let (number, Some((_, key))) = waiting(&idle)
+            && number > may_wait
+        {
+            idle.entry(key).and_modify(|waiting| drop(waiting.remove(0)));
+        }
     }
 
     /// Sees to it that old connections are closed, as long as there are any.
@@ -205,35 +283,67 @@ impl Pool {
         }
     }
 
-    /// Closes what nobody uses now, however short a time that is.
-    pub fn close_idle(&self) {
-        self.sweep(Duration::ZERO);
+    /// Whether nobody looks by then.
+    fn looks_later(&self, due: Instant) -> bool {
+        self.milliseconds(due) < self.looks.load(Ordering::Relaxed)
     }
 
-    /// Closes what has been idle for so long; whether nothing is left.
-    fn sweep(&self, limit: Duration) -> bool {
+    fn look_by(&self, due: Instant, _idle: &MutexGuard<'_, HashMap<Key, Vec<Idle>>>) {
+        self.looks.store(self.milliseconds(due), Ordering::Relaxed);
+        self.sooner.notify_one();
+    }
+
+    fn milliseconds(&self, at: Instant) -> u64 {
+        u64::try_from(at.saturating_duration_since(self.begun.0).as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// Closes what nobody uses now, however short a time that is.
+    pub fn close_idle(&self) {
+        lock(&self.idle).clear();
+        lock(&self.shared).retain(|_, slot| {
+            slot.close_idle();
+            true
+        });
+    }
+
+    /// Closes what is kept no longer. When to look again; `None`: nothing is left.
+    fn sweep(&self) -> Option<Instant> {
+        let now = Instant::now();
+        let mut next = now + LOOK;
         let mut idle = lock(&self.idle);
         for kept in idle.values_mut() {
-            kept.retain(|idle| !idle.is_stale(limit));
+            kept.retain(|idle| !idle.is_stale(now));
+            next = kept.iter().filter_map(Idle::until).fold(next, Instant::min);
         }
         idle.retain(|_, kept| !kept.is_empty());
         let mut shared = lock(&self.shared);
-        // Nobody waits for it, and nothing of it is open.
-        shared.retain(|_, slot| slot.sweep(limit) || Arc::strong_count(slot) > 1);
-        let empty = idle.is_empty() && shared.is_empty();
-        if empty {
+        shared.retain(|_, slot| {
+            let due = slot.sweep(now);
+            next = due.map_or(next, |due| next.min(due));
+            // Somebody waits for it, or something of it is open.
+            due.is_some() || Arc::strong_count(slot) > 1
+        });
+        if idle.is_empty() && shared.is_empty() {
             self.swept.store(false, Ordering::Relaxed);
+            // Whoever is next to look does so at once.
+            self.looks.store(0, Ordering::Relaxed);
+            return None;
         }
-        empty
+        self.looks.store(self.milliseconds(next), Ordering::Relaxed);
+        Some(next)
     }
 }
 
 async fn sweep(pool: Weak<Pool>) {
     loop {
-        tokio::time::sleep(IDLE / 2).await;
-        let Some(pool) = pool.upgrade() else { return };
-        if pool.sweep(IDLE) {
-            return;
+        let (due, sooner) = {
+            let Some(pool) = pool.upgrade() else { return };
+            let Some(due) = pool.sweep() else { return };
+            (due, Arc::clone(&pool.sooner))
+        };
+        tokio::select! {
+            () = sleep_until(due) => {}
+            () = sooner.notified() => {}
         }
     }
 }
@@ -296,7 +406,7 @@ fn informed(request: &mut Request<Body>, inform: &Arc<dyn Inform>) {
 }
 
 async fn dial_http1(dial: &Dial<'_>, to: SocketAddr) -> Result<http1::SendRequest<Body>> {
-    let stream = TokioIo::new(dial.connect().await?);
+    let stream = TokioIo::new(dial.open(Protocol::Http1).await?);
     connect_http1(stream, to, dial.begin_flow()).await
 }
 
@@ -304,7 +414,7 @@ async fn dial_http2(
     dial: &Dial<'_>,
     to: SocketAddr,
 ) -> Result<(SendRequest<Bytes>, impl Future<Output = ()> + Send + 'static)> {
-    connect_http2(dial.connect().await?, to, dial.begin_flow()).await
+    connect_http2(dial.open(Protocol::Http2).await?, to, dial.begin_flow()).await
 }
 
 async fn connect_http1<S>(
@@ -368,3 +478,6 @@ pub(super) fn h2_failure(failed: &Failed, to: SocketAddr) -> Error {
     let made = Error::new(kind, format!("exchange with {to} failed: {error}"));
     Error { reset: error.reason().filter(|_| error.is_reset()), ..made }
 }
+
+#[cfg(test)]
+mod tests;

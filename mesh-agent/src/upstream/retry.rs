@@ -21,7 +21,7 @@ pub fn covers_error(on: &RetryOn, error: &Error) -> bool {
     let named = match error.kind {
         Kind::ConnectFailure | Kind::TlsFailure => on.connect_failure,
         // The agent of the endpoint's node has not looked at it; another node may have room.
-        Kind::RefusedStream | Kind::Overload => on.refused_stream,
+        Kind::RefusedStream | Kind::Overload | Kind::ConcurrencyLimit => on.refused_stream,
         Kind::UpstreamReset => false,
         // A try that ran into perTryTimeout is a 504 made by the mesh.
         Kind::Timeout => on.status_codes.contains(&504),
@@ -32,7 +32,14 @@ pub fn covers_error(on: &RetryOn, error: &Error) -> bool {
 
 /// Whether a try failed before anything of the request was handed to an app.
 pub const fn is_unsent(kind: Kind) -> bool {
-    matches!(kind, Kind::ConnectFailure | Kind::TlsFailure | Kind::RefusedStream | Kind::Overload)
+    matches!(
+        kind,
+        Kind::ConnectFailure
+            | Kind::TlsFailure
+            | Kind::RefusedStream
+            | Kind::Overload
+            | Kind::ConcurrencyLimit
+    )
 }
 
 /// Whether the conditions cover a response to a request with these headers.

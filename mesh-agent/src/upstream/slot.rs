@@ -19,10 +19,15 @@ use bytes::Bytes;
 use h2::client::SendRequest;
 use tokio::{sync::Notify, time::Instant};
 
-use super::pool::lock;
+use super::{
+    Kept,
+    pool::lock,
+    terms::{LOOK, Terms},
+};
 use crate::{
     error::{Error, Result},
     http2,
+    state::snapshot::ConnectionPool,
 };
 
 /// Connections to one address; beyond them, requests wait for a stream.
@@ -32,9 +37,36 @@ const MOST: usize = 16;
 #[derive(Debug)]
 struct Open {
     sender: SendRequest<Bytes>,
-    streams: Arc<()>,
+    streams: Arc<Mark>,
+    made: Instant,
     /// When it last got a stream.
     used: Instant,
+    /// Streams that it has had.
+    served: u32,
+}
+
+/// What the streams of one connection hold.
+#[derive(Debug)]
+struct Mark {
+    made: Instant,
+    /// When the last of them has ended, in milliseconds since then.
+    ended: AtomicU64,
+}
+
+impl Mark {
+    fn new(made: Instant) -> Arc<Self> {
+        Arc::new(Self { made, ended: AtomicU64::new(0) })
+    }
+}
+
+/// The connections to one address.
+#[derive(Debug, Default)]
+struct Connections {
+    open: Vec<Open>,
+    /// The marks of those that take no more streams and have some left.
+    spent: Vec<Arc<Mark>>,
+    /// The rule of whoever asked last.
+    pool: ConnectionPool,
 }
 
 impl Open {
@@ -42,14 +74,21 @@ impl Open {
         Arc::strong_count(&self.streams) - 1
     }
 
-    /// Streams that it has room for.
-    fn room(&self) -> usize {
-        self.sender.current_max_send_streams().saturating_sub(self.streams())
+    /// Since when it has no stream, if it has none.
+    fn unused(&self) -> Option<Instant> {
+        let ended = self.made + Duration::from_millis(self.streams.ended.load(Ordering::Relaxed));
+        (self.streams() == 0).then(|| ended.max(self.used))
+    }
+
+    /// Streams that it has room for, where there may be so many by the rule.
+    fn room(&self, most: usize) -> usize {
+        self.sender.current_max_send_streams().min(most).saturating_sub(self.streams())
     }
 
     /// One more of them.
     fn take(&mut self, freed: &Arc<Freed>) -> Found {
         self.used = Instant::now();
+        self.served = self.served.saturating_add(1);
         let place = Place { stream: Some(Arc::clone(&self.streams)), freed: Arc::clone(freed) };
         (self.sender.clone(), place)
     }
@@ -59,13 +98,16 @@ impl Open {
 #[derive(Debug)]
 pub(super) struct Place {
     /// Let go of before the others are told.
-    stream: Option<Arc<()>>,
+    stream: Option<Arc<Mark>>,
     freed: Arc<Freed>,
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.stream = None;
+        if let Some(stream) = self.stream.take() {
+            let ended = u64::try_from(stream.made.elapsed().as_millis()).unwrap_or(u64::MAX);
+            stream.ended.store(ended, Ordering::Relaxed);
+        }
         self.freed.notify.notify_one();
     }
 }
@@ -108,7 +150,7 @@ enum Room {
 /// The connections to one address.
 #[derive(Debug, Default)]
 pub(super) struct Slot {
-    open: Mutex<Vec<Open>>,
+    connections: Mutex<Connections>,
     dialling: tokio::sync::Mutex<()>,
     /// Dials that have come to something.
     dialled: AtomicU64,
@@ -123,24 +165,26 @@ impl Slot {
     ///
     /// # Errors
     /// Why there is no connection, by this dial or one that was waited for.
-    pub async fn get<D, C>(self: &Arc<Self>, dial: impl FnOnce() -> D) -> Result<Found>
+    pub async fn get<D, C>(self: &Arc<Self>, kept: Kept<'_>, dial: impl FnOnce() -> D) -> Result<Found>
     where
         D: Future<Output = Result<(SendRequest<Bytes>, C)>>,
         C: Future<Output = ()> + Send + 'static,
     {
-        match self.look() {
+        match self.look(kept.pool) {
             Room::Stream(found) => Ok(found),
             // Boxed: rare, and every request would have to make room for it.
-            Room::Connection | Room::None => Box::pin(self.wait(dial)).await,
+            Room::Connection | Room::None => Box::pin(self.wait(kept, dial)).await,
         }
     }
 
-    async fn wait<D, C>(self: &Arc<Self>, dial: impl FnOnce() -> D) -> Result<Found>
+    async fn wait<D, C>(self: &Arc<Self>, kept: Kept<'_>, dial: impl FnOnce() -> D) -> Result<Found>
     where
         D: Future<Output = Result<(SendRequest<Bytes>, C)>>,
         C: Future<Output = ()> + Send + 'static,
     {
         let _waiting = self.freed.wait();
+        // Held, once there has been no connection to be had, until there is one.
+        let mut pending = None;
         loop {
             let before = self.dialled.load(Ordering::Acquire);
             let _turn = {
@@ -148,19 +192,22 @@ impl Slot {
                 // told to who does not listen; dropped, it hands on what it was told.
                 let mut freed = pin!(self.freed.notify.notified());
                 freed.as_mut().enable();
-                match self.look() {
+                match self.look(kept.pool) {
                     Room::Stream(found) => return Ok(found),
                     Room::Connection => tokio::select! {
                         turn = self.dialling.lock() => turn,
                         () = freed => continue,
                     },
                     Room::None => {
+                        if let Some(usage) = kept.usage.filter(|_| pending.is_none()) {
+                            pending = usage.wait(kept.pool)?;
+                        }
                         freed.await;
                         continue;
                     }
                 }
             };
-            match self.look() {
+            match self.look(kept.pool) {
                 Room::Stream(found) => return Ok(found),
                 Room::Connection => {}
                 Room::None => continue,
@@ -188,51 +235,96 @@ impl Slot {
         sender: SendRequest<Bytes>,
         connection: impl Future<Output = ()> + Send + 'static,
     ) -> Found {
-        let mut open = Open { sender, streams: Arc::default(), used: Instant::now() };
+        let now = Instant::now();
+        let mut open = Open { sender, streams: Mark::new(now), made: now, used: now, served: 0 };
         let found = open.take(&self.freed);
         let (slot, mark) = (Arc::downgrade(self), Arc::downgrade(&open.streams));
-        lock(&self.open).push(open);
+        let mut connections = lock(&self.connections);
+        connections.open.push(open);
+        connections.retire(now);
+        drop(connections);
         tokio::spawn(drive(connection, slot, Arc::clone(&self.freed), mark));
         found
     }
 
-    /// Closes what has had no stream for so long; whether any connection is left.
-    pub fn sweep(&self, idle: Duration) -> bool {
-        let mut open = lock(&self.open);
-        let before = open.len();
-        // With its last handle gone a connection says goodbye and ends.
-        open.retain(|open| {
-            !http2::is_closed(&open.sender) && (open.streams() > 0 || open.used.elapsed() < idle)
-        });
-        if open.len() < before {
+    /// Closes what is kept no longer. When the next is due to be, or at least to be looked at; `None`: there is none.
+    pub fn sweep(&self, now: Instant) -> Option<Instant> {
+        let mut connections = lock(&self.connections);
+        let (before, terms) = (connections.open.len(), Terms::of(&connections.pool));
+        connections.retire(now);
+        let until = |open: &Open| open.unused().and_then(|unused| terms.until(unused, open.made));
+        connections
+            .open
+            .retain(|open| !http2::is_closed(&open.sender) && until(open).is_none_or(|until| until > now));
+        if connections.open.len() < before {
             self.freed.notify.notify_waiters();
         }
-        !open.is_empty()
+        // One that is in use may be unused in an instant.
+        let due = connections.open.iter().filter_map(|open| until(open).or_else(|| terms.sooner()));
+        let due = due.fold(now + LOOK, Instant::min);
+        (connections.number() > 0).then_some(due)
+    }
+
+    /// Closes what has no stream now.
+    pub fn close_idle(&self) {
+        let mut connections = lock(&self.connections);
+        let before = connections.open.len();
+        connections.open.retain(|open| open.streams() > 0);
+        if connections.open.len() < before {
+            self.freed.notify.notify_waiters();
+        }
     }
 
     /// The first with room.
-    fn look(&self) -> Room {
-        let mut open = lock(&self.open);
-        open.retain(|open| !http2::is_closed(&open.sender));
-        let may_be_more = open.len() < MOST;
-        match open.iter_mut().find(|open| open.room() > 0) {
-            Some(found) => Room::Stream(found.take(&self.freed)),
-            None if may_be_more => Room::Connection,
-            None => Room::None,
+    fn look(&self, pool: &ConnectionPool) -> Room {
+        let now = Instant::now();
+        let most = pool.connections.map_or(MOST, |most| (most as usize).clamp(1, MOST));
+        let mut connections = lock(&self.connections);
+        connections.pool = *pool;
+        connections.open.retain(|open| !http2::is_closed(&open.sender));
+        connections.retire(now);
+        let streams = connections.streams();
+        let with_room = connections.open.iter_mut().find(|open| open.room(streams) > 0);
+        if let Some(found) = with_room.map(|open| open.take(&self.freed)) {
+            connections.retire(now);
+            return Room::Stream(found);
         }
+        if connections.number() < most { Room::Connection } else { Room::None }
     }
 
     /// Streams that the connection with this mark has room for; `None`: it takes none any more.
-    fn room(&self, mark: &Weak<()>) -> Option<usize> {
-        let open = lock(&self.open);
-        let found = open.iter().find(|open| std::ptr::eq(Arc::as_ptr(&open.streams), mark.as_ptr()))?;
-        (!http2::is_closed(&found.sender)).then(|| found.room())
+    fn room(&self, mark: &Weak<Mark>) -> Option<usize> {
+        let connections = lock(&self.connections);
+        let has_mark = |open: &&Open| std::ptr::eq(Arc::as_ptr(&open.streams), mark.as_ptr());
+        let found = connections.open.iter().find(has_mark)?;
+        (!http2::is_closed(&found.sender)).then(|| found.room(connections.streams()))
+    }
+}
+
+impl Connections {
+    /// Streams that one of them may have.
+    fn streams(&self) -> usize {
+        self.pool.streams.map_or(usize::MAX, |streams| streams as usize)
+    }
+
+    /// How many there are, with those that finish what they have.
+    fn number(&mut self) -> usize {
+        self.spent.retain(|streams| Arc::strong_count(streams) > 1);
+        self.open.len() + self.spent.len()
+    }
+
+    /// Gives no more streams to those that have had all they may. With its last handle and stream gone a connection says
+    /// goodbye and ends.
+    fn retire(&mut self, now: Instant) {
+        let terms = Terms::of(&self.pool);
+        let spent = self.open.extract_if(.., |open| terms.is_spent(open.served, open.made, now));
+        self.spent.extend(spent.map(|open| open.streams));
     }
 }
 
 /// Sees a connection through to its end. What its peer says may be room for those who wait: another limit of streams, or
 /// a goodbye.
-async fn drive(connection: impl Future<Output = ()>, slot: Weak<Slot>, freed: Arc<Freed>, mark: Weak<()>) {
+async fn drive(connection: impl Future<Output = ()>, slot: Weak<Slot>, freed: Arc<Freed>, mark: Weak<Mark>) {
     let mut connection = pin!(connection);
     let mut closed = false;
     poll_fn(|cx| {
@@ -255,165 +347,4 @@ async fn drive(connection: impl Future<Output = ()>, slot: Weak<Slot>, freed: Ar
 }
 
 #[cfg(test)]
-mod tests {
-    use std::{pin::Pin, task::Poll};
-
-    use tokio::{
-        io::{AsyncWriteExt as _, DuplexStream},
-        task::JoinSet,
-    };
-
-    use super::*;
-    use crate::error::Kind;
-
-    type TestResult = std::result::Result<(), Box<dyn std::error::Error + Send + Sync>>;
-
-    /// Frames of a peer: no more streams than this at a time, and a goodbye that covers the first stream.
-    const fn settings(streams: u8) -> [u8; 15] {
-        [0, 0, 6, 4, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, streams]
-    }
-    const GOODBYE: [u8; 17] = [0, 0, 8, 7, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0];
-
-    /// A slot, and the far ends of the connections dialled for it.
-    #[derive(Default)]
-    struct Dialled {
-        slot: Arc<Slot>,
-        peers: Mutex<Vec<DuplexStream>>,
-    }
-
-    impl Dialled {
-        /// So many places on connections to peers that let this many streams be open and answer none.
-        async fn places(&self, count: usize, streams: u8) -> Result<Vec<Place>> {
-            let mut places = Vec::new();
-            for _ in 0..count {
-                places.push(self.get(streams).await?.1);
-            }
-            Ok(places)
-        }
-
-        async fn get(&self, streams: u8) -> Result<Found> {
-            self.slot.get(|| self.dial(streams)).await
-        }
-
-        async fn dial(&self, streams: u8) -> Result<(SendRequest<Bytes>, impl Future<Output = ()> + use<>)> {
-            let failed = |error: &dyn std::error::Error| Error::new(Kind::ConnectFailure, error.to_string());
-            let (near, mut far) = tokio::io::duplex(1 << 16);
-            far.write_all(&settings(streams)).await.map_err(|error| failed(&error))?;
-            let handshake = h2::client::handshake(near).await;
-            let (sender, mut connection) = handshake.map_err(|error| failed(&error))?;
-            lock(&self.peers).push(far);
-            // Until its settings are known.
-            poll_fn(|cx| {
-                let _ = Pin::new(&mut connection).poll(cx);
-                let known = sender.current_max_send_streams() == streams as usize;
-                if known { Poll::Ready(()) } else { Poll::Pending }
-            })
-            .await;
-            let connection = async {
-                let _ = connection.await;
-            };
-            Ok((sender, connection))
-        }
-
-        /// The places taken on each connection.
-        fn taken(&self) -> Vec<usize> {
-            lock(&self.slot.open).iter().map(Open::streams).collect()
-        }
-    }
-
-    async fn waits(future: Pin<&mut impl Future>) -> bool {
-        let mut future = future;
-        poll_fn(|cx| Poll::Ready(future.as_mut().poll(cx).is_pending())).await
-    }
-
-    #[tokio::test]
-    async fn another_connection_is_made_when_all_streams_are_taken() -> TestResult {
-        let dialled = Dialled::default();
-        let _places = dialled.places(6, 2).await?;
-        assert_eq!(dialled.taken(), [2, 2, 2]);
-        Ok(())
-    }
-
-    #[tokio::test]
-    async fn where_all_are_full_the_first_place_that_is_freed_is_taken() -> TestResult {
-        let dialled = Dialled::default();
-        let mut places = dialled.places(MOST * 2, 2).await?;
-        let (mut first, mut second) = (pin!(dialled.get(2)), pin!(dialled.get(2)));
-        assert!(waits(first.as_mut()).await && waits(second.as_mut()).await);
-        assert_eq!(dialled.taken(), [2; MOST], "who waits belongs to none");
-        drop(places.remove(19));
-        assert_eq!(dialled.taken()[9], 1);
-        let _first = first.await?;
-        assert_eq!(dialled.taken(), [2; MOST]);
-        assert!(waits(second.as_mut()).await);
-        drop(places.remove(7));
-        let _second = second.await?;
-        Ok(())
-    }
-
-    #[tokio::test]
-    async fn who_gives_up_when_told_leaves_it_to_the_next() -> TestResult {
-        let dialled = Dialled::default();
-        let mut places = dialled.places(MOST, 1).await?;
-        let mut first = Box::pin(dialled.get(1));
-        let mut second = pin!(dialled.get(1));
-        assert!(waits(first.as_mut()).await && waits(second.as_mut()).await);
-        drop(places.remove(9));
-        drop(first);
-        second.await?;
-        Ok(())
-    }
-
-    #[tokio::test]
-    async fn where_the_connections_die_those_who_wait_get_a_new_one() -> TestResult {
-        let dialled = Dialled::default();
-        let _places = dialled.places(MOST, 1).await?;
-        let mut waiting = pin!(async { tokio::join!(dialled.get(1), dialled.get(1)) });
-        assert!(waits(waiting.as_mut()).await);
-        lock(&dialled.peers).clear();
-        let (first, second) = waiting.await;
-        let _places = (first?, second?);
-        assert_eq!(dialled.taken(), [1, 1]);
-        Ok(())
-    }
-
-    #[tokio::test]
-    async fn what_a_peer_says_may_be_room() -> TestResult {
-        let dialled = Dialled::default();
-        let mut places = dialled.places(MOST, 1).await?;
-        for (frame, taken) in [(&settings(2)[..], 2), (&GOODBYE, 1)] {
-            let mut waiting = pin!(dialled.get(1));
-            assert!(waits(waiting.as_mut()).await);
-            let mut peer = lock(&dialled.peers).remove(3);
-            peer.write_all(frame).await?;
-            places.push(waiting.await?.1);
-            lock(&dialled.peers).insert(3, peer);
-            assert_eq!((dialled.taken().len(), dialled.taken()[3]), (MOST, taken));
-        }
-        Ok(())
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn who_waited_for_a_dial_in_vain_is_told_with_it() -> TestResult {
-        let dialled = Dialled::default();
-        let begun = Instant::now();
-        let mut waiting = JoinSet::new();
-        for _ in 0..10 {
-            let slot = Arc::clone(&dialled.slot);
-            waiting.spawn(async move {
-                let black_hole = async {
-                    tokio::time::sleep(Duration::from_secs(10)).await;
-                    Err::<(_, std::future::Ready<()>), _>(Error::new(Kind::ConnectFailure, "no answer"))
-                };
-                slot.get(|| black_hole).await.map(drop).map_err(|error| error.kind)
-            });
-        }
-        for outcome in waiting.join_all().await {
-            assert_eq!(outcome, Err(Kind::ConnectFailure));
-        }
-        assert_eq!(begun.elapsed().as_secs(), 10);
-        // Who comes later dials again.
-        assert!(dialled.get(1).await.is_ok());
-        Ok(())
-    }
-}
+mod tests;

@@ -58,6 +58,7 @@ pub struct App {
 /// |---|---|
 /// | `/status/N` | the echo with this status; without a body for 204 and 304 |
 /// | `/fail-first/N` | 503 for the first N requests of that path and query |
+/// | `/healthz` | the echo, with 503 from `/sick/1` until `/sick/0` was asked for |
 /// | `/refuse/N` | this status at once, without reading the body |
 /// | `/slow/MS` | the echo after this time |
 /// | `/hold` | the echo once somebody asks for `/release`, which says how many it released |
@@ -195,6 +196,14 @@ impl Pod {
         let (status, body) = get_inside(self.netns(), loopback(port), "/release").await?;
         ensure!(status.is_success(), "/release answered {status}: {body}");
         body.parse().with_context(|| format!("no number: {body}"))
+    }
+
+    /// Says what `/healthz` of the HTTP app of this pod answers from now on, from inside the pod and past the mesh.
+    pub async fn set_sick(&self, port: u16, sick: bool) -> Result<()> {
+        let path = format!("/sick/{}", u8::from(sick));
+        let (status, body) = get_inside(self.netns(), loopback(port), &path).await?;
+        ensure!(status.is_success(), "{path} answered {status}: {body}");
+        Ok(())
     }
 
     /// Connects, sends `bytes` bytes, shuts down its write side, reads to the end. `args` are those of

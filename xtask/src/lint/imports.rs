@@ -34,6 +34,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("route", &[]),
     ("policy", &["identity", "route"]),
     ("balance", &["route"]),
+    ("limit", &["route"]),
     ("upstream", &["balance", "capture", "http2", "identity", "policy", "tunnel"]),
     ("tunnel", &["http2", "identity"]),
     ("copy", &[]),

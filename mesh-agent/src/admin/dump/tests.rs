@@ -6,7 +6,8 @@ use http::{HeaderName, HeaderValue, StatusCode};
 
 use super::*;
 use crate::state::snapshot::{
-    Authentication, Balancing, CapturePolicy, HeaderOps, KeySet, RemoteKeys, Subnet, UnmatchedPreflights,
+    Authentication, Balancing, CapturePolicy, Cluster, ConnectionPool, HeaderOps, Idle, KeySet, RemoteKeys,
+    Subnet, UnmatchedPreflights,
 };
 
 fn anybody() -> CorsPolicy {
@@ -32,12 +33,20 @@ fn reviews() -> Cluster {
         subset: Some("v2".into()),
         view: None,
         endpoints: Vec::new(),
+        spread: Arc::default(),
         balancing: Balancing::RoundRobin,
         hash: None,
         outlier: None,
         connect_timeout: Duration::from_secs(10),
+        pool: ConnectionPool {
+            connections: Some(3),
+            idle: Idle::After(Duration::from_secs(1)),
+            ..ConnectionPool::UNLIMITED
+        },
+        tls: crate::state::snapshot::Origination::Plaintext,
         limits_connections: false,
         retry_budget: crate::state::defaults::RETRY_BUDGET,
+        standby: crate::state::snapshot::Standby::default(),
         state: Arc::default(),
     }
 }
@@ -91,7 +100,12 @@ fn a_route_is_shown_with_all_that_decides() {
             {"weight": 50, "request_headers": null, "response_headers": null, "cluster": {
                 "name": "outbound|9080|v2|reviews.default.svc.cluster.local",
                 "balancing": "RoundRobin", "connect_timeout_ms": 10_000, "endpoints": [],
-                "outlier_detection": null,
+                "connection_pool": {
+                    "max_connections": 3, "keepalive": null, "max_duration_ms": null, "tcp_idle_ms": null,
+                    "max_pending": null, "max_requests": null, "max_requests_per_connection": null, "max_retries": null,
+                    "http_idle_ms": 1000, "max_streams": null, "h2_upgrade": false, "use_client_protocol": false,
+                },
+                "outlier_detection": null, "tls": "plaintext", "levels": [], "warmup": null,
                 "view": null, "retry_budget": {"percent": 20.0, "min": 10},
             }},
             {"weight": 50, "request_headers": null, "response_headers": null,

@@ -1,25 +1,38 @@
 //! Clusters: the endpoints of one (service, port, subset), made once however many routes lead there, and once more
 //! for clients of each namespace that have rules of their own.
 //!
-//! Promises that an endpoint and a cluster that were there before keep their in-flight counts and positions.
+//! Promises that an endpoint and a cluster that were there before keep their in-flight counts, latencies and positions; and
+//! that an endpoint which comes back while it has requests in flight, or is ejected, is known again.
 //! Tested in `tests.rs` beside it.
 
 use std::{
     collections::{BTreeMap, HashMap},
     net::SocketAddr,
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
 };
 
 use super::{
     destination_rules::{self, DestinationRules, Merged, Policy},
     endpoints::{Candidate, selects},
+    locality::Localities,
+    mesh_config::MeshSettings,
+    resolve,
+    service_policies::{ServicePolicies, key_of},
     services::{Definition, Definitions, PortDefinition},
+    spread::{self, Layout},
     views::Views,
 };
 use crate::state::{
-    resource::{destination_rule::Subset, load_balancer::Balancer},
-    snapshot::{Balancing, Cluster, ConsistentHash, Endpoint, Snapshot},
+    resource::{ObjectKey, destination_rule::Subset, service_policy::FallbackTo},
+    snapshot::{Checked, Cluster, Endpoint, Snapshot, Spread, Standby, Use, Visibility},
 };
+
+/// For how long an endpoint that has left is known to be ejected: no ejection lasts longer, but by a rule's own word.
+const KNOWN: Duration = Duration::from_mins(5);
+
+/// Host name and port of a service.
+type PortKey = (Arc<str>, u16);
 
 /// A cluster's name, and the namespace of its clients where it is theirs alone.
 type Key = (Arc<str>, Option<Arc<str>>);
@@ -28,9 +41,18 @@ type Key = (Arc<str>, Option<Arc<str>>);
 pub(super) struct Clusters<'a, 'p> {
     definitions: &'p Definitions<'a>,
     rules: &'p DestinationRules<'a>,
+    policies: &'p ServicePolicies<'a>,
     views: &'p Views<'p>,
+    place: (&'p Localities<'a>, &'p MeshSettings),
     before: HashMap<Key, Arc<Cluster>>,
     made: HashMap<Key, Arc<Cluster>>,
+    /// The same clusters as they serve for others: without fallbacks.
+    plain: HashMap<Key, Arc<Cluster>>,
+    /// What is known of ports that are checked, and of their addresses; of those of the snapshot before too.
+    checks: HashMap<PortKey, Arc<Use>>,
+    checked: HashMap<(PortKey, SocketAddr), Arc<Checked>>,
+    /// Fallbacks that lead nowhere.
+    pub unresolved: Vec<(ObjectKey, String, String)>,
 }
 
 impl<'a, 'p> Clusters<'a, 'p> {
@@ -38,11 +60,31 @@ impl<'a, 'p> Clusters<'a, 'p> {
     pub fn new(
         definitions: &'p Definitions<'a>,
         rules: &'p DestinationRules<'a>,
+        policies: &'p ServicePolicies<'a>,
         views: &'p Views<'p>,
+        place: (&'p Localities<'a>, &'p MeshSettings),
         previous: Option<&Snapshot>,
     ) -> Self {
         let before = previous.map(by_key).unwrap_or_default();
-        Self { definitions, rules, views, before, made: HashMap::new() }
+        let ports = || previous.into_iter().flat_map(|previous| &previous.checked);
+        let uses =
+            ports().filter_map(|(key, port)| Some((key.clone(), port.cluster.standby.checks.clone()?)));
+        let known = ports().flat_map(|(key, port)| {
+            port.endpoints().map(|(endpoint, known)| ((key.clone(), endpoint.address), Arc::clone(known)))
+        });
+        Self {
+            checks: uses.collect(),
+            checked: known.collect(),
+            definitions,
+            rules,
+            policies,
+            views,
+            place,
+            before,
+            made: HashMap::new(),
+            plain: HashMap::new(),
+            unresolved: Vec::new(),
+        }
     }
 
     /// The service of this host name.
@@ -59,7 +101,7 @@ impl<'a, 'p> Clusters<'a, 'p> {
     ) -> Arc<Cluster> {
         let client = client.filter(|client| self.views.is_special(&service.host, client));
         let merged = self.rules.find(client, &service.host, &service.key.namespace);
-        self.make(service, port, client, merged.as_ref(), None)
+        self.with_fallbacks(service, port, client, merged.as_ref(), None)
     }
 
     /// The endpoints of a port that are in a subset; `None` when no rule defines the subset.
@@ -73,7 +115,7 @@ impl<'a, 'p> Clusters<'a, 'p> {
         let client = client.filter(|client| self.views.is_special(&service.host, client));
         let merged = self.rules.find(client, &service.host, &service.key.namespace)?;
         let subset = merged.subset(subset)?;
-        Some(self.make(service, port, client, Some(&merged), Some(subset)))
+        Some(self.with_fallbacks(service, port, client, Some(&merged), Some(subset)))
     }
 
     fn make(
@@ -88,21 +130,37 @@ impl<'a, 'p> Clusters<'a, 'p> {
         let name: Arc<str> = format!("outbound|{}|{subset_name}|{}", port.port, service.host).into();
         let view: Option<Arc<str>> = client.map(Arc::from);
         let key = (Arc::clone(&name), view.clone());
-        if let Some(made) = self.made.get(&key) {
+        if let Some(made) = self.plain.get(&key) {
             return Arc::clone(made);
         }
-        let Policy { balancer, connect_timeout, outlier, limits_connections, retry_budget } =
-            destination_rules::policy(merged, subset, port.port);
+        let policy = destination_rules::policy(merged, subset, port.port, service.by_latency);
+        let port_key = || (Arc::clone(&service.host), port.port);
+        let checks = self.policies.of(&service.host, port.port).health_check().is_some();
+        let checks = checks.then(|| Arc::clone(self.checks.entry(port_key()).or_default()));
         let before = self.before.get(&key);
+        let tls = self.rules.originate(
+            merged,
+            &service.host,
+            policy.tls.as_ref(),
+            before.map(|before| &before.tls),
+        );
         let labels = subset.map(|subset| &subset.labels);
-        let endpoints = endpoints(&port.candidates, labels, before);
-        let (balancing, hash) = match balancer {
-            Balancer::Simple(balancing) => (balancing, None),
-            Balancer::Hash(key, table) => {
-                let addresses: Vec<_> = endpoints.iter().map(|endpoint| endpoint.address).collect();
-                (Balancing::Random, Some(ConsistentHash::new(key, table, &addresses)))
-            }
-        };
+        let chosen: Vec<_> = port
+            .candidates
+            .iter()
+            .filter(|candidate| labels.is_none_or(|labels| selects(labels, candidate.labels)))
+            .collect();
+        let checked = &mut self.checked;
+        let known = |address| Arc::clone(checked.entry((port_key(), address)).or_default());
+        let (endpoints, leaving) = endpoints(&chosen, before, checks.is_some().then_some(known));
+        let (localities, mesh) = self.place;
+        let layout = Layout { localities, mesh: mesh.locality.as_ref(), nearby: service.nearby };
+        let levels = layout.levels(&policy, &chosen);
+        let spread = Spread { levels, warmup: policy.balancer.warmup, leaving };
+        let (balancing, hash) = spread::chooser(&policy.choice, &endpoints, &spread);
+        let Policy { connect_timeout, pool, outlier, limits_connections, retry_budget, .. } = policy;
+        // The kernel knows neither levels nor weights that have to hold while connections are open.
+        let limits_connections = limits_connections || !spread.levels.is_empty() || checks.is_some();
         let cluster = Arc::new(Cluster {
             name,
             host: Arc::clone(&service.host),
@@ -113,41 +171,127 @@ impl<'a, 'p> Clusters<'a, 'p> {
             subset: subset.map(|subset| subset.name.as_str().into()),
             view,
             endpoints,
+            spread: Arc::new(spread),
             balancing,
             hash,
             outlier,
             connect_timeout,
+            pool,
+            tls,
             limits_connections,
             retry_budget,
+            standby: Standby { checks, fallbacks: Vec::new() },
             state: before.map(|before| Arc::clone(&before.state)).unwrap_or_default(),
         });
+        self.plain.insert(key, Arc::clone(&cluster));
+        cluster
+    }
+
+    /// The same, with those that serve where nobody in it does.
+    fn with_fallbacks(
+        &mut self,
+        service: &Definition<'a>,
+        port: &PortDefinition<'a>,
+        client: Option<&str>,
+        merged: Option<&Merged<'a>>,
+        subset: Option<&Subset>,
+    ) -> Arc<Cluster> {
+        let plain = self.make(service, port, client, merged, subset);
+        let policies = self.policies.of(&service.host, port.port);
+        let named = policies.fallbacks(subset.map(|subset| &*subset.name));
+        let Some((policy, place, to)) = named else { return plain };
+        let key = (Arc::clone(&plain.name), plain.view.clone());
+        if let Some(made) = self.made.get(&key) {
+            return Arc::clone(made);
+        }
+        let mut fallbacks: Vec<Arc<Cluster>> = Vec::with_capacity(to.len());
+        for (i, to) in to.iter().enumerate() {
+            match self.fallback(service, port.port, client, to) {
+                // Itself would be asked again for nothing.
+                Ok(fallback) if fallback.name == plain.name => {}
+                Ok(fallback) => fallbacks.push(fallback),
+                Err((part, message)) => {
+                    let field = format!("spec.fallbacks[{place}].to[{i}].{part}");
+                    self.unresolved.push((key_of(policy), field, message));
+                }
+            }
+        }
+        let standby = Standby { fallbacks, ..plain.standby.clone() };
+        let cluster = Arc::new(Cluster { standby, limits_connections: true, ..Cluster::clone(&plain) });
         self.made.insert(key, Arc::clone(&cluster));
         cluster
     }
+
+    /// A cluster that serves for another: without fallbacks of its own.
+    fn fallback(
+        &mut self,
+        service: &Definition<'a>,
+        dialled: u16,
+        client: Option<&str>,
+        to: &FallbackTo,
+    ) -> Result<Arc<Cluster>, (&'static str, String)> {
+        let host = to.host.as_ref().map(|host| resolve(host, &service.key.namespace));
+        let other = host.as_ref().map(|host| self.definitions.get(host));
+        let Some(target) = other.unwrap_or_else(|| self.definitions.get(&service.host)) else {
+            return Err(("host", format!("no Service has the host {}", host.unwrap_or_default())));
+        };
+        let seen =
+            client.map_or(target.visible == Visibility::Everywhere, |client| target.visible.to(client));
+        if host.is_some() && !seen {
+            return Err(("host", format!("{} is not exported to all who would be led there", target.key)));
+        }
+        let number = match (to.port, target.ports.as_slice()) {
+            (Some(number), _) => number,
+            (None, [only]) => only.port,
+            (None, _) => dialled,
+        };
+        let Some(port) = target.port(number) else {
+            return Err(("port", format!("{} has no TCP port {number}", target.key)));
+        };
+        let client = client.filter(|client| self.views.is_special(&target.host, client));
+        let merged = self.rules.find(client, &target.host, &target.key.namespace);
+        let Some(name) = &to.subset else {
+            return Ok(self.make(target, port, client, merged.as_ref(), None));
+        };
+        let subset = merged.as_ref().and_then(|merged| merged.subset(name));
+        let Some(subset) = subset else {
+            let text = format!("no DestinationRule defines the subset {name:?} of {}", target.host);
+            return Err(("subset", text));
+        };
+        Ok(self.make(target, port, client, merged.as_ref(), Some(subset)))
+    }
 }
 
+/// The endpoints, as they are remembered; and those that have left and are not done yet.
 fn endpoints(
-    candidates: &[Candidate<'_>],
-    labels: Option<&BTreeMap<String, String>>,
+    chosen: &[&Candidate<'_>],
     before: Option<&Arc<Cluster>>,
-) -> Vec<Arc<Endpoint>> {
-    let before: HashMap<SocketAddr, &Arc<Endpoint>> = before
-        .iter()
-        .flat_map(|cluster| &cluster.endpoints)
-        .map(|endpoint| (endpoint.address, endpoint))
-        .collect();
-    let chosen =
-        candidates.iter().filter(|candidate| labels.is_none_or(|labels| selects(labels, candidate.labels)));
-    chosen
-        .map(|candidate| {
-            let before = before.get(&candidate.address);
-            Arc::new(Endpoint {
-                address: candidate.address,
-                workload: candidate.workload.clone(),
-                state: before.map(|before| Arc::clone(&before.state)).unwrap_or_default(),
-            })
+    mut checked: Option<impl FnMut(SocketAddr) -> Arc<Checked>>,
+) -> (Vec<Arc<Endpoint>>, Vec<Arc<Endpoint>>) {
+    let before = before.iter().flat_map(|cluster| cluster.endpoints.iter().chain(&cluster.spread.leaving));
+    let mut before: BTreeMap<SocketAddr, &Arc<Endpoint>> =
+        before.map(|endpoint| (endpoint.address, endpoint)).collect();
+    let endpoint = |candidate: &&Candidate<'_>| {
+        let before = before.remove(&candidate.address);
+        Arc::new(Endpoint {
+            address: candidate.address,
+            workload: candidate.workload.clone(),
+            locality: candidate.locality.clone(),
+            weight: candidate.weight,
+            checked: checked.as_mut().map(|checked| checked(candidate.address)),
+            state: before.map(|before| Arc::clone(&before.state)).unwrap_or_default(),
         })
-        .collect()
+    };
+    let endpoints = chosen.iter().map(endpoint).collect();
+    let leaving = before.into_values().filter(|endpoint| is_not_done(endpoint)).cloned().collect();
+    (endpoints, leaving)
+}
+
+/// Whether an endpoint that has left has to be known should it come back.
+fn is_not_done(endpoint: &Endpoint) -> bool {
+    let state = &endpoint.state;
+    let ejected = || state.health.ejected_since().is_some_and(|since| since.elapsed() < KNOWN);
+    state.in_flight.load(Ordering::Relaxed) > 0 || ejected()
 }
 
 /// Every cluster that a snapshot leads to.

@@ -6,18 +6,21 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    sync::Arc,
     time::Duration,
 };
 
-use super::{Problems, Settings, hosts::Hosts, resolve, services::Definitions};
+use super::{Problems, Settings, client_tls, hosts::Hosts, resolve, services::Definitions};
 use crate::state::{
     defaults,
     resource::{
         ObjectKey, Objects, Resource,
+        client_tls::Tls,
+        connection_pool,
         destination_rule::{Blocks, DestinationRule, Subset, TrafficPolicy},
-        load_balancer::Balancer,
+        load_balancer::{Balancer, Choice},
     },
-    snapshot::{Balancing, OutlierDetection, RetryBudget, Visibility},
+    snapshot::{Balancing, ConnectionPool, Origination, OutlierDetection, RetryBudget, Visibility},
 };
 
 /// All rules of one host in one namespace that a client sees, as one.
@@ -25,17 +28,26 @@ use crate::state::{
 pub(super) struct Merged<'a> {
     subsets: Vec<&'a Subset>,
     policy: Option<&'a TrafficPolicy>,
+    /// Where all of them are.
+    namespace: &'a str,
+    by_latency: bool,
 }
 
 /// A policy with every default filled in.
 #[derive(Debug, Clone)]
 pub(super) struct Policy {
     /// How to choose an endpoint.
+    pub choice: Choice,
+    /// What else `loadBalancer` says.
     pub balancer: Balancer,
     /// How long dialling may take.
     pub connect_timeout: Duration,
+    /// The rest of `connectionPool`; without `maxRetries` where there is a `retryBudget`.
+    pub pool: ConnectionPool,
     /// When an endpoint gets nothing for a while.
     pub outlier: Option<OutlierDetection>,
+    /// `tls`, as it is written.
+    pub tls: Option<Tls>,
     /// Whether anything is asked for that the agent has to watch over connections for.
     pub limits_connections: bool,
     /// How many tries may be retries.
@@ -55,15 +67,23 @@ impl<'a> Merged<'a> {
             }
         }
         self.policy = self.policy.or(rule.policy.as_ref());
+        self.namespace = &rule.namespace;
+        self.by_latency |= rule.by_latency;
     }
 }
 
 /// The policy of one port of a service or subset. A subset's blocks replace the service's one by one, and the settings of
-/// a port replace all of those at their level (Istio's `MergeTrafficPolicy`).
-pub(super) fn policy(merged: Option<&Merged<'_>>, subset: Option<&Subset>, port: u16) -> Policy {
+/// a port replace all of those at their level (Istio's `MergeTrafficPolicy`). `by_latency`: what the service asks for, where no
+/// rule says how to choose.
+pub(super) fn policy(
+    merged: Option<&Merged<'_>>,
+    subset: Option<&Subset>,
+    port: u16,
+    by_latency: bool,
+) -> Policy {
     let layers = [merged.and_then(|merged| merged.policy), subset.and_then(|subset| subset.policy.as_ref())];
     let mut blocks = Blocks::default();
-    let mut retry_budget = defaults::RETRY_BUDGET;
+    let mut retry_budget = None;
     for layer in layers.into_iter().flatten() {
         blocks = match layer.ports.get(&port) {
             Some(of_port) => of_port.clone(),
@@ -71,20 +91,39 @@ pub(super) fn policy(merged: Option<&Merged<'_>>, subset: Option<&Subset>, port:
                 balancer: layer.blocks.balancer.clone().or(blocks.balancer),
                 pool: layer.blocks.pool.or(blocks.pool),
                 outlier: layer.blocks.outlier.or(blocks.outlier),
+                tls: layer.blocks.tls.clone().or(blocks.tls),
             },
         };
-        retry_budget = layer.retry_budget.unwrap_or(retry_budget);
+        retry_budget = layer.retry_budget.or(retry_budget);
     }
-    let balancer = blocks.balancer.unwrap_or(Balancer::Simple(Balancing::default()));
-    let connect_timeout = blocks.pool.and_then(|pool| pool.connect_timeout);
+    let balancer = blocks.balancer.unwrap_or_default();
+    let choice = match (balancer.choice.clone(), merged.is_some_and(|merged| merged.by_latency)) {
+        (None, rule) if rule || by_latency => Choice::Simple(Balancing::PeakEwma),
+        (Some(Choice::Simple(Balancing::LeastRequest)), true) => Choice::Simple(Balancing::PeakEwma),
+        (said, _) => said.unwrap_or(Choice::Simple(Balancing::default())),
+    };
+    let limits_connections = blocks.pool.is_some();
+    let connection_pool::Pool { connect_timeout, limits: mut pool } = blocks.pool.unwrap_or_default();
+    if retry_budget.is_some() {
+        // Envoy's precedence.
+        pool.retries = None;
+    }
     Policy {
-        limits_connections: connect_timeout.is_some()
+        limits_connections: limits_connections
+            || blocks.tls.is_some()
             || blocks.outlier.is_some()
-            || matches!(balancer, Balancer::Hash(..)),
+            || balancer.warmup.is_some()
+            || !matches!(
+                choice,
+                Choice::Simple(Balancing::LeastRequest | Balancing::Random | Balancing::RoundRobin)
+            ),
+        choice,
         balancer,
         connect_timeout: connect_timeout.unwrap_or(defaults::CONNECT_TIMEOUT),
+        pool,
         outlier: blocks.outlier,
-        retry_budget,
+        tls: blocks.tls,
+        retry_budget: retry_budget.unwrap_or(defaults::RETRY_BUDGET),
     }
 }
 
@@ -96,6 +135,8 @@ pub(super) struct DestinationRules<'a> {
     special: Hosts<BTreeSet<Special<'a>>>,
     /// The root namespace.
     root: &'a str,
+    /// Where Secrets are looked up.
+    objects: &'a Objects,
 }
 
 /// A client's namespace for which a rule is special.
@@ -126,10 +167,11 @@ impl<'a> DestinationRules<'a> {
             .collect();
         rules.sort_by_key(|rule| (rule.created.is_none(), &rule.created, &rule.name, &rule.namespace));
         let root = &*settings.root_namespace;
-        let mut index = Self { by_namespace: BTreeMap::new(), special: Hosts::default(), root };
+        let mut index = Self { by_namespace: BTreeMap::new(), special: Hosts::default(), root, objects };
         for rule in rules {
             let host = resolve(&rule.host, &rule.namespace);
             report(rule, &host, services, problems);
+            client_tls::report(rule, &host, objects, services, problems);
             let named = rule.visible.named().iter().map(|client| (&**client, false));
             let own = (&*rule.namespace, true);
             index.special.entry(host.clone()).extend(named.chain([own]).map(|(client, own)| Special {
@@ -140,6 +182,18 @@ impl<'a> DestinationRules<'a> {
             index.by_namespace.entry(&rule.namespace).or_default().entry(host).push(rule);
         }
         index
+    }
+
+    /// How connections of a service outside the mesh are protected by the `tls` of what was merged.
+    pub fn originate(
+        &self,
+        merged: Option<&Merged<'_>>,
+        host: &Arc<str>,
+        tls: Option<&Tls>,
+        before: Option<&Origination>,
+    ) -> Origination {
+        let namespace = merged.map_or("", |merged| merged.namespace);
+        client_tls::originate(self.objects, namespace, host, tls, before)
     }
 
     /// The namespaces of clients that may see other rules of this host than everybody does. Those who see the same

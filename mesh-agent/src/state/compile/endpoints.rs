@@ -18,11 +18,12 @@ use k8s_openapi::{
 
 use super::{
     Problems,
+    locality::Localities,
     workloads::{PodEntry, Pods},
 };
 use crate::state::{
     resource::{ObjectKey, Objects, Resource},
-    snapshot::Workload,
+    snapshot::{Locality, Workload},
 };
 
 /// Label that ties an `EndpointSlice` to its service.
@@ -37,6 +38,14 @@ pub(super) struct Candidate<'a> {
     pub labels: Option<&'a BTreeMap<String, String>>,
     /// Its pod, when it alone owns the address.
     pub workload: Option<Arc<Workload>>,
+    /// Where it is.
+    pub locality: Locality,
+    /// Its share, among those of the others.
+    pub weight: u32,
+    /// Name of its node.
+    pub node: Option<&'a str>,
+    /// Whom hints of its slice mean it for: 0 this node, 1 this node's zone, 2 others.
+    pub hint: Option<u8>,
 }
 
 /// `EndpointSlices` by namespace and service.
@@ -63,6 +72,8 @@ pub(super) struct Backing<'a, 'p> {
     pub pods: &'p Pods<'a>,
     /// All `EndpointSlices`.
     pub slices: &'p Slices<'a>,
+    /// Where everything is.
+    pub localities: &'p Localities<'a>,
 }
 
 impl<'a> Backing<'a, '_> {
@@ -124,13 +135,21 @@ impl<'a> Backing<'a, '_> {
         candidates
     }
 
-    fn candidate(&self, slice: &ObjectKey, endpoint: &Endpoint, address: SocketAddr) -> Candidate<'a> {
+    fn candidate(&self, slice: &ObjectKey, endpoint: &'a Endpoint, address: SocketAddr) -> Candidate<'a> {
         let workload = self.pods.workloads.get(&address.ip()).cloned();
         let target = endpoint.target_ref.as_ref().filter(|target| target.kind.as_deref() == Some("Pod"));
         let name = target.and_then(|target| target.name.as_deref());
         let name = name.or_else(|| workload.as_ref().map(|workload| &*workload.name));
         let pod = name.and_then(|name| self.pods.get(&slice.namespace, name));
-        Candidate { address, labels: pod.and_then(PodEntry::labels), workload }
+        Candidate {
+            address,
+            labels: pod.and_then(PodEntry::labels),
+            locality: self.localities.of_sliced(endpoint, pod),
+            weight: pod.map_or(1, PodEntry::weight),
+            node: endpoint.node_name.as_deref().or_else(|| pod.and_then(PodEntry::node)),
+            hint: self.localities.hint(endpoint),
+            workload,
+        }
     }
 
     fn selected(&self, key: &ObjectKey, service: &Service, port: &ServicePort) -> Vec<Candidate<'a>> {
@@ -149,6 +168,10 @@ impl<'a> Backing<'a, '_> {
                 address,
                 labels: pod.labels(),
                 workload: self.pods.workloads.get(&address.ip()).cloned(),
+                locality: self.localities.of_pod(pod),
+                weight: pod.weight(),
+                node: pod.node(),
+                hint: None,
             })
             .collect()
     }

@@ -6,7 +6,7 @@ use std::{borrow::Cow, sync::Arc};
 
 use super::{Problems, Settings, resolve, services::Definitions};
 use crate::state::{
-    resource::{ObjectKey, Objects, Resource},
+    resource::{ObjectKey, Objects, Resource, locality::LocalitySetting},
     snapshot::{PathNormalization, Provider},
 };
 
@@ -21,6 +21,8 @@ pub(super) struct MeshSettings {
     pub providers: Vec<Arc<Provider>>,
     /// What becomes of paths, if it says.
     pub path_normalization: Option<PathNormalization>,
+    /// Where traffic goes by place, where no rule says.
+    pub locality: Option<Arc<LocalitySetting>>,
 }
 
 impl MeshSettings {
@@ -51,6 +53,7 @@ impl MeshSettings {
                 trust_domain_aliases: written.trust_domain_aliases.clone(),
                 providers: providers.collect(),
                 path_normalization: written.path_normalization,
+                locality: written.locality.clone(),
             };
         }
         (found, with)

@@ -12,8 +12,10 @@ use self::{
     clusters::Clusters,
     destination_rules::DestinationRules,
     destinations::Destinations,
+    locality::Localities,
     mesh_config::MeshSettings,
     request_authentication::TokenRules,
+    service_policies::ServicePolicies,
     services::{Definition, Definitions},
     views::Views,
     virtual_services::{Routed, VirtualServices},
@@ -27,18 +29,22 @@ use super::{
 
 mod authentication;
 mod authorization;
+mod client_tls;
 mod clusters;
 mod delegates;
 mod destination_rules;
 mod destinations;
 mod endpoints;
 mod hosts;
+mod locality;
 mod mesh_config;
 mod protocol;
 mod request_authentication;
 mod routes;
 mod selectors;
+mod service_policies;
 mod services;
+mod spread;
 mod streams;
 #[cfg(test)]
 mod tests;
@@ -53,6 +59,8 @@ pub struct Settings {
     pub trust_domain: Arc<str>,
     /// Namespace whose policies and rules are the whole mesh's (Istio's `rootNamespace`).
     pub root_namespace: Arc<str>,
+    /// Name of the node whose clients it is for, which decides what is near; `None`: of no node.
+    pub node: Option<Arc<str>>,
     /// Where pods' network namespaces come from.
     pub netns: Netns,
 }
@@ -62,6 +70,7 @@ impl Default for Settings {
         Self {
             trust_domain: defaults::TRUST_DOMAIN.into(),
             root_namespace: defaults::ROOT_NAMESPACE.into(),
+            node: None,
             netns: Netns::Annotation,
         }
     }
@@ -91,18 +100,23 @@ pub fn compile(
         tokens: TokenRules::index(objects, previous, settings, &mut problems),
     };
     let pods = Pods::index(objects, previous, settings, &mut policies, &mut problems);
-    let definitions = Definitions::index(objects, &pods, &mut problems);
+    let localities = Localities::index(objects, settings);
+    let definitions = Definitions::index(objects, &pods, &localities, &mut problems);
     mesh.check(&definitions, &mut problems);
     let rules = DestinationRules::index(objects, settings, &definitions, &mut problems);
     let virtual_services = VirtualServices::index(objects, &definitions, &mut problems);
+    let service_policies = ServicePolicies::index(objects, &definitions, &mut problems);
     let views = Views::index(&definitions, &rules, &pods);
-    let mut clusters = Clusters::new(&definitions, &rules, &views, previous);
+    let mut clusters =
+        Clusters::new(&definitions, &rules, &service_policies, &views, (&localities, &mesh), previous);
     let mut snapshot = Snapshot {
         revision: previous.map_or(0, |previous| previous.revision) + 1,
         workloads: HashMap::new(),
         services: HashMap::with_capacity(definitions.len()),
         vips: HashMap::new(),
         inbound: HashMap::new(),
+        guards: HashMap::new(),
+        checked: HashMap::new(),
         path_normalization: mesh.path_normalization,
         key_sets: std::mem::take(&mut policies.tokens.key_sets),
     };
@@ -123,7 +137,14 @@ pub fn compile(
             ports,
             views,
         });
+        for port in &service.ports {
+            let policies = service_policies.of(&service.host, port.port);
+            service_policies::enter(&mut snapshot, previous, policies, port);
+        }
         enter(&mut snapshot, service);
+    }
+    for (key, field, message) in clusters.unresolved {
+        problems.add(&key, &field, message);
     }
     snapshot.workloads = pods.workloads;
     (snapshot, problems.into_sorted())

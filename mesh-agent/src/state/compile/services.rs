@@ -13,17 +13,22 @@ use k8s_openapi::api::core::v1::Service;
 use super::{
     Problems, covers,
     endpoints::{Backing, Candidate, Slices, is_tcp, port_number},
+    locality::Localities,
     protocol,
+    spread::Nearby,
     workloads::Pods,
 };
 use crate::state::{
     defaults,
-    resource::{ObjectKey, Objects, Resource, export_to},
+    resource::{ObjectKey, Objects, Resource, export_to, load_balancer},
     snapshot::{Protocol, Visibility},
 };
 
 /// Annotation of a Service that says who may know of it.
 const EXPORT_TO: &str = "networking.istio.io/exportTo";
+
+/// Istio's annotation of a Service for what is `trafficDistribution` since Kubernetes 1.30.
+const TRAFFIC_DISTRIBUTION: &str = "networking.istio.io/traffic-distribution";
 
 /// A service before its routes.
 pub(super) struct Definition<'a> {
@@ -37,6 +42,10 @@ pub(super) struct Definition<'a> {
     pub vips: Vec<IpAddr>,
     /// `clusterIP: None`: its pods are dialled by their own addresses.
     pub headless: bool,
+    /// Which of its endpoints it prefers (`trafficDistribution`).
+    pub nearby: Option<Nearby>,
+    /// Whether they are chosen by their latency (annotation `mesh.io/load-balancer: PEAK_EWMA`).
+    pub by_latency: bool,
     /// Its TCP ports.
     pub ports: Vec<PortDefinition<'a>>,
 }
@@ -61,9 +70,14 @@ pub(super) fn host_name(name: &str, namespace: &str) -> String {
 
 impl<'a> Definitions<'a> {
     /// Looks through all Services.
-    pub fn index(objects: &'a Objects, pods: &Pods<'a>, problems: &mut Problems<'_>) -> Self {
+    pub fn index(
+        objects: &'a Objects,
+        pods: &Pods<'a>,
+        localities: &Localities<'a>,
+        problems: &mut Problems<'_>,
+    ) -> Self {
         let slices = Slices::index(objects);
-        let backing = Backing { pods, slices: &slices };
+        let backing = Backing { pods, slices: &slices, localities };
         let mut owners: HashMap<IpAddr, &ObjectKey> = HashMap::new();
         let mut definitions = BTreeMap::new();
         for (key, object) in objects {
@@ -141,7 +155,36 @@ fn define<'a>(
     let visible = visible.map(|text| export_to::annotation(&key.namespace, text)).unwrap_or_default();
     let headless = spec.and_then(|spec| spec.cluster_ip.as_deref()) == Some("None");
     let host = host_name(&key.name, &key.namespace).into();
-    Some(Definition { key, host, visible, vips, headless, ports })
+    let by_latency = annotations.map_or(Ok(false), load_balancer::by_latency).unwrap_or_else(|error| {
+        problems.add(key, &format!("metadata.{}", error.field), error.message);
+        false
+    });
+    let nearby = nearby(key, service, problems);
+    Some(Definition { key, host, visible, vips, headless, nearby, by_latency, ports })
+}
+
+/// Kubernetes' `trafficDistribution`, else Istio's annotation for it.
+fn nearby(key: &ObjectKey, service: &Service, problems: &mut Problems<'_>) -> Option<Nearby> {
+    let spec = service.spec.as_ref().and_then(|spec| spec.traffic_distribution.as_deref());
+    let annotations = service.metadata.annotations.as_ref();
+    let annotated = annotations.and_then(|all| all.get(TRAFFIC_DISTRIBUTION)).map(String::as_str);
+    let (field, word) = match (spec, annotated) {
+        (Some(word), _) => ("spec.trafficDistribution".to_owned(), word),
+        (None, Some(word)) => (format!("metadata.annotations.{TRAFFIC_DISTRIBUTION}"), word),
+        (None, None) => return None,
+    };
+    match word {
+        "PreferClose" | "PreferSameZone" => Some(Nearby::Zone),
+        "PreferSameNode" => Some(Nearby::Node),
+        "" | "Any" => None,
+        other => {
+            let message = format!(
+                "{other:?} is not PreferClose, PreferSameZone or PreferSameNode; all endpoints are used alike"
+            );
+            problems.add(key, &field, message);
+            None
+        }
+    }
 }
 
 /// The cluster addresses; each belongs to the first service (by namespace and name) that claims it.

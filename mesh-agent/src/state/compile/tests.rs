@@ -4,10 +4,15 @@
 mod authentication;
 mod authorization;
 mod bookinfo;
+mod churn;
+mod client_tls;
+mod connection_pool;
 mod delegates;
 mod endpoints;
+mod locality;
 mod mesh_config;
 mod request_authentication;
+mod service_policies;
 mod streams;
 mod views;
 mod workloads;

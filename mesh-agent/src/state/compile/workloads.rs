@@ -49,6 +49,18 @@ impl<'a> PodEntry<'a> {
         self.pod.metadata.labels.as_ref()
     }
 
+    /// `spec.nodeName`.
+    pub fn node(&self) -> Option<&'a str> {
+        let node = self.pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref());
+        node.filter(|node| !node.is_empty())
+    }
+
+    /// Its share as an endpoint.
+    pub fn weight(&self) -> u32 {
+        // Checked when the pod was read.
+        pod::weight(self.pod.metadata.annotations.as_ref()).unwrap_or(1)
+    }
+
     /// Whether it takes traffic: its Ready condition, where it has one, holds and it is not being deleted.
     pub fn ready(&self) -> bool {
         let conditions = self.pod.status.as_ref().and_then(|status| status.conditions.as_ref());
@@ -195,7 +207,7 @@ fn workload(
         namespace: Arc::clone(&entry.key.namespace),
         name: Arc::clone(&entry.key.name),
         ips: entry.ips.clone(),
-        node: spec.and_then(|spec| spec.node_name.as_deref()).filter(|node| !node.is_empty()).map(Arc::from),
+        node: entry.node().map(Arc::from),
         identity: SpiffeId {
             trust_domain: Arc::clone(&settings.trust_domain),
             namespace: Arc::clone(&entry.key.namespace),

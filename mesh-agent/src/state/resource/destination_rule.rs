@@ -1,26 +1,26 @@
 //! Istio's `DestinationRule`, checked: subsets, and the parts of `trafficPolicy` this version honours.
 //!
-//! Fields that Istio has and this version does not honour are refused by name, among them all of `tls`: whether
-//! traffic is encrypted follows from enrolment, and a rule that asks for less or more must not be passed over.
+//! Fields that Istio has and this version does not honour are refused by name.
 //! Tested by the table below.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc};
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use serde::Deserialize;
 
 use super::{
     ObjectKey,
-    duration::IstioDuration,
+    client_tls::{self, Tls},
+    connection_pool::{self, Pool},
     export_to,
     field::{Checked, FieldError, NotYet, item, under},
-    load_balancer::{self, Balancer},
+    load_balancer::{self, Balancer, Choice},
     outlier_detection,
     virtual_service::check_host,
 };
 use crate::state::{
     defaults,
-    snapshot::{OutlierDetection, Percentage, RetryBudget, Visibility},
+    snapshot::{Balancing, OutlierDetection, Percentage, RetryBudget, Visibility},
 };
 
 /// A `DestinationRule`.
@@ -36,6 +36,8 @@ pub struct DestinationRule {
     pub visible: Visibility,
     /// `spec.host`, as written.
     pub host: String,
+    /// Whether endpoints are chosen by their latency (annotation `mesh.io/load-balancer: PEAK_EWMA`).
+    pub by_latency: bool,
     /// `spec.trafficPolicy`.
     pub policy: Option<TrafficPolicy>,
     /// `spec.subsets`.
@@ -70,16 +72,19 @@ pub struct Blocks {
     /// `loadBalancer`.
     pub balancer: Option<Balancer>,
     /// `connectionPool`.
-    pub pool: Option<ConnectionPool>,
+    pub pool: Option<Pool>,
     /// `outlierDetection`.
     pub outlier: Option<OutlierDetection>,
+    /// `tls`.
+    pub tls: Option<Tls>,
 }
 
-/// `connectionPool`.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct ConnectionPool {
-    /// `tcp.connectTimeout`.
-    pub connect_timeout: Option<Duration>,
+impl Blocks {
+    /// Whether nothing, or the least request, is asked for.
+    pub(super) fn may_be_by_latency(&self) -> bool {
+        let choice = self.balancer.as_ref().and_then(|balancer| balancer.choice.as_ref());
+        choice.is_none_or(|choice| *choice == Choice::Simple(Balancing::LeastRequest))
+    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -105,10 +110,9 @@ struct WireSubset {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct WirePolicy {
     load_balancer: Option<load_balancer::Wire>,
-    connection_pool: Option<WirePool>,
+    connection_pool: Option<connection_pool::Wire>,
     outlier_detection: Option<outlier_detection::Wire>,
-    #[serde(rename = "tls")]
-    _tls: Option<NotYet>,
+    tls: Option<client_tls::Wire>,
     #[serde(default)]
     port_level_settings: Vec<WirePort>,
     #[serde(rename = "tunnel")]
@@ -123,10 +127,9 @@ struct WirePolicy {
 struct WirePort {
     port: WirePortNumber,
     load_balancer: Option<load_balancer::Wire>,
-    connection_pool: Option<WirePool>,
+    connection_pool: Option<connection_pool::Wire>,
     outlier_detection: Option<outlier_detection::Wire>,
-    #[serde(rename = "tls")]
-    _tls: Option<NotYet>,
+    tls: Option<client_tls::Wire>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -140,28 +143,6 @@ struct WirePortNumber {
 struct WireBudget {
     percent: Option<f64>,
     min_retry_concurrency: Option<u32>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct WirePool {
-    tcp: Option<WireTcp>,
-    #[serde(rename = "http")]
-    _http: Option<NotYet>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct WireTcp {
-    connect_timeout: Option<IstioDuration>,
-    #[serde(rename = "maxConnections")]
-    _max_connections: Option<NotYet>,
-    #[serde(rename = "tcpKeepalive")]
-    _tcp_keepalive: Option<NotYet>,
-    #[serde(rename = "maxConnectionDuration")]
-    _max_connection_duration: Option<NotYet>,
-    #[serde(rename = "idleTimeout")]
-    _idle_timeout: Option<NotYet>,
 }
 
 /// Checks the `spec` of a `DestinationRule`.
@@ -179,7 +160,9 @@ pub(super) fn check(
         subsets.push(subset.check(&subsets).map_err(item("subsets", i))?);
     }
     let (namespace, name) = (Arc::clone(&key.namespace), Arc::clone(&key.name));
-    Ok(DestinationRule { namespace, name, created, visible, host: wire.host, policy, subsets })
+    // The annotation is no part of the spec.
+    let by_latency = false;
+    Ok(DestinationRule { namespace, name, created, visible, host: wire.host, by_latency, policy, subsets })
 }
 
 impl WireSubset {
@@ -198,7 +181,7 @@ impl WireSubset {
 
 impl WirePolicy {
     fn check(self) -> Checked<TrafficPolicy> {
-        let blocks = blocks(self.load_balancer, self.connection_pool, self.outlier_detection)?;
+        let blocks = blocks(self.load_balancer, self.connection_pool, self.outlier_detection, self.tls)?;
         let mut ports = BTreeMap::new();
         for (i, port) in self.port_level_settings.into_iter().enumerate() {
             let (number, blocks) = port.check().map_err(item("portLevelSettings", i))?;
@@ -215,16 +198,18 @@ impl WirePolicy {
 
 fn blocks(
     balancer: Option<load_balancer::Wire>,
-    pool: Option<WirePool>,
+    pool: Option<connection_pool::Wire>,
     outlier: Option<outlier_detection::Wire>,
+    tls: Option<client_tls::Wire>,
 ) -> Checked<Blocks> {
     Ok(Blocks {
         balancer: balancer.map(load_balancer::Wire::check).transpose().map_err(under("loadBalancer"))?,
-        pool: pool.map(WirePool::check).transpose().map_err(under("connectionPool"))?,
+        pool: pool.map(connection_pool::Wire::check).transpose().map_err(under("connectionPool"))?,
         outlier: outlier
             .map(outlier_detection::Wire::check)
             .transpose()
             .map_err(under("outlierDetection"))?,
+        tls: tls.map(client_tls::Wire::check).transpose().map_err(under("tls"))?,
     })
 }
 
@@ -233,7 +218,10 @@ impl WirePort {
         if self.port.number == 0 {
             return Err(FieldError::new("port.number", "port must be in range 1..65535"));
         }
-        Ok((self.port.number, blocks(self.load_balancer, self.connection_pool, self.outlier_detection)?))
+        Ok((
+            self.port.number,
+            blocks(self.load_balancer, self.connection_pool, self.outlier_detection, self.tls)?,
+        ))
     }
 }
 
@@ -254,17 +242,6 @@ impl WireBudget {
     }
 }
 
-impl WirePool {
-    fn check(self) -> Checked<ConnectionPool> {
-        let connect_timeout = self
-            .tcp
-            .and_then(|tcp| tcp.connect_timeout)
-            .map(|timeout| timeout.at_least_a_millisecond("tcp.connectTimeout"))
-            .transpose()?;
-        Ok(ConnectionPool { connect_timeout })
-    }
-}
-
 #[cfg(test)]
 #[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
@@ -278,7 +255,6 @@ mod tests {
 
     #[test]
     fn bad_rules_name_their_field() {
-        let pool = |tcp| json!({"host": "a", "trafficPolicy": {"connectionPool": {"tcp": tcp}}});
         let policy = |policy| json!({"host": "a", "trafficPolicy": policy});
         let table = [
             (json!({}), "", "missing field `host`"),
@@ -300,9 +276,9 @@ mod tests {
                 "0..100",
             ),
             (
-                json!({"host": "a", "trafficPolicy": {"tls": {"mode": "DISABLE"}}}),
-                "trafficPolicy.tls",
-                "not supported",
+                json!({"host": "a", "trafficPolicy": {"tls": {"mode": "MUTUAL"}}}),
+                "trafficPolicy.tls.credentialName",
+                "required",
             ),
             (
                 policy(json!({"loadBalancer": {"consistentHash": {}}})),
@@ -342,19 +318,9 @@ mod tests {
                 "invalid value",
             ),
             (
-                pool(json!({"connectTimeout": "10"})),
+                policy(json!({"connectionPool": {"tcp": {"connectTimeout": "10"}}})),
                 "trafficPolicy.connectionPool.tcp.connectTimeout",
                 "not a duration",
-            ),
-            (
-                pool(json!({"connectTimeout": "1us"})),
-                "trafficPolicy.connectionPool.tcp.connectTimeout",
-                "1ms",
-            ),
-            (
-                pool(json!({"maxConnections": 1})),
-                "trafficPolicy.connectionPool.tcp.maxConnections",
-                "not supported",
             ),
         ];
         for (spec, field, message) in table {

@@ -1,24 +1,36 @@
-//! `loadBalancer` of a `DestinationRule`: `simple`, or `consistentHash`.
+//! `loadBalancer` of a `DestinationRule`: `simple` or `consistentHash`, by locality, and how endpoints warm up.
 //!
 //! Fields that Istio has and this version does not honour are refused by name. Tested by the tables below.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use serde::Deserialize;
 
 use super::{
     duration::IstioDuration,
     field::{Checked, FieldError, NotYet, item, under},
+    locality::{self, LocalitySetting},
     string_match::header_name,
 };
 use crate::state::{
     defaults,
-    snapshot::{Balancing, HashCookie, HashKey, HashTable},
+    snapshot::{Balancing, HashCookie, HashKey, HashTable, Warmup},
 };
 
 /// How endpoints are chosen.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Balancer {
+    /// `simple` or `consistentHash`; `None` where it says neither, or `UNSPECIFIED`.
+    pub choice: Option<Choice>,
+    /// `localityLbSetting`.
+    pub locality: Option<Arc<LocalitySetting>>,
+    /// `warmup`, or the older `warmupDurationSecs`.
+    pub warmup: Option<Warmup>,
+}
+
+/// Whom the choice falls on.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Balancer {
+pub enum Choice {
     /// `simple`.
     Simple(Balancing),
     /// `consistentHash`: what requests are told apart by, and the table.
@@ -30,16 +42,22 @@ pub enum Balancer {
 pub(super) struct Wire {
     simple: Option<Simple>,
     consistent_hash: Option<WireHash>,
-    #[serde(rename = "localityLbSetting")]
-    _locality_lb_setting: Option<NotYet>,
+    locality_lb_setting: Option<locality::Wire>,
     #[serde(rename = "zoneAwareLbSetting")]
     _zone_aware_lb_setting: Option<NotYet>,
-    #[serde(rename = "warmup")]
-    _warmup: Option<NotYet>,
-    #[serde(rename = "warmupDurationSecs")]
-    _warmup_duration_secs: Option<NotYet>,
+    warmup: Option<WireWarmup>,
+    /// Deprecated in favour of `warmup.duration`.
+    warmup_duration_secs: Option<IstioDuration>,
     #[serde(rename = "backendUtilization")]
     _backend_utilization: Option<NotYet>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct WireWarmup {
+    duration: Option<IstioDuration>,
+    minimum_percent: Option<f64>,
+    aggression: Option<f64>,
 }
 
 #[derive(Debug, Clone, Copy, Deserialize)]
@@ -95,29 +113,81 @@ struct WireAttribute {
     value: Option<String>,
 }
 
+/// Annotation of a Service or a `DestinationRule` for what `simple` has no word for.
+pub const ANNOTATION: &str = "mesh.io/load-balancer";
+
+/// Whether these annotations ask for endpoints by their latency (`PEAK_EWMA`).
+pub fn by_latency(annotations: &BTreeMap<String, String>) -> Checked<bool> {
+    match annotations.get(ANNOTATION).map(String::as_str) {
+        None => Ok(false),
+        Some("PEAK_EWMA") => Ok(true),
+        Some(other) => {
+            let message = format!(
+                "{other:?} is not PEAK_EWMA; all others are loadBalancer.simple of a DestinationRule"
+            );
+            Err(FieldError::new(format!("annotations.{ANNOTATION}"), message))
+        }
+    }
+}
+
 impl Wire {
     pub(super) fn check(self) -> Checked<Balancer> {
-        let simple = match (self.simple, self.consistent_hash) {
+        let choice = match (self.simple, self.consistent_hash) {
             (Some(_), Some(_)) => {
                 return Err(FieldError::new("", "only one of simple and consistentHash may be set"));
             }
-            (None, Some(hash)) => return hash.check().map_err(under("consistentHash")),
-            (simple, None) => simple,
+            (None, Some(hash)) => Some(hash.check().map_err(under("consistentHash"))?),
+            (simple, None) => simple.and_then(Simple::balancing).map(Choice::Simple),
         };
-        Ok(Balancer::Simple(match simple {
-            None | Some(Simple::Unspecified) => Balancing::default(),
-            Some(Simple::LeastRequest | Simple::LeastConn) => Balancing::LeastRequest,
-            Some(Simple::RoundRobin) => Balancing::RoundRobin,
-            Some(Simple::Random) => Balancing::Random,
-            Some(Simple::Passthrough) => {
-                return Err(FieldError::new("simple", "PASSTHROUGH is not supported yet"));
+        let (field, warmup) = match (self.warmup, self.warmup_duration_secs) {
+            (None, Some(duration)) => {
+                let warmup = WireWarmup { duration: Some(duration), minimum_percent: None, aggression: None };
+                ("warmupDurationSecs", Some(warmup))
             }
-        }))
+            (warmup, _) => ("warmup", warmup),
+        };
+        let warmup = warmup.map(WireWarmup::check).transpose().map_err(under(field))?;
+        let warms_up =
+            matches!(choice, None | Some(Choice::Simple(Balancing::LeastRequest | Balancing::RoundRobin)));
+        if warmup.is_some() && !warms_up {
+            return Err(FieldError::new(field, "is for LEAST_REQUEST and ROUND_ROBIN alone"));
+        }
+        let locality = self.locality_lb_setting.map(locality::Wire::check).transpose();
+        let locality = locality.map_err(under("localityLbSetting"))?.map(Arc::new);
+        Ok(Balancer { choice, locality, warmup })
+    }
+}
+
+impl Simple {
+    fn balancing(self) -> Option<Balancing> {
+        match self {
+            Self::Unspecified => None,
+            Self::LeastRequest | Self::LeastConn => Some(Balancing::LeastRequest),
+            Self::RoundRobin => Some(Balancing::RoundRobin),
+            Self::Random => Some(Balancing::Random),
+            Self::Passthrough => Some(Balancing::Passthrough),
+        }
+    }
+}
+
+impl WireWarmup {
+    fn check(self) -> Checked<Warmup> {
+        let duration = self.duration.ok_or_else(|| FieldError::new("duration", "is required"))?;
+        let minimum_percent = self.minimum_percent.unwrap_or(defaults::WARMUP_MINIMUM_PERCENT);
+        if !(0.0..=100.0).contains(&minimum_percent) {
+            let message = format!("percent {minimum_percent} is not in range 0..100");
+            return Err(FieldError::new("minimumPercent", message));
+        }
+        let aggression = self.aggression.unwrap_or(defaults::WARMUP_AGGRESSION);
+        if !(aggression.is_finite() && aggression >= 1.0) {
+            return Err(FieldError::new("aggression", format!("{aggression} is not 1 or more")));
+        }
+        Ok(Warmup { duration: duration.at_least_a_millisecond("duration")?, minimum_percent, aggression })
     }
 }
 
 impl WireHash {
-    fn check(self) -> Checked<Balancer> {
+    fn check(self) -> Checked<Choice> {
         let table = self.table()?;
         let keys = [
             self.http_header_name.map(|name| header(&name)),
@@ -130,7 +200,7 @@ impl WireHash {
             let message = "exactly one of httpHeaderName, httpCookie, useSourceIp: true and httpQueryParameterName must be set";
             return Err(FieldError::new("", message));
         };
-        Ok(Balancer::Hash(Arc::new(key?), table))
+        Ok(Choice::Hash(Arc::new(key?), table))
     }
 
     fn table(&self) -> Checked<HashTable> {
@@ -238,14 +308,36 @@ mod tests {
     #[test]
     fn simple_balancers_are_read() {
         let table = [
-            ("LEAST_REQUEST", Balancing::LeastRequest),
-            ("LEAST_CONN", Balancing::LeastRequest),
-            ("UNSPECIFIED", Balancing::LeastRequest),
-            ("ROUND_ROBIN", Balancing::RoundRobin),
-            ("RANDOM", Balancing::Random),
+            ("LEAST_REQUEST", Some(Balancing::LeastRequest)),
+            ("LEAST_CONN", Some(Balancing::LeastRequest)),
+            ("UNSPECIFIED", None),
+            ("ROUND_ROBIN", Some(Balancing::RoundRobin)),
+            ("RANDOM", Some(Balancing::Random)),
+            ("PASSTHROUGH", Some(Balancing::Passthrough)),
         ];
         for (simple, balancing) in table {
-            assert_eq!(read(&json!({ "simple": simple })), Ok(Balancer::Simple(balancing)), "{simple}");
+            let choice = balancing.map(Choice::Simple);
+            assert_eq!(read(&json!({ "simple": simple })).unwrap().choice, choice, "{simple}");
+        }
+    }
+
+    #[test]
+    fn warming_up_is_read() {
+        let warmup = |seconds, minimum_percent, aggression| {
+            Some(Warmup { duration: Duration::from_secs(seconds), minimum_percent, aggression })
+        };
+        let table = [
+            (json!({}), None),
+            (json!({"warmupDurationSecs": "30s"}), warmup(30, 10.0, 1.0)),
+            (json!({"simple": "ROUND_ROBIN", "warmup": {"duration": "1m"}}), warmup(60, 10.0, 1.0)),
+            (
+                json!({"warmupDurationSecs": "30s", "warmup":
+                    {"duration": "2s", "minimumPercent": 0, "aggression": 1.5}}),
+                warmup(2, 0.0, 1.5),
+            ),
+        ];
+        for (written, expected) in table {
+            assert_eq!(read(&written).unwrap().warmup, expected, "{written}");
         }
     }
 
@@ -284,7 +376,8 @@ mod tests {
             ),
         ];
         for (written, key, table) in table {
-            assert_eq!(hash(&written).unwrap(), Balancer::Hash(Arc::new(key), table), "{written}");
+            let choice = Choice::Hash(Arc::new(key), table);
+            assert_eq!(hash(&written).unwrap().choice, Some(choice), "{written}");
         }
     }
 
@@ -296,9 +389,19 @@ mod tests {
             json!({"consistentHash": {"httpCookie": cookie}})
         };
         let table = [
-            (json!({"simple": "PASSTHROUGH"}), "simple", "not supported yet"),
             (json!({"simple": "BEST"}), "simple", "unknown variant"),
-            (json!({"warmup": {}}), "warmup", "not supported yet"),
+            (json!({"warmup": {}}), "warmup.duration", "is required"),
+            (json!({"warmup": {"duration": "0s"}}), "warmup.duration", "1ms"),
+            (json!({"warmup": {"duration": "1s", "minimumPercent": 101}}), "warmup.minimumPercent", "0..100"),
+            (json!({"warmup": {"duration": "1s", "aggression": 0.5}}), "warmup.aggression", "1 or more"),
+            (json!({"simple": "RANDOM", "warmupDurationSecs": "1s"}), "warmupDurationSecs", "alone"),
+            (json!({"simple": "PASSTHROUGH", "warmup": {"duration": "1s"}}), "warmup", "alone"),
+            (
+                json!({"localityLbSetting": {"failover": [{"from": "a", "to": "a"}]}}),
+                "localityLbSetting.failover[0].to",
+                "itself",
+            ),
+            (json!({"zoneAwareLbSetting": {}}), "zoneAwareLbSetting", "not supported yet"),
             (json!({"simple": "RANDOM", "consistentHash": {"useSourceIp": true}}), "", "only one of"),
             (json!({"consistentHash": {}}), "consistentHash", "exactly one of"),
             (json!({"consistentHash": {"useSourceIp": false}}), "consistentHash", "exactly one of"),

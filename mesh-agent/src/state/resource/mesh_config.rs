@@ -14,6 +14,7 @@ use super::{
     ObjectKey, dns_name,
     duration::IstioDuration,
     field::{self, Checked, FieldError, entry, item, under},
+    locality::{self, LocalitySetting},
     string_match::header_name,
 };
 use crate::state::{
@@ -35,6 +36,8 @@ pub struct MeshConfig {
     pub path_normalization: Option<PathNormalization>,
     /// `extensionProviders`: those that authorize. Hosts are as they are written.
     pub providers: Vec<Arc<Provider>>,
+    /// `localityLbSetting`
+    pub locality: Option<Arc<LocalitySetting>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -44,6 +47,7 @@ struct Wire {
     trust_domain_aliases: Option<Vec<String>>,
     path_normalization: Option<WirePath>,
     extension_providers: Option<Vec<WireProvider>>,
+    locality_lb_setting: Option<locality::Wire>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -138,7 +142,9 @@ pub fn check(settings: &Value) -> Checked<MeshConfig> {
         }
         providers.push(Arc::new(provider));
     }
+    let locality = wire.locality_lb_setting.map(locality::Wire::check).transpose();
     Ok(MeshConfig {
+        locality: locality.map_err(under("localityLbSetting"))?.map(Arc::new),
         root_namespace: root_namespace.transpose()?,
         trust_domain_aliases: aliases.collect::<Checked<_>>()?,
         path_normalization: wire.path_normalization.and_then(|path| path.normalization).map(

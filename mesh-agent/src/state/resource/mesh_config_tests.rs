@@ -106,6 +106,11 @@ fn what_cannot_mean_what_it_says_is_refused_by_name() {
             "unknown variant",
         ),
         (json!({"trustDomainAliases": ["a/b"]}), "trustDomainAliases[0]", "not a name"),
+        (
+            json!({"localityLbSetting": {"distribute": [{"from": "a", "to": {"b": 50}}]}}),
+            "localityLbSetting.distribute[0].to",
+            "come to 50",
+        ),
         (json!({"rootNamespace": "A"}), "rootNamespace", "not a name"),
         (json!({"extensionProviders": [one, one]}), "extensionProviders[1].name", "two providers"),
         (json!({"extensionProviders": [{"name": "p"}]}), "extensionProviders[0]", "needs one of"),

@@ -15,28 +15,34 @@ use serde_json::Value;
 
 use self::{
     authorization_policy::AuthorizationPolicy,
+    client_tls::Credential,
     destination_rule::DestinationRule,
     field::{Checked, FieldError, under},
     mesh_config::MeshConfig,
     peer_authentication::PeerAuthentication,
     request_authentication::RequestAuthentication,
+    service_policy::ServicePolicy,
     virtual_service::VirtualService,
 };
 use super::{Problem, defaults};
 
 pub mod authorization_policy;
+pub mod client_tls;
+pub mod connection_pool;
 pub mod destination_rule;
 mod duration;
 pub mod export_to;
 pub mod field;
 mod headers;
 pub mod load_balancer;
+pub mod locality;
 pub mod mesh_config;
 mod outlier_detection;
 pub mod peer_authentication;
 pub mod pod;
 pub mod probes;
 pub mod request_authentication;
+pub mod service_policy;
 mod string_match;
 pub mod virtual_service;
 
@@ -94,6 +100,8 @@ pub type Objects = BTreeMap<ObjectKey, Arc<Object>>;
 pub enum Resource {
     /// Namespace.
     Namespace(Box<Namespace>),
+    /// Node: its labels, which say where it is.
+    Node(BTreeMap<String, String>),
     /// Pod.
     Pod(Box<Pod>),
     /// Service.
@@ -112,8 +120,11 @@ pub enum Resource {
     MeshConfig(Box<MeshConfig>),
     /// Istio's `RequestAuthentication`.
     RequestAuthentication(Box<RequestAuthentication>),
-    /// A kind that belongs in manifests and that nothing is compiled from yet: Node, `ServiceAccount`, Secret,
-    /// `ConfigMap`. It was checked, and its content is not kept.
+    /// What a Secret has for TLS.
+    Secret(Box<Credential>),
+    /// The mesh's own `ServicePolicy`.
+    ServicePolicy(Box<ServicePolicy>),
+    /// A kind that belongs in manifests and that nothing is compiled from yet: `ServiceAccount`, `ConfigMap`. It was checked, and its content is not kept.
     Accepted,
 }
 
@@ -197,9 +208,13 @@ fn resource(header: &Header<'_>, value: &Value) -> Checked<Resource> {
         ("v1", "Namespace") => core(value).map(Resource::Namespace),
         ("v1", "Pod") => pod::check(core(value)?).map(Resource::Pod),
         ("v1", "Service") => core(value).map(Resource::Service),
-        ("v1", "Node") => core::<Node>(value).map(|_| Resource::Accepted),
+        ("v1", "Node") => {
+            core::<Node>(value).map(|node| Resource::Node(node.metadata.labels.unwrap_or_default()))
+        }
         ("v1", "ServiceAccount") => core::<ServiceAccount>(value).map(|_| Resource::Accepted),
-        ("v1", "Secret") => core::<Secret>(value).map(|_| Resource::Accepted),
+        ("v1", "Secret") => {
+            core::<Secret>(value).map(|secret| Resource::Secret(Box::new(Credential::of(*secret))))
+        }
         ("v1", "ConfigMap") => core::<ConfigMap>(value).map(|_| Resource::Accepted),
         ("discovery.k8s.io/v1", "EndpointSlice") => core(value).map(Resource::EndpointSlice),
         (
@@ -209,10 +224,12 @@ fn resource(header: &Header<'_>, value: &Value) -> Checked<Resource> {
         | (
             "security.istio.io/v1beta1" | "security.istio.io/v1",
             "AuthorizationPolicy" | "PeerAuthentication" | "RequestAuthentication",
-        ) => istio(header, value),
+        )
+        | ("mesh.io/v1alpha1", "ServicePolicy") => istio(header, value),
         (api_version, kind) => {
             let group = api_version.split_once('/').map_or("", |(group, _)| group);
-            let ours = group.ends_with("istio.io") || group == "gateway.networking.k8s.io";
+            let ours =
+                group.ends_with("istio.io") || group == "mesh.io" || group == "gateway.networking.k8s.io";
             let why = if ours { "is not supported yet" } else { "is not one the mesh reads" };
             Err(FieldError::new("", format!("kind {kind} (apiVersion {api_version}) {why}")))
         }
@@ -287,9 +304,20 @@ fn istio(header: &Header<'_>, value: &Value) -> Checked<Resource> {
             let checked = request_authentication::check(key, spec).map_err(under_spec)?;
             Resource::RequestAuthentication(Box::new(checked))
         }
+        "ServicePolicy" => {
+            let checked = service_policy::check(key, created, spec).map_err(under_spec)?;
+            Resource::ServicePolicy(Box::new(checked))
+        }
         _ => {
+            let by_latency = load_balancer::by_latency(&annotations).map_err(under("metadata"))?;
             let checked = destination_rule::check(key, created, spec).map_err(under_spec)?;
-            Resource::DestinationRule(Box::new(checked))
+            if by_latency && checked.policy.as_ref().is_some_and(|policy| !policy.blocks.may_be_by_latency())
+            {
+                let message = "says otherwise than spec.trafficPolicy.loadBalancer";
+                let field = format!("metadata.annotations.{}", load_balancer::ANNOTATION);
+                return Err(FieldError::new(field, message));
+            }
+            Resource::DestinationRule(Box::new(DestinationRule { by_latency, ..checked }))
         }
     })
 }

@@ -12,7 +12,10 @@ use super::{
     dns_name,
     field::{Checked, FieldError, under},
 };
-use crate::state::snapshot::{CapturePolicy, Exclusions, PortRange, Subnet, WhenAgentIsDown};
+use crate::state::{
+    defaults::LARGEST_WEIGHT,
+    snapshot::{CapturePolicy, Exclusions, PortRange, Subnet, WhenAgentIsDown},
+};
 
 const EXCLUDE_OUTBOUND_PORTS: &str = "mesh.io/exclude-outbound-ports";
 const EXCLUDE_OUTBOUND_CIDRS: &str = "mesh.io/exclude-outbound-cidrs";
@@ -21,6 +24,7 @@ const EXCLUDE_INBOUND_CIDRS: &str = "mesh.io/exclude-inbound-cidrs";
 const WHEN_AGENT_IS_DOWN: &str = "mesh.io/when-agent-is-down";
 const EGRESS: &str = "mesh.io/egress";
 const DIRECT: &str = "mesh.io/direct";
+const WEIGHT: &str = "mesh.io/weight";
 
 type Annotations = BTreeMap<String, String>;
 
@@ -31,7 +35,16 @@ pub(super) fn check(pod: Box<Pod>) -> Checked<Box<Pod>> {
         dns_name(account).map_err(under("spec.serviceAccountName"))?;
     }
     capture_policy(pod.metadata.annotations.as_ref())?;
+    weight(pod.metadata.annotations.as_ref())?;
     Ok(pod)
+}
+
+/// Its share as an endpoint, among those of the others (annotation `mesh.io/weight`). Never an error for those of a pod that
+/// was checked.
+pub fn weight(annotations: Option<&Annotations>) -> Checked<u32> {
+    let Some(text) = annotations.and_then(|all| all.get(WEIGHT)) else { return Ok(1) };
+    let weight = text.trim().parse::<u32>().ok().filter(|weight| (1..=LARGEST_WEIGHT).contains(weight));
+    weight.ok_or_else(|| wrong(WEIGHT, format!("{text:?} is not a number from 1 to {LARGEST_WEIGHT}")))
 }
 
 /// What these annotations of a pod say of its capture. Never an error for those of a pod that was checked.

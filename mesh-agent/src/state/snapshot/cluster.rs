@@ -12,10 +12,15 @@ use std::{
     time::Duration,
 };
 
-use super::{ConsistentHash, Health, OutlierDetection, Protocol, RetryBudget, Workload};
+use tokio::time::Instant;
 
-/// The endpoints of one (service, port, subset) and how to choose among them.
-#[derive(Debug)]
+use super::{
+    Checked, ClusterId, ConnectionPool, ConsistentHash, Health, Latency, Locality, Origination,
+    OutlierDetection, Protocol, RetryBudget, Spread, Use, Workload,
+};
+
+/// The endpoints of one (service, port, subset) and how to choose among them. A clone shares the state.
+#[derive(Debug, Clone)]
 pub struct Cluster {
     /// Istio's form: `outbound|9080|v2|reviews.default.svc.cluster.local`.
     pub name: Arc<str>,
@@ -33,8 +38,10 @@ pub struct Cluster {
     pub subset: Option<Arc<str>>,
     /// Namespace of the clients it is made for, where rules of their own hold for them; `None` is everybody else.
     pub view: Option<Arc<str>>,
-    /// Ready endpoints.
+    /// Ready endpoints, in the order of their addresses.
     pub endpoints: Vec<Arc<Endpoint>>,
+    /// In which order of preference and in which shares they are chosen.
+    pub spread: Arc<Spread>,
     /// How to choose.
     pub balancing: Balancing,
     /// Chooses instead, by what a request brings along (`loadBalancer.consistentHash`).
@@ -43,17 +50,35 @@ pub struct Cluster {
     pub outlier: Option<OutlierDetection>,
     /// `connectionPool.tcp.connectTimeout`, 10 s by default.
     pub connect_timeout: Duration,
+    /// The rest of `connectionPool`.
+    pub pool: ConnectionPool,
+    /// `tls`.
+    pub tls: Origination,
     /// Whether a rule sets what only the agent can keep: its connections are never direct.
     pub limits_connections: bool,
     /// How many tries may be retries at a time.
     pub retry_budget: RetryBudget,
+    /// What a `ServicePolicy` has for the case that endpoints fail.
+    pub standby: Standby,
     /// Carried over from the snapshot before.
     pub state: Arc<ClusterState>,
+}
+
+/// What a `ServicePolicy` has for the case that endpoints fail.
+#[derive(Debug, Clone, Default)]
+pub struct Standby {
+    /// The endpoints are checked, for as long as this says that they are used.
+    pub checks: Option<Arc<Use>>,
+    /// Who serves, the first that can, where no endpoint may be chosen. They have no fallbacks themselves: so there are no
+    /// loops.
+    pub fallbacks: Vec<Arc<Cluster>>,
 }
 
 /// What a cluster remembers between snapshots.
 #[derive(Debug, Default)]
 pub struct ClusterState {
+    /// What tells it from others.
+    pub id: ClusterId,
     /// Position of round robin.
     pub next: AtomicU64,
     /// Requests under way from this agent, retries among them.
@@ -64,6 +89,8 @@ pub struct ClusterState {
     pub mirroring: AtomicU32,
     /// Endpoints that are ejected.
     pub ejected: AtomicU32,
+    /// Endpoints that get nothing, ejected or found unhealthy.
+    pub away: AtomicU32,
 }
 
 /// How endpoints are chosen.
@@ -72,10 +99,14 @@ pub enum Balancing {
     /// Two at random, the one with fewer requests in flight (Istio's default).
     #[default]
     LeastRequest,
+    /// Two at random, the one that is likely to answer sooner (Linkerd's default; here by annotation).
+    PeakEwma,
     /// One after the other.
     RoundRobin,
     /// At random.
     Random,
+    /// None is chosen: the address is the one that the client has dialled.
+    Passthrough,
 }
 
 /// One address behind a service port.
@@ -85,15 +116,45 @@ pub struct Endpoint {
     pub address: SocketAddr,
     /// Its pod, when it is one that owns its address.
     pub workload: Option<Arc<Workload>>,
+    /// Where it is, as far as that is known.
+    pub locality: Locality,
+    /// Its share, among those of the others; at least 1.
+    pub weight: u32,
+    /// What is known by its checks, where it is checked.
+    pub checked: Option<Arc<Checked>>,
     /// Carried over from the snapshot before.
     pub state: Arc<EndpointState>,
 }
 
 /// What an endpoint remembers between snapshots.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct EndpointState {
     /// Requests or connections in flight from this agent.
     pub in_flight: AtomicU32,
     /// How it did lately.
     pub health: Health,
+    /// How long it takes to answer.
+    pub latency: Latency,
+    /// When it came.
+    pub came: Instant,
+}
+
+impl Default for EndpointState {
+    /// Of an endpoint that comes now.
+    fn default() -> Self {
+        Self {
+            in_flight: AtomicU32::new(0),
+            health: Health::default(),
+            latency: Latency::default(),
+            came: Instant::now(),
+        }
+    }
+}
+
+impl Endpoint {
+    /// An address that is the only one there is, wherever it may be.
+    pub fn alone(address: SocketAddr, workload: Option<Arc<Workload>>) -> Self {
+        let (locality, state) = (Locality::default(), Arc::default());
+        Self { address, workload, locality, weight: 1, checked: None, state }
+    }
 }

@@ -238,7 +238,7 @@ impl World {
             let Backend::Cluster(cluster) = &route::draw(backends).backend else {
                 anyhow::bail!("no cluster")
             };
-            let chosen = balance::choose(cluster, &[], None);
+            let chosen = balance::choose(cluster, &balance::Wish::default());
             black_box(chosen.context("an endpoint")?);
             Ok(())
         })

@@ -7,7 +7,14 @@ mod odd;
 mod tunnel;
 mod watch;
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use anyhow::{Result, anyhow};
 use bytes::Bytes;
@@ -59,6 +66,8 @@ struct Server {
     options: Options,
     pod: HeaderValue,
     watch: Arc<Watch>,
+    /// What `/healthz` says.
+    sick: AtomicBool,
 }
 
 /// The first two parts of a path: what to do, and how much or which.
@@ -82,7 +91,7 @@ struct Asked<'a> {
 pub async fn serve(options: Options) -> Result<()> {
     let listener = listen::tcp(options.server.listen)?;
     let pod = HeaderValue::from_str(&options.server.name)?;
-    let server = Arc::new(Server { options, pod, watch: Arc::default() });
+    let server = Arc::new(Server { options, pod, watch: Arc::default(), sick: AtomicBool::new(false) });
     loop {
         let (stream, peer) = listener.accept().await?;
         let connection = Connection::new(stream, peer, server.watch.connection())?;
@@ -103,6 +112,10 @@ impl Server {
         let mut response = match wish.verb {
             "stats" => json(&self.watch.stats())?,
             "release" => json(&self.watch.release())?,
+            "sick" => {
+                self.sick.store(wish.number != Some(0), Ordering::Relaxed);
+                json(&wish.number)?
+            }
             _ => {
                 let id = request.headers().get(ID_HEADER).and_then(|id| id.to_str().ok());
                 let (open, times) = Open::begin(&self.watch, &target, id, number);
@@ -178,6 +191,9 @@ impl Server {
         match (wish.verb, wish.number) {
             ("status", Some(status)) => {
                 *response.status_mut() = code(status)?;
+            }
+            ("healthz", _) if self.sick.load(Ordering::Relaxed) => {
+                *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
             }
             ("fail-first", Some(failures)) if asked.times <= failures => {
                 *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;

@@ -1,0 +1,48 @@
+//! Which endpoint: the balancer's choice, or what the client has dialled where nothing is balanced
+//! (`loadBalancer.simple: PASSTHROUGH`).
+//!
+//! Never passes plaintext to a service whose endpoints are in the mesh: whoever answers at the service's own address is not
+//! known, so that is refused. Tested in the lab (`tests/tests/balancing.rs`).
+
+use std::{net::SocketAddr, sync::Arc};
+
+use super::Mesh;
+use crate::{
+    balance::{self, Chosen, Wish},
+    error::{Error, Kind, Result},
+    state::snapshot::{Balancing, Cluster, Endpoint},
+};
+
+/// An endpoint of the cluster. `dialled`: by the client, where there is one.
+pub(super) fn endpoint(
+    mesh: &Mesh,
+    cluster: &Cluster,
+    wish: &Wish<'_>,
+    dialled: Option<SocketAddr>,
+) -> Result<Chosen> {
+    if let (Balancing::Passthrough, Some(dialled)) = (cluster.balancing, dialled) {
+        return passed(mesh, cluster, dialled);
+    }
+    balance::choose(cluster, wish).ok_or_else(|| none(cluster, "has no healthy endpoint"))
+}
+
+fn passed(mesh: &Mesh, cluster: &Cluster, dialled: SocketAddr) -> Result<Chosen> {
+    if let Some(chosen) = balance::chosen(cluster, dialled) {
+        return Ok(chosen);
+    }
+    let snapshot = mesh.snapshot();
+    let service = snapshot.vips.get(&dialled.ip());
+    let port = service.and_then(|service| service.ports.iter().find(|port| port.port == dialled.port()));
+    let behind = port.into_iter().flat_map(|port| &port.cluster.endpoints).chain(&cluster.endpoints);
+    let mut pods = behind.filter_map(|endpoint| endpoint.workload.as_ref());
+    if service.is_some() && pods.any(|pod| pod.enrolled) {
+        let text = format!("is not balanced (PASSTHROUGH), and who answers at {dialled} is not known");
+        return Err(none(cluster, &text));
+    }
+    let workload = snapshot.workload_at(dialled.ip()).cloned();
+    Ok(Chosen::alone(&Arc::new(Endpoint::alone(dialled, workload))))
+}
+
+fn none(cluster: &Cluster, what: &str) -> Error {
+    Error::new(Kind::NoHealthyUpstream, format!("{} {what}", cluster.name))
+}

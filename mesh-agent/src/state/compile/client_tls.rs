@@ -1,0 +1,113 @@
+//! What the `tls` of a rule comes to: Secrets are looked up, in the rule's own namespace, and what is not there is said.
+//!
+//! Promises that a rule which asks for TLS never comes to plaintext. Tested in `tests/client_tls.rs`.
+
+use std::sync::Arc;
+
+use super::{Problems, services::Definitions};
+use crate::state::{
+    resource::{
+        ObjectKey, Objects, Resource,
+        client_tls::{Credential, Terms, Tls},
+        destination_rule::{Blocks, DestinationRule, TrafficPolicy},
+    },
+    snapshot::{ClientCertificate, ClientTls, Origination, TlsTerms},
+};
+
+/// How connections to a service outside the mesh are protected. What is the same as before stays the same, with what has
+/// been made of it.
+pub(super) fn originate(
+    objects: &Objects,
+    namespace: &str,
+    host: &Arc<str>,
+    tls: Option<&Tls>,
+    before: Option<&Origination>,
+) -> Origination {
+    let (terms, shows) = match tls {
+        None | Some(Tls::Disable) => return Origination::Plaintext,
+        Some(Tls::Mesh) => return Origination::MeshOnly,
+        Some(Tls::Simple(terms)) => (terms, false),
+        Some(Tls::Mutual(terms)) => (terms, true),
+    };
+    let credential = match credential(objects, namespace, terms, shows) {
+        Ok(credential) => credential,
+        Err(why) => return Origination::Broken(why.into()),
+    };
+    let shown = credential.certificate.zip(credential.key).filter(|_| shows);
+    let terms = TlsTerms {
+        server: terms.sni.as_deref().map_or_else(|| Arc::clone(host), Arc::from),
+        names: terms.names.iter().map(|name| name.as_str().into()).collect(),
+        roots: credential.roots,
+        anybody: terms.anybody,
+        shows: shown.map(|(chain, key)| ClientCertificate { chain, key }),
+    };
+    match before {
+        Some(Origination::Tls(before)) if before.terms == terms => Origination::Tls(Arc::clone(before)),
+        _ => Origination::Tls(Arc::new(ClientTls::new(terms))),
+    }
+}
+
+/// What the named Secret has, and that of the same name with `-cacert` behind (Istio's, for roots alone).
+fn credential(objects: &Objects, namespace: &str, terms: &Terms, shows: bool) -> Result<Credential, String> {
+    let Some(name) = &terms.credential else { return Ok(Credential::default()) };
+    let find = |name: &str| match objects.get(&ObjectKey::new("Secret", namespace, name)).map(|o| &o.resource)
+    {
+        Some(Resource::Secret(credential)) => Some(Credential::clone(credential)),
+        _ => None,
+    };
+    let (found, roots) = (find(name), find(&format!("{name}-cacert")));
+    if found.is_none() && roots.is_none() {
+        return Err(format!("there is no Secret {namespace}/{name}"));
+    }
+    let found = found.unwrap_or_default();
+    let roots = roots.and_then(|secret| secret.roots).or(found.roots);
+    if shows && (found.certificate.is_none() || found.key.is_none()) {
+        return Err(format!("Secret {namespace}/{name} has no certificate and key (tls.crt, tls.key)"));
+    }
+    if !shows && roots.is_none() {
+        return Err(format!("Secret {namespace}/{name} has no certificate of an authority (ca.crt)"));
+    }
+    Ok(Credential { roots, ..found })
+}
+
+/// Says what of a rule's `tls` is not there, and where it does not hold.
+pub(super) fn report(
+    rule: &DestinationRule,
+    host: &str,
+    objects: &Objects,
+    services: &Definitions<'_>,
+    problems: &mut Problems<'_>,
+) {
+    let key = ObjectKey::new("DestinationRule", &rule.namespace, &rule.name);
+    let top = rule.policy.iter().map(|policy| ("spec.trafficPolicy".to_owned(), policy));
+    let subsets = rule.subsets.iter().enumerate().filter_map(|(i, subset)| {
+        Some((format!("spec.subsets[{i}].trafficPolicy"), subset.policy.as_ref()?))
+    });
+    for (field, tls) in top.chain(subsets).flat_map(|(field, policy)| written(&field, policy)) {
+        if let Tls::Simple(terms) | Tls::Mutual(terms) = tls
+            && let Err(why) = credential(objects, &rule.namespace, terms, matches!(tls, Tls::Mutual(_)))
+        {
+            problems.add(&key, &format!("{field}.credentialName"), why);
+        }
+        let enrolled = || {
+            let ports = services.covered_by(host).flat_map(|service| &service.ports);
+            let mut workloads =
+                ports.flat_map(|port| &port.candidates).filter_map(|one| one.workload.as_ref());
+            workloads.any(|workload| workload.enrolled)
+        };
+        if *tls != Tls::Mesh && enrolled() {
+            let message =
+                "holds for endpoints outside the mesh alone: those in it are reached by its mutual TLS";
+            problems.add(&key, &format!("{field}.mode"), message.to_owned());
+        }
+    }
+}
+
+/// Every `tls` of a policy, and where it stands.
+fn written<'a>(field: &str, policy: &'a TrafficPolicy) -> Vec<(String, &'a Tls)> {
+    let of_port = |(port, blocks): (&u16, &'a Blocks)| {
+        Some((format!("{field}.portLevelSettings[port.number={port}].tls"), blocks.tls.as_ref()?))
+    };
+    let top = policy.blocks.tls.iter().map(|tls| (format!("{field}.tls"), tls));
+    top.chain(policy.ports.iter().filter_map(of_port)).collect()
+}
