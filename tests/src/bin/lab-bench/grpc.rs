@@ -8,7 +8,7 @@ use crate::{
     goals::{Goal, times},
     load::{H2LOAD, calls},
     meter::Meter,
-    peers::{Course, Kind, Root, Traffic, agents, by_mutual_tls},
+    peers::{Course, Kind, Traffic, between_nodes, by_mutual_tls},
     rounds::{Plan, alternate},
     world::{each, finish},
 };
@@ -21,19 +21,7 @@ const KINDS: [Kind; 3] = [Kind::None, Kind::Mesh, Kind::Envoy];
 pub async fn run(plan: &Plan) -> Result<Measured> {
     ensure!(std::path::Path::new(H2LOAD).is_file(), "no {H2LOAD}: `cargo xtask bench grpc` installs it");
     let lab = Lab::new("bench-grpc").await?;
-    let (a, b) = (lab.node("a").await?, lab.node("b").await?);
-    let (c, d) = (lab.node("c").await?, lab.node("d").await?);
-    let (root, mut courses) = (Root::new()?, Vec::new());
-    for kind in KINDS.into_iter().filter(|kind| kind.is_installed()) {
-        courses.push(match kind {
-            Kind::Mesh => Course::meshed(&lab, "server", Traffic::Grpc, &a, &b).await?,
-            _ => Course::new(kind, Traffic::Grpc, &c, &d, &root).await?,
-        });
-    }
-    let agents = agents(&[&a, &b]).await?;
-    for course in &courses {
-        course.ready().await?;
-    }
+    let (courses, agents) = between_nodes(&lab, &KINDS, Traffic::Grpc).await?;
     let meter = Meter::new(lab.cgroup())?;
     let rounds = alternate(plan, &meter, courses.len(), async |at| measure(plan, &courses[at]).await);
     let rounds = rounds.await?;

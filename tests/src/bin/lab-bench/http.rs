@@ -8,7 +8,7 @@ use crate::{
     goals::{Goal, times},
     load::{CONNECTIONS, Connections, RATE, RATE_CONNECTIONS, WRK, can_pace, flood, paced},
     meter::Meter,
-    peers::{Course, Kind, Root, Traffic, agents, by_mutual_tls},
+    peers::{Course, Kind, Traffic, between_nodes, by_mutual_tls},
     rounds::{Plan, Rounds, alternate},
     world::{each, finish},
 };
@@ -27,20 +27,7 @@ pub async fn run(plan: &Plan) -> Result<Measured> {
     ensure!(std::path::Path::new(WRK).is_file(), "no {WRK}: `cargo xtask bench http` installs it");
     ensure!(Kind::Nginx.is_installed(), "nginx is the server of all: `cargo xtask bench http` installs it");
     let lab = Lab::new("bench-http").await?;
-    // Agents on the first two alone.
-    let (a, b) = (lab.node("a").await?, lab.node("b").await?);
-    let (c, d) = (lab.node("c").await?, lab.node("d").await?);
-    let (root, mut courses) = (Root::new()?, Vec::new());
-    for kind in KINDS.into_iter().filter(|kind| kind.is_installed()) {
-        courses.push(match kind {
-            Kind::Mesh => Course::meshed(&lab, "server", Traffic::Http, &a, &b).await?,
-            _ => Course::new(kind, Traffic::Http, &c, &d, &root).await?,
-        });
-    }
-    let agents = agents(&[&a, &b]).await?;
-    for course in &courses {
-        course.ready().await?;
-    }
+    let (courses, agents) = between_nodes(&lab, &KINDS, Traffic::Http).await?;
     let meter = Meter::new(lab.cgroup())?;
     let rounds = alternate(plan, &meter, courses.len(), async |at| measure(plan, &courses[at]).await);
     let mut rounds = rounds.await?;

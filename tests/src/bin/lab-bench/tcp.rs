@@ -8,7 +8,7 @@ use crate::{
     goals::{Goal, times},
     load::{Exchange, bulk, exchange},
     meter::Meter,
-    peers::{Course, Kind, Root, Traffic, agents},
+    peers::{Course, Kind, Traffic, between_nodes},
     rounds::{Plan, alternate},
     world::{each, finish},
 };
@@ -25,19 +25,7 @@ const ALONE: Exchange = Exchange { bytes: 1024, connections: 1 };
 
 pub async fn run(plan: &Plan) -> Result<Measured> {
     let lab = Lab::new("bench-tcp").await?;
-    let (a, b) = (lab.node("a").await?, lab.node("b").await?);
-    let (c, d) = (lab.node("c").await?, lab.node("d").await?);
-    let (root, mut courses) = (Root::new()?, Vec::new());
-    for kind in KINDS.into_iter().filter(|kind| kind.is_installed()) {
-        courses.push(match kind {
-            Kind::Mesh => Course::meshed(&lab, "server", Traffic::Bytes, &a, &b).await?,
-            _ => Course::new(kind, Traffic::Bytes, &c, &d, &root).await?,
-        });
-    }
-    let agents = agents(&[&a, &b]).await?;
-    for course in &courses {
-        course.ready().await?;
-    }
+    let (courses, agents) = between_nodes(&lab, &KINDS, Traffic::Bytes).await?;
     let meter = Meter::new(lab.cgroup())?;
     let rounds = alternate(plan, &meter, courses.len(), async |at| measure(plan, &courses[at]).await);
     let rounds = rounds.await?;

@@ -361,6 +361,25 @@ pub async fn agents(nodes: &[&Node]) -> Result<Vec<Agent>> {
     Ok(agents)
 }
 
+/// Those of these kinds that are installed, ready: the mesh between two nodes, whose agents come along, and each of the others
+/// between two nodes without.
+pub async fn between_nodes(lab: &Lab, kinds: &[Kind], traffic: Traffic) -> Result<(Vec<Course>, Vec<Agent>)> {
+    let (a, b) = (lab.node("a").await?, lab.node("b").await?);
+    let (c, d) = (lab.node("c").await?, lab.node("d").await?);
+    let (root, mut courses) = (Root::new()?, Vec::new());
+    for kind in kinds.iter().copied().filter(|kind| kind.is_installed()) {
+        courses.push(match kind {
+            Kind::Mesh => Course::meshed(lab, "server", traffic, &a, &b).await?,
+            _ => Course::new(kind, traffic, &c, &d, &root).await?,
+        });
+    }
+    let agents = agents(&[&a, &b]).await?;
+    for course in &courses {
+        course.ready().await?;
+    }
+    Ok((courses, agents))
+}
+
 /// The mesh's requests were what they are said to be.
 pub async fn by_mutual_tls(agents: &[Agent]) -> Result<()> {
     for agent in agents {
