@@ -14,6 +14,7 @@ mod succession;
 
 use std::{
     io,
+    num::NonZeroUsize,
     path::Path,
     sync::{Arc, Weak},
     time::Duration,
@@ -57,6 +58,7 @@ use crate::{
         snapshot::Snapshot,
     },
     upstream::LocalPods,
+    workers::{self, Threads, Workers},
 };
 
 /// How often the certificates' metrics are brought up to date besides at every change of the configuration.
@@ -83,8 +85,16 @@ pub fn node(config: NodeConfig, log: &str) -> Result<()> {
     if !nix::unistd::geteuid().is_root() {
         return Err(NotStarted("capturing traffic takes root".to_owned()).into());
     }
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    runtime.block_on(run_node(config, &dir, log_level))
+    // What watches, enrols and reports; connections have threads of their own.
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let (workers, _threads) = start_workers(config.workers)?;
+    runtime.block_on(run_node(config, &dir, log_level, workers))
+}
+
+fn start_workers(number: Option<NonZeroUsize>) -> Result<(Workers, Threads)> {
+    let cores = || std::thread::available_parallelism().context("counting the cores");
+    let number = number.map_or_else(cores, Ok)?;
+    workers::start(number).context("starting the threads that carry connections")
 }
 
 fn start_log(filter: &str) -> Result<LogLevel> {
@@ -123,7 +133,7 @@ impl Signals {
     }
 }
 
-async fn run_node(config: NodeConfig, dir: &Path, log_level: LogLevel) -> Result<()> {
+async fn run_node(config: NodeConfig, dir: &Path, log_level: LogLevel, workers: Workers) -> Result<()> {
     let mut signals = Signals::register().context("listening for signals")?;
     let mut begun = tokio::select! {
         biased;
@@ -135,8 +145,13 @@ async fn run_node(config: NodeConfig, dir: &Path, log_level: LogLevel) -> Result
     let capture = Arc::new(load_capture(&config, begun.before.as_mut())?);
     let ended = match start_capture(&capture, &mut begun, &config.bpf_dir, &reporter) {
         Ok(()) => {
-            let parts =
-                Parts { begun, authority, reporter: Arc::clone(&reporter), capture: Arc::clone(&capture) };
+            let parts = Parts {
+                begun,
+                authority,
+                reporter: Arc::clone(&reporter),
+                capture: Arc::clone(&capture),
+                workers,
+            };
             serve_pods(parts, &config, log_level, &mut signals).await
         }
         Err(error) => Err(error),
@@ -217,6 +232,7 @@ struct Parts {
     authority: Arc<Authority>,
     reporter: Arc<Reporter>,
     capture: Arc<Capture>,
+    workers: Workers,
 }
 
 /// Serves the pods of this node until a signal says to stop, then lets them go; or until a successor serves them, and
@@ -227,7 +243,7 @@ async fn serve_pods(
     log_level: LogLevel,
     signals: &mut Signals,
 ) -> Result<()> {
-    let Parts { begun, authority, reporter, capture } = parts;
+    let Parts { begun, authority, reporter, capture, workers } = parts;
     let Begun { source, mut run_dir, listeners, before } = begun;
     let (memory, overload) = overload::measure(&config.overload)?;
     let mesh = Arc::new(Mesh {
@@ -241,6 +257,7 @@ async fn serve_pods(
         endpoints: capture.endpoints(),
         overload: Arc::clone(&overload),
         carrier_interval: config.carrier_interval,
+        workers,
     });
     overload::watch(memory, &mesh, &config.overload).context("watching memory")?;
     let snapshots = put_in_force(Arc::clone(&mesh), source.snapshots.clone());

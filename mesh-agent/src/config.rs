@@ -6,7 +6,7 @@ mod controller;
 mod limits;
 mod overload;
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{net::SocketAddr, num::NonZeroUsize, path::PathBuf, time::Duration};
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
@@ -139,6 +139,9 @@ pub struct NodeConfig {
     /// How long SIGTERM waits for open connections, seconds
     #[arg(long, env = "MESH_DRAIN_DEADLINE", value_name = "SECONDS", default_value = "5", value_parser = seconds)]
     pub drain_deadline: Duration,
+    /// Threads that carry connections [default: as many as there are cores]
+    #[arg(long, env = "MESH_WORKERS", value_name = "NUMBER")]
+    pub workers: Option<NonZeroUsize>,
     /// How often the network between two pods of this node is asked, with a connection, whether they may talk, seconds
     #[arg(long, env = "MESH_CARRIER_INTERVAL", value_name = "SECONDS", default_value = "30", value_parser = some_seconds)]
     pub carrier_interval: Duration,

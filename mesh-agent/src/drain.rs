@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use tokio::runtime::Handle;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 /// One drain, for the whole agent or for one pod. Cheap to clone.
@@ -51,6 +52,11 @@ impl Drain {
     /// Runs a connection as a task that [`Drain::finish`] waits for.
     pub fn spawn(&self, connection: impl Future<Output = ()> + Send + 'static) {
         self.open.spawn(connection);
+    }
+
+    /// The same, on this runtime.
+    pub fn spawn_on(&self, connection: impl Future<Output = ()> + Send + 'static, runtime: &Handle) {
+        self.open.spawn_on(connection, runtime);
     }
 
     /// Begins draining.

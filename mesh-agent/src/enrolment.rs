@@ -351,9 +351,10 @@ impl Enrolment {
         in_force::update_pod(&self.mesh, &pod);
         self.namespaces.insert(name, id);
         self.pods_changed.notify_one();
-        tokio::spawn(outbound::serve(Arc::clone(&self.mesh), Arc::clone(&pod)));
+        let workers = &self.mesh.workers;
+        workers.spawn(outbound::serve(Arc::clone(&self.mesh), Arc::clone(&pod)));
         for listener in [Listener::Inbound, Listener::Mesh] {
-            tokio::spawn(inbound::serve(Arc::clone(&self.mesh), Arc::clone(&pod), listener));
+            workers.spawn(inbound::serve(Arc::clone(&self.mesh), Arc::clone(&pod), listener));
         }
     }
 

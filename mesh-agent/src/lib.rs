@@ -33,3 +33,4 @@ pub mod state;
 pub mod tunnel;
 pub mod upstream;
 mod watcher;
+pub mod workers;

@@ -8,6 +8,7 @@
 use std::{
     collections::HashSet,
     io,
+    net::TcpListener,
     os::fd::{AsFd as _, OwnedFd},
     path::Path,
     sync::{Arc, PoisonError},
@@ -26,7 +27,6 @@ use mesh_common::{
         PodAddrs, PodPolicy, Probe, ProbePort, SOCKETS, STEERING, Slot, SlotKey, SocketFacts, Tuple,
     },
 };
-use tokio::net::TcpListener;
 
 use super::{
     Net, PodNet, attach, cgroup,
@@ -139,10 +139,8 @@ impl Capture {
         let facts = Facts::open(&self.dir.maps())?;
         let mut object = loader::load_pod(&self.dir, &self.with, cookie)?;
         let flows = self.list_maps(&mut object, cookie)?;
-        let [outbound, inbound, mesh] =
-            listeners.map(|socket| TcpListener::from_std(std::net::TcpListener::from(socket)));
         let net = Net::Kernel(KernelNet::new(netns, facts));
-        let net = PodNet::new(workload, [outbound?, inbound?, mesh?], net);
+        let net = PodNet::new(workload, listeners.map(TcpListener::from), net);
         Ok(Some(Adopted { net, cookie, addrs, flows, object }))
     }
 

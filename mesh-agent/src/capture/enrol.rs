@@ -24,7 +24,7 @@ use mesh_common::{
     },
 };
 use socket2::Socket;
-use tokio::{net::TcpListener, task::AbortHandle};
+use tokio::task::AbortHandle;
 
 use super::{
     Listener, Net, PodNet,
@@ -246,10 +246,8 @@ impl Capture {
         let guests = Guests::of(&mut object, &self.dir, cookie)?;
         self.guard(cookie, &netns, &workload.ips, workload.capture.restrict_egress)?;
 
-        let listeners = sockets.map(|socket| TcpListener::from_std(socket.into()));
-        let [outbound, inbound, mesh] = listeners;
         let net = Net::Kernel(KernelNet::new(netns, facts));
-        Ok(Enrolled { net: PodNet::new(workload, [outbound?, inbound?, mesh?], net), flows, guests })
+        Ok(Enrolled { net: PodNet::new(workload, sockets.map(Into::into), net), flows, guests })
     }
 
     /// Lists the pod's own maps under its cookie, where the programs of the node look for them, unless they are listed.

@@ -5,11 +5,11 @@
 use std::{
     collections::HashMap,
     io,
-    net::{Ipv4Addr, SocketAddr},
+    net::{Ipv4Addr, SocketAddr, TcpListener},
     sync::{Arc, Mutex, PoisonError},
 };
 
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpStream;
 
 use super::{Listener, Net, PodNet, client_gone};
 use crate::{
@@ -62,7 +62,11 @@ impl FixedNet {
         Ok(stream)
     }
 
-    pub(super) fn original_dst(&self, listener: Listener, stream: &TcpStream) -> Result<SocketAddr> {
+    pub(super) fn original_dst(
+        &self,
+        listener: Listener,
+        stream: &std::net::TcpStream,
+    ) -> Result<SocketAddr> {
         match (self.told().original_dst[listener as usize], listener) {
             (Some(dst), _) => Ok(dst),
             (None, Listener::Outbound) => {
@@ -78,9 +82,9 @@ impl FixedNet {
 }
 
 fn listen() -> io::Result<TcpListener> {
-    let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     listener.set_nonblocking(true)?;
-    TcpListener::from_std(listener)
+    Ok(listener)
 }
 
 #[cfg(test)]

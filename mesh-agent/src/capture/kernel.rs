@@ -85,7 +85,7 @@ impl KernelNet {
 
     /// What an accepted connection was meant for, and what the kernel knows of it; an error says why the agent does not
     /// serve it.
-    pub(super) fn original_dst(&self, listener: Listener, stream: &TcpStream) -> Result<Meant> {
+    pub(super) fn original_dst(&self, listener: Listener, stream: &std::net::TcpStream) -> Result<Meant> {
         let gone = |error: io::Error| client_gone(&error);
         match listener {
             Listener::Outbound => match self.facts.read(stream).map_err(gone)? {

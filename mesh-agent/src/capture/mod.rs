@@ -9,6 +9,7 @@
 //! the agent is in this room alone. Tested by the unit tests of its files and, with the kernel, by the lab
 //! (`tests/tests/capture/`).
 
+mod accept;
 mod adopt;
 mod at_once;
 mod attach;
@@ -40,21 +41,21 @@ mod tables;
 
 use std::{
     io,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, SocketAddr, TcpListener},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
 };
 
 use arc_swap::ArcSwapOption;
 use mesh_common::maps::port;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
 
 pub use self::sockets::unacknowledged;
 pub use self::{
+    accept::Acceptor,
     adopt::{Adopted, OfferedPod},
     direct::{DirectEndpoint, DirectRoute, DirectSet, Endpoints, OpenDirect},
     enrol::Capture,
@@ -73,15 +74,11 @@ use crate::{
     state::snapshot::Workload,
 };
 
-/// Pause after a failure to accept that is the whole process's (no file descriptors left), so that the accept loop does
-/// not spin.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-
 /// A connection of an enrolled pod, as the kernel handed it over.
 #[derive(Debug)]
 pub struct Captured {
-    /// The connection.
-    pub stream: TcpStream,
+    /// The connection, of no runtime yet: whoever serves it need not be on the one that has accepted it.
+    pub stream: std::net::TcpStream,
     /// The pod it was captured in.
     pub pod: Arc<PodNet>,
     /// The other end: the app (outbound), or who dialled the pod (inbound, mesh).
@@ -100,6 +97,18 @@ struct Meant {
     original_dst: SocketAddr,
     endpoint: u32,
     probe: bool,
+}
+
+impl Captured {
+    /// The connection, for the runtime of whoever asks.
+    ///
+    /// # Errors
+    /// The process has no room for it.
+    pub fn open(stream: std::net::TcpStream) -> Result<TcpStream, Error> {
+        TcpStream::from_std(stream).map_err(|error| {
+            Error::new(Kind::ConnectFailure, format!("a connection cannot be watched: {error}"))
+        })
+    }
 }
 
 impl Meant {
@@ -181,40 +190,6 @@ impl PodNet {
             passed_by: AtomicBool::new(false),
             net,
         })
-    }
-
-    /// The next captured connection, what is refused left out. An `Err` means the listener is gone (pod un-enrolled).
-    pub async fn accept(self: &Arc<Self>, listener: Listener) -> io::Result<Captured> {
-        loop {
-            if let Ok(captured) = self.next(listener).await? {
-                return Ok(captured);
-            }
-        }
-    }
-
-    /// The next connection, captured or refused. An `Err` means the listener is gone (pod un-enrolled).
-    pub async fn next(self: &Arc<Self>, listener: Listener) -> io::Result<Result<Captured, Refused>> {
-        loop {
-            let Some(listeners) = self.listeners.load_full() else { return Err(un_enrolled()) };
-            let accepted = tokio::select! {
-                biased;
-                () = self.gone.cancelled() => return Err(un_enrolled()),
-                accepted = listeners[listener as usize].accept() => accepted,
-            };
-            match accepted {
-                Ok((stream, client)) => return Ok(self.identify(listener, stream, client)),
-                Err(error) if is_of_one_connection(&error) => {}
-                // It does not listen any more: who has CAP_NET_ADMIN in the pod can destroy its sockets.
-                Err(error) if error.raw_os_error() == Some(nix::libc::EINVAL) => {
-                    self.lost.store(true, Ordering::Relaxed);
-                    self.gone.cancelled().await;
-                }
-                Err(error) => {
-                    tracing::warn!(pod = %self.name(), ?listener, %error, "cannot accept, trying again");
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
-                }
-            }
-        }
     }
 
     /// Dials from the pod's network namespace with the pod's own address, exempt from capture. Waits for as long as
@@ -306,7 +281,7 @@ impl PodNet {
     fn identify(
         self: &Arc<Self>,
         listener: Listener,
-        stream: TcpStream,
+        stream: std::net::TcpStream,
         client: SocketAddr,
     ) -> Result<Captured, Refused> {
         let client = canonical(client);

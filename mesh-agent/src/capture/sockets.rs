@@ -5,14 +5,14 @@
 
 use std::{
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    os::fd::{AsFd, AsRawFd as _},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
+    os::fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd},
     time::Duration,
 };
 
 use nix::libc;
 use nix::sys::socket::{setsockopt, sockopt::IpBindAddressNoPort};
-use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
+use socket2::{Domain, Protocol, SockAddr, Socket, TcpKeepalive, Type};
 use tokio::net::TcpSocket;
 
 /// Idle time before the first keepalive probe, the time between probes, and how many stay unanswered before a captured
@@ -57,6 +57,22 @@ pub(super) fn bind(port: u16) -> io::Result<Socket> {
 /// Has a bound socket listen, with the longest queue the system allows.
 pub(super) fn listen(socket: &Socket) -> io::Result<()> {
     socket.listen(nix::libc::SOMAXCONN)
+}
+
+/// The next connection of a listener, and its other end; never waits.
+pub(super) fn accept(listener: &TcpListener) -> io::Result<(TcpStream, SocketAddr)> {
+    let flags = libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
+    #[expect(unsafe_code, reason = "no library in use gives both the flags and the address, in one call")]
+    // SAFETY: the kernel writes an address of at most `length` bytes to where `address` points, both of which are there for
+    // that; the descriptor is new and nobody else's.
+    let (socket, address) = unsafe {
+        SockAddr::try_init(|address, length| {
+            let socket = libc::accept4(listener.as_raw_fd(), address.cast(), length, flags);
+            if socket < 0 { Err(io::Error::last_os_error()) } else { Ok(OwnedFd::from_raw_fd(socket)) }
+        })
+    }?;
+    let address = address.as_socket().ok_or_else(|| io::Error::from(io::ErrorKind::ConnectionAborted))?;
+    Ok((socket.into(), address))
 }
 
 /// A socket to dial this address with, not yet connected.

@@ -29,7 +29,7 @@ use crate::body::{Body, Inform, Received};
 /// What became of the stream or its connection.
 pub async fn send(
     connection: SendRequest<Bytes>,
-    request: Request<Body>,
+    request: Box<Request<Body>>,
     inform: Option<&dyn Inform>,
 ) -> Result<Response<Body>, Failed> {
     let unsent = |error| Failed { error, untouched: true };

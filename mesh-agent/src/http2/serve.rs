@@ -145,6 +145,9 @@ where
     let tally = Arc::new(Tally::default());
     let unused = unused(handlers, &tally, options.idle);
     tokio::pin!(unused);
+    // Made once: for each stream anew, they would be put in line with everybody who waits for the same.
+    let (started, left) = (drain.started(), drain.left());
+    tokio::pin!(started, left);
     let (mut draining, mut ending) = (false, Ended::Done);
     // A peer that is told to leave answers the PING that comes with it; one that is gone does not, and is not waited for.
     let mut goodbye = None;
@@ -168,11 +171,11 @@ where
                 Some(Err(error)) => break Err(ended(&error)),
                 None => break Ok(ending),
             },
-            () = drain.started(), if !draining => {
+            () = &mut started, if !draining => {
                 draining = true;
                 connection.graceful_shutdown();
             }
-            () = drain.left(), if !draining && tally.accepted() > 0 => {
+            () = &mut left, if !draining && tally.accepted() > 0 => {
                 draining = true;
                 goodbye = Some(Instant::now() + options.handshake);
                 connection.graceful_shutdown();

@@ -106,7 +106,8 @@ impl Inform for Told {
 async fn bodies_and_trailers_pass_both_ways() -> TestResult {
     let served = served(h2::client::Builder::new(), echo).await?;
     let request = Request::post("http://a/").body(Body::from(Bytes::from_static(b"a body")))?;
-    let response = send(served.sender.clone(), request, None).await.map_err(|failed| failed.error)?;
+    let response =
+        send(served.sender.clone(), Box::new(request), None).await.map_err(|failed| failed.error)?;
     // What came back has no trailers; sent on, it has the length it was given.
     assert_eq!(response.into_body().collect().await?.to_bytes(), "a body");
     Ok(())
@@ -130,7 +131,7 @@ async fn interim_responses_come_before_the_final_one() -> TestResult {
     })
     .await?;
     let told = Told::default();
-    let response = send(served.sender, get()?, Some(&told)).await.map_err(|failed| failed.error)?;
+    let response = send(served.sender, Box::new(get()?), Some(&told)).await.map_err(|failed| failed.error)?;
     assert_eq!(response.status(), StatusCode::OK);
     let told = told.0.into_inner()?;
     let statuses: Vec<_> = told.iter().map(|(status, _)| status.as_u16()).collect();
@@ -170,7 +171,7 @@ async fn send_owned(
     sender: SendRequest<Bytes>,
     request: Request<Body>,
 ) -> std::result::Result<Response<Body>, Failed> {
-    send(sender, request, None).await
+    send(sender, Box::new(request), None).await
 }
 
 #[tokio::test]
@@ -190,7 +191,7 @@ async fn a_body_that_breaks_off_resets_with_the_code_it_was_given() -> TestResul
             stream.run(async { Reply::Response(Response::new(body)) }, STALL).await;
         })
         .await?;
-        let outcome = match send(served.sender, get()?, None).await {
+        let outcome = match send(served.sender, Box::new(get()?), None).await {
             Ok(response) => response.into_body().collect().await.map(drop).map_err(|error| error.reason()),
             Err(failed) => Err(failed.error.reason().ok_or("no code")?),
         };
@@ -215,7 +216,7 @@ async fn a_reader_that_does_not_read_holds_back_the_writer() -> TestResult {
         }
     })
     .await?;
-    let response = send(served.sender, get()?, None).await.map_err(|failed| failed.error)?;
+    let response = send(served.sender, Box::new(get()?), None).await.map_err(|failed| failed.error)?;
     // Nothing left to do: all that can move has moved.
     for _ in 0..1000 {
         tokio::task::yield_now().await;
@@ -244,13 +245,13 @@ async fn a_stream_whose_client_takes_nothing_is_given_up_alone() -> TestResult {
     })
     .await?;
     let begun = tokio::time::Instant::now();
-    let stuck = send(served.sender.clone(), get()?, None).await.map_err(|failed| failed.error)?;
+    let stuck = send(served.sender.clone(), Box::new(get()?), None).await.map_err(|failed| failed.error)?;
     let ended = stuck.into_body().collect().await.map(drop).map_err(|error| error.reason());
     assert_eq!(ended, Err(Reason::CANCEL));
     assert_eq!(begun.elapsed().as_secs(), 300);
     // The connection goes on.
     let empty = Request::get("http://a/empty").body(Body::Empty)?;
-    let response = send(served.sender, empty, None).await.map_err(|failed| failed.error)?;
+    let response = send(served.sender, Box::new(empty), None).await.map_err(|failed| failed.error)?;
     assert!(response.into_body().collect().await?.to_bytes().is_empty());
     Ok(())
 }
@@ -303,8 +304,10 @@ async fn draining_finishes_what_is_under_way_and_takes_nothing_new() -> TestResu
     while !is_closed(&served.sender) {
         tokio::task::yield_now().await;
     }
-    let refused =
-        send(served.sender.clone(), get()?, None).await.map(drop).map_err(|failed| failed.untouched);
+    let refused = send(served.sender.clone(), Box::new(get()?), None)
+        .await
+        .map(drop)
+        .map_err(|failed| failed.untouched);
     assert_eq!(refused, Err(true), "a new one may be sent elsewhere");
     go_on.send(true)?;
     assert_eq!(asking.await?.map_err(|failed| failed.error)?.status(), StatusCode::OK);
@@ -364,7 +367,7 @@ async fn a_connection_that_is_given_up_has_its_streams_stalled_and_waits_for_the
     let (sender, connection) = h2::client::handshake(near).await?;
     let _client = tokio::spawn(connection);
     let half = Request::get("http://a/half").body(Body::Empty)?;
-    let half = send(sender.clone(), half, None).await.map_err(|failed| failed.error)?;
+    let half = send(sender.clone(), Box::new(half), None).await.map_err(|failed| failed.error)?;
     let (switched, _open) =
         sender.clone().ready().await?.send_request(Request::connect("a:1").body(())?, false)?;
     switched.await?;
@@ -430,7 +433,7 @@ async fn what_is_ready_for_a_slow_client_is_sent_before_a_goodbye_ends() -> Test
 #[tokio::test(start_paused = true)]
 async fn a_connection_that_nobody_uses_is_closed() -> TestResult {
     let served = served(h2::client::Builder::new(), echo).await?;
-    send(served.sender.clone(), get()?, None).await.map_err(|failed| failed.error)?;
+    send(served.sender.clone(), Box::new(get()?), None).await.map_err(|failed| failed.error)?;
     let begun = tokio::time::Instant::now();
     served.serving.await??;
     assert!((3600..=7200).contains(&begun.elapsed().as_secs()), "{:?}", begun.elapsed());
@@ -464,7 +467,8 @@ async fn a_connect_that_is_granted_is_bytes_and_nothing_else_can_be() -> TestRes
     let mut back = String::new();
     bytes.read_to_string(&mut back).await?;
     assert_eq!(back, "to and fro");
-    let wrong = send(served.sender, get()?, None).await.map(drop).map_err(|failed| failed.error.reason());
+    let wrong =
+        send(served.sender, Box::new(get()?), None).await.map(drop).map_err(|failed| failed.error.reason());
     assert_eq!(wrong, Err(Some(Reason::INTERNAL_ERROR)));
     Ok(())
 }

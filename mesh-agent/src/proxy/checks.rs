@@ -240,7 +240,7 @@ impl Asked<'_> {
             flow: None,
         };
         let nobody: Arc<dyn Inform> = Arc::new(Nobody);
-        let (response, lease) = self.pod.send(&permit, &to, request, client, &nobody).await?;
+        let (response, lease) = self.pod.send(&permit, &to, Box::new(request), client, &nobody).await?;
         let refused = tunnel::is_refusal(&response);
         let (head, body) = response.into_parts();
         let mut answer = Answer { refused, headers: head.headers, body: bytes::Bytes::new() };

@@ -203,10 +203,11 @@ pub(super) const fn is_cut(error: &Error) -> bool {
     matches!(error.kind, Kind::Denied | Kind::Plaintext | Kind::Revoked | Kind::Token(_))
 }
 
-/// What `work` comes to, unless what stands is cut before.
+/// What `work` comes to, unless what stands is cut before. Pinned where it is made: a future that is handed over takes its
+/// room twice, in the future that it is handed to.
 pub(super) async fn unless_cut<T>(
     standing: Option<&mut Box<Standing>>,
-    work: impl Future<Output = Result<T>>,
+    work: Pin<&mut impl Future<Output = Result<T>>>,
 ) -> Result<T> {
     let Some(standing) = standing else { return work.await };
     tokio::select! {

@@ -18,7 +18,7 @@ use ::http::{
     HeaderValue, Method, Request, Response,
     header::{CONNECTION, UPGRADE},
 };
-use hyper::{body::Incoming, server::conn::http1, service::service_fn};
+use hyper::{body::Incoming, server::conn::http1, service::service_fn, upgrade::OnUpgrade};
 use hyper_util::rt::TokioIo;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -115,7 +115,12 @@ impl Server {
         }
     }
 
-    async fn answer(&self, request: Request<Body>, client: Client, refused: Option<Error>) -> Answered {
+    async fn answer(
+        &self,
+        request: Box<Request<Body>>,
+        client: Client,
+        refused: Option<Refusal>,
+    ) -> Answered {
         match self {
             Self::Outbound(outbound, cluster) => {
                 http::answer(outbound, Arc::clone(cluster), request, client, refused).await
@@ -155,7 +160,7 @@ where
     let (client, unsent) = Watched::new(client, left, Arc::clone(&connection));
     let (io, along) = ReadAlong::new(client, move |refusal| telling.stream_refused(refusal));
     let handle = |request, stream: ServerStream| {
-        let server = server.clone();
+        let (server, request) = (server.clone(), Box::new(request));
         let asking = Client {
             version: Protocol::Http2,
             activity: stream.activity(),
@@ -164,7 +169,9 @@ where
         };
         async move {
             let stall = server.mesh().limits.stall();
-            stream.run(reply(server, request, asking), stall).await;
+            // Pinned here: handed over, it would take its room twice.
+            let making = pin!(reply(server, request, asking));
+            stream.run(making, stall).await;
         }
     };
     let given_up = async {
@@ -206,7 +213,7 @@ impl Server {
     }
 }
 
-async fn reply(server: Server, request: Request<Body>, client: Client) -> Reply<Reported> {
+async fn reply(server: Server, request: Box<Request<Body>>, client: Client) -> Reply<Reported> {
     match server.answer(request, client, None).await {
         Answered::Response(response) => Reply::Response(response),
         Answered::Switch(head, taker, carried) => {
@@ -249,16 +256,20 @@ where
     let (edge, gate) = Edge::new(client, bounds);
     let activity = Arc::new(Activity::on(connection));
     let (shared, told, moving) = (server.clone(), Arc::clone(&gate), Arc::clone(&activity));
-    let answer = service_fn(move |request| {
+    let answer = service_fn(move |mut request: Request<Incoming>| {
         // Both now, before hyper reads on.
-        let (refused, turn) = (told.next_request().map(Error::from), told.turn());
+        let (refused, turn) = (told.next_request(), told.turn());
+        let may_switch = request.method() == Method::CONNECT || request.headers().contains_key(UPGRADE);
+        let upgrade = may_switch.then(|| hyper::upgrade::on(&mut request));
+        // Boxed before anything waits for its answer: what goes from hand to hand is small.
+        let request = Box::new(request.map(Body::from));
         let client = Client {
             version: Protocol::Http1,
             activity: Arc::clone(&moving),
             inform: Arc::clone(&told) as Arc<dyn Inform>,
             turn: Some(turn),
         };
-        answer(shared.clone(), Arc::clone(&told), request, client, refused)
+        answer(shared.clone(), Arc::clone(&told), (request, upgrade), client, refused)
     });
     let served = builder(bounds).serve_connection(TokioIo::new(edge), answer);
     let mut connection = pin!(served.with_upgrades());
@@ -301,13 +312,11 @@ fn builder(bounds: Limits) -> http1::Builder {
 async fn answer(
     server: Server,
     gate: Arc<Gate>,
-    mut request: Request<Incoming>,
+    (request, upgrade): (Box<Request<Body>>, Option<OnUpgrade>),
     client: Client,
-    refused: Option<Error>,
+    refused: Option<Refusal>,
 ) -> std::result::Result<Response<Reported>, Infallible> {
-    let may_switch = request.method() == Method::CONNECT || request.headers().contains_key(UPGRADE);
-    let upgrade = may_switch.then(|| hyper::upgrade::on(&mut request));
-    let answered = server.answer(request.map(Body::from), client, refused).await;
+    let answered = server.answer(request, client, refused).await;
     Ok(match (answered, upgrade) {
         (Answered::Switch(head, taker, _), Some(upgrade)) => {
             gate.switched(true);

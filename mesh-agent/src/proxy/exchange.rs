@@ -10,7 +10,11 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Method, StatusCode, header::ORIGIN, request};
+use http::{
+    HeaderMap, HeaderValue, Method, Request, StatusCode,
+    header::ORIGIN,
+    uri::{Authority, PathAndQuery},
+};
 use http_body::{Body as _, Frame, SizeHint};
 use percent_encoding::{AsciiSet, CONTROLS, percent_encode};
 use tokio::time::{Instant, Sleep};
@@ -66,7 +70,7 @@ pub(super) struct Exchange {
     pub tries: u32,
     pub request: Arc<Meter>,
     pub grpc: bool,
-    pub authority: String,
+    pub authority: Option<Authority>,
     pub request_id: Option<HeaderValue>,
     /// When the whole response must have passed.
     pub deadline: Option<Instant>,
@@ -89,7 +93,7 @@ pub(super) struct Exchange {
     /// Given to the client with the response, so that it comes back to the same endpoint.
     pub set_cookie: Option<HeaderValue>,
     method: Method,
-    path: String,
+    path: Option<PathAndQuery>,
     unread: bool,
     /// Of a browser's request: the site it is made from.
     origin: Option<HeaderValue>,
@@ -121,11 +125,12 @@ impl Exchange {
         source: Peer,
         ends: Ends,
         client: Client,
-        request: &request::Parts,
-    ) -> Self {
+        request: &Request<Body>,
+    ) -> Box<Self> {
         client.activity.begin();
         let now = Instant::now();
-        Self {
+        // Boxed: it is large, and goes from hand to hand.
+        Box::new(Self {
             reporter: Arc::clone(reporter),
             sides,
             source,
@@ -143,8 +148,8 @@ impl Exchange {
             tries: 0,
             request: Arc::new(Meter::new(Arc::clone(&client.activity))),
             client,
-            grpc: message::is_grpc(&request.headers),
-            authority: String::new(),
+            grpc: message::is_grpc(request.headers()),
+            authority: None,
             request_id: None,
             deadline: None,
             told: None,
@@ -156,21 +161,30 @@ impl Exchange {
             under_way: None,
             held: None,
             set_cookie: None,
-            method: request.method.clone(),
-            path: request.uri.path_and_query().map_or_else(|| "/".to_owned(), ToString::to_string),
+            method: request.method().clone(),
+            path: request.uri().path_and_query().cloned(),
             unread: false,
-            origin: request.headers.get(ORIGIN).cloned(),
+            origin: request.headers().get(ORIGIN).cloned(),
             started: now,
             sent: now,
             status: None,
             grpc_status: None,
             response_bytes: 0,
-        }
+        })
+    }
+
+    /// Whom the request is for, as its client wrote it; empty where it was not read.
+    pub fn authority(&self) -> &str {
+        self.authority.as_ref().map_or("", Authority::as_str)
+    }
+
+    fn path(&self) -> &str {
+        if self.unread { "" } else { self.path.as_ref().map_or("/", PathAndQuery::as_str) }
     }
 
     /// What came was no request that could be read: nothing is told of it.
     pub fn unread(&mut self) {
-        (self.unread, self.path) = (true, String::new());
+        self.unread = true;
     }
 
     /// The whole exchange, response body included, must be done within this time from now; the shortest counts.
@@ -191,7 +205,11 @@ impl Exchange {
     }
 
     /// The response goes to the client; its body reports when it ends.
-    pub fn respond(mut self, mut parts: http::response::Parts, body: Body) -> http::Response<Reported> {
+    pub fn respond(
+        mut self: Box<Self>,
+        mut parts: http::response::Parts,
+        body: Body,
+    ) -> http::Response<Reported> {
         self.status = Some(parts.status);
         self.grpc_status = retry::grpc_status(&parts.headers);
         let cors = self.route.as_ref().and_then(|route| route.cors.as_ref());
@@ -203,12 +221,12 @@ impl Exchange {
         }
         let body = if self.method == Method::HEAD { Body::Empty } else { body };
         let deadline = self.deadline.map(|deadline| Box::pin(tokio::time::sleep_until(deadline)));
-        let body = Reported { body, deadline, exchange: Some(Box::new(self)) };
+        let body = Reported { body, deadline, exchange: Some(self) };
         http::Response::from_parts(parts, body.ended_already())
     }
 
     /// The mesh answers instead of the endpoint: as a gRPC status to gRPC clients, else with the error's HTTP status.
-    pub fn refuse(mut self, error: Error) -> http::Response<Reported> {
+    pub fn refuse(mut self: Box<Self>, error: Error) -> http::Response<Reported> {
         if let Some(answer) = &error.answer {
             let (head, body) = http::Response::clone(answer).into_parts();
             let (head, body) = self.local(head, body).into_parts();
@@ -234,7 +252,7 @@ impl Exchange {
             }
         }
         if let Kind::Token(_) = error.kind {
-            set(&mut parts.headers, "www-authenticate", &headers::challenge(&self.authority, &self.path));
+            set(&mut parts.headers, "www-authenticate", &headers::challenge(self.authority(), self.path()));
         }
         // Our own answer is whole: neither the time that was the endpoint's nor a change of its policies cuts it off.
         (self.deadline, self.standing) = (None, None);
@@ -243,7 +261,7 @@ impl Exchange {
     }
 
     /// As [`Exchange::refuse`], towards the agent of the source: it is told what failed and makes its own answer.
-    pub fn refuse_to_agent(self, error: Error) -> http::Response<Reported> {
+    pub fn refuse_to_agent(self: Box<Self>, error: Error) -> http::Response<Reported> {
         let kind = error.kind;
         let mut response = self.refuse(error);
         tunnel::tell_failure(response.headers_mut(), kind);
@@ -261,7 +279,7 @@ impl Exchange {
     }
 
     /// The client and the endpoint went over to another protocol: this was said, and so much passed.
-    pub fn switched(mut self, status: StatusCode, received: u64, error: Option<Error>) {
+    pub fn switched(mut self: Box<Self>, status: StatusCode, received: u64, error: Option<Error>) {
         (self.status, self.response_bytes, self.error) = (Some(status), received, error);
     }
 
@@ -281,8 +299,8 @@ impl Exchange {
             delay_injected: self.delay_injected,
             gave_up: self.gave_up,
             method: if self.unread { "" } else { self.method.as_str() },
-            authority: &self.authority,
-            path: &self.path,
+            authority: self.authority(),
+            path: self.path(),
             request_id: self.request_id.as_ref().and_then(|id| id.to_str().ok()),
             route: self.route_name.as_deref().unwrap_or_default(),
             stat_name: self.stat_name.as_ref(),

@@ -224,7 +224,7 @@ async fn one(
         flow: None,
     };
     let nobody: Arc<dyn Inform> = Arc::new(Nobody);
-    let sent = pod.send(&permit, &destination, request, client, &nobody).await;
+    let sent = pod.send(&permit, &destination, Box::new(request), client, &nobody).await;
     health::timed(Some(&mut chosen), &sent);
     let (response, lease) = sent?;
     let (head, body) = response.into_parts();

@@ -36,15 +36,30 @@ pub(super) fn request_id(headers: &HeaderMap) -> Option<HeaderValue> {
 fn new_id() -> HeaderValue {
     let random = fastrand::u128(..);
     let version = (random & !(0xf << 76) & !(0x3 << 62)) | (0x4 << 76) | (0x2 << 62);
-    let hex = format!("{version:032x}");
-    let text = [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]].join("-");
+    let mut text = [b'-'; 36];
+    let digits = text.iter_mut().enumerate().filter(|(at, _)| !matches!(at, 8 | 13 | 18 | 23));
+    for ((_, digit), nibble) in digits.zip((0..32).rev()) {
+        *digit = b"0123456789abcdef"[(version >> (4 * nibble)) as usize & 0xf];
+    }
     // Hexadecimal digits and dashes are what a header value may have.
-    HeaderValue::try_from(text).unwrap_or(HeaderValue::from_static(""))
+    let mut id = HeaderValue::from_bytes(&text).unwrap_or(HeaderValue::from_static(""));
+    // No two are the same: to remember it for the next request of a connection is work in vain (RFC 7541 section 6.2.3).
+    id.set_sensitive(true);
+    id
+}
+
+/// A number as the value of a header; those that nearly all requests have cost nothing.
+pub(super) fn number(number: u64) -> HeaderValue {
+    const DIGITS: [HeaderValue; 10] = {
+        let of = HeaderValue::from_static;
+        [of("0"), of("1"), of("2"), of("3"), of("4"), of("5"), of("6"), of("7"), of("8"), of("9")]
+    };
+    DIGITS.get(number as usize).cloned().unwrap_or_else(|| HeaderValue::from(number))
 }
 
 /// How long the endpoint took, in milliseconds.
 pub(super) fn served_in(headers: &mut HeaderMap, took: Duration) {
-    headers.insert(SERVICE_TIME, HeaderValue::from(took.as_millis() as u64));
+    headers.insert(SERVICE_TIME, number(took.as_millis() as u64));
 }
 
 /// Tells the endpoint by when it is expected to answer, as Envoy does: a gRPC server may give up then too.

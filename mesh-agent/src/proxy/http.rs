@@ -24,7 +24,7 @@ use crate::{
     body::Body,
     config::HttpLimits,
     error::{Error, FaultStatus, Kind, Result},
-    http1::Turn,
+    http1::{Refusal, Turn},
     route,
     state::snapshot::{
         Abort, Backend, Cluster, HttpRoute, Protocol, Redirect, RequestMatch, RouteAction, WeightedBackend,
@@ -52,22 +52,24 @@ pub(super) enum Made {
 pub(super) async fn answer(
     outbound: &Arc<Outbound>,
     cluster: Arc<Cluster>,
-    request: Request<Body>,
+    request: Box<Request<Body>>,
     client: Client,
-    refused: Option<Error>,
+    refused: Option<Refusal>,
 ) -> Answered {
-    let (parts, body) = request.into_parts();
     let source = outbound.source.clone();
     let reporter = &outbound.mesh.reporter;
-    let mut exchange = Exchange::begin(reporter, Sides::Source, source, outbound.ends, client, &parts);
+    let mut exchange = Exchange::begin(reporter, Sides::Source, source, outbound.ends, client, &request);
     exchange.cluster = Some(cluster);
     exchange.held = Some(outbound.pod.hold());
     let made = match refused {
-        Some(error) => {
+        Some(refusal) => {
             exchange.unread();
-            Err(error)
+            Err(Error::from(refusal))
         }
-        None => forward(outbound, &mut exchange, parts, body).await,
+        None => {
+            let (parts, body) = (*request).into_parts();
+            forward(outbound, &mut exchange, parts, body).await
+        }
     };
     match made {
         Ok(Made::Response(response)) => {
@@ -102,7 +104,7 @@ async fn forward(
     let (port, routes) = routes(outbound, exchange, &workload)?;
     let Some((route, matched)) = route::find(&routes, &parts, port, &workload) else {
         let text =
-            format!("no route of {} matches {} {}", exchange.authority, parts.method, parts.uri.path());
+            format!("no route of {} matches {} {}", exchange.authority(), parts.method, parts.uri.path());
         return Err(Error::new(Kind::NoRoute, text));
     };
     exchange.route_name = Some(Arc::clone(route.name_of(matched)));
@@ -146,7 +148,7 @@ fn accept(outbound: &Outbound, exchange: &mut Exchange, parts: &mut request::Par
     message::strip_hop_by_hop(&mut parts.headers);
     tunnel::strip_mesh_headers(&mut parts.headers);
     permits::settle_path(&outbound.mesh, &mut parts.uri)?;
-    exchange.authority = parts.uri.authority().map(ToString::to_string).unwrap_or_default();
+    exchange.authority = parts.uri.authority().cloned();
     exchange.request_id = Some(headers::identify(&mut parts.headers));
     if exchange.grpc {
         exchange.limit(headers::grpc_timeout(&parts.headers));
@@ -236,10 +238,10 @@ async fn send(
         }
     } else {
         let kept = terms.retries.attempts > 0 || !route.mirrors.is_empty();
-        let sendable = Sendable::new(parts, body, kept, &outbound.pod, exchange);
+        let mut sendable = Sendable::new(parts, body, kept, &outbound.pod, exchange);
         mirror::send(outbound, route, terms.timeout, &sendable, exchange.grpc);
         // Boxed: its room goes back once the head of the response is there, while the body may take long.
-        Box::pin(tries::run(outbound, exchange, &terms.retries, cluster, sendable)).await?
+        Box::pin(tries::run(outbound, exchange, &terms.retries, cluster, &mut sendable)).await?
     };
     let (mut head, body) = response.into_parts();
     for_client(&mut head, exchange);

@@ -5,16 +5,16 @@
 //! report; the peer has no identity. Where requests decide what is permitted, bytes are read first (`inspected.rs`).
 //! So are those of the kubelet, whose declared requests are permitted whatever policies say.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
-use http::{Request, Response, StatusCode};
+use http::{HeaderValue, Request, Response, StatusCode};
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::{
-    Ends, Mesh, admit, assert_small,
+    Ends, Mesh, acceptor, admit, assert_small,
     cut::{self, Standing},
     exchange::{Client, Exchange, Reported, Sides},
-    headers, inspected, next, pod_name, unsent, vouched,
+    headers, inspected, next, pod_name, spawn, unsent, vouched,
 };
 use crate::{
     body::{Body, Stall},
@@ -27,7 +27,7 @@ use crate::{
     report::{FlowGuard, FlowKey, Peer, RequestProtocol, Security, Side, TcpLabels},
     state::snapshot::{Protocol, Workload},
     tunnel::{self, Accepted, MeshStream, Tunnel},
-    upstream::{Destination, Kept, Lease, Pod, Via, message},
+    upstream::{AGAIN, Destination, Kept, Lease, Pod, Via, message},
 };
 
 /// Time for the app inside the pod to accept a connection.
@@ -38,7 +38,8 @@ const CONNECTION_FUTURE: usize = 12 << 10;
 
 /// Takes a pod's connections from one of its inbound listeners until the listener is gone.
 pub async fn serve(mesh: Arc<Mesh>, pod: Arc<Pod>, listener: Listener) {
-    while let Some(captured) = next(&mesh, &pod, listener, Side::Destination).await {
+    let Some(acceptor) = acceptor(&pod, listener).await else { return };
+    while let Some(captured) = next(&mesh, &pod, &acceptor, Side::Destination).await {
         let captured = if listener == Listener::Mesh { pod.take_carrier(captured) } else { Some(captured) };
         let Some(captured) = captured else { continue };
         // The kubelet asks whether the pod is well, not whether there is room; the kernel bounds how often at a time.
@@ -48,12 +49,15 @@ pub async fn serve(mesh: Arc<Mesh>, pod: Arc<Pod>, listener: Listener) {
             let Some(place) = admit(&mesh, &pod, Side::Destination, (&captured).into()) else { continue };
             Some(place)
         };
+        let seat = mesh.workers.seat();
+        let runtime = seat.as_ref().map(|seat| seat.runtime().clone());
+        let place = (place, seat);
         let connection = connection(Arc::clone(&mesh), Arc::clone(&pod), listener, captured);
         let connection = async move {
             connection.await;
             drop(place);
         };
-        pod.drain.spawn(assert_small(connection, CONNECTION_FUTURE));
+        spawn(&pod, runtime.as_ref(), assert_small(connection, CONNECTION_FUTURE));
     }
 }
 
@@ -78,6 +82,8 @@ pub(super) struct Inbound {
     pub workload: Arc<Workload>,
     pub source: Peer,
     pub ends: Ends,
+    /// What its app is told of the source.
+    pub certificate: Option<HeaderValue>,
     /// The kernel says that it is the kubelet's, to a port with declared requests.
     pub probe: bool,
     /// What the peer proved its identity with.
@@ -99,8 +105,9 @@ impl Inbound {
             facts.mutual_tls = identity.is_some();
             facts.protocol = Some(RequestProtocol::Tcp);
         });
+        let certificate = message::certificate_of(identity.as_ref(), &workload.identity);
         let source = Peer { workload: by_address, identity };
-        Self { mesh, pod, workload, source, ends, probe: false, shown: None, flow }
+        Self { mesh, pod, workload, source, ends, certificate, probe: false, shown: None, flow }
     }
 
     /// `app`: what was asked for within the connection.
@@ -138,7 +145,7 @@ async fn mesh_connection(mesh: Arc<Mesh>, pod: Arc<Pod>, captured: Captured) -> 
     let ends = Ends::from(&captured);
     // Boxed: the handshake is over soon.
     let Accepted { tls, peer, wire, shown } =
-        Box::pin(tunnel::accept(captured.stream, pod.identity())).await?;
+        Box::pin(tunnel::accept(Captured::open(captured.stream)?, pod.identity())).await?;
     let shown = Arc::new(shown);
     let inbound = Inbound::new(mesh, pod, ends, Some(peer));
     let inbound = Arc::new(Inbound { shown: Some(Arc::clone(&shown)), ..inbound });
@@ -161,7 +168,8 @@ async fn mesh_connection(mesh: Arc<Mesh>, pod: Arc<Pod>, captured: Captured) -> 
 
 async fn serve_stream(inbound: Arc<Inbound>, stream: MeshStream) {
     match stream {
-        MeshStream::Tunnel(tunnel) => tunnelled(inbound, tunnel).await,
+        // Boxed: a stream is the one or the other.
+        MeshStream::Tunnel(tunnel) => Box::pin(tunnelled(inbound, tunnel)).await,
         // Boxed: most connections of a pod that serves bytes never need the room.
         MeshStream::Http { request, port, protocol, stream } => {
             let app = SocketAddr::new(inbound.ends.original_dst.ip(), port);
@@ -217,7 +225,7 @@ fn tunnel_status(kind: Kind) -> StatusCode {
 /// A request that travelled as a stream of its own.
 async fn native(
     inbound: Arc<Inbound>,
-    request: Request<Body>,
+    request: Box<Request<Body>>,
     app: SocketAddr,
     protocol: Protocol,
     stream: ServerStream,
@@ -231,31 +239,29 @@ async fn native(
     let stall = inbound.mesh.limits.stall();
     let stall = Stall { flush: stall.flush.saturating_mul(PATIENCE), ..stall };
     let answer = async {
-        let (parts, body) = request.into_parts();
-        let exchange = begin(&inbound, &parts, app, client);
-        let request = Request::from_parts(parts, body);
+        let exchange = begin(&inbound, &request, app, client);
         // Boxed: its room goes back once the head of the response is there, while the body may take long.
         Reply::Response(Box::pin(answer(&inbound, exchange, request, app, protocol)).await)
     };
-    stream.run(answer, stall).await;
+    stream.run(pin!(answer), stall).await;
 }
 
 pub(super) fn begin(
     inbound: &Inbound,
-    parts: &http::request::Parts,
+    request: &Request<Body>,
     app: SocketAddr,
     client: Client,
-) -> Exchange {
+) -> Box<Exchange> {
     let (reporter, source) = (&inbound.mesh.reporter, inbound.source.clone());
-    let mut exchange = Exchange::begin(reporter, Sides::Destination, source, inbound.ends, client, parts);
+    let mut exchange = Exchange::begin(reporter, Sides::Destination, source, inbound.ends, client, request);
     exchange.destination = vouched(&inbound.workload);
     exchange.held = Some(inbound.pod.hold());
     exchange.security = inbound.security();
     exchange.endpoint = Some(app);
     exchange.tries = 1;
     exchange.cluster = inbound.mesh.snapshot().inbound.get(&app).cloned();
-    exchange.authority = parts.uri.authority().map(ToString::to_string).unwrap_or_default();
-    exchange.request_id = headers::request_id(&parts.headers);
+    exchange.authority = request.uri().authority().cloned();
+    exchange.request_id = headers::request_id(request.headers());
     inbound.flow.learn(|facts| {
         facts.protocol = Some(exchange.protocol());
         facts.service = exchange.cluster.as_ref().map(|cluster| Arc::clone(&cluster.host));
@@ -265,16 +271,15 @@ pub(super) fn begin(
 
 async fn answer(
     inbound: &Inbound,
-    mut exchange: Exchange,
-    request: Request<Body>,
+    mut exchange: Box<Exchange>,
+    mut request: Box<Request<Body>>,
     app: SocketAddr,
     protocol: Protocol,
 ) -> Response<Reported> {
-    let (mut parts, body) = request.into_parts();
+    let (mut parts, body) = std::mem::take(&mut *request).into_parts();
     message::strip_hop_by_hop(&mut parts.headers);
-    let own = &inbound.workload.identity;
-    message::client_certificate(&mut parts.headers, inbound.source.identity.as_ref(), own);
-    let mut request = Request::from_parts(parts, body.metered(Arc::clone(&exchange.request)));
+    message::show_certificate(&mut parts.headers, inbound.certificate.as_ref());
+    *request = Request::from_parts(parts, body.metered(Arc::clone(&exchange.request)));
     let admitted = inbound.admit();
     let permitted = match admitted {
         Ok(()) => inbound.may_request(app, &mut request).await,
@@ -283,7 +288,7 @@ async fn answer(
     let sent = match permitted {
         Ok((permit, mut standing)) => {
             let sending = tries(inbound, &permit, &mut exchange, request, app, protocol);
-            let sent = cut::unless_cut(Some(&mut standing), sending).await;
+            let sent = cut::unless_cut(Some(&mut standing), pin!(sending)).await;
             exchange.standing = Some(standing);
             sent
         }
@@ -303,38 +308,40 @@ async fn answer(
 }
 
 /// A request without a body that the app has not looked at is sent again (Istio's default for inbound traffic:
-/// `reset-before-request`, twice, gRPC apart).
+/// `reset-before-request`, twice, gRPC apart). Over HTTP/1 that is one that was not sent, which the pool sees to itself.
 pub(super) async fn tries(
     inbound: &Inbound,
     permit: &Permit,
     exchange: &mut Exchange,
-    request: Request<Body>,
+    request: Box<Request<Body>>,
     app: SocketAddr,
     protocol: Protocol,
 ) -> Result<(Response<Body>, Lease)> {
-    const AGAIN: u32 = 2;
-    let (parts, body) = request.into_parts();
-    if !matches!(body, Body::Empty) || exchange.grpc {
-        let request = Request::from_parts(parts, body);
+    if !matches!(request.body(), Body::Empty) || exchange.grpc || protocol != Protocol::Http2 {
         return send_to_app(inbound, permit, exchange, request, app, protocol).await;
     }
-    loop {
-        let sending = Request::from_parts(parts.clone(), Body::Empty);
-        let sent = send_to_app(inbound, permit, exchange, sending, app, protocol).await;
-        match sent {
-            Err(error) if error.kind == Kind::RefusedStream && exchange.tries <= AGAIN => {
-                exchange.tries += 1;
+    // Boxed: few apps speak it, and every request would have to make room for it.
+    Box::pin(async move {
+        let (parts, _) = request.into_parts();
+        loop {
+            let sending = Box::new(Request::from_parts(parts.clone(), Body::Empty));
+            let sent = send_to_app(inbound, permit, exchange, sending, app, protocol).await;
+            match sent {
+                Err(error) if error.kind == Kind::RefusedStream && exchange.tries <= AGAIN => {
+                    exchange.tries += 1;
+                }
+                sent => return sent,
             }
-            sent => return sent,
         }
-    }
+    })
+    .await
 }
 
 async fn send_to_app(
     inbound: &Inbound,
     _permit: &Permit,
     exchange: &Exchange,
-    request: Request<Body>,
+    request: Box<Request<Body>>,
     app: SocketAddr,
     protocol: Protocol,
 ) -> Result<(Response<Body>, Lease)> {
@@ -365,7 +372,7 @@ async fn plaintext_connection(mesh: Arc<Mesh>, pod: Arc<Pod>, captured: Captured
     match inbound.may_begin(ends.original_dst)? {
         (Ruling::Permitted(permit), standing) => {
             let app = hand_over(&inbound, &permit, ends.original_dst).await?;
-            let client = captured.stream;
+            let client = Captured::open(captured.stream)?;
             let copy = async |moved: &Moved| copy::between_sockets(client, &[], app, moved).await;
             moving(&inbound, ends.original_dst, standing, copy).await;
         }
@@ -373,7 +380,7 @@ async fn plaintext_connection(mesh: Arc<Mesh>, pod: Arc<Pod>, captured: Captured
             // Boxed: few connections need the room.
             Box::pin(inspected::serve(
                 Arc::new(inbound),
-                captured.stream,
+                Captured::open(captured.stream)?,
                 unsent::of_socket,
                 ends.original_dst,
                 standing,
@@ -415,7 +422,8 @@ async fn moving(
         endpoint: Some(destination),
     });
     let moved = Moved::default();
-    let error = cut::unless_cut(Some(&mut standing), copy(&moved)).await.err();
+    let copying = pin!(copy(&moved));
+    let error = cut::unless_cut(Some(&mut standing), copying).await.err();
     let (sent, received) = moved.get();
     guard.moved(sent, received);
     guard.closed(error.as_ref());

@@ -5,7 +5,7 @@
 //! connection has, which refuses wherever requests decide, hand over, report. Plaintext, tunnels of other meshes and
 //! connections between pods of one node alike. Tested in the lab (`tests/tests/authorization.rs`).
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, pin::pin, sync::Arc};
 
 use http::{HeaderMap, Request, Response, StatusCode};
 use tokio::{
@@ -27,7 +27,7 @@ use crate::{
     body::Body,
     detect::{self, Prefixed},
     error::{Error, Kind, Result},
-    http1::Turn,
+    http1::{Refusal, Turn},
     policy::Permit,
     state::snapshot::Protocol,
     tunnel,
@@ -47,7 +47,8 @@ pub(super) async fn serve<S>(
     let mut client = Prefixed::new(client);
     let mut standing = standing.known_as(if inbound.probe { What::Probe } else { What::Requests });
     if inbound.reads_for_tokens_alone(app) {
-        match unless_cut(Some(&mut standing), silence::broken(&inbound, &mut client, app)).await {
+        let broken = unless_cut(Some(&mut standing), pin!(silence::broken(&inbound, &mut client, app))).await;
+        match broken {
             Ok(Broken::ByClient) => {}
             Ok(Broken::ByServer(server, approved)) => {
                 let standing = standing.known_as(What::Opaque(None)).approved_by(approved);
@@ -57,7 +58,7 @@ pub(super) async fn serve<S>(
             Err(error) => return inbound.refused(Some(app), &error),
         }
     }
-    let detected = unless_cut(Some(&mut standing), protocol(&inbound, &mut client, app)).await;
+    let detected = unless_cut(Some(&mut standing), pin!(protocol(&inbound, &mut client, app))).await;
     // It was a question whether anybody listens.
     if inbound.probe && client.is_unread() {
         return;
@@ -66,7 +67,8 @@ pub(super) async fn serve<S>(
         Ok(Protocol::Opaque) => opaque(&inbound, client, app, standing).await,
         Ok(version) => {
             let server = Server::Inbound(Arc::clone(&inbound), app);
-            unless_cut(Some(&mut standing), downstream::serve(server, client, left, version)).await
+            let serving = pin!(downstream::serve(server, client, left, version));
+            unless_cut(Some(&mut standing), serving).await
         }
         Err(error) => Err(error),
     };
@@ -129,18 +131,17 @@ fn gone(error: &std::io::Error) -> Error {
 pub(super) async fn answer(
     inbound: &Arc<Inbound>,
     app: SocketAddr,
-    request: Request<Body>,
+    request: Box<Request<Body>>,
     client: Client,
-    refused: Option<Error>,
+    refused: Option<Refusal>,
 ) -> Answered {
-    let (parts, body) = request.into_parts();
-    let mut exchange = inbound::begin(inbound, &parts, app, client);
+    let mut exchange = inbound::begin(inbound, &request, app, client);
     let made = match refused {
-        Some(error) => {
+        Some(refusal) => {
             exchange.unread();
-            Err(error)
+            Err(Error::from(refusal))
         }
-        None => forward(inbound, &mut exchange, Request::from_parts(parts, body), app).await,
+        None => forward(inbound, &mut exchange, request, app).await,
     };
     match made {
         Ok(Made::Response(response)) => {
@@ -158,10 +159,10 @@ pub(super) async fn answer(
 async fn forward(
     inbound: &Arc<Inbound>,
     exchange: &mut Exchange,
-    request: Request<Body>,
+    mut request: Box<Request<Body>>,
     app: SocketAddr,
 ) -> Result<Made> {
-    let (mut parts, body) = request.into_parts();
+    let (mut parts, body) = std::mem::take(&mut *request).into_parts();
     requests::within(&inbound.mesh.limits, &parts)?;
     // No probe needs another protocol.
     let (version, wanted) = (exchange.client.version, Switch::asked(&parts).filter(|_| !inbound.probe));
@@ -169,10 +170,9 @@ async fn forward(
     message::normalise(&mut parts, app)?;
     message::strip_hop_by_hop(&mut parts.headers);
     tunnel::strip_mesh_headers(&mut parts.headers);
-    let (source, own) = (inbound.source.identity.as_ref(), &inbound.workload.identity);
-    message::client_certificate(&mut parts.headers, source, own);
-    exchange.authority = parts.uri.authority().map(ToString::to_string).unwrap_or_default();
-    let mut request = Request::from_parts(parts, body.metered(Arc::clone(&exchange.request)));
+    message::show_certificate(&mut parts.headers, inbound.certificate.as_ref());
+    exchange.authority = parts.uri.authority().cloned();
+    *request = Request::from_parts(parts, body.metered(Arc::clone(&exchange.request)));
     inbound.admit()?;
     // Who waits to be told before it sends a body that is to be shown.
     let shown = expects && inbound.pod.workload().authorization.reads_bodies;
@@ -185,8 +185,9 @@ async fn forward(
     }
     let response = if let Some(wanted) = wanted {
         // Boxed: rare.
-        let switching = Box::pin(switch(inbound, &permit, exchange, request, app, &wanted));
-        match unless_cut(Some(&mut standing), switching).await? {
+        let switching = Box::pin(switch(inbound, &permit, exchange, *request, app, &wanted));
+        let switched = unless_cut(Some(&mut standing), pin!(switching)).await?;
+        match switched {
             Made::Response(response) => response,
             switched @ Made::Switch(_) => {
                 exchange.standing = Some(standing);
@@ -195,7 +196,7 @@ async fn forward(
         }
     } else {
         let sending = inbound::tries(inbound, &permit, exchange, request, app, version);
-        let (response, lease) = unless_cut(Some(&mut standing), sending).await?;
+        let (response, lease) = unless_cut(Some(&mut standing), pin!(sending)).await?;
         exchange.lease = Some(lease);
         response
     };

@@ -122,7 +122,7 @@ async fn one(
     };
     let nobody: Arc<dyn Inform> = Arc::new(Nobody);
     let sending = async {
-        let sent = pod.send(&permit, &destination, request, client, &nobody).await;
+        let sent = pod.send(&permit, &destination, Box::new(request), client, &nobody).await;
         health::timed(Some(&mut chosen), &sent);
         let (response, lease) = sent?;
         // Read to its end, so that the connection can be used again.
@@ -134,6 +134,6 @@ async fn one(
         lease.finished();
         Ok(())
     };
-    unless_cut(standing.as_mut(), sending).await?;
+    unless_cut(standing.as_mut(), std::pin::pin!(sending)).await?;
     Ok(())
 }

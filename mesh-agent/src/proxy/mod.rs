@@ -29,18 +29,22 @@ mod upgrade;
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
-use tokio::{sync::OwnedSemaphorePermit, time::Instant};
+use tokio::{runtime::Handle, sync::OwnedSemaphorePermit, time::Instant};
 
 use crate::{
     balance,
-    capture::{Captured, Endpoints, Listener, Refused},
+    capture::{Acceptor, Captured, Endpoints, Listener, Refused},
     config::{HttpLimits, PathNormalization},
     error::{Error, Kind},
     overload::Overload,
     report::{FlowFacts, Peer, Reporter, RequestProtocol, Security, Side},
     state::snapshot::{Cluster, Endpoint, Snapshot, Workload},
     upstream::{LocalPods, Pod, Via},
+    workers::Workers,
 };
+
+/// Pause until a listener that could not be watched is looked at again.
+const AGAIN: Duration = Duration::from_secs(1);
 
 /// What every connection of the agent shares.
 #[derive(Debug)]
@@ -65,6 +69,8 @@ pub struct Mesh {
     pub overload: Arc<Overload>,
     /// How long a carrier connection stands before it is made anew.
     pub carrier_interval: Duration,
+    /// The threads that carry connections.
+    pub workers: Workers,
 }
 
 impl Mesh {
@@ -96,9 +102,9 @@ fn admit(mesh: &Mesh, pod: &Pod, side: Side, ends: Ends) -> Option<OwnedSemaphor
 
 /// The next connection of the pod that the agent serves; what it does not serve is counted. `None`: the listener is
 /// gone.
-async fn next(mesh: &Mesh, pod: &Pod, listener: Listener, side: Side) -> Option<Captured> {
+async fn next(mesh: &Mesh, pod: &Pod, acceptor: &Acceptor, side: Side) -> Option<Captured> {
     loop {
-        match pod.net().next(listener).await.ok()? {
+        match acceptor.next().await.ok()? {
             Ok(captured) => return Some(captured),
             Err(Refused { client, error }) => {
                 mesh.reporter.refused(side, &pod.workload(), client, None, &error);
@@ -133,6 +139,22 @@ fn pod_name(workload: &Workload) -> Arc<str> {
     format!("{}/{}", workload.namespace, workload.name).into()
 }
 
+/// What takes the connections of one of the pod's listeners; `None`: it is gone. Where the process has no room to watch it,
+/// that is told, and tried again.
+async fn acceptor(pod: &Pod, listener: Listener) -> Option<Acceptor> {
+    loop {
+        match pod.net().acceptor(listener) {
+            Ok(acceptor) => return Some(acceptor),
+            Err(_) if pod.net().has_left() => return None,
+            Err(error) => {
+                let pod = pod_name(&pod.workload());
+                tracing::error!(%pod, ?listener, %error, "the pod's connections are not taken, trying again");
+                tokio::time::sleep(AGAIN).await;
+            }
+        }
+    }
+}
+
 /// What a flow is known to lead to.
 fn learn_end(facts: &mut FlowFacts, endpoint: &Endpoint, via: &Via, protocol: RequestProtocol) {
     let peer = endpoint.workload.as_deref();
@@ -141,6 +163,14 @@ fn learn_end(facts: &mut FlowFacts, endpoint: &Endpoint, via: &Via, protocol: Re
     facts.peer = peer.filter(|peer| peer.enrolled).map(|peer| peer.identity.clone());
     facts.mutual_tls = via.security() == Security::MutualTls;
     facts.protocol = Some(protocol);
+}
+
+/// Has a connection carried by the thread of its seat.
+fn spawn(pod: &Pod, seat: Option<&Handle>, connection: impl Future<Output = ()> + Send + 'static) {
+    match seat {
+        Some(runtime) => pod.drain.spawn_on(connection, runtime),
+        None => pod.drain.spawn(connection),
+    }
 }
 
 /// Whether what a future promises fits: the accept loops hold one of these per connection.

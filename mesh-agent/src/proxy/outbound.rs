@@ -3,7 +3,7 @@
 //! Reads top to bottom: accept → identify → resolve → detect → then HTTP (in `http.rs`, request by request) or opaque
 //! bytes (here, choose → permit → open → copy → report).
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -13,13 +13,13 @@ use tokio::{
 };
 
 use super::{
-    Ends, Mesh, admit, assert_small, choose, cut,
+    Ends, Mesh, acceptor, admit, assert_small, choose, cut,
     downstream::{self, Server},
     health,
     inbound::Inbound,
     inspected, lasting, learn_end, next,
     permits::{self, Stands},
-    pod_name, unsent, vouched,
+    pod_name, spawn, unsent, vouched,
 };
 use crate::{
     balance::{self, Chosen, Wish},
@@ -32,6 +32,7 @@ use crate::{
     route::{self, StreamFacts},
     state::snapshot::{Backend, Cluster, Endpoint, Protocol, Snapshot, StreamRoute, Workload},
     upstream::{self, Destination, Kept, Pod, UpstreamStream, Used, Via},
+    workers::Seat,
 };
 
 /// How long an undeclared port's client may be silent before the endpoint is dialled, in case the server speaks first.
@@ -48,10 +49,13 @@ const CONNECTION_FUTURE: usize = 6 << 10;
 
 /// Takes a pod's captured connections until its listener is gone.
 pub async fn serve(mesh: Arc<Mesh>, pod: Arc<Pod>) {
-    while let Some(captured) = next(&mesh, &pod, Listener::Outbound, Side::Source).await {
+    let Some(acceptor) = acceptor(&pod, Listener::Outbound).await else { return };
+    while let Some(captured) = next(&mesh, &pod, &acceptor, Side::Source).await {
         let Some(place) = admit(&mesh, &pod, Side::Source, (&captured).into()) else { continue };
-        let connection = connection(Arc::clone(&mesh), Arc::clone(&pod), captured, place);
-        pod.drain.spawn(assert_small(connection, CONNECTION_FUTURE));
+        let seat = mesh.workers.seat();
+        let runtime = seat.as_ref().map(|seat| seat.runtime().clone());
+        let connection = connection(Arc::clone(&mesh), Arc::clone(&pod), captured, (place, seat));
+        spawn(&pod, runtime.as_ref(), assert_small(connection, CONNECTION_FUTURE));
     }
 }
 
@@ -66,11 +70,16 @@ pub(super) struct Outbound {
     /// The client as others are shown it: at an address of the pod's own, whatever the app has bound itself to.
     pub shown: SocketAddr,
     pub flow: FlowGuard,
-    /// Its place among the pod's connections.
-    _place: OwnedSemaphorePermit,
+    /// Its place among the pod's connections, and on its thread.
+    _place: (OwnedSemaphorePermit, Option<Seat>),
 }
 
-async fn connection(mesh: Arc<Mesh>, pod: Arc<Pod>, captured: Captured, place: OwnedSemaphorePermit) {
+async fn connection(
+    mesh: Arc<Mesh>,
+    pod: Arc<Pod>,
+    captured: Captured,
+    place: (OwnedSemaphorePermit, Option<Seat>),
+) {
     let workload = pod.workload();
     let ends = Ends::from(&captured);
     let flow = mesh.reporter.flow(&workload, FlowKey::Outbound(ends.client, ends.original_dst));
@@ -121,7 +130,8 @@ fn resolve(snapshot: &Snapshot, namespace: &str, ends: Ends) -> Result<Resolved>
 }
 
 impl Outbound {
-    async fn carry(self: &Arc<Self>, client: TcpStream) -> Result<()> {
+    async fn carry(self: &Arc<Self>, client: std::net::TcpStream) -> Result<()> {
+        let client = Captured::open(client)?;
         let snapshot = self.mesh.snapshot();
         match resolve(&snapshot, &self.pod.workload().namespace, self.ends)? {
             Resolved::Service(port) => self.to_service(Prefixed::new(client), port).await,
@@ -414,7 +424,7 @@ impl Outbound {
             .collect();
         let moved = Moved::default();
         let mut standing = server.standing;
-        let copying = async {
+        let mut copying = pin!(async {
             match server.stream {
                 UpstreamStream::Tcp(server) => {
                     let (said, client) = client.into_parts();
@@ -422,13 +432,13 @@ impl Outbound {
                 }
                 server => copy::both_ways(client, server, &moved).await,
             }
-        };
+        });
         let ended = match &limited {
-            None => cut::unless_cut(standing.as_mut(), copying).await,
+            None => cut::unless_cut(standing.as_mut(), copying.as_mut()).await,
             // Boxed: few are limited, and every idle connection would have to make room for it.
             Some(cluster) => {
-                let copying = lasting::within(&cluster.pool, &moved, copying);
-                Box::pin(cut::unless_cut(standing.as_mut(), copying)).await
+                let mut copying = Box::pin(lasting::within(&cluster.pool, &moved, copying.as_mut()));
+                cut::unless_cut(standing.as_mut(), copying.as_mut()).await
             }
         };
         let error = ended.err();

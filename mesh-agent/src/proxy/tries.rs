@@ -4,6 +4,7 @@
 use std::{
     fmt::Display,
     net::SocketAddr,
+    pin::{Pin, pin},
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering},
@@ -11,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use http::{HeaderValue, Request, Response, request};
+use http::{Request, Response, request};
 use hyper::body::Body as _;
 use tokio::time::{Instant, sleep_until};
 
@@ -77,15 +78,15 @@ impl Sendable {
     }
 
     /// The request for the next try; `None` when its body has gone and cannot be sent again.
-    fn next(&mut self, attempt: u32) -> Option<Request<Body>> {
+    fn next(&mut self, attempt: u32) -> Option<Box<Request<Body>>> {
         let body = match &mut self.body {
             Source::Empty => Body::Empty,
             Source::Once(body) => body.take()?,
             Source::Kept(replay) => Body::Replay(replay.again()?),
         };
         let mut parts = self.parts.clone();
-        parts.headers.insert(headers::ATTEMPT_COUNT, HeaderValue::from(attempt));
-        Some(Request::from_parts(parts, body))
+        parts.headers.insert(headers::ATTEMPT_COUNT, headers::number(attempt.into()));
+        Some(Box::new(Request::from_parts(parts, body)))
     }
 }
 
@@ -154,7 +155,7 @@ pub(super) async fn run(
     exchange: &mut Exchange,
     policy: &RetryPolicy,
     cluster: &Arc<Cluster>,
-    mut sendable: Sendable,
+    sendable: &mut Sendable,
 ) -> Result<Response<Body>> {
     exchange.under_way = Some(UnderWay::request(cluster));
     let mut tried: Vec<SocketAddr> = Vec::new();
@@ -307,7 +308,7 @@ pub(super) async fn pick_in_time(
     limit: Option<Instant>,
 ) -> Result<Picked> {
     let activity = Arc::clone(&exchange.client.activity);
-    let picking = pick(outbound, exchange, cluster, request, tried);
+    let picking = pin!(pick(outbound, exchange, cluster, request, tried));
     in_time(outbound, &activity, &"an external authorizer", limit, picking).await
 }
 
@@ -322,10 +323,10 @@ pub(super) async fn take_place(
 ) -> Result<()> {
     let Some(usage) = outbound.pod.usage(cluster) else { return Ok(()) };
     let activity = Arc::clone(&exchange.client.activity);
-    let taking = usage.request(&cluster.pool, protocol);
     // Boxed: few clusters are limited.
-    let taking = Box::pin(in_time(outbound, &activity, &"the queue for a connection", limit, taking));
-    exchange.place = Some(taking.await?);
+    let mut taking = Box::pin(usage.request(&cluster.pool, protocol));
+    let taking = in_time(outbound, &activity, &"the queue for a connection", limit, taking.as_mut());
+    exchange.place = Some(Box::pin(taking).await?);
     Ok(())
 }
 
@@ -333,7 +334,7 @@ async fn one(
     outbound: &Outbound,
     exchange: &mut Exchange,
     cluster: &Arc<Cluster>,
-    mut request: Request<Body>,
+    mut request: Box<Request<Body>>,
     tried: &[SocketAddr],
     limit: Option<Instant>,
 ) -> Result<Response<Body>> {
@@ -356,8 +357,8 @@ async fn one(
         flow: matches!(via, Via::Local(_)).then_some(&passed),
     };
     let (client, inform) = (outbound.shown, &exchange.client.inform);
-    let sending = outbound.pod.send(&permit, &destination, request, client, inform);
-    let sending = in_time(outbound, &exchange.client.activity, &endpoint.address, limit, sending);
+    let sending = pin!(outbound.pod.send(&permit, &destination, request, client, inform));
+    let sending = pin!(in_time(outbound, &exchange.client.activity, &endpoint.address, limit, sending));
     let sent = unless_cut(exchange.standing.as_mut(), sending).await;
     let result = sent.map(|(response, lease)| {
         exchange.lease = Some(lease);
@@ -368,13 +369,13 @@ async fn one(
     result
 }
 
-/// Waits for what somebody answers: until `limit`, and for as long as anything moves.
+/// Waits for what somebody answers: until `limit`, and for as long as anything moves. Pinned as in [`unless_cut`].
 pub(super) async fn in_time<T>(
     outbound: &Outbound,
     activity: &Activity,
     from: &(dyn Display + Sync),
     limit: Option<Instant>,
-    answer: impl Future<Output = Result<T>>,
+    answer: Pin<&mut impl Future<Output = Result<T>>>,
 ) -> Result<T> {
     let late = async {
         match limit {

@@ -1,6 +1,6 @@
 //! A request that wants another protocol: the endpoint is asked, and from its yes on there are only bytes.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, pin::pin, sync::Arc};
 
 use ::http::{
     HeaderValue, Request, Response,
@@ -92,9 +92,9 @@ async fn one(
         kept: Kept::of(cluster, None),
         flow: None,
     };
-    let asking = outbound.pod.switch(&permit, &destination, request, wanted, outbound.shown);
+    let asking = pin!(outbound.pod.switch(&permit, &destination, request, wanted, outbound.shown));
     let activity = &exchange.client.activity;
-    let asking = Box::pin(tries::in_time(outbound, activity, &endpoint.address, exchange.deadline, asking));
+    let asking = pin!(tries::in_time(outbound, activity, &endpoint.address, exchange.deadline, asking));
     let asked = unless_cut(exchange.standing.as_mut(), asking).await;
     health::timed(exchange.chosen.as_mut(), &asked);
     health::learn(&outbound.mesh.reporter, cluster, &endpoint, || health::of_switched(&asked));
@@ -127,7 +127,7 @@ pub(super) fn agree(
 pub(super) fn carry<C: Send + Sync + 'static>(
     connection: Arc<C>,
     drain: &Drain,
-    mut exchange: Exchange,
+    mut exchange: Box<Exchange>,
     agreed: Agreed,
 ) -> Answered {
     let Agreed { head, endpoint } = agreed;
@@ -142,7 +142,7 @@ pub(super) fn carry<C: Send + Sync + 'static>(
             return exchange.switched(status, 0, Some(gone));
         };
         let moved = Moved::default();
-        let copying = copy::both_ways(client, endpoint, &moved);
+        let copying = pin!(copy::both_ways(client, endpoint, &moved));
         let mut error = unless_cut(exchange.standing.as_mut(), copying).await.err();
         if error.as_ref().is_some_and(|error| !is_cut(error)) && exchange.client.activity.has_stalled() {
             error = Some(Error::new(Kind::StreamIdle, "the client's connection was given up"));

@@ -246,7 +246,7 @@ impl MeshConnection {
     /// [`Kind::RefusedStream`] when the peer never saw the request; [`Kind::UpstreamReset`] when it may have.
     pub async fn send(
         &self,
-        request: Request<Body>,
+        request: Box<Request<Body>>,
         destination: SocketAddr,
         protocol: Protocol,
         inform: Option<&dyn Inform>,

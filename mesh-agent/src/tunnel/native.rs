@@ -46,6 +46,10 @@ const HOP_BY_HOP: [HeaderName; 5] = [
 
 /// Takes our headers out of a message: of requests that apps send, and of responses of apps.
 pub fn strip_mesh_headers(headers: &mut HeaderMap) {
+    // One look at the names is cheaper than looking each of ours up, and most messages have none.
+    if !headers.keys().any(|name| name.as_str().starts_with("mesh-")) {
+        return;
+    }
     headers.remove(MESH_PORT);
     headers.remove(MESH_APP_PROTOCOL);
     headers.remove(MESH_FAILURE);
@@ -96,6 +100,14 @@ pub(super) fn told_failure(headers: &HeaderMap) -> Option<Kind> {
 }
 
 fn strip_hop_by_hop(headers: &mut HeaderMap) {
+    let of_connection = |name: &HeaderName| {
+        let name = name.as_str();
+        matches!(name, "connection" | "te" | "keep-alive" | "proxy-connection" | "http2-settings")
+            || matches!(name, "transfer-encoding" | "upgrade")
+    };
+    if !headers.keys().any(of_connection) {
+        return;
+    }
     let named: Vec<HeaderName> = headers
         .get_all(CONNECTION)
         .iter()
@@ -122,12 +134,12 @@ fn strip_hop_by_hop(headers: &mut HeaderMap) {
 
 /// The request as it goes over the wire: HTTP/2, our two headers, nothing of the connection it came on.
 pub(super) fn to_wire(
-    request: Request<Body>,
+    mut request: Box<Request<Body>>,
     destination: SocketAddr,
     protocol: Protocol,
-) -> Result<Request<Body>> {
+) -> Result<Box<Request<Body>>> {
     let bad = |detail: String| Error::new(Kind::BadRequest, detail);
-    let (mut parts, body) = request.into_parts();
+    let (mut parts, body) = std::mem::take(&mut *request).into_parts();
     if parts.method == Method::CONNECT {
         return Err(bad("an app's CONNECT travels as bytes in a tunnel, not as a native request".to_owned()));
     }
@@ -149,7 +161,8 @@ pub(super) fn to_wire(
     strip_hop_by_hop(&mut parts.headers);
     parts.headers.insert(MESH_PORT, destination.port().into());
     parts.headers.insert(MESH_APP_PROTOCOL, HeaderValue::from_static(app));
-    Ok(Request::from_parts(parts, body))
+    *request = Request::from_parts(parts, body);
+    Ok(request)
 }
 
 /// The authority of a request without one in its target: its Host, or (HTTP/1.0) the app's own address.
@@ -227,7 +240,7 @@ mod tests {
             .header(TRANSFER_ENCODING, "chunked")
             .header(MESH_PORT, "22")
             .body(Body::Empty)?;
-        let wire = to_wire(request, APP, Protocol::Http1)?;
+        let wire = to_wire(Box::new(request), APP, Protocol::Http1)?;
         assert_eq!(wire.uri().to_string(), "http://reviews:9080/a?b=c");
         assert_eq!(wire.version(), Version::HTTP_2);
         let mut names: Vec<_> =
@@ -246,14 +259,20 @@ mod tests {
     #[test]
     fn the_authority_is_the_requests_own() -> TestResult {
         let absolute = Request::get("http://a.example/x").header(HOST, "b.example").body(Body::Empty)?;
-        assert_eq!(to_wire(absolute, APP, Protocol::Http2)?.uri().to_string(), "http://a.example/x");
+        assert_eq!(
+            to_wire(Box::new(absolute), APP, Protocol::Http2)?.uri().to_string(),
+            "http://a.example/x"
+        );
         let without = Request::get("/x").body(Body::Empty)?;
-        assert_eq!(to_wire(without, APP, Protocol::Http1)?.uri().to_string(), "http://10.0.0.7:9080/x");
+        assert_eq!(
+            to_wire(Box::new(without), APP, Protocol::Http1)?.uri().to_string(),
+            "http://10.0.0.7:9080/x"
+        );
         let asterisk = Request::options("*").header(HOST, "b.example").body(Body::Empty)?;
-        assert_eq!(to_wire(asterisk, APP, Protocol::Http1)?.uri().path(), "*");
+        assert_eq!(to_wire(Box::new(asterisk), APP, Protocol::Http1)?.uri().path(), "*");
         let bad = Request::get("/x").header(HOST, "a b/c").body(Body::Empty)?;
         assert_eq!(
-            to_wire(bad, APP, Protocol::Http1).map_err(|error| error.kind).err(),
+            to_wire(Box::new(bad), APP, Protocol::Http1).map_err(|error| error.kind).err(),
             Some(Kind::BadRequest)
         );
         Ok(())
@@ -286,8 +305,8 @@ mod tests {
     #[test]
     fn connect_and_bytes_are_never_native() -> TestResult {
         let connect = Request::connect("a.example:80").body(Body::Empty)?;
-        assert!(to_wire(connect, APP, Protocol::Http1).is_err());
-        assert!(to_wire(Request::new(Body::Empty), APP, Protocol::Opaque).is_err());
+        assert!(to_wire(Box::new(connect), APP, Protocol::Http1).is_err());
+        assert!(to_wire(Box::new(Request::new(Body::Empty)), APP, Protocol::Opaque).is_err());
         Ok(())
     }
 

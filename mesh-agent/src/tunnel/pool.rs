@@ -5,12 +5,12 @@
 //! Tested in `tunnel/tests`.
 
 use std::{
-    collections::HashMap,
     future::Future,
     net::{IpAddr, SocketAddr},
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
 };
 
+use foldhash::HashMap;
 use tokio::{net::TcpStream, sync::watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -18,6 +18,7 @@ use super::{MeshConnection, Wire, connect, connect_tunnels, settings::POOL_IDLE}
 use crate::{
     error::{Error, Result},
     identity::{SpiffeId, WorkloadIdentity},
+    workers::Shard,
 };
 
 /// What a pooled connection is for; equal keys may share one.
@@ -26,8 +27,9 @@ pub struct PoolKey {
     source: SpiffeId,
     source_ip: IpAddr,
     destination: SocketAddr,
-    expected: Vec<SpiffeId>,
+    expected: Expected,
     wire: Wire,
+    shard: Shard,
 }
 
 impl PoolKey {
@@ -41,10 +43,34 @@ impl PoolKey {
         expected: &[SpiffeId],
         wire: Wire,
     ) -> Self {
-        let mut expected = expected.to_vec();
-        expected.sort();
-        expected.dedup();
-        Self { source, source_ip, destination, expected, wire }
+        let expected = Expected::of(expected);
+        Self { source, source_ip, destination, expected, wire, shard: Shard::current() }
+    }
+}
+
+/// Whom a connection may lead to: nearly always the one identity of one pod.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+enum Expected {
+    One(SpiffeId),
+    Many(Arc<[SpiffeId]>),
+}
+
+impl Expected {
+    fn of(expected: &[SpiffeId]) -> Self {
+        if let [one] = expected {
+            return Self::One(one.clone());
+        }
+        let mut many = expected.to_vec();
+        many.sort();
+        many.dedup();
+        if let [one] = &many[..] { Self::One(one.clone()) } else { Self::Many(many.into()) }
+    }
+
+    fn as_slice(&self) -> &[SpiffeId] {
+        match self {
+            Self::One(one) => std::slice::from_ref(one),
+            Self::Many(many) => many,
+        }
     }
 }
 
@@ -103,12 +129,17 @@ impl Pool {
         let made = async {
             let stream = dial.await?;
             match key.wire {
-                Wire::MeshH2 => connect(stream, identity, &key.expected).await,
-                Wire::Hbone => connect_tunnels(stream, identity, &key.expected).await,
+                Wire::MeshH2 => connect(stream, identity, key.expected.as_slice()).await,
+                Wire::Hbone => connect_tunnels(stream, identity, key.expected.as_slice()).await,
             }
         };
         // Boxed: rare, and every request would have to make room for it.
         turn.finish(Box::pin(made).await)
+    }
+
+    /// A pooled connection of this key with a place for one stream set aside, if there is one.
+    pub fn ready(&self, key: &PoolKey) -> Option<MeshConnection> {
+        lock(&self.entries).get(key)?.open.iter().find_map(MeshConnection::reserve)
     }
 
     /// How many connections it keeps.
@@ -118,10 +149,12 @@ impl Pool {
 
     fn step(&self, key: &PoolKey) -> Step<'_> {
         let mut entries = lock(&self.entries);
-        let entry = entries.entry(key.clone()).or_default();
-        if let Some(connection) = entry.open.iter().find_map(MeshConnection::reserve) {
+        // The key is copied where there is something to be dialled, not with every request.
+        let open = entries.get(key).map(|entry| &entry.open);
+        if let Some(connection) = open.and_then(|open| open.iter().find_map(MeshConnection::reserve)) {
             return Step::Use(connection);
         }
+        let entry = entries.entry(key.clone()).or_default();
         if let Some(attempt) = &entry.dialling {
             return Step::Wait(attempt.clone());
         }

@@ -33,7 +33,7 @@ pub enum MeshStream {
     /// A native request, our headers already stripped.
     Http {
         /// The request.
-        request: Request<Body>,
+        request: Box<Request<Body>>,
         /// Port of the app.
         port: u16,
         /// What the app speaks.
@@ -133,7 +133,10 @@ fn classify(mut request: Request<Body>, stream: ServerStream, wire: Wire, pod_ip
     let native = native::from_wire(request.headers_mut());
     if wire == Wire::MeshH2 {
         match native {
-            Ok(Some((port, protocol))) => return MeshStream::Http { request, port, protocol, stream },
+            Ok(Some((port, protocol))) => {
+                let request = Box::new(request);
+                return MeshStream::Http { request, port, protocol, stream };
+            }
             Ok(None) => {}
             Err(error) => return MeshStream::Neither { error, stream },
         }

@@ -45,13 +45,16 @@ const LEAVING: Duration = Duration::from_secs(1);
 /// A pod's network namespace and the address it is reached at.
 type Key = (u64, IpAddr);
 
+/// Both ends of one.
+type Ends = (TcpStream, Option<std::net::TcpStream>);
+
 /// The carriers of one pod.
 #[derive(Debug, Default)]
 pub struct Carriers {
     /// Those that it has opened, by where they lead.
     open: Arc<Mutex<HashMap<Key, Carrier>>>,
     /// Those that are to arrive at it, by where they come from.
-    expected: Mutex<HashMap<SocketAddr, oneshot::Sender<TcpStream>>>,
+    expected: Mutex<HashMap<SocketAddr, oneshot::Sender<std::net::TcpStream>>>,
 }
 
 #[derive(Debug)]
@@ -181,7 +184,7 @@ impl Keeper {
 
     /// Both ends of a connection across the network between the pods. (The second is not ours to see once the pod's
     /// listeners are another agent's.)
-    async fn make(&self, to: &Arc<Pod>) -> Result<(TcpStream, Option<TcpStream>)> {
+    async fn make(&self, to: &Arc<Pod>) -> Result<Ends> {
         // While an agent takes over from another, both accept: what the other has accepted does not arrive here.
         for _ in 0..TRIES {
             if let Some(ends) = self.make_once(to).await? {
@@ -192,7 +195,7 @@ impl Keeper {
     }
 
     /// `None`: it was connected, and has not arrived.
-    async fn make_once(&self, to: &Arc<Pod>) -> Result<Option<(TcpStream, Option<TcpStream>)>> {
+    async fn make_once(&self, to: &Arc<Pod>) -> Result<Option<Ends>> {
         let at = self.key.1;
         let (arrives, arrived) = oneshot::channel();
         let mut expecting = Expecting { at: to, from: None };

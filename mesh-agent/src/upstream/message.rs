@@ -33,8 +33,27 @@ const HOP_BY_HOP: [HeaderName; 7] = [
 /// Who the client proved to be, for apps (Envoy's XFCC).
 const CLIENT_CERT: HeaderName = HeaderName::from_static("x-forwarded-client-cert");
 
+/// Whether a header may speak of one connection only.
+fn is_of_connection(name: &HeaderName) -> bool {
+    matches!(
+        name.as_str(),
+        "connection"
+            | "expect"
+            | "http2-settings"
+            | "keep-alive"
+            | "proxy-connection"
+            | "te"
+            | "transfer-encoding"
+            | "upgrade"
+    )
+}
+
 /// Takes away what speaks of the connection to the client only. `TE: trailers` stays: gRPC asks for it end to end.
 pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
+    // One look at the names is cheaper than looking each of ours up, and most messages have none.
+    if !headers.keys().any(is_of_connection) {
+        return;
+    }
     let named: Vec<HeaderName> = headers
         .get_all(CONNECTION)
         .iter()
@@ -190,11 +209,22 @@ pub fn for_client(headers: &mut HeaderMap, status: http::StatusCode) {
 
 /// Tells the app who the client proved to be, in the place of whatever the request says: an app may write anything.
 pub fn client_certificate(headers: &mut HeaderMap, client: Option<&SpiffeId>, own: &SpiffeId) {
-    headers.remove(CLIENT_CERT);
-    let text = client.map(|client| format!("By={own};Subject=\"\";URI={client}"));
+    show_certificate(headers, certificate_of(client, own).as_ref());
+}
+
+/// What an app is told of a client that proved to be this.
+pub fn certificate_of(client: Option<&SpiffeId>, own: &SpiffeId) -> Option<HeaderValue> {
+    let text = client.map(|client| format!("By={own};Subject=\"\";URI={client}"))?;
     // An identity is made of characters that a header value may have.
-    let value = text.and_then(|text| HeaderValue::try_from(text).ok());
-    headers.extend(value.map(|value| (CLIENT_CERT, value)));
+    HeaderValue::try_from(text).ok()
+}
+
+/// As [`client_certificate`], of a connection that has many requests.
+pub fn show_certificate(headers: &mut HeaderMap, certificate: Option<&HeaderValue>) {
+    match certificate {
+        Some(certificate) => drop(headers.insert(CLIENT_CERT, certificate.clone())),
+        None => drop(headers.remove(CLIENT_CERT)),
+    }
 }
 
 /// Whether the request is gRPC, by content type.

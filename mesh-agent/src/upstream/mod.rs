@@ -27,7 +27,7 @@ use tokio::net::TcpStream;
 pub use self::{
     dial::Dial,
     pod::{Held, LocalPods, Pod, PodLimits, PodName},
-    pool::{Key, Lease, Pool},
+    pool::{AGAIN, Key, Lease, Pool},
     stream::UpstreamStream,
     switch::{Io, Switch, Switched},
     transitions::Transitions,
@@ -144,12 +144,12 @@ impl<'a> Kept<'a> {
 
 impl Pod {
     /// Sends a normalised request to an endpoint; the response's body is still to come, interim responses go to
-    /// `inform`. The lease lives as long as the body.
+    /// `inform`. The lease lives as long as the body. Boxed: it goes from hand to hand.
     pub async fn send(
         &self,
         _permit: &Permit,
         to: &Destination<'_>,
-        mut request: Request<Body>,
+        mut request: Box<Request<Body>>,
         client: SocketAddr,
         inform: &Arc<dyn Inform>,
     ) -> Result<(Response<Body>, Lease)> {
@@ -176,8 +176,9 @@ impl Pod {
             Via::Plain => {
                 let dial = self.dial_plain(to)?;
                 let tls = dial.tls.map(|tls| tls.id);
-                let key = Key { to: to.address, client: None, cluster: to.kept.cluster, tls };
-                let mut request = in_form(request, to.protocol);
+                let shard = Key::shard(&to.kept);
+                let key = Key { to: to.address, client: None, cluster: to.kept.cluster, tls, shard };
+                bring_in_form(&mut request, to.protocol);
                 if tls.is_some() {
                     message::over_tls(request.uri_mut());
                 }
@@ -190,12 +191,13 @@ impl Pod {
     pub async fn send_to_app(
         &self,
         to: &Destination<'_>,
-        request: Request<Body>,
+        mut request: Box<Request<Body>>,
         client: SocketAddr,
         inform: &Arc<dyn Inform>,
     ) -> Result<(Response<Body>, Lease)> {
-        let (client_ip, cluster) = (Some(client.ip()), to.kept.cluster);
-        let key = Key { to: to.address, client: client_ip, cluster, tls: None };
+        bring_in_form(&mut request, to.protocol);
+        let (client_ip, cluster, shard) = (Some(client.ip()), to.kept.cluster, Key::shard(&to.kept));
+        let key = Key { to: to.address, client: client_ip, cluster, tls: None, shard };
         let (net, timeout) = (self.net(), to.connect_timeout);
         let dial = Dial {
             net,
@@ -206,7 +208,7 @@ impl Pod {
             tls: None,
             flow: to.flow,
         };
-        self.apps.send(key, to.protocol, in_form(request, to.protocol), inform, &dial, to.kept).await
+        self.apps.send(key, to.protocol, request, inform, &dial, to.kept).await
     }
 
     /// Opens a byte stream to an endpoint.
@@ -300,19 +302,23 @@ impl Pod {
             std::slice::from_ref(&workload.identity),
             wire,
         );
+        if let Some(connection) = self.tunnels.ready(&key) {
+            return Ok(connection);
+        }
         let net = self.net();
         let (to, as_client, keepalive) = (destination, None, None);
         let dial = Dial { net, to, as_client, timeout, keepalive, tls: None, flow: None };
         let joining = || self.transitions.joining_until(workload);
-        self.tunnels.get(&key, self.identity(), dial.connect_once_it_listens(joining)).await
+        // Boxed: rare, and every request would have to make room for it.
+        Box::pin(self.tunnels.get(&key, self.identity(), dial.connect_once_it_listens(joining))).await
     }
 }
 
-fn in_form(request: Request<Body>, protocol: Protocol) -> Request<Body> {
-    let (mut parts, body) = request.into_parts();
+fn bring_in_form(request: &mut Request<Body>, protocol: Protocol) {
+    let (mut parts, body) = std::mem::take(request).into_parts();
     match protocol {
         Protocol::Http2 => message::for_http2(&mut parts),
         Protocol::Http1 | Protocol::Opaque => message::for_http1(&mut parts),
     }
-    Request::from_parts(parts, body)
+    *request = Request::from_parts(parts, body);
 }

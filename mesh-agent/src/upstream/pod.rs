@@ -19,9 +19,8 @@ use tokio::{
 };
 
 use super::{
-    Destination, Lease, Pool, Transitions,
+    Destination, Lease, Pool, Transitions, bring_in_form,
     carrier::Carriers,
-    in_form,
     usage::{Usage, Usages},
 };
 use crate::{
@@ -211,13 +210,13 @@ impl Pod {
         &self,
         connection: &MeshConnection,
         to: &Destination<'_>,
-        request: Request<Body>,
+        mut request: Box<Request<Body>>,
         client: SocketAddr,
         inform: &Arc<dyn Inform>,
     ) -> Result<(Response<Body>, Lease)> {
         let stream = connection.open_tunnel(to.address, client).await?;
-        let request = in_form(request, to.protocol);
-        super::pool::send_on_new(stream, to.address, to.protocol, request, inform).await
+        bring_in_form(&mut request, to.protocol);
+        super::pool::send_on_new(stream, to.address, to.protocol, *request, inform).await
     }
 }
 

@@ -6,7 +6,6 @@
 //! (`tests/tests/routing.rs`).
 
 use std::{
-    collections::HashMap,
     net::{IpAddr, SocketAddr},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
@@ -15,6 +14,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use foldhash::HashMap;
 use h2::client::SendRequest;
 use http::{
     Request, Response,
@@ -40,10 +40,18 @@ use crate::{
     report::FlowGuard,
     state::snapshot::{ClusterId, Protocol},
     tunnel::strip_mesh_headers,
+    workers::Shard,
 };
 
 /// Idle HTTP/1.1 connections kept for one address; the rest are closed when they come back.
 const IDLE_PER_KEY: usize = 1024;
+
+/// How often a request that a new connection to an app has not taken is given to another (Istio's default for inbound
+/// traffic: `reset-before-request`, twice).
+pub const AGAIN: u32 = 2;
+
+/// How many of them are looked at for one that can take a request at once.
+const LOOKED_AT: usize = 16;
 
 /// HTTP/2 stream and connection windows towards apps, bytes.
 const STREAM_WINDOW: u32 = 1 << 20;
@@ -62,6 +70,16 @@ pub struct Key {
     pub cluster: Option<ClusterId>,
     /// Over which TLS.
     pub tls: Option<ClusterId>,
+    /// By whom.
+    pub shard: Shard,
+}
+
+impl Key {
+    /// Whose connections of a cluster may be used: those of the thread that asks, where they are not counted out to all
+    /// of them together.
+    pub fn shard(kept: &Kept<'_>) -> Shard {
+        if kept.pool.connections.is_some() { Shard::SHARED } else { Shard::current() }
+    }
 }
 
 /// Connections of one pod in one direction.
@@ -130,19 +148,12 @@ impl Lease {
 
     /// The response has ended: the connection may serve again. Without this call it is closed.
     pub fn finished(self) {
-        let Some((pool, key, mut connection)) = self.h1 else { return };
+        let Some((pool, key, connection)) = self.h1 else { return };
         if connection.terms.is_spent(connection.served, connection.made, Instant::now()) {
             return;
         }
-        if connection.sender.is_ready() {
-            pool.put(key, connection);
-        } else {
-            tokio::spawn(async move {
-                if connection.sender.ready().await.is_ok() {
-                    pool.put(key, connection);
-                }
-            });
-        }
+        // It may have to see to its end first, which is done before long: a task to wait for that would cost more.
+        pool.put(key, connection);
     }
 }
 
@@ -152,7 +163,7 @@ impl Pool {
         self: &Arc<Self>,
         key: Key,
         protocol: Protocol,
-        mut request: Request<Body>,
+        mut request: Box<Request<Body>>,
         inform: &Arc<dyn Inform>,
         dial: &Dial<'_>,
         kept: Kept<'_>,
@@ -169,11 +180,13 @@ impl Pool {
     async fn send_http1(
         self: &Arc<Self>,
         key: Key,
-        mut request: Request<Body>,
+        mut request: Box<Request<Body>>,
         dial: &Dial<'_>,
         kept: Kept<'_>,
     ) -> Result<(Response<Body>, Lease)> {
         let terms = Terms::of(kept.pool);
+        // A pod's own app: who speaks for it is the last that can send again.
+        let mut again = if key.client.is_some() { AGAIN } else { 0 };
         loop {
             let waits = self.take(&key, terms);
             let fresh = waits.is_none();
@@ -186,7 +199,7 @@ impl Pool {
                 Connection { sender, made: Instant::now(), served: 0, terms }
             };
             connection.served = connection.served.saturating_add(1);
-            match connection.sender.try_send_request(request).await {
+            match connection.sender.try_send_request(*request).await {
                 Ok(response) => {
                     one_length(&response, key.to)?;
                     let lease = Lease { h1: Some((Arc::clone(self), key, connection)) };
@@ -194,7 +207,8 @@ impl Pool {
                 }
                 // The kept connection was closed under us and the request was not written: not the request's fault.
                 Err(mut error) => match error.take_message() {
-                    Some(unsent) if !fresh => request = unsent,
+                    Some(unsent) if !fresh => request = Box::new(unsent),
+                    Some(unsent) if again > 0 => (request, again) = (Box::new(unsent), again - 1),
                     _ => return Err(failure(error.error(), key.to)),
                 },
             }
@@ -204,7 +218,7 @@ impl Pool {
     async fn send_http2(
         self: &Arc<Self>,
         key: Key,
-        request: Request<Body>,
+        request: Box<Request<Body>>,
         inform: &dyn Inform,
         dial: &Dial<'_>,
         kept: Kept<'_>,
@@ -232,13 +246,17 @@ impl Pool {
         let mut idle = lock(&self.idle);
         let kept = idle.get_mut(key)?;
         let now = Instant::now();
-        // Last in, first out: the warmest connection, and the others may grow old and go.
-        while let Some(mut warmest) = kept.pop() {
+        // Last in, first out: the warmest connection, and the others may grow old and go. Those that have yet to see to the end
+        // of their last exchange are left where they are.
+        for at in (kept.len().saturating_sub(LOOKED_AT)..kept.len()).rev() {
+            let next = &mut kept[at];
             // The rule may have changed since.
-            warmest.connection.terms = terms;
-            let Connection { sender, made, served, .. } = &warmest.connection;
-            if sender.is_ready() && !warmest.is_stale(now) && !terms.is_spent(*served, *made, now) {
-                return Some(warmest.connection);
+            next.connection.terms = terms;
+            let Connection { sender, made, served, .. } = &next.connection;
+            if next.is_stale(now) || terms.is_spent(*served, *made, now) {
+                kept.remove(at);
+            } else if sender.is_ready() {
+                return Some(kept.remove(at).connection);
             }
         }
         None
@@ -368,7 +386,7 @@ where
         Protocol::Http2 => {
             let (sender, connection) = connect_http2(stream, to, None).await?;
             tokio::spawn(connection);
-            let sent = http2::send(sender, request, Some(&**inform)).await;
+            let sent = http2::send(sender, Box::new(request), Some(&**inform)).await;
             sent.map_err(|failed| h2_failure(&failed, to))?
         }
         Protocol::Http1 | Protocol::Opaque => {

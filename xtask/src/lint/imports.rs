@@ -23,6 +23,7 @@ const SHARED: &[&str] = &[
     "report",
     "state",
     "watcher",
+    "workers",
 ];
 
 /// The arrows: who uses whom, besides [`SHARED`].
@@ -56,6 +57,7 @@ const NOUNS: &[(&str, &[&str])] = &[
     ("grpc", &[]),
     ("mounts", &[]),
     ("watcher", &[]),
+    ("workers", &[]),
     ("body", &["error"]),
     // Flags name the options of the rooms they are for.
     (

@@ -138,7 +138,7 @@ async fn answer(stream: MeshStream, peer: Arc<SpiffeId>, app: App) {
             }
         },
         MeshStream::Http { request, port, protocol, stream } => {
-            let response = native::answer(request, port, protocol, &peer);
+            let response = native::answer(*request, port, protocol, &peer);
             run(stream, response).await;
         }
         MeshStream::Neither { stream, .. } => stream.refuse(http::StatusCode::BAD_REQUEST),

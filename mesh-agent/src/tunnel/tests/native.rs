@@ -41,7 +41,8 @@ async fn a_request_its_body_and_its_trailers_come_through() -> TestResult {
     let node = Node::start(&pair.server, 1, echo).await?;
     let connection = node.connect(&pair).await?;
     let request = Request::post("http://reviews:9080/a?b=c").header(MESH_PORT, "22").body(body)?;
-    let response = connection.send(request, SocketAddr::new(POD, 9080), Protocol::Http1, None).await?;
+    let response =
+        connection.send(Box::new(request), SocketAddr::new(POD, 9080), Protocol::Http1, None).await?;
     assert_eq!(response.headers()["x-seen"], "POST http://reviews:9080/a?b=c 9080 Http1 client");
     assert_eq!(response.headers()["x-ours-left"], "no");
     assert!(!response.headers().contains_key(MESH_PORT));
@@ -105,7 +106,8 @@ async fn streamed(
         let _ = driver.await;
     });
     let request = Request::get("http://a/").body(Body::Empty)?;
-    let response = crate::http2::send(sender, request, None).await.map_err(|failed| failed.error)?;
+    let response =
+        crate::http2::send(sender, Box::new(request), None).await.map_err(|failed| failed.error)?;
     drop(head);
     Ok((response.into_body(), tasks))
 }
@@ -119,7 +121,7 @@ async fn a_body_that_breaks_off_is_no_whole_one() -> TestResult {
         let connection = node.connect(&pair).await?;
         let request = Request::post("http://reviews/").body(body)?;
         // The echo breaks off with what it echoes, before its head is sent or after.
-        let outcome = match connection.send(request, ECHO, Protocol::Http1, None).await {
+        let outcome = match connection.send(Box::new(request), ECHO, Protocol::Http1, None).await {
             Ok(response) => {
                 response.into_body().collect().await.map(|_| ()).map_err(|error| error.to_string())
             }
@@ -136,7 +138,8 @@ async fn ports_of_the_mesh_are_refused() -> TestResult {
     let node = Node::start(&pair.server, 1, echo).await?;
     let connection = node.connect(&pair).await?;
     let request = Request::get("http://reviews/").body(Body::Empty)?;
-    let response = connection.send(request, SocketAddr::new(POD, 15006), Protocol::Http2, None).await?;
+    let response =
+        connection.send(Box::new(request), SocketAddr::new(POD, 15006), Protocol::Http2, None).await?;
     assert_eq!(response.status(), StatusCode::BAD_REQUEST);
     Ok(())
 }
@@ -147,7 +150,7 @@ async fn hbone_carries_no_requests() -> TestResult {
     let node = Node::start(&pair.server, 2, echo).await?;
     let connection = node.connect_tunnels(&pair).await?;
     let request = Request::get("http://reviews/").body(Body::Empty)?;
-    let outcome = connection.send(request, ECHO, Protocol::Http1, None).await.map(|_| ());
+    let outcome = connection.send(Box::new(request), ECHO, Protocol::Http1, None).await.map(|_| ());
     assert_eq!(outcome.map_err(|error| error.kind), Err(Kind::BadRequest));
 
     // A peer that sends one all the same, with our headers on it.
@@ -215,7 +218,7 @@ async fn failing(
     });
     let connection = connect(dialled, &pair.client, std::slice::from_ref(&pair.server.id)).await?;
     let request = Request::get("http://reviews/").body(Body::Empty)?;
-    let outcome = connection.send(request, ECHO, Protocol::Http1, None).await;
+    let outcome = connection.send(Box::new(request), ECHO, Protocol::Http1, None).await;
     serving.abort();
     Ok(outcome.err().ok_or("it was answered")?.kind)
 }
@@ -243,7 +246,7 @@ async fn a_stream_beyond_the_goaway_may_be_tried_again() -> TestResult {
     });
     let connection = connect(dialled, &pair.client, std::slice::from_ref(&pair.server.id)).await?;
     let request = Request::get("http://reviews/").body(Body::Empty)?;
-    let outcome = connection.send(request, ECHO, Protocol::Http1, None).await.map(|_| ());
+    let outcome = connection.send(Box::new(request), ECHO, Protocol::Http1, None).await.map(|_| ());
     assert_eq!(outcome.map_err(|error| error.kind), Err(Kind::RefusedStream));
     drop(connection);
     serving.await??;
@@ -258,12 +261,12 @@ async fn a_body_holds_its_place_until_its_end() -> TestResult {
     let get = || Request::get("http://reviews/").body(Body::Empty);
     let mut held = Vec::new();
     for _ in 0..100 {
-        held.push(connection.send(get()?, ECHO, Protocol::Http1, None).await?);
+        held.push(connection.send(Box::new(get()?), ECHO, Protocol::Http1, None).await?);
     }
     assert!(!connection.is_open());
-    let refused = connection.send(get()?, ECHO, Protocol::Http1, None).await.map(|_| ());
+    let refused = connection.send(Box::new(get()?), ECHO, Protocol::Http1, None).await.map(|_| ());
     assert_eq!(refused.map_err(|error| error.kind), Err(Kind::RefusedStream));
     held.clear();
-    connection.send(get()?, ECHO, Protocol::Http1, None).await?;
+    connection.send(Box::new(get()?), ECHO, Protocol::Http1, None).await?;
     Ok(())
 }
