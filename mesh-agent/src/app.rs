@@ -43,7 +43,7 @@ use self::{
 };
 use crate::{
     admin::{self, LogLevel, Readiness, RunDir},
-    capture::{Capture, CaptureConfig, Losses, Outcome},
+    capture::{self, Capture, CaptureConfig, Losses, Outcome},
     config::NodeConfig,
     drain::Drain,
     enrolment::{Ended, Enrolment, put_in_force},
@@ -178,6 +178,8 @@ async fn begin(config: &NodeConfig, dir: &Path) -> Result<Begun> {
         netns: Netns::Annotation,
     };
     let source = source::directory(dir.to_path_buf(), settings).await?;
+    // Nobody is served yet, and text that was read and compiled leaves most of its memory behind.
+    tokio::task::block_in_place(capture::give_back_free_memory);
     let run_dir = RunDir::create(config.run_dir())?;
     let called = tokio::task::block_in_place(|| handover::call(&run_dir.handover_socket(), place(config)))
         .with_context(|| format!("taking over at {}", run_dir.handover_socket().display()))?;

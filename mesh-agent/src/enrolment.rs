@@ -12,6 +12,7 @@ mod succession;
 
 use std::{
     collections::HashMap,
+    net::IpAddr,
     os::unix::fs::MetadataExt,
     path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -36,7 +37,7 @@ use crate::{
     handover::{Asked, Door},
     identity::{Authority, WorkloadIdentity},
     proxy::{Mesh, inbound, outbound},
-    state::snapshot::{Snapshot, Workload},
+    state::snapshot::{SharedMap, Snapshot, Workload},
     upstream::{Pod, PodLimits, PodName},
 };
 
@@ -57,6 +58,7 @@ pub struct Enrolment {
     /// Device and inode of each enrolled pod's network namespace: a path may come to name another one.
     namespaces: HashMap<PodName, (u64, u64)>,
     leaving: Leaving,
+    wanted: Wanted,
     /// Told when pods have come or gone.
     pods_changed: Arc<Notify>,
 }
@@ -164,6 +166,23 @@ fn wanted(snapshot: &Snapshot, node: &str) -> HashMap<PodName, Arc<Workload>> {
         .collect()
 }
 
+/// The pods that were wanted last, for as long as the configuration says the same of pods.
+#[derive(Debug, Default)]
+struct Wanted {
+    by: SharedMap<IpAddr, Arc<Workload>>,
+    pods: HashMap<PodName, Arc<Workload>>,
+}
+
+impl Wanted {
+    fn of(&mut self, snapshot: &Snapshot, node: &str) -> &HashMap<PodName, Arc<Workload>> {
+        if !self.by.is_same(&snapshot.workloads) {
+            self.pods = wanted(snapshot, node);
+            self.by = snapshot.workloads.clone();
+        }
+        &self.pods
+    }
+}
+
 /// No pod takes more than half of the agent's file descriptors, at two for each connection: others need some too.
 fn connections_of_a_pod(most: usize) -> usize {
     let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(now, _)| now);
@@ -179,8 +198,8 @@ impl Enrolment {
     /// Nothing enrolled yet.
     pub fn new(mesh: Arc<Mesh>, capture: Arc<Capture>, authority: Arc<Authority>, drain: Drain) -> Self {
         let (failing, namespaces, pods_changed) = (Failing::default(), HashMap::new(), Arc::default());
-        let leaving = Leaving::default();
-        Self { mesh, capture, authority, drain, failing, namespaces, leaving, pods_changed }
+        let (leaving, wanted) = (Leaving::default(), Wanted::default());
+        Self { mesh, capture, authority, drain, failing, namespaces, leaving, wanted, pods_changed }
     }
 
     /// What fails, for as long as this runs.
@@ -244,7 +263,7 @@ impl Enrolment {
 
     /// `newer`: whether there is something newer already. False: it was left half done for that.
     async fn reconcile(&mut self, snapshot: &Snapshot, newer: impl Fn() -> bool) -> bool {
-        let mut wanted = wanted(snapshot, &self.mesh.node);
+        let mut wanted = self.wanted.of(snapshot, &self.mesh.node).clone();
         self.failing.keep_only(&wanted);
         wanted.retain(|name, pod| self.namespace_stands(name, pod));
         self.let_go_of_those_due();
@@ -397,7 +416,7 @@ impl Enrolment {
 
 #[cfg(test)]
 mod tests {
-    use std::net::{IpAddr, Ipv4Addr};
+    use std::net::Ipv4Addr;
 
     use super::*;
     use crate::{
@@ -465,8 +484,11 @@ mod tests {
     #[test]
     fn only_enrolled_pods_of_this_node_are_wanted() {
         let (name, here) = pod("a", 1, "v1");
-        let snapshot = Snapshot { workloads: HashMap::from([(here.ips[0], here)]), ..Snapshot::default() };
+        let snapshot = Snapshot { workloads: [(here.ips[0], here)].into(), ..Snapshot::default() };
         assert_eq!(wanted(&snapshot, "a").keys().collect::<Vec<_>>(), [&name]);
         assert!(wanted(&snapshot, "b").is_empty());
+        let mut kept = Wanted::default();
+        assert_eq!(kept.of(&snapshot, "a").len(), 1);
+        assert_eq!(kept.of(&Snapshot::default(), "a").len(), 0);
     }
 }

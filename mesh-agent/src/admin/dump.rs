@@ -198,7 +198,7 @@ fn route(r: &HttpRoute) -> Value {
         "timeout_ms": r.timeout.map(ms),
         "retries": retries(&r.retries),
         "mirrors": r.mirrors.iter().map(mirror).collect::<Vec<_>>(),
-        "cors": r.cors.as_ref().map(cors),
+        "cors": r.cors.as_deref().map(cors),
         "stat_name": r.stat_name.as_deref(),
     })
 }

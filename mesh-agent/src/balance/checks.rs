@@ -4,7 +4,7 @@
 //! what the first check finds holds at once; that what says nothing of the endpoint changes nothing; and that no endpoint is
 //! asked while nobody uses its service. Tested below on a paused clock; in the lab by `tests/tests/health_checks.rs`.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use tokio::{
     sync::Semaphore,
@@ -126,11 +126,12 @@ fn is_used(usage: &Use, now: Instant) -> bool {
     usage.last().is_some_and(|(last, _)| now < last + USED_LATELY)
 }
 
-/// Counts anew, in each cluster of a port, how many endpoints are away.
-pub fn recount(snapshot: &Snapshot, port: &CheckedPort) {
-    let is_of_it =
-        |cluster: &&Arc<Cluster>| cluster.host == port.cluster.host && cluster.port == port.cluster.port;
-    snapshot.clusters().filter(is_of_it).for_each(|cluster| outlier::recount(cluster));
+/// Counts anew, in each cluster of these ports, how many endpoints are away.
+pub fn recount(snapshot: &Snapshot, ports: &[&CheckedPort]) {
+    let key = |cluster: &Arc<Cluster>| (Arc::clone(&cluster.host), cluster.port);
+    let ports: HashSet<(Arc<str>, u16)> = ports.iter().map(|port| key(&port.cluster)).collect();
+    let are_of_them = snapshot.clusters().filter(|cluster| ports.contains(&key(cluster)));
+    are_of_them.for_each(|cluster| outlier::recount(cluster));
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    net::IpAddr,
     sync::Arc,
     time::Duration,
 };
@@ -11,7 +12,10 @@ use std::{
 use arc_swap::ArcSwap;
 use tokio::sync::watch;
 
-use crate::{identity::SpiffeId, state::snapshot::Snapshot};
+use crate::{
+    identity::SpiffeId,
+    state::snapshot::{SharedMap, Snapshot, Workload},
+};
 
 /// How long a request waits for the configuration to know of its pod: an agent may have read of it a moment earlier.
 const CATCH_UP: Duration = Duration::from_secs(1);
@@ -23,10 +27,11 @@ pub(super) struct Pods {
     index: ArcSwap<Index>,
 }
 
-/// The same for one revision of the configuration, ready to be asked.
+/// The same for one state of the configuration, ready to be asked.
 #[derive(Debug, Default)]
 struct Index {
-    revision: u64,
+    /// What it is made of.
+    workloads: SharedMap<IpAddr, Arc<Workload>>,
     by_node: HashMap<Arc<str>, HashSet<SpiffeId>>,
 }
 
@@ -38,7 +43,7 @@ impl Index {
                 by_node.entry(Arc::clone(node)).or_default().insert(pod.identity.clone());
             }
         }
-        Self { revision: snapshot.revision, by_node }
+        Self { workloads: snapshot.workloads.clone(), by_node }
     }
 }
 
@@ -57,7 +62,7 @@ impl Pods {
 
     fn runs_in(&self, snapshot: &Snapshot, id: &SpiffeId, node: &str) -> bool {
         let mut index = self.index.load();
-        if index.revision != snapshot.revision {
+        if !index.workloads.is_same(&snapshot.workloads) {
             self.index.store(Arc::new(Index::of(snapshot)));
             index = self.index.load();
         }

@@ -21,7 +21,7 @@ use crate::{
     capture::{Capture, DirectEndpoint, DirectRoute, DirectSet, OpenDirect},
     policy::direct::{self, Because},
     proxy::Mesh,
-    state::snapshot::{Endpoint, Service, ServicePort, Snapshot, Workload},
+    state::snapshot::{Endpoint, Service, ServicePort, SharedMap, Snapshot, Workload},
 };
 
 /// After a change, how long until it is looked once more for connections that were chosen just before it.
@@ -51,6 +51,12 @@ impl Local {
         local
     }
 
+    /// Whether the same pods are the same.
+    fn is_same(&self, other: &Self) -> bool {
+        let same = |(cookie, pod)| other.by_cookie.get(cookie).is_some_and(|other| Arc::ptr_eq(pod, other));
+        self.by_cookie.len() == other.by_cookie.len() && self.by_cookie.iter().all(same)
+    }
+
     fn add(&mut self, cookie: u64, workload: &Arc<Workload>) {
         self.cookies.extend(workload.ips.iter().map(|ip| (*ip, cookie)));
         self.by_cookie.insert(cookie, Arc::clone(workload));
@@ -64,10 +70,11 @@ pub(super) async fn keep(
     mut snapshots: watch::Receiver<Arc<Snapshot>>,
     pods: Arc<Notify>,
 ) {
-    let mut again: Option<Instant> = None;
+    let (mut again, mut followed) = (None::<Instant>, Followed::default());
     loop {
         let snapshot = Arc::clone(&snapshots.borrow_and_update());
-        let changed = tokio::task::block_in_place(|| bring_up_to_date(&mesh, &capture, &snapshot));
+        let changed =
+            tokio::task::block_in_place(|| bring_up_to_date(&mesh, &capture, &snapshot, &mut followed));
         // Counted from the last change: what looks at other things meanwhile puts it off no further.
         let now = Instant::now();
         again = if changed { Some(now + LOOK_AGAIN) } else { again.filter(|at| *at > now) };
@@ -79,14 +86,20 @@ pub(super) async fn keep(
     }
 }
 
-fn bring_up_to_date(mesh: &Mesh, capture: &Capture, snapshot: &Snapshot) -> bool {
-    let local = if mesh.direct { Local::new(mesh, snapshot) } else { Local::default() };
-    let changed = capture.set_direct(&wanted(snapshot, &local)).unwrap_or_else(|error| {
+fn bring_up_to_date(
+    mesh: &Mesh,
+    capture: &Capture,
+    snapshot: &Arc<Snapshot>,
+    followed: &mut Followed,
+) -> bool {
+    followed.follow(if mesh.direct { Local::new(mesh, snapshot) } else { Local::default() }, snapshot);
+    let Followed { local, wanted, .. } = followed;
+    let changed = capture.set_direct(wanted).unwrap_or_else(|error| {
         tracing::warn!(error = format!("{error:#}"), "some connections take the agent that need not");
         false
     });
     let ended = capture.end_direct(|open| {
-        let because = forbidden(snapshot, &local, open);
+        let because = forbidden(snapshot, local, open);
         if let Some(because) = because {
             let OpenDirect { dialled, endpoint, .. } = open;
             tracing::info!(%dialled, %endpoint, %because, "a direct connection is not allowed any more");
@@ -96,22 +109,63 @@ fn bring_up_to_date(mesh: &Mesh, capture: &Capture, snapshot: &Snapshot) -> bool
     changed || ended > 0
 }
 
-/// What the kernel is to choose from, for each of these pods and each address that it may dial.
-fn wanted(snapshot: &Snapshot, local: &Local) -> HashMap<DirectRoute, Arc<DirectSet>> {
-    let mut wanted = HashMap::new();
-    let services = || snapshot.services.values().filter(|service| !service.vips.is_empty());
-    for (cookie, client) in &local.by_cookie {
-        for service in services().filter(|service| service.visible.to(&client.namespace)) {
+/// What the kernel is to choose from, for each of these pods and each address that it may dial; and by which configuration.
+#[derive(Debug, Default)]
+struct Followed {
+    services: SharedMap<Arc<str>, Arc<Service>>,
+    local: Local,
+    wanted: HashMap<DirectRoute, Arc<DirectSet>>,
+}
+
+impl Followed {
+    /// Looks at what has changed: all services where it is the pods.
+    fn follow(&mut self, local: Local, snapshot: &Snapshot) {
+        if !local.is_same(&self.local) {
+            self.wanted.clear();
+            self.local = local;
+            snapshot.services.values().for_each(|service| self.add(service));
+            self.services = snapshot.services.clone();
+            return;
+        }
+        let before = std::mem::replace(&mut self.services, snapshot.services.clone());
+        let changes = snapshot.services.changes(&before, Arc::ptr_eq);
+        // First: an address may have come from one to another.
+        for gone in changes.iter().filter_map(|(_, before, _)| *before) {
+            self.remove(gone);
+        }
+        for new in changes.iter().filter_map(|(_, _, after)| *after) {
+            self.add(new);
+        }
+    }
+
+    fn add(&mut self, service: &Service) {
+        if service.vips.is_empty() {
+            return;
+        }
+        for (cookie, client) in &self.local.by_cookie {
+            if !service.visible.to(&client.namespace) {
+                continue;
+            }
             for port in ports(service, client) {
-                let Some(set) = set(port, client, local) else { continue };
+                let Some(set) = set(port, client, &self.local) else { continue };
                 let set = Arc::new(set);
                 for vip in dialled(service, &set) {
-                    wanted.insert((*cookie, SocketAddr::new(vip, port.port)), Arc::clone(&set));
+                    self.wanted.insert((*cookie, SocketAddr::new(vip, port.port)), Arc::clone(&set));
                 }
             }
         }
     }
-    wanted
+
+    fn remove(&mut self, service: &Service) {
+        let ports = || service.ports.iter().chain(service.views.values().flatten()).map(|port| port.port);
+        for cookie in self.local.by_cookie.keys() {
+            for vip in &service.vips {
+                for port in ports() {
+                    self.wanted.remove(&(*cookie, SocketAddr::new(*vip, port)));
+                }
+            }
+        }
+    }
 }
 
 fn ports<'a>(service: &'a Service, client: &Workload) -> impl Iterator<Item = &'a ServicePort> {

@@ -12,6 +12,20 @@ use crate::{
     },
 };
 
+/// What is wanted of a configuration that is the first.
+fn wanted(snapshot: &Snapshot, local: &Local) -> HashMap<DirectRoute, Arc<DirectSet>> {
+    let mut followed = Followed::default();
+    followed.follow(again(local), snapshot);
+    followed.wanted
+}
+
+/// The very same pods.
+fn again(local: &Local) -> Local {
+    let mut same = Local::default();
+    local.by_cookie.iter().for_each(|(cookie, pod)| same.add(*cookie, pod));
+    same
+}
+
 const CLIENT: u64 = 1;
 const SERVER: u64 = 2;
 const ELSEWHERE: &str = "10.0.1.1";
@@ -112,7 +126,7 @@ fn snapshot(port: &Port) -> Snapshot {
         views: HashMap::new(),
     });
     let vips = service.vips.iter().map(|ip| (*ip, Arc::clone(&service))).collect();
-    Snapshot { services: HashMap::from([(host, service)]), vips, ..Snapshot::default() }
+    Snapshot { services: [(host, service)].into(), vips, ..Snapshot::default() }
 }
 
 fn open() -> OpenDirect {
@@ -214,4 +228,31 @@ fn what_is_gone_forbids_nothing_and_is_not_chosen() {
 fn the_meshs_own_ports_are_nobodys() {
     let port = Port { endpoints: &["10.0.0.2:15008"], ..OPAQUE };
     assert!(wanted(&snapshot(&port), &local(false, false)).is_empty());
+}
+
+/// Only what changed is looked at, and what is wanted is what it would be if everything were.
+#[test]
+fn changes_are_followed_one_by_one() {
+    let held = local(false, false);
+    let both = || again(&held);
+    let (open, routed) = (snapshot(&OPAQUE), snapshot(&Port { routed: true, ..OPAQUE }));
+    let mut followed = Followed::default();
+    for (snapshot, local) in [
+        (&open, both()),
+        (&routed, both()),
+        (&open, both()),
+        (&Snapshot::default(), both()),
+        (&open, local(true, false)),
+        (&open, both()),
+    ] {
+        let expected = wanted(snapshot, &local);
+        followed.follow(local, snapshot);
+        assert_eq!(followed.wanted, expected);
+    }
+    // The address goes from one service to another, which needs the agent.
+    let mut moved = Snapshot { vips: open.vips.clone(), ..Snapshot::default() };
+    let (host, service) = routed.services.iter().next().unwrap_or_else(|| unreachable!());
+    moved.services.insert(format!("other.{host}").into(), Arc::clone(service));
+    followed.follow(both(), &moved);
+    assert_eq!(followed.wanted, HashMap::new());
 }

@@ -8,12 +8,16 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
-use super::{same_place, wanted};
+use super::same_place;
 use crate::{
+    capture,
     proxy::Mesh,
     state::snapshot::{Snapshot, Workload},
     upstream::Pod,
 };
+
+/// Of fewer services what a snapshot leaves behind is not worth looking for.
+const MANY: usize = 1_000;
 
 /// Follows `source` for as long as the receiver is held, which is told of each configuration once it is in force.
 pub fn put_in_force(
@@ -24,10 +28,18 @@ pub fn put_in_force(
     tokio::spawn(async move {
         loop {
             let snapshot = Arc::clone(&source.borrow_and_update());
+            let before = mesh.snapshot();
             // First: whoever finds a pod joined finds that it may still be waited for.
-            mesh.pods.transitions().note(&mesh.snapshot(), &snapshot);
+            mesh.pods.transitions().note(&before, &snapshot);
             mesh.snapshot.store(Arc::clone(&snapshot));
-            update_pods(&mesh, &snapshot);
+            if !snapshot.workloads.is_same(&before.workloads) {
+                mesh.pods.all().values().for_each(|pod| update_pod(&mesh, pod));
+            }
+            if snapshot.services.len() > MANY && !snapshot.services.shares_with(&before.services) {
+                // All of it was compiled anew, and the old one goes as a whole.
+                capture::give_back_soon();
+            }
+            drop(before);
             told.send_replace(snapshot);
             tokio::select! {
                 changed = source.changed() => if changed.is_err() { return },
@@ -38,20 +50,12 @@ pub fn put_in_force(
     in_force
 }
 
-fn update_pods(mesh: &Mesh, snapshot: &Snapshot) {
-    let pods = mesh.pods.all();
-    for (name, now) in wanted(snapshot, &mesh.node) {
-        if let Some(pod) = pods.get(&name) {
-            update(pod, &now);
-        }
-    }
-}
-
-/// For a pod that has come while the configuration changed.
+/// Has a pod be what the configuration says, for one that has come while that changed too.
 pub(super) fn update_pod(mesh: &Mesh, pod: &Pod) {
     let (snapshot, held) = (mesh.snapshot(), pod.workload());
     let now = held.ips.first().and_then(|ip| snapshot.workload_at(*ip));
-    if let Some(now) = now.filter(|now| now.namespace == held.namespace && now.name == held.name) {
+    let same = |now: &&Arc<Workload>| now.namespace == held.namespace && now.name == held.name;
+    if let Some(now) = now.filter(same) {
         update(pod, now);
     }
 }

@@ -118,7 +118,7 @@ impl Enrolment {
     pub async fn follow(mut self, mut snapshots: watch::Receiver<Arc<Snapshot>>) {
         loop {
             let snapshot = Arc::clone(&snapshots.borrow_and_update());
-            let mut wanted = wanted(&snapshot, &self.mesh.node);
+            let mut wanted = self.wanted.of(&snapshot, &self.mesh.node).clone();
             wanted.retain(|name, pod| self.namespace_stands(name, pod));
             let held = self.mesh.pods.all();
             let held = held.iter().map(|(name, pod)| (name.clone(), pod.workload())).collect();

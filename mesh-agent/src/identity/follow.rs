@@ -21,7 +21,7 @@ use super::{
     crl::RevocationLists,
     state_dir::{self, CaError},
 };
-use crate::watcher::Watcher;
+use crate::watcher::{Pace, Watcher};
 
 /// How often the files are looked at without a change: lists come to be out of date by waiting alone.
 const LOOK: Duration = Duration::from_mins(5);
@@ -81,7 +81,7 @@ impl Authority {
     }
 
     fn follow(self: &Arc<Self>, followed: Followed) -> anyhow::Result<()> {
-        let watcher = Watcher::new(followed.directory().to_owned())?;
+        let watcher = Watcher::new(followed.directory().to_owned(), Pace::Together)?;
         let what = match followed {
             Followed::StateDir(_) => Self::STATE_DIR,
             Followed::Lists(_) => Self::LISTS,
@@ -123,7 +123,7 @@ impl EmbeddedCa {
     /// # Errors
     /// When the directory cannot be watched.
     pub(crate) fn follow(self: &Arc<Self>, dir: &Path, trust_domain: &str) -> anyhow::Result<()> {
-        let watcher = Watcher::new(dir.to_owned())?;
+        let watcher = Watcher::new(dir.to_owned(), Pace::Together)?;
         let (held, dir, trust_domain) = (Arc::downgrade(self), dir.to_owned(), trust_domain.to_owned());
         let mut problem = String::new();
         tokio::spawn(keep_looking(watcher, move || {

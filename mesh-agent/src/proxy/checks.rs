@@ -24,7 +24,7 @@ use crate::{
     body::{Body, Inform, Nobody},
     error::{Error, Kind, Result},
     policy::Ruling,
-    state::snapshot::{Checked, CheckedPort, Endpoint, HealthProbe, Protocol, Snapshot, Use},
+    state::snapshot::{Checked, CheckedPort, Endpoint, HealthProbe, Protocol, SharedMap, Snapshot, Use},
     tunnel,
     upstream::{self, Destination, Kept, Pod},
 };
@@ -55,23 +55,30 @@ pub async fn check_endpoints(mesh: Arc<Mesh>, mut snapshots: watch::Receiver<Arc
     let checker = Arc::new(Checker { mesh, places: Semaphore::new(AT_ONCE) });
     let mut tasks = JoinSet::new();
     let mut watched: HashMap<(Arc<str>, u16), Watched> = HashMap::new();
+    let mut before = SharedMap::default();
     loop {
         let snapshot = Arc::clone(&snapshots.borrow_and_update());
-        watched.retain(|key, one| {
-            let stays = snapshot.checked.get(key).is_some_and(|now| now.is_same(&one.port));
-            if !stays {
-                one.task.abort();
+        let changes = snapshot.checked.changes(&before, Arc::ptr_eq);
+        for (key, _, port) in &changes {
+            let known = watched.remove(*key);
+            let stays = |one: &Watched| port.is_some_and(|port| port.is_same(&one.port));
+            if let Some(gone) = known.as_ref().filter(|one| !stays(one)) {
+                gone.task.abort();
             }
-            stays
-        });
-        for (key, port) in &snapshot.checked {
-            checks::recount(&snapshot, port);
-            watched.entry(key.clone()).or_insert_with(|| {
+            let Some(port) = port else { continue };
+            let one = known.filter(stays).unwrap_or_else(|| {
                 let task = tasks.spawn(watch_port(Arc::clone(&checker), Arc::clone(port)));
                 Watched { port: Arc::clone(port), task }
             });
+            watched.insert((*key).clone(), one);
         }
-        checker.mesh.reporter.checked(&snapshot);
+        let changed: Vec<&CheckedPort> =
+            changes.iter().filter_map(|(_, _, port)| Some(&***port.as_ref()?)).collect();
+        if !changes.is_empty() {
+            checks::recount(&snapshot, &changed);
+            checker.mesh.reporter.checked(&snapshot);
+        }
+        before = snapshot.checked.clone();
         // What was ended leaves nothing to be joined later.
         while tasks.try_join_next().is_some() {}
         if snapshots.changed().await.is_err() {
@@ -120,7 +127,7 @@ impl Checker {
 
     fn turned(&self, port: &CheckedPort, endpoint: &Endpoint, turned: &Turned) {
         let snapshot = self.mesh.snapshot();
-        checks::recount(&snapshot, port);
+        checks::recount(&snapshot, &[port]);
         self.mesh.reporter.checked(&snapshot);
         let (service, port, endpoint) = (&port.cluster.host, port.cluster.port, endpoint.address);
         match turned {

@@ -212,7 +212,7 @@ impl Exchange {
     ) -> http::Response<Reported> {
         self.status = Some(parts.status);
         self.grpc_status = retry::grpc_status(&parts.headers);
-        let cors = self.route.as_ref().and_then(|route| route.cors.as_ref());
+        let cors = self.route.as_ref().and_then(|route| route.cors.as_deref());
         if let (Some(policy), Some(origin)) = (cors, &self.origin) {
             route::cors::apply(policy, origin, &mut parts.headers);
         }

@@ -1,6 +1,9 @@
 //! What the path learns of its endpoints' health, and their coming back.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
 
 use http::Response;
 use tokio::{
@@ -15,7 +18,7 @@ use crate::{
     },
     error::{Kind, Result, http_of},
     report::Reporter,
-    state::snapshot::{Cluster, Endpoint, Snapshot},
+    state::snapshot::{Cluster, Endpoint, OutlierDetection, Service, SharedMap, Snapshot},
     upstream::{Switched, retry},
 };
 
@@ -94,9 +97,14 @@ struct Watched {
 
 /// Lets ejected endpoints come back in time, for as long as there is a configuration to follow.
 pub async fn watch_endpoints(reporter: Arc<Reporter>, mut snapshots: watch::Receiver<Arc<Snapshot>>) {
-    let mut watched = HashMap::new();
+    let (mut watched, mut before) = (HashMap::new(), SharedMap::default());
     loop {
-        watched = follow(&snapshots.borrow_and_update(), &watched);
+        let snapshot = Arc::clone(&snapshots.borrow_and_update());
+        if !follow_changes(&snapshot, &before, &mut watched) {
+            watched = follow(&snapshot, &watched);
+        }
+        before = snapshot.services.clone();
+        drop(snapshot);
         let due = watched.values().map(|one| one.due).min();
         let sleep = async {
             match due {
@@ -121,13 +129,47 @@ pub async fn watch_endpoints(reporter: Arc<Reporter>, mut snapshots: watch::Rece
 
 type Key = (Arc<str>, Option<Arc<str>>);
 
+/// Watches the clusters of services that have changed; false where some are no longer led to from there: they may be from
+/// elsewhere.
+fn follow_changes(
+    snapshot: &Snapshot,
+    before: &SharedMap<Arc<str>, Arc<Service>>,
+    watched: &mut HashMap<Key, Watched>,
+) -> bool {
+    let changes = snapshot.services.changes(before, Arc::ptr_eq);
+    for (_, was, now) in changes {
+        let keys: HashSet<Key> = now.into_iter().flat_map(|service| service.clusters()).map(key).collect();
+        if was.into_iter().flat_map(|service| service.clusters()).any(|cluster| !keys.contains(&key(cluster)))
+        {
+            return false;
+        }
+        for cluster in now.into_iter().flat_map(|service| service.clusters()) {
+            match cluster.outlier.as_ref() {
+                Some(rule) => watch(watched, cluster, rule),
+                None => drop(watched.remove(&key(cluster))),
+            }
+        }
+    }
+    true
+}
+
+fn key(cluster: &Arc<Cluster>) -> Key {
+    (Arc::clone(&cluster.name), cluster.view.clone())
+}
+
+fn watch(watched: &mut HashMap<Key, Watched>, cluster: &Arc<Cluster>, rule: &OutlierDetection) {
+    let next = Instant::now() + rule.interval;
+    let due = watched.get(&key(cluster)).map_or(next, |known| known.due.min(next));
+    watched.insert(key(cluster), Watched { cluster: Arc::clone(cluster), due });
+}
+
 /// What is to be watched now; what was before keeps its time.
 fn follow(snapshot: &Snapshot, before: &HashMap<Key, Watched>) -> HashMap<Key, Watched> {
     let now = Instant::now();
     let with_rule = snapshot.clusters().filter_map(|cluster| Some((cluster, cluster.outlier.as_ref()?)));
     with_rule
         .map(|(cluster, rule)| {
-            let key = (Arc::clone(&cluster.name), cluster.view.clone());
+            let key = key(cluster);
             let next = now + rule.interval;
             let due = before.get(&key).map_or(next, |known| known.due.min(next));
             (key, Watched { cluster: Arc::clone(cluster), due })

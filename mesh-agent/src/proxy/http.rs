@@ -111,7 +111,8 @@ async fn forward(
     exchange.stat_name = route.stat_name_of(matched).cloned();
     exchange.route = Some(Arc::clone(route));
 
-    if let Some((status, headers)) = route.cors.as_ref().and_then(|cors| route::cors::preflight(cors, &parts))
+    if let Some((status, headers)) =
+        route.cors.as_deref().and_then(|cors| route::cors::preflight(cors, &parts))
     {
         let (mut head, ()) = Response::new(()).into_parts();
         (head.status, head.headers) = (status, headers);

@@ -199,7 +199,7 @@ mod tests {
             ports: clusters.into_iter().map(port).collect(),
             views: HashMap::new(),
         };
-        Snapshot { services: HashMap::from([("all".into(), Arc::new(service))]), ..Snapshot::default() }
+        Snapshot { services: [("all".into(), Arc::new(service))].into(), ..Snapshot::default() }
     }
 
     fn cluster(name: &str, endpoints: Vec<Arc<Endpoint>>) -> Cluster {

@@ -27,8 +27,8 @@ fn snapshot() -> Snapshot {
     Snapshot {
         revision: 1,
         workloads: pods.into_iter().map(|pod| (pod.ips[0], pod)).collect(),
-        services: HashMap::from([(service.host.clone(), service.clone())]),
-        vips: HashMap::from([(vip, service)]),
+        services: [(service.host.clone(), service.clone())].into(),
+        vips: [(vip, service)].into(),
         ..Snapshot::default()
     }
 }

@@ -1,11 +1,12 @@
 //! Where the configuration comes from: a directory of manifests, watched.
 //!
-//! A source gives `compile` a set of objects by key, so that another one (a Kubernetes watch) can stand in its
-//! place. Promises that the first snapshot is compiled when the function returns, that a broken manifest leaves its
+//! A source says what has become of which object ([`Change`]), so that another one (a Kubernetes watch) can stand in its
+//! place or beside it. Promises that the first snapshot is compiled when the function returns, that a broken manifest leaves its
 //! last good state in force, and that each problem is logged once. Never blocks the runtime: files are read and
 //! compiled on a blocking thread. Tested in `tests.rs` beside it.
 
 mod directory;
+mod file;
 pub mod key_sets;
 #[cfg(test)]
 mod tests;
@@ -22,18 +23,18 @@ use std::{
 use anyhow::Context;
 use tokio::sync::{Notify, watch};
 
-use self::directory::Directory;
+use self::directory::{Directory, Look};
 use crate::{
     state::{
         Problem,
-        compile::{self, Settings},
-        resource::Objects,
+        compile::{Change, Compiled, Settings},
         snapshot::Snapshot,
     },
-    watcher::Watcher,
+    watcher::{Pace, Seen, Watcher},
 };
 
-pub use directory::{read_documents, read_text};
+pub use directory::read_text;
+pub use file::read_documents;
 
 /// A running source. It runs for as long as any receiver of `snapshots` is held.
 #[derive(Debug)]
@@ -77,13 +78,11 @@ pub struct Counts {
 /// When the directory cannot be read or watched. Broken manifests are no error: they are problems.
 pub async fn directory(dir: PathBuf, settings: Settings) -> anyhow::Result<Source> {
     // Watched before it is read: what changes in between is read twice rather than never.
-    let watcher = Watcher::new(dir.clone()).with_context(|| format!("--config {}", dir.display()))?;
+    let watcher =
+        Watcher::new(dir.clone(), Pace::EachFile).with_context(|| format!("--config {}", dir.display()))?;
     let mut state = State {
         directory: Directory::new(dir.clone()),
-        settings,
-        objects: Objects::new(),
-        compiled: Vec::new(),
-        snapshot: Arc::new(Snapshot::default()),
+        compiled: Compiled::new(settings),
         problems: BTreeSet::new(),
         foreign: BTreeSet::new(),
         counts: Arc::new(Counts::default()),
@@ -91,7 +90,7 @@ pub async fn directory(dir: PathBuf, settings: Settings) -> anyhow::Result<Sourc
     state = tokio::task::spawn_blocking(move || state.load().map(|()| state))
         .await?
         .with_context(|| format!("--config {}", dir.display()))?;
-    let (snapshot_tx, snapshots) = watch::channel(Arc::clone(&state.snapshot));
+    let (snapshot_tx, snapshots) = watch::channel(Arc::clone(state.compiled.snapshot()));
     let (problem_tx, problems) = watch::channel(state.listed());
     let reread = Reread::default();
     let counts = Arc::clone(&state.counts);
@@ -108,14 +107,17 @@ async fn run(
     problems: watch::Sender<Arc<[Problem]>>,
 ) {
     loop {
-        tokio::select! {
+        let look = tokio::select! {
             () = snapshots.closed() => return,
-            () = watcher.changed() => {}
-            () = reread.0.notified() => {}
-        }
+            seen = watcher.changed() => match seen {
+                Seen::Entries(names) => Look::Entries(names),
+                Seen::Anything => Look::Anything,
+            },
+            () = reread.0.notified() => Look::Everything,
+        };
         let reloaded = tokio::task::spawn_blocking(move || {
-            watcher.renew();
-            state.reload();
+            let look = if watcher.renew() { Look::Anything } else { look };
+            state.reload(&look);
             (state, watcher)
         });
         match reloaded.await {
@@ -134,8 +136,8 @@ async fn run(
             changed
         });
         snapshots.send_if_modified(|before| {
-            let changed = !Arc::ptr_eq(before, &state.snapshot);
-            *before = Arc::clone(&state.snapshot);
+            let changed = !Arc::ptr_eq(before, state.compiled.snapshot());
+            *before = Arc::clone(state.compiled.snapshot());
             changed
         });
     }
@@ -144,11 +146,7 @@ async fn run(
 /// What is known between two reads.
 struct State {
     directory: Directory,
-    settings: Settings,
-    objects: Objects,
-    /// Problems of the last compile.
-    compiled: Vec<Problem>,
-    snapshot: Arc<Snapshot>,
+    compiled: Compiled,
     problems: BTreeSet<Problem>,
     /// Kinds that were said to be passed over.
     foreign: BTreeSet<String>,
@@ -159,46 +157,41 @@ impl State {
     /// The first read, which fails when the directory cannot be listed.
     fn load(&mut self) -> anyhow::Result<()> {
         self.directory.check()?;
-        self.reload();
-        if self.snapshot.revision == 0 {
-            // An empty directory is a configuration too.
-            self.compile();
-        }
+        self.reload(&Look::Everything);
         Ok(())
     }
 
-    fn reload(&mut self) {
+    fn reload(&mut self, look: &Look) {
         self.counts.reads.fetch_add(1, Ordering::Relaxed);
-        self.directory.read();
+        let changes = self.directory.read(look, self.compiled.objects());
         for kind in self.directory.foreign() {
-            if !self.foreign.contains(&kind) {
+            if !self.foreign.contains(kind) {
                 tracing::info!(
                     kind,
                     "configuration: objects of this kind are none of the mesh's and are passed over"
                 );
-                self.foreign.insert(kind);
+                self.foreign.insert(kind.to_owned());
             }
         }
-        let (objects, mut found) = self.directory.merge();
-        if !same(&objects, &self.objects) {
-            self.objects = objects;
-            self.compile();
+        // An empty directory is a configuration too.
+        if !changes.is_empty() || self.compiled.snapshot().revision == 0 {
+            self.compile(changes);
         }
-        found.extend(self.compiled.iter().cloned());
-        self.note(found.into_iter().collect());
+        let found = self.directory.problems().chain(self.compiled.problems());
+        let found = found.cloned().collect();
+        self.note(found);
     }
 
-    fn compile(&mut self) {
-        let (snapshot, problems) = compile::compile(&self.objects, Some(&self.snapshot), &self.settings);
+    fn compile(&mut self, changes: Vec<Change>) {
+        self.compiled.apply(changes);
         self.counts.compiled.fetch_add(1, Ordering::Relaxed);
+        let snapshot = self.compiled.snapshot();
         tracing::info!(
             revision = snapshot.revision,
             services = snapshot.services.len(),
             addresses = snapshot.workloads.len(),
             "configuration compiled"
         );
-        self.snapshot = Arc::new(snapshot);
-        self.compiled = problems;
     }
 
     /// Logs and counts what is new.
@@ -222,12 +215,4 @@ impl State {
     fn listed(&self) -> Arc<[Problem]> {
         self.problems.iter().cloned().collect()
     }
-}
-
-/// Whether two sets hold the very same objects.
-fn same(one: &Objects, other: &Objects) -> bool {
-    one.len() == other.len()
-        && one.iter().zip(other).all(|((key, object), (other_key, other_object))| {
-            key == other_key && Arc::ptr_eq(object, other_object)
-        })
 }

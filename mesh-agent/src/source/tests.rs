@@ -8,7 +8,7 @@ use std::{
 };
 
 use super::*;
-use crate::state::snapshot::RouteAction;
+use crate::state::{resource::Objects, snapshot::RouteAction};
 
 mod policies;
 
@@ -275,7 +275,7 @@ async fn kinds_of_others_are_passed_over_and_ours_are_not() {
     assert_eq!(source.problems.borrow().to_vec(), []);
     assert_eq!(hosts(&source.snapshots.borrow()), ["a"]);
     let mut directory = Directory::new(dir.path().to_owned());
-    directory.read();
+    directory.read(&Look::Everything, &Objects::new());
     let named = [
         "Deployment (apps/v1)",
         "Job (batch/v1)",
@@ -323,4 +323,79 @@ async fn the_watch_ends_with_its_receivers() {
     let Source { snapshots, mut problems, .. } = start(dir.path()).await;
     drop(snapshots);
     assert!(problems.changed().await.is_err(), "the sender is gone");
+}
+
+/// Names of the files of a directory that somebody opens, until a file of this name is there.
+fn opened(
+    dir: &Path,
+    end: &'static str,
+) -> (notify::RecommendedWatcher, std::sync::mpsc::Receiver<BTreeSet<String>>) {
+    use notify::{Event, EventKind, RecursiveMode, Watcher as _, event::AccessKind};
+    let (told, all) = std::sync::mpsc::channel();
+    let mut names = BTreeSet::new();
+    let mut watcher = notify::recommended_watcher(move |event: notify::Result<Event>| {
+        let event = event.unwrap();
+        let path = &event.paths[0];
+        let name = path.file_name().unwrap_or_default().to_str().unwrap().to_owned();
+        if name == end {
+            let _ = told.send(std::mem::take(&mut names));
+        } else if matches!(event.kind, EventKind::Access(AccessKind::Open(_))) && !name.starts_with('.') {
+            names.insert(name);
+        }
+    })
+    .unwrap();
+    watcher.watch(dir, RecursiveMode::NonRecursive).unwrap();
+    (watcher, all)
+}
+
+/// Counted, not timed: what has not changed is not read.
+#[tokio::test(flavor = "multi_thread")]
+async fn of_many_files_only_the_one_that_changed_is_opened() {
+    let dir = tempfile::tempdir().unwrap();
+    for number in 0..100 {
+        put(dir.path(), &format!("{number}.yaml"), &service(&format!("s{number}")));
+    }
+    let mut source = start(dir.path()).await;
+    let (_watcher, names) = opened(dir.path(), "end.txt");
+    put(dir.path(), "7.yaml", &service("other"));
+    source.snapshots.wait_for(|snapshot| hosts(snapshot).contains(&"other".to_owned())).await.unwrap();
+    fs::remove_file(dir.path().join("9.yaml")).unwrap();
+    source.snapshots.wait_for(|snapshot| snapshot.services.len() == 99).await.unwrap();
+    fs::write(dir.path().join("end.txt"), "").unwrap();
+    assert_eq!(names.recv().unwrap().into_iter().collect::<Vec<_>>(), ["7.yaml"]);
+}
+
+/// Of a file with many objects only those are taken anew that are written otherwise.
+#[test]
+fn objects_that_are_written_as_before_are_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = |names: &[&str]| names.iter().map(|name| service(name)).collect::<Vec<_>>().join("---\n");
+    put(dir.path(), "a.yaml", &text(&["a", "b", "c"]));
+    let mut directory = Directory::new(dir.path().to_owned());
+    let mut compiled = Compiled::new(Settings::default());
+    let mut read = |look: Look| {
+        let changes = directory.read(&look, compiled.objects());
+        let names = changes.iter().map(|change| match change {
+            Change::Set(key, _) => format!("+{}", key.name),
+            Change::Gone(key) => format!("-{}", key.name),
+        });
+        let names: Vec<String> = names.collect();
+        compiled.apply(changes);
+        names
+    };
+    let entries = |names: &[&str]| Look::Entries(names.iter().map(Into::into).collect());
+    assert_eq!(read(Look::Anything), ["+a", "+b", "+c"]);
+    put(dir.path(), "a.yaml", &text(&["c", "d", "a"]).replace("kind: Service, ", "kind:  'Service' , "));
+    assert_eq!(read(entries(&["a.yaml"])), ["+d", "-b"]);
+    // Another file has it too, and comes after it; and then before it.
+    put(dir.path(), "b.yaml", &text(&["d", "e"]));
+    assert_eq!(read(entries(&["b.yaml"])), ["+e"]);
+    put(dir.path(), "0.yaml", &text(&["a"]));
+    assert_eq!(read(entries(&["0.yaml", ".hidden", "notes.txt"])), ["+a"]);
+    fs::remove_file(dir.path().join("0.yaml")).unwrap();
+    fs::remove_file(dir.path().join("a.yaml")).unwrap();
+    let mut gone = read(entries(&["0.yaml", "a.yaml"]));
+    gone.sort();
+    assert_eq!(gone, ["+d", "-a", "-c"]);
+    assert_eq!(read(Look::Everything), [""; 0]);
 }

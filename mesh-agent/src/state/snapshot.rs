@@ -33,6 +33,7 @@ mod outlier;
 mod probes;
 mod request_authentication;
 mod retry;
+mod shared_map;
 mod spread;
 mod stream;
 mod weights;
@@ -53,9 +54,9 @@ pub use self::guard::{
 pub use self::hash::{ConsistentHash, HashCookie, HashKey, HashTable, Placed, hash_of};
 pub use self::health_check::{Checked, CheckedPort, HealthCheck, HealthProbe, Run, Use};
 pub use self::http::{
-    Abort, Backend, CorsPolicy, Fault, HeaderMatch, HeaderOp, HeaderOps, HttpRoute, Mirror, PathRewrite,
-    Percentage, Redirect, RedirectPort, RequestMatch, Rewrite, RouteAction, StringMatch, UnmatchedPreflights,
-    WeightedBackend,
+    Abort, Backend, BothHeaderOps, CorsPolicy, Fault, HeaderMatch, HeaderOp, HeaderOps, HttpRoute, Mirror,
+    PathRewrite, Percentage, Redirect, RedirectPort, RequestMatch, Rewrite, RouteAction, StringMatch,
+    UnmatchedPreflights, WeightedBackend,
 };
 pub use self::key_set::{KeySet, Keys, RemoteKeys};
 pub use self::latency::{FAILURE, Latency};
@@ -65,29 +66,31 @@ pub use self::outlier::{Health, OutlierDetection};
 pub use self::probes::{ProbePort, ProbeRequest};
 pub use self::request_authentication::{AppliedTokens, ClaimPath, Location, TokenRule, Tokens};
 pub use self::retry::{RetryBudget, RetryOn, RetryPolicy};
+pub use self::shared_map::{Changed, SharedMap};
 pub use self::spread::{Group, Level, MOST_LEVELS, Spread, Warmup};
 pub use self::stream::{SniHost, StreamMatch, StreamRoute, Subnet};
 pub use self::weights::Weights;
 
 /// Everything the path needs to know, at one revision of the configuration.
-#[derive(Debug, Default)]
+/// A copy shares all of it.
+#[derive(Debug, Clone, Default)]
 pub struct Snapshot {
     /// Grows by one with each compiled change; 0 is the empty snapshot before the first load.
     pub revision: u64,
     /// Pods by each of their addresses. Pods of the host network are not in here: their address is not theirs
     /// alone.
-    pub workloads: HashMap<IpAddr, Arc<Workload>>,
+    pub workloads: SharedMap<IpAddr, Arc<Workload>>,
     /// Services by fully qualified host name, for example `reviews.default.svc.cluster.local`.
-    pub services: HashMap<Arc<str>, Arc<Service>>,
+    pub services: SharedMap<Arc<str>, Arc<Service>>,
     /// Services by each of their cluster addresses.
-    pub vips: HashMap<IpAddr, Arc<Service>>,
+    pub vips: SharedMap<IpAddr, Arc<Service>>,
     /// The service that an app's address belongs to, for what the destination reports; the first by host name where
     /// several share an endpoint.
-    pub inbound: HashMap<SocketAddr, Arc<Cluster>>,
+    pub inbound: SharedMap<SocketAddr, Arc<Cluster>>,
     /// What requests to a pod's port are held to, where a `ServicePolicy` says so.
-    pub guards: HashMap<SocketAddr, Arc<Guard>>,
+    pub guards: SharedMap<SocketAddr, Arc<Guard>>,
     /// Ports of services whose endpoints are checked, by host name and port.
-    pub checked: HashMap<(Arc<str>, u16), Arc<CheckedPort>>,
+    pub checked: SharedMap<(Arc<str>, u16), Arc<CheckedPort>>,
     /// `pathNormalization` of the mesh-wide settings; `None`: what the agent's flag says.
     pub path_normalization: Option<PathNormalization>,
     /// Key sets that are fetched, by their URI.
@@ -97,9 +100,7 @@ pub struct Snapshot {
 impl Snapshot {
     /// Every cluster that something leads to; those that several lead to, several times.
     pub fn clusters(&self) -> impl Iterator<Item = &Arc<Cluster>> {
-        let services = self.services.values();
-        let ports = services.flat_map(|service| service.ports.iter().chain(service.views.values().flatten()));
-        ports.flat_map(ServicePort::clusters)
+        self.services.values().flat_map(|service| service.clusters())
     }
 
     /// The service whose cluster address this is, as far as a client of this namespace may know of it.
@@ -173,6 +174,11 @@ impl Service {
     pub fn port_for(&self, namespace: &str, port: u16) -> Option<&ServicePort> {
         let ports = self.views.get(namespace).unwrap_or(&self.ports);
         ports.iter().find(|p| p.port == port)
+    }
+
+    /// Every cluster that it leads to, whoever looks; those that are led to in several ways, several times.
+    pub fn clusters(&self) -> impl Iterator<Item = &Arc<Cluster>> {
+        self.ports.iter().chain(self.views.values().flatten()).flat_map(ServicePort::clusters)
     }
 }
 

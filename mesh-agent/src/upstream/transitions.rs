@@ -38,16 +38,22 @@ impl Transitions {
         let now = Instant::now();
         let mut changed: HashMap<_, _> = HashMap::clone(&self.0.load());
         changed.retain(|_, one| one.until > now);
-        for (ip, pod) in after.workloads.iter().filter(|(_, pod)| pod.enrolled) {
-            if !before.workloads.get(ip).is_some_and(|was| was.enrolled && same(was, pod)) {
-                changed.insert(PodName::from(&**pod), Transition { until: now + JOINING, was: None });
+        let others = after.workloads.changes(&before.workloads, Arc::ptr_eq);
+        let (mut joined, mut left) = (Vec::new(), Vec::new());
+        for (_, was, pod) in others {
+            let Some(pod) = pod else { continue };
+            match was.filter(|was| was.enrolled && same(was, pod)) {
+                None if pod.enrolled => joined.push(pod),
+                Some(was) if !pod.enrolled => left.push(was),
+                _ => {}
             }
         }
-        for (ip, was) in before.workloads.iter().filter(|(_, was)| was.enrolled) {
-            if after.workloads.get(ip).is_some_and(|pod| !pod.enrolled && same(was, pod)) {
-                let (name, was) = (PodName::from(&**was), Some(Arc::clone(was)));
-                changed.insert(name, Transition { until: now + LEAVING, was });
-            }
+        for pod in joined {
+            changed.insert(PodName::from(&**pod), Transition { until: now + JOINING, was: None });
+        }
+        for was in left {
+            let was_it = Some(Arc::clone(was));
+            changed.insert(PodName::from(&**was), Transition { until: now + LEAVING, was: was_it });
         }
         if !changed.is_empty() || !self.0.load().is_empty() {
             self.0.store(Arc::new(changed));
@@ -113,7 +119,7 @@ mod tests {
     }
 
     fn of(pod: &Arc<Workload>) -> Snapshot {
-        Snapshot { workloads: HashMap::from([(pod.ips[0], Arc::clone(pod))]), ..Snapshot::default() }
+        Snapshot { workloads: [(pod.ips[0], Arc::clone(pod))].into(), ..Snapshot::default() }
     }
 
     #[tokio::test(start_paused = true)]

@@ -6,8 +6,8 @@ use http::{HeaderName, HeaderValue, StatusCode};
 
 use super::*;
 use crate::state::snapshot::{
-    Authentication, Balancing, CapturePolicy, Cluster, ConnectionPool, HeaderOps, Idle, KeySet, RemoteKeys,
-    Subnet, UnmatchedPreflights,
+    Authentication, Balancing, BothHeaderOps, CapturePolicy, Cluster, ConnectionPool, HeaderOps, Idle,
+    KeySet, RemoteKeys, Subnet, UnmatchedPreflights,
 };
 
 fn anybody() -> CorsPolicy {
@@ -67,13 +67,14 @@ fn route_of_everything() -> HttpRoute {
             abort: Some((Percentage(5_000), Abort::Http(StatusCode::IM_A_TEAPOT))),
             by_header: false,
         },
-        headers: HeaderOps {
+        headers: BothHeaderOps {
             request: HeaderOp {
                 set: vec![(HeaderName::from_static("x-a"), HeaderValue::from_static("1"))],
                 ..HeaderOp::default()
             },
             response: HeaderOp::default(),
-        },
+        }
+        .into(),
         rewrite: Rewrite { path: Some(PathRewrite::Uri("/v1".into())), authority: None },
         timeout: None,
         retries: RetryPolicy {
@@ -85,7 +86,7 @@ fn route_of_everything() -> HttpRoute {
             ignore_previous_hosts: true,
         },
         mirrors: vec![Mirror { percentage: Percentage(125_000), backend: Backend::Missing("no b".into()) }],
-        cors: Some(anybody()),
+        cors: Some(anybody().into()),
         stat_name: Some("jason".into()),
     }
 }
@@ -190,7 +191,7 @@ fn a_pod_of_two_addresses_is_shown_once_and_order_is_fixed() {
         });
         workloads.extend(ips.into_iter().map(|ip: std::net::IpAddr| (ip, pod.clone())));
     }
-    let dump = config(&Snapshot { workloads, ..Snapshot::default() }, &[]);
+    let dump = config(&Snapshot { workloads: workloads.into_iter().collect(), ..Snapshot::default() }, &[]);
     let names: Vec<_> = dump["workloads"].as_array().into_iter().flatten().map(|w| &w["name"]).collect();
     assert_eq!(names, ["a", "b"]);
     assert_eq!(dump["workloads"][0]["identity"], "spiffe://t/ns/default/sa/a");

@@ -12,7 +12,7 @@ use k8s_openapi::api::core::v1::Pod;
 
 use super::{Settings, endpoints::selects};
 use crate::state::{
-    resource::{ObjectKey, Objects, Resource, peer_authentication::PeerAuthentication},
+    resource::{ObjectKey, Objects, Resource, of_kind, peer_authentication::PeerAuthentication},
     snapshot::{Authentication, Mtls, MtlsMode},
 };
 
@@ -31,7 +31,7 @@ impl<'a> Authentications<'a> {
     /// Looks through all of them.
     pub fn index(objects: &'a Objects, settings: &Settings) -> Self {
         let mut index = Self::default();
-        for (key, object) in objects {
+        for (key, object) in of_kind(objects, "PeerAuthentication") {
             let Resource::PeerAuthentication(written) = &object.resource else { continue };
             let scope = if !written.labels.is_empty() {
                 index.selecting.entry(&key.namespace).or_default()

@@ -8,11 +8,11 @@ use std::{
     sync::Arc,
 };
 
-use k8s_openapi::api::core::v1::{Pod, Service};
+use k8s_openapi::api::core::v1::Pod;
 
 use super::{
     Problems, Settings,
-    endpoints::{is_tcp, target_port},
+    endpoints::target_port,
     mesh_config::MeshSettings,
     selectors::{Labels, Selectors},
 };
@@ -21,6 +21,8 @@ use crate::state::{
     resource::{
         ObjectKey, Objects, Resource,
         authorization_policy::{AuthorizationPolicy, Scope},
+        of_kind,
+        service::Service,
     },
     snapshot::{Applied, Authorization, Policy, Provider},
 };
@@ -56,7 +58,7 @@ impl<'a> Authorizations<'a> {
         let mut policies = Vec::new();
         let mut selectors: Unfiled<'a, _, usize> = HashMap::new();
         let mut services: Unfiled<'a, _, (usize, &Service)> = HashMap::new();
-        for (key, object) in objects {
+        for (key, object) in of_kind(objects, "AuthorizationPolicy") {
             let Resource::AuthorizationPolicy(written) = &object.resource else { continue };
             for field in &written.passed_over {
                 problems.add(key, &format!("spec.{}", field.field), &*field.message);
@@ -135,17 +137,17 @@ pub(super) fn service<'a>(
     let Some(Resource::Service(service)) = objects.get(&key).map(|object| &object.resource) else {
         return Err(format!("there is no {key}, so the policy holds for nothing"));
     };
-    let selector = service.spec.as_ref().and_then(|spec| spec.selector.as_ref());
-    let selector = selector.filter(|selector| !selector.is_empty()).ok_or_else(|| {
-        format!("{key} has no selector, so its pods are not known and the policy holds for none")
-    })?;
-    Ok((selector, service))
+    if service.selector.is_empty() {
+        return Err(format!(
+            "{key} has no selector, so its pods are not known and the policy holds for none"
+        ));
+    }
+    Ok((&service.selector, service))
 }
 
 /// The ports of a pod that a service of its leads to, whether or not the pod is ready.
 pub(super) fn ports_behind(service: &Service, pod: &Pod) -> Vec<u16> {
-    let ports = service.spec.iter().flat_map(|spec| spec.ports.iter().flatten());
-    let ports = ports.filter(|port| is_tcp(port.protocol.as_deref()));
+    let ports = service.ports.iter().filter(|port| port.is_tcp);
     ports.filter_map(|port| target_port(port, pod)).collect()
 }
 

@@ -1,41 +1,31 @@
 //! Clusters: the endpoints of one (service, port, subset), made once however many routes lead there, and once more
 //! for clients of each namespace that have rules of their own.
 //!
-//! Promises that an endpoint and a cluster that were there before keep their in-flight counts, latencies and positions; and
-//! that an endpoint which comes back while it has requests in flight, or is ejected, is known again.
+//! Promises that a cluster which was there before keeps its state; how its endpoints keep theirs is `recipe.rs`'s to say.
 //! Tested in `tests.rs` beside it.
 
-use std::{
-    collections::{BTreeMap, HashMap},
-    net::SocketAddr,
-    sync::{Arc, atomic::Ordering},
-    time::Duration,
-};
+use std::{collections::HashMap, net::SocketAddr, sync::Arc};
 
 use super::{
     destination_rules::{self, DestinationRules, Merged, Policy},
-    endpoints::{Candidate, selects},
     locality::Localities,
     mesh_config::MeshSettings,
+    recipe::{LaidOut, Recipe},
     resolve,
     service_policies::{ServicePolicies, key_of},
     services::{Definition, Definitions, PortDefinition},
-    spread::{self, Layout},
     views::Views,
 };
 use crate::state::{
     resource::{ObjectKey, destination_rule::Subset, service_policy::FallbackTo},
-    snapshot::{Checked, Cluster, Endpoint, Snapshot, Spread, Standby, Use, Visibility},
+    snapshot::{Checked, Cluster, Snapshot, Standby, Use, Visibility},
 };
-
-/// For how long an endpoint that has left is known to be ejected: no ejection lasts longer, but by a rule's own word.
-const KNOWN: Duration = Duration::from_mins(5);
 
 /// Host name and port of a service.
 type PortKey = (Arc<str>, u16);
 
 /// A cluster's name, and the namespace of its clients where it is theirs alone.
-type Key = (Arc<str>, Option<Arc<str>>);
+pub(super) type Key = (Arc<str>, Option<Arc<str>>);
 
 /// Makes clusters and remembers them by name and view.
 pub(super) struct Clusters<'a, 'p> {
@@ -51,6 +41,8 @@ pub(super) struct Clusters<'a, 'p> {
     /// What is known of ports that are checked, and of their addresses; of those of the snapshot before too.
     checks: HashMap<PortKey, Arc<Use>>,
     checked: HashMap<(PortKey, SocketAddr), Arc<Checked>>,
+    /// What the clusters are made by that a rule is about.
+    pub recipes: HashMap<Key, Recipe>,
     /// Fallbacks that lead nowhere.
     pub unresolved: Vec<(ObjectKey, String, String)>,
 }
@@ -66,7 +58,7 @@ impl<'a, 'p> Clusters<'a, 'p> {
         previous: Option<&Snapshot>,
     ) -> Self {
         let before = previous.map(by_key).unwrap_or_default();
-        let ports = || previous.into_iter().flat_map(|previous| &previous.checked);
+        let ports = || previous.into_iter().flat_map(|previous| previous.checked.iter());
         let uses =
             ports().filter_map(|(key, port)| Some((key.clone(), port.cluster.standby.checks.clone()?)));
         let known = ports().flat_map(|(key, port)| {
@@ -83,6 +75,7 @@ impl<'a, 'p> Clusters<'a, 'p> {
             before,
             made: HashMap::new(),
             plain: HashMap::new(),
+            recipes: HashMap::new(),
             unresolved: Vec::new(),
         }
     }
@@ -144,23 +137,15 @@ impl<'a, 'p> Clusters<'a, 'p> {
             policy.tls.as_ref(),
             before.map(|before| &before.tls),
         );
-        let labels = subset.map(|subset| &subset.labels);
-        let chosen: Vec<_> = port
-            .candidates
-            .iter()
-            .filter(|candidate| labels.is_none_or(|labels| selects(labels, candidate.labels)))
-            .collect();
+        let is_plain = merged.is_none() && service.nearby.is_none() && !service.by_latency;
+        let labels = subset.map(|subset| subset.labels.clone());
+        let recipe = Recipe { labels, policy, nearby: service.nearby };
         let checked = &mut self.checked;
         let known = |address| Arc::clone(checked.entry((port_key(), address)).or_default());
-        let (endpoints, leaving) = endpoints(&chosen, before, checks.is_some().then_some(known));
-        let (localities, mesh) = self.place;
-        let layout = Layout { localities, mesh: mesh.locality.as_ref(), nearby: service.nearby };
-        let levels = layout.levels(&policy, &chosen);
-        let spread = Spread { levels, warmup: policy.balancer.warmup, leaving };
-        let (balancing, hash) = spread::chooser(&policy.choice, &endpoints, &spread);
-        let Policy { connect_timeout, pool, outlier, limits_connections, retry_budget, .. } = policy;
-        // The kernel knows neither levels nor weights that have to hold while connections are open.
-        let limits_connections = limits_connections || !spread.levels.is_empty() || checks.is_some();
+        let known = checks.is_some().then_some(known);
+        let LaidOut { endpoints, spread, balancing, hash, limits_connections } =
+            recipe.lay_out(&port.candidates, before, self.place, known);
+        let Policy { connect_timeout, pool, outlier, retry_budget, .. } = &recipe.policy;
         let cluster = Arc::new(Cluster {
             name,
             host: Arc::clone(&service.host),
@@ -171,18 +156,21 @@ impl<'a, 'p> Clusters<'a, 'p> {
             subset: subset.map(|subset| subset.name.as_str().into()),
             view,
             endpoints,
-            spread: Arc::new(spread),
+            spread,
             balancing,
             hash,
-            outlier,
-            connect_timeout,
-            pool,
+            outlier: *outlier,
+            connect_timeout: *connect_timeout,
+            pool: *pool,
             tls,
             limits_connections,
-            retry_budget,
+            retry_budget: *retry_budget,
             standby: Standby { checks, fallbacks: Vec::new() },
             state: before.map(|before| Arc::clone(&before.state)).unwrap_or_default(),
         });
+        if !is_plain {
+            self.recipes.insert(key.clone(), recipe);
+        }
         self.plain.insert(key, Arc::clone(&cluster));
         cluster
     }
@@ -216,8 +204,12 @@ impl<'a, 'p> Clusters<'a, 'p> {
                 }
             }
         }
-        let standby = Standby { fallbacks, ..plain.standby.clone() };
-        let cluster = Arc::new(Cluster { standby, limits_connections: true, ..Cluster::clone(&plain) });
+        let cluster = if fallbacks.is_empty() {
+            plain
+        } else {
+            let standby = Standby { fallbacks, ..plain.standby.clone() };
+            Arc::new(Cluster { standby, limits_connections: true, ..Cluster::clone(&plain) })
+        };
         self.made.insert(key, Arc::clone(&cluster));
         cluster
     }
@@ -260,38 +252,6 @@ impl<'a, 'p> Clusters<'a, 'p> {
         };
         Ok(self.make(target, port, client, merged.as_ref(), Some(subset)))
     }
-}
-
-/// The endpoints, as they are remembered; and those that have left and are not done yet.
-fn endpoints(
-    chosen: &[&Candidate<'_>],
-    before: Option<&Arc<Cluster>>,
-    mut checked: Option<impl FnMut(SocketAddr) -> Arc<Checked>>,
-) -> (Vec<Arc<Endpoint>>, Vec<Arc<Endpoint>>) {
-    let before = before.iter().flat_map(|cluster| cluster.endpoints.iter().chain(&cluster.spread.leaving));
-    let mut before: BTreeMap<SocketAddr, &Arc<Endpoint>> =
-        before.map(|endpoint| (endpoint.address, endpoint)).collect();
-    let endpoint = |candidate: &&Candidate<'_>| {
-        let before = before.remove(&candidate.address);
-        Arc::new(Endpoint {
-            address: candidate.address,
-            workload: candidate.workload.clone(),
-            locality: candidate.locality.clone(),
-            weight: candidate.weight,
-            checked: checked.as_mut().map(|checked| checked(candidate.address)),
-            state: before.map(|before| Arc::clone(&before.state)).unwrap_or_default(),
-        })
-    };
-    let endpoints = chosen.iter().map(endpoint).collect();
-    let leaving = before.into_values().filter(|endpoint| is_not_done(endpoint)).cloned().collect();
-    (endpoints, leaving)
-}
-
-/// Whether an endpoint that has left has to be known should it come back.
-fn is_not_done(endpoint: &Endpoint) -> bool {
-    let state = &endpoint.state;
-    let ejected = || state.health.ejected_since().is_some_and(|since| since.elapsed() < KNOWN);
-    state.in_flight.load(Ordering::Relaxed) > 0 || ejected()
 }
 
 /// Every cluster that a snapshot leads to.

@@ -10,7 +10,7 @@ use http::HeaderName;
 use super::{Problems, virtual_services::key_of};
 use crate::state::{
     resource::{
-        ObjectKey, Objects, Resource,
+        ObjectKey, Objects, Resource, of_kind,
         virtual_service::{HttpRule, RuleAction, RuleMatch, VirtualService},
     },
     snapshot::{HeaderMatch, RequestMatch, StringMatch},
@@ -245,7 +245,7 @@ fn add<K: PartialEq + Clone, V: Clone>(
 /// Reports delegates that nobody delegates to.
 pub(super) fn report_unused(objects: &Objects, problems: &mut Problems<'_>) {
     let services = || {
-        objects.values().filter_map(|object| match &object.resource {
+        of_kind(objects, "VirtualService").filter_map(|(_, object)| match &object.resource {
             Resource::VirtualService(service) => Some(service),
             _ => None,
         })

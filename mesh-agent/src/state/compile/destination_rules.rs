@@ -19,6 +19,7 @@ use crate::state::{
         connection_pool,
         destination_rule::{Blocks, DestinationRule, Subset, TrafficPolicy},
         load_balancer::{Balancer, Choice},
+        of_kind,
     },
     snapshot::{Balancing, ConnectionPool, Origination, OutlierDetection, RetryBudget, Visibility},
 };
@@ -158,9 +159,8 @@ impl<'a> DestinationRules<'a> {
         services: &Definitions<'_>,
         problems: &mut Problems<'_>,
     ) -> Self {
-        let mut rules: Vec<&DestinationRule> = objects
-            .values()
-            .filter_map(|object| match &object.resource {
+        let mut rules: Vec<&DestinationRule> = of_kind(objects, "DestinationRule")
+            .filter_map(|(_, object)| match &object.resource {
                 Resource::DestinationRule(rule) => Some(&**rule),
                 _ => None,
             })

@@ -8,13 +8,7 @@ use std::{
     sync::Arc,
 };
 
-use k8s_openapi::{
-    api::{
-        core::v1::{Pod, Service, ServicePort},
-        discovery::v1::{Endpoint, EndpointSlice},
-    },
-    apimachinery::pkg::util::intstr::IntOrString,
-};
+use k8s_openapi::api::core::v1::Pod;
 
 use super::{
     Problems,
@@ -22,12 +16,14 @@ use super::{
     workloads::{PodEntry, Pods},
 };
 use crate::state::{
-    resource::{ObjectKey, Objects, Resource},
+    resource::{
+        Object, ObjectKey, Objects, Resource,
+        endpoint_slice::{Endpoint, EndpointSlice},
+        of_kind,
+        service::{Port, Service, Target, is_tcp},
+    },
     snapshot::{Locality, Workload},
 };
-
-/// Label that ties an `EndpointSlice` to its service.
-const SERVICE_NAME: &str = "kubernetes.io/service-name";
 
 /// One ready address, before subsets choose among them.
 #[derive(Clone)]
@@ -54,12 +50,16 @@ pub(super) struct Slices<'a>(HashMap<(&'a str, &'a str), Vec<(&'a ObjectKey, &'a
 impl<'a> Slices<'a> {
     /// Looks through all `EndpointSlices`.
     pub fn index(objects: &'a Objects) -> Self {
+        Self::of(of_kind(objects, "EndpointSlice"))
+    }
+
+    /// Of these alone, which are in the order of their keys.
+    pub fn of(objects: impl Iterator<Item = (&'a ObjectKey, &'a Arc<Object>)>) -> Self {
         let mut slices: HashMap<_, Vec<_>> = HashMap::new();
         for (key, object) in objects {
             let Resource::EndpointSlice(slice) = &object.resource else { continue };
-            let labels = slice.metadata.labels.as_ref();
-            if let Some(service) = labels.and_then(|labels| labels.get(SERVICE_NAME)) {
-                slices.entry((&*key.namespace, service.as_str())).or_default().push((key, &**slice));
+            if let Some(service) = &slice.service {
+                slices.entry((&*key.namespace, &**service)).or_default().push((key, &**slice));
             }
         }
         Self(slices)
@@ -82,7 +82,7 @@ impl<'a> Backing<'a, '_> {
         &self,
         key: &ObjectKey,
         service: &Service,
-        port: &ServicePort,
+        port: &Port,
         vips: &[IpAddr],
         problems: &mut Problems<'_>,
     ) -> Vec<Candidate<'a>> {
@@ -103,33 +103,30 @@ impl<'a> Backing<'a, '_> {
         &self,
         key: &ObjectKey,
         slice: &'a EndpointSlice,
-        port: &ServicePort,
+        port: &Port,
         problems: &mut Problems<'_>,
     ) -> Vec<Candidate<'a>> {
-        if slice.address_type == "FQDN" {
+        if slice.is_fqdn {
             problems.add(key, "addressType", "FQDN is not supported yet; the slice is left out");
             return Vec::new();
         }
-        let wanted = port.name.as_deref().unwrap_or_default();
-        let found = slice.ports.iter().flatten().find(|candidate| {
-            candidate.name.as_deref().unwrap_or_default() == wanted && is_tcp(candidate.protocol.as_deref())
-        });
-        let Some(number) = found.and_then(|port| port.port) else { return Vec::new() };
+        let found = slice.ports.iter().find(|candidate| candidate.name == port.name);
+        let Some(number) = found.and_then(|port| port.number) else { return Vec::new() };
         let Some(number) = port_number(number) else {
             problems.add(key, "ports", format!("{number} is not a port number; the slice is left out"));
             return Vec::new();
         };
         let mut candidates = Vec::new();
-        for (i, endpoint) in slice.endpoints.iter().flatten().enumerate() {
-            let ready = endpoint.conditions.as_ref().and_then(|conditions| conditions.ready).unwrap_or(true);
-            // Only the first address has a meaning.
-            let Some(text) = endpoint.addresses.first().filter(|_| ready) else { continue };
-            if let Ok(ip) = text.parse::<IpAddr>() {
-                let address = SocketAddr::new(ip.to_canonical(), number);
-                candidates.push(self.candidate(key, endpoint, address));
-            } else {
-                let message = format!("{text:?} is not an address; the endpoint is left out");
-                problems.add(key, &format!("endpoints[{i}].addresses[0]"), message);
+        for (i, endpoint) in slice.endpoints.iter().enumerate().filter(|(_, endpoint)| endpoint.ready) {
+            match &endpoint.address {
+                Some(Ok(ip)) => {
+                    candidates.push(self.candidate(key, endpoint, SocketAddr::new(*ip, number)));
+                }
+                Some(Err(text)) => {
+                    let message = format!("{text:?} is not an address; the endpoint is left out");
+                    problems.add(key, &format!("endpoints[{i}].addresses[0]"), message);
+                }
+                None => {}
             }
         }
         candidates
@@ -137,29 +134,24 @@ impl<'a> Backing<'a, '_> {
 
     fn candidate(&self, slice: &ObjectKey, endpoint: &'a Endpoint, address: SocketAddr) -> Candidate<'a> {
         let workload = self.pods.workloads.get(&address.ip()).cloned();
-        let target = endpoint.target_ref.as_ref().filter(|target| target.kind.as_deref() == Some("Pod"));
-        let name = target.and_then(|target| target.name.as_deref());
-        let name = name.or_else(|| workload.as_ref().map(|workload| &*workload.name));
+        let name = endpoint.pod().or_else(|| workload.as_ref().map(|workload| &*workload.name));
         let pod = name.and_then(|name| self.pods.get(&slice.namespace, name));
         Candidate {
             address,
             labels: pod.and_then(PodEntry::labels),
             locality: self.localities.of_sliced(endpoint, pod),
             weight: pod.map_or(1, PodEntry::weight),
-            node: endpoint.node_name.as_deref().or_else(|| pod.and_then(PodEntry::node)),
+            node: endpoint.node().or_else(|| pod.and_then(PodEntry::node)),
             hint: self.localities.hint(endpoint),
             workload,
         }
     }
 
-    fn selected(&self, key: &ObjectKey, service: &Service, port: &ServicePort) -> Vec<Candidate<'a>> {
-        let spec = service.spec.as_ref();
-        let Some(selector) =
-            spec.and_then(|spec| spec.selector.as_ref()).filter(|selector| !selector.is_empty())
-        else {
+    fn selected(&self, key: &ObjectKey, service: &Service, port: &Port) -> Vec<Candidate<'a>> {
+        let (selector, unready) = (&service.selector, service.publishes_unready);
+        if selector.is_empty() {
             return Vec::new();
-        };
-        let unready = spec.and_then(|spec| spec.publish_not_ready_addresses).unwrap_or(false);
+        }
         let pods = self.pods.by_namespace.get(&*key.namespace).into_iter().flat_map(BTreeMap::values);
         pods.filter(|pod| selects(selector, pod.labels()) && (unready || pod.ready()))
             .filter_map(|pod| Some((pod, target_port(port, pod.pod)?)))
@@ -185,11 +177,6 @@ pub(super) fn selects(
     selector.iter().all(|(name, value)| labels.and_then(|labels| labels.get(name)) == Some(value))
 }
 
-/// Whether a port is one the mesh carries; TCP is Kubernetes' default.
-pub(super) fn is_tcp(protocol: Option<&str>) -> bool {
-    protocol.is_none_or(|protocol| protocol.is_empty() || protocol == "TCP")
-}
-
 /// A port number Kubernetes keeps as `i32`.
 pub(super) fn port_number(number: i32) -> Option<u16> {
     u16::try_from(number).ok().filter(|number| *number != 0)
@@ -197,12 +184,11 @@ pub(super) fn port_number(number: i32) -> Option<u16> {
 
 /// Where the app listens: the service's own number when nothing else is said, else a number, else the number of
 /// the container port with that name.
-pub(super) fn target_port(port: &ServicePort, pod: &Pod) -> Option<u16> {
-    let name = match &port.target_port {
-        None | Some(IntOrString::Int(0)) => return port_number(port.port),
-        Some(IntOrString::Int(number)) => return port_number(*number),
-        Some(IntOrString::String(name)) if name.is_empty() => return port_number(port.port),
-        Some(IntOrString::String(name)) => name,
+pub(super) fn target_port(port: &Port, pod: &Pod) -> Option<u16> {
+    let name = match &port.target {
+        Target::Same => return port_number(port.number),
+        Target::Number(number) => return port_number(*number),
+        Target::Name(name) => name,
     };
     let spec = pod.spec.as_ref()?;
     // Init containers that go on running beside the others may serve too.
@@ -210,15 +196,14 @@ pub(super) fn target_port(port: &ServicePort, pod: &Pod) -> Option<u16> {
     let sidecars = sidecars.filter(|container| container.restart_policy.as_deref() == Some("Always"));
     let mut ports =
         spec.containers.iter().chain(sidecars).flat_map(|container| container.ports.iter().flatten());
-    let found = ports.find(|port| port.name.as_ref() == Some(name) && is_tcp(port.protocol.as_deref()))?;
+    let found =
+        ports.find(|port| port.name.as_deref() == Some(&**name) && is_tcp(port.protocol.as_deref()))?;
     port_number(found.container_port)
 }
 
 /// The family of the first cluster address, else the one the service asks for, else IPv4.
 fn prefers_v6(service: &Service, vips: &[IpAddr]) -> bool {
-    let families = service.spec.as_ref().and_then(|spec| spec.ip_families.as_ref());
-    let asked = families.and_then(|families| families.first()).is_some_and(|family| family == "IPv6");
-    vips.first().map_or(asked, IpAddr::is_ipv6)
+    vips.first().map_or(service.asks_for_v6, IpAddr::is_ipv6)
 }
 
 /// Keeps the preferred family where it has any address, else IPv4, else what there is.

@@ -7,13 +7,13 @@ use std::{
     sync::Arc,
 };
 
-use k8s_openapi::api::discovery::v1::Endpoint;
-
 use super::{Settings, workloads::PodEntry};
 use crate::state::{
     resource::{
         Objects, Resource,
+        endpoint_slice::Endpoint,
         locality::{HOSTNAME, REGION, SUBZONE, ZONE},
+        of_kind,
     },
     snapshot::Locality,
 };
@@ -41,7 +41,7 @@ pub(super) struct Localities<'a> {
 impl<'a> Localities<'a> {
     /// Looks through all nodes.
     pub fn index(objects: &'a Objects, settings: &'a Settings) -> Self {
-        let nodes = objects.iter().filter_map(|(key, object)| match &object.resource {
+        let nodes = of_kind(objects, "Node").filter_map(|(key, object)| match &object.resource {
             Resource::Node(labels) => Some((&*key.name, labels)),
             _ => None,
         });
@@ -73,26 +73,22 @@ impl<'a> Localities<'a> {
     /// Where an endpoint of a slice is, which may be a pod that is known.
     pub fn of_sliced(&self, endpoint: &Endpoint, pod: Option<&PodEntry<'_>>) -> Locality {
         let of_pod = pod.map(|pod| self.of_pod(pod)).filter(|found| !found.is_unknown());
-        let of_node = || endpoint.node_name.as_deref().map(|node| self.of_node(node));
+        let of_node = || endpoint.node().map(|node| self.of_node(node));
         let found = of_pod.or_else(of_node).filter(|found| !found.is_unknown());
         found.unwrap_or_else(|| {
-            let zone = endpoint.zone.as_deref().unwrap_or_default();
-            let region = self.regions.get(zone).copied().unwrap_or_default();
-            Locality { region: region.into(), zone: zone.into(), subzone: Arc::default() }
+            let zone = endpoint.zone().cloned().unwrap_or_default();
+            let region = self.regions.get(&*zone).map(|region| (*region).into()).unwrap_or_default();
+            Locality { region, zone, subzone: Arc::default() }
         })
     }
 
     /// Whom a slice's hints mean an endpoint for: 0 this node, 1 this node's zone, 2 others; `None` without hints.
     pub fn hint(&self, endpoint: &Endpoint) -> Option<u8> {
-        let hints = endpoint.hints.as_ref()?;
-        let (nodes, zones) = (hints.for_nodes.as_deref(), hints.for_zones.as_deref());
-        if nodes.is_none() && zones.is_none() {
-            return None;
-        }
-        if nodes.unwrap_or_default().iter().any(|node| node.name == self.node) {
+        let hints = endpoint.hints()?;
+        if hints.nodes.iter().any(|node| **node == *self.node) {
             return Some(0);
         }
-        let own = zones.unwrap_or_default().iter().any(|zone| zone.name == *self.own.zone);
+        let own = hints.zones.iter().any(|zone| **zone == *self.own.zone);
         Some(if own { 1 } else { 2 })
     }
 
@@ -137,7 +133,7 @@ fn label_of_place<'s>(label: &str, place: &'s Locality) -> Option<&'s str> {
 }
 
 fn of_labels(labels: &Labels) -> Locality {
-    let part = |names: &[&str]| label(labels, names).unwrap_or_default().into();
+    let part = |names: &[&str]| label(labels, names).map(Arc::from).unwrap_or_default();
     Locality { region: part(&[REGION, OLD_REGION]), zone: part(&[ZONE, OLD_ZONE]), subzone: part(&[SUBZONE]) }
 }
 

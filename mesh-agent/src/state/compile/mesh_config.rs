@@ -6,7 +6,7 @@ use std::{borrow::Cow, sync::Arc};
 
 use super::{Problems, Settings, resolve, services::Definitions};
 use crate::state::{
-    resource::{ObjectKey, Objects, Resource, locality::LocalitySetting},
+    resource::{ObjectKey, Objects, Resource, locality::LocalitySetting, of_kind},
     snapshot::{PathNormalization, Provider},
 };
 
@@ -33,7 +33,7 @@ impl MeshSettings {
         problems: &mut Problems<'_>,
     ) -> (Self, Cow<'s, Settings>) {
         let (mut found, mut with) = (Self::default(), Cow::Borrowed(settings));
-        for (key, object) in objects {
+        for (key, object) in of_kind(objects, "ConfigMap") {
             let Resource::MeshConfig(written) = &object.resource else { continue };
             if key.namespace != settings.root_namespace {
                 let root = &settings.root_namespace;

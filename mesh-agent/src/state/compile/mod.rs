@@ -1,10 +1,14 @@
 //! From checked objects to the [`Snapshot`] the path reads.
 //!
 //! Pure: the same objects give the same snapshot, and whatever is wrong becomes a [`Problem`] and changes only what
-//! it names. Works through parts keyed by pod, service and cluster, so that each can later be recomputed alone.
+//! it names. What follows changes one by one, and compiles only what they concern, is [`Compiled`].
 //! Tested by tables of YAML in `tests.rs`.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{BTreeSet, HashMap, HashSet},
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use self::{
     authentication::Authentications,
@@ -14,6 +18,7 @@ use self::{
     destinations::Destinations,
     locality::Localities,
     mesh_config::MeshSettings,
+    recipe::Recipe,
     request_authentication::TokenRules,
     service_policies::ServicePolicies,
     services::{Definition, Definitions},
@@ -24,7 +29,7 @@ use self::{
 use super::{
     Problem, defaults,
     resource::{ObjectKey, Objects},
-    snapshot::{Service, ServicePort, Snapshot},
+    snapshot::{CheckedPort, Cluster, Guard, Service, ServicePort, Snapshot},
 };
 
 mod authentication;
@@ -36,9 +41,13 @@ mod destination_rules;
 mod destinations;
 mod endpoints;
 mod hosts;
+mod incremental;
 mod locality;
 mod mesh_config;
+mod pod_changes;
 mod protocol;
+mod recipe;
+mod renewal;
 mod request_authentication;
 mod routes;
 mod selectors;
@@ -51,6 +60,8 @@ mod tests;
 mod views;
 mod virtual_services;
 mod workloads;
+
+pub use self::incremental::{Change, Compiled};
 
 /// What compiling needs to know besides the objects.
 #[derive(Debug, Clone)]
@@ -91,14 +102,49 @@ pub fn compile(
     previous: Option<&Snapshot>,
     settings: &Settings,
 ) -> (Snapshot, Vec<Problem>) {
+    let Whole { snapshot, problems, .. } = whole(objects, previous, settings);
+    (snapshot, problems.into_iter().collect())
+}
+
+/// What comes of compiling all there is.
+struct Whole {
+    snapshot: Snapshot,
+    problems: BTreeSet<Problem>,
+    /// What it takes to follow changes of endpoints.
+    kept: Kept,
+}
+
+/// What the snapshot does not show and changes of endpoints go by.
+#[derive(Debug, Default)]
+struct Kept {
+    /// What the clusters are made by that a rule is about.
+    recipes: HashMap<clusters::Key, Recipe>,
+    /// By host name: the other services that lead to clusters of this one.
+    users: HashMap<Arc<str>, BTreeSet<Arc<str>>>,
+    /// Addresses that are endpoints of several services.
+    shared: renewal::Shared,
+    /// Addresses that several pods have.
+    shared_ips: HashSet<IpAddr>,
+}
+
+impl Kept {
+    /// Knows which services share addresses now, of those that may have changed.
+    fn share(&mut self, addresses: renewal::Shared) {
+        for (address, hosts) in addresses {
+            if hosts.len() > 1 {
+                self.shared.insert(address, hosts);
+            } else {
+                self.shared.remove(&address);
+            }
+        }
+    }
+}
+
+fn whole(objects: &Objects, previous: Option<&Snapshot>, settings: &Settings) -> Whole {
     let mut problems = Problems::new(objects);
     let (mesh, settings) = MeshSettings::find(objects, settings, &mut problems);
     let settings = &*settings;
-    let mut policies = Policies {
-        authentications: Authentications::index(objects, settings),
-        authorizations: Authorizations::index(objects, settings, &mesh, &mut problems),
-        tokens: TokenRules::index(objects, previous, settings, &mut problems),
-    };
+    let mut policies = Policies::index(objects, previous, (settings, &mesh), &mut problems);
     let pods = Pods::index(objects, previous, settings, &mut policies, &mut problems);
     let localities = Localities::index(objects, settings);
     let definitions = Definitions::index(objects, &pods, &localities, &mut problems);
@@ -109,17 +155,7 @@ pub fn compile(
     let views = Views::index(&definitions, &rules, &pods);
     let mut clusters =
         Clusters::new(&definitions, &rules, &service_policies, &views, (&localities, &mesh), previous);
-    let mut snapshot = Snapshot {
-        revision: previous.map_or(0, |previous| previous.revision) + 1,
-        workloads: HashMap::new(),
-        services: HashMap::with_capacity(definitions.len()),
-        vips: HashMap::new(),
-        inbound: HashMap::new(),
-        guards: HashMap::new(),
-        checked: HashMap::new(),
-        path_normalization: mesh.path_normalization,
-        key_sets: std::mem::take(&mut policies.tokens.key_sets),
-    };
+    let mut entries = Entries::default();
     for definition in definitions.iter() {
         let mut seen = |client| {
             let mut destinations = Destinations { clusters: &mut clusters, problems: &mut problems, client };
@@ -139,15 +175,31 @@ pub fn compile(
         });
         for port in &service.ports {
             let policies = service_policies.of(&service.host, port.port);
-            service_policies::enter(&mut snapshot, previous, policies, port);
+            service_policies::enter(&mut entries, previous, policies, port);
         }
-        enter(&mut snapshot, service);
+        entries.enter(service);
     }
     for (key, field, message) in clusters.unresolved {
         problems.add(&key, &field, message);
     }
-    snapshot.workloads = pods.workloads;
-    (snapshot, problems.into_sorted())
+    let snapshot = Snapshot {
+        revision: previous.map_or(0, |previous| previous.revision) + 1,
+        workloads: pods.workloads,
+        services: entries.services.into_iter().collect(),
+        vips: entries.vips.into_iter().collect(),
+        inbound: entries.inbound.into_iter().collect(),
+        guards: entries.guards.into_iter().collect(),
+        checked: entries.checked.into_iter().collect(),
+        path_normalization: mesh.path_normalization,
+        key_sets: std::mem::take(&mut policies.tokens.key_sets),
+    };
+    let kept = Kept {
+        recipes: clusters.recipes,
+        users: entries.users,
+        shared: entries.shared,
+        shared_ips: pods.shared,
+    };
+    Whole { snapshot, problems: problems.found, kept }
 }
 
 /// Who may come to which pod.
@@ -155,6 +207,22 @@ struct Policies<'a> {
     authentications: Authentications<'a>,
     authorizations: Authorizations<'a>,
     tokens: TokenRules<'a>,
+}
+
+impl<'a> Policies<'a> {
+    /// Looks through all of them.
+    fn index(
+        objects: &'a Objects,
+        previous: Option<&Snapshot>,
+        (settings, mesh): (&Settings, &MeshSettings),
+        problems: &mut Problems<'_>,
+    ) -> Self {
+        Self {
+            authentications: Authentications::index(objects, settings),
+            authorizations: Authorizations::index(objects, settings, mesh, problems),
+            tokens: TokenRules::index(objects, previous, settings, problems),
+        }
+    }
 }
 
 /// The ports of a service as the clients see them that `destinations` is for.
@@ -173,28 +241,50 @@ fn ports<'a>(
     ports.collect()
 }
 
-/// Makes a service known by its name and addresses.
-fn enter(snapshot: &mut Snapshot, service: Arc<Service>) {
-    for port in &service.ports {
-        for endpoint in &port.cluster.endpoints {
-            snapshot.inbound.entry(endpoint.address).or_insert_with(|| Arc::clone(&port.cluster));
+/// The tables of a snapshot while they are filled.
+#[derive(Default)]
+struct Entries {
+    services: Vec<(Arc<str>, Arc<Service>)>,
+    vips: HashMap<IpAddr, Arc<Service>>,
+    inbound: HashMap<SocketAddr, Arc<Cluster>>,
+    guards: HashMap<SocketAddr, Arc<Guard>>,
+    checked: HashMap<(Arc<str>, u16), Arc<CheckedPort>>,
+    /// As in [`Kept`].
+    users: HashMap<Arc<str>, BTreeSet<Arc<str>>>,
+    shared: HashMap<SocketAddr, BTreeSet<Arc<str>>>,
+}
+
+impl Entries {
+    /// Makes a service known by its name and addresses.
+    fn enter(&mut self, service: Arc<Service>) {
+        for port in &service.ports {
+            for endpoint in &port.cluster.endpoints {
+                let first = self.inbound.entry(endpoint.address).or_insert_with(|| Arc::clone(&port.cluster));
+                if first.host != service.host {
+                    let all = self.shared.entry(endpoint.address).or_default();
+                    all.extend([Arc::clone(&first.host), Arc::clone(&service.host)]);
+                }
+            }
         }
+        for cluster in service.clusters().filter(|cluster| cluster.host != service.host) {
+            self.users.entry(Arc::clone(&cluster.host)).or_default().insert(Arc::clone(&service.host));
+        }
+        for vip in &service.vips {
+            self.vips.insert(*vip, Arc::clone(&service));
+        }
+        self.services.push((Arc::clone(&service.host), service));
     }
-    for vip in &service.vips {
-        snapshot.vips.insert(*vip, Arc::clone(&service));
-    }
-    snapshot.services.insert(Arc::clone(&service.host), service);
 }
 
 /// Collects problems, each once.
 struct Problems<'a> {
     objects: &'a Objects,
-    found: std::collections::BTreeSet<Problem>,
+    found: BTreeSet<Problem>,
 }
 
 impl<'a> Problems<'a> {
     fn new(objects: &'a Objects) -> Self {
-        Self { objects, found: std::collections::BTreeSet::new() }
+        Self { objects, found: BTreeSet::new() }
     }
 
     fn add(&mut self, key: &ObjectKey, field: &str, message: impl Into<String>) {
@@ -204,10 +294,6 @@ impl<'a> Problems<'a> {
             field: Some(field.to_owned()).filter(|field| !field.is_empty()),
             message: message.into(),
         });
-    }
-
-    fn into_sorted(self) -> Vec<Problem> {
-        self.found.into_iter().collect()
     }
 }
 

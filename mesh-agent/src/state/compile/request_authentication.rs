@@ -8,18 +8,18 @@ use std::{
     sync::Arc,
 };
 
-use k8s_openapi::api::core::v1::{Pod, Service};
+use k8s_openapi::api::core::v1::Pod;
 
 use super::{
     Problems, Settings,
     authorization::{ports_behind, service},
-    endpoints::{is_tcp, port_number, selects, target_port},
+    endpoints::{port_number, selects, target_port},
     protocol,
 };
 use crate::state::{
     resource::{
-        ObjectKey, Objects, Resource, authorization_policy::Scope,
-        request_authentication::RequestAuthentication,
+        ObjectKey, Objects, Resource, authorization_policy::Scope, of_kind,
+        request_authentication::RequestAuthentication, service::Service,
     },
     snapshot::{AppliedTokens, Keys, Protocol, RemoteKeys, Snapshot, TokenRule, Tokens},
 };
@@ -56,7 +56,7 @@ impl<'a> TokenRules<'a> {
             key_sets: HashMap::new(),
             none: Arc::default(),
         };
-        for (key, object) in objects {
+        for (key, object) in of_kind(objects, "RequestAuthentication") {
             let Resource::RequestAuthentication(written) = &object.resource else { continue };
             for field in &written.passed_over {
                 problems.add(key, &format!("spec.{}", field.field), &*field.message);
@@ -72,7 +72,7 @@ impl<'a> TokenRules<'a> {
             index.by_namespace.entry(namespace).or_default().push(Entry { written, rules, services });
         }
         if !index.by_namespace.is_empty() {
-            for (key, object) in objects {
+            for (key, object) in of_kind(objects, "Service") {
                 let Resource::Service(service) = &object.resource else { continue };
                 index.services.entry(&key.namespace).or_default().push(service);
             }
@@ -166,21 +166,18 @@ fn behind<'a>(
 
 /// Whether a Service leads to the pod.
 fn is_behind(service: &Service, pod: &Pod) -> bool {
-    let selector = service.spec.as_ref().and_then(|spec| spec.selector.as_ref());
-    let selector = selector.filter(|selector| !selector.is_empty());
-    selector.is_some_and(|selector| selects(selector, pod.metadata.labels.as_ref()))
+    !service.selector.is_empty() && selects(&service.selector, pod.metadata.labels.as_ref())
 }
 
 /// What Services declare of the pod's ports: bytes only where none of them says that it is HTTP.
 fn declared<'a>(services: impl Iterator<Item = &'a Service>, pod: &Pod) -> Box<[(u16, Protocol)]> {
     let mut declared: BTreeMap<u16, Protocol> = BTreeMap::new();
-    for service in services {
-        let Some(spec) = service.spec.as_ref().filter(|_| is_behind(service, pod)) else { continue };
-        for port in spec.ports.iter().flatten().filter(|port| is_tcp(port.protocol.as_deref())) {
-            let (Some(number), Some(target)) = (port_number(port.port), target_port(port, pod)) else {
+    for service in services.filter(|service| is_behind(service, pod)) {
+        for port in service.ports.iter().filter(|port| port.is_tcp) {
+            let (Some(number), Some(target)) = (port_number(port.number), target_port(port, pod)) else {
                 continue;
             };
-            let said = protocol::declared(port.app_protocol.as_deref(), port.name.as_deref(), number);
+            let said = protocol::declared(port.app_protocol.as_deref(), Some(&port.name), number);
             let Some(said) = said else { continue };
             let before = declared.entry(target).or_insert(said);
             if *before == Protocol::Opaque {

@@ -100,7 +100,7 @@ fn route(
         rewrite,
         timeout: written.timeout.filter(|timeout| !timeout.is_zero()),
         retries: retries(written.retries.as_ref()),
-        cors: written.cors.clone(),
+        cors: written.cors.clone().map(Box::new),
         stat_name: written.name.as_deref().map(Arc::from),
     }
 }

@@ -7,12 +7,12 @@
 use std::{collections::HashMap, sync::Arc};
 
 use super::{
-    Problems,
+    Entries, Problems,
     services::{Definitions, host_name},
 };
 use crate::state::{
     resource::{
-        ObjectKey, Objects, Resource,
+        ObjectKey, Objects, Resource, of_kind,
         service_policy::{Fallback, FallbackTo, ServicePolicy},
     },
     snapshot::{
@@ -34,9 +34,8 @@ pub(super) struct PortPolicies<'p, 'a> {
 impl<'a> ServicePolicies<'a> {
     /// Looks through all policies.
     pub fn index(objects: &'a Objects, services: &Definitions<'_>, problems: &mut Problems<'_>) -> Self {
-        let mut policies: Vec<&ServicePolicy> = objects
-            .values()
-            .filter_map(|object| match &object.resource {
+        let mut policies: Vec<&ServicePolicy> = of_kind(objects, "ServicePolicy")
+            .filter_map(|(_, object)| match &object.resource {
                 Resource::ServicePolicy(policy) => Some(&**policy),
                 _ => None,
             })
@@ -128,7 +127,7 @@ pub(super) fn key_of(policy: &ServicePolicy) -> ObjectKey {
 
 /// Enters what holds for a port of a service: what is asked of its pods, and how they are checked.
 pub(super) fn enter(
-    snapshot: &mut Snapshot,
+    entries: &mut Entries,
     previous: Option<&Snapshot>,
     policies: PortPolicies<'_, '_>,
     port: &ServicePort,
@@ -136,7 +135,7 @@ pub(super) fn enter(
     let cluster = &port.cluster;
     if let Some(check) = policies.health_check() {
         let checked = CheckedPort { cluster: Arc::clone(cluster), check: Arc::clone(check) };
-        snapshot.checked.insert((Arc::clone(&cluster.host), port.port), Arc::new(checked));
+        entries.checked.insert((Arc::clone(&cluster.host), port.port), Arc::new(checked));
     }
     let (limits, concurrency) = (policies.rate_limits(), policies.concurrency());
     if (limits.is_none() && concurrency.is_none()) || port.protocol == Some(Protocol::Opaque) {
@@ -146,7 +145,7 @@ pub(super) fn enter(
         if endpoint.workload.as_ref().is_some_and(|workload| workload.enrolled) {
             let before = previous.and_then(|previous| previous.guards.get(&endpoint.address));
             let made = || Arc::new(guard(&cluster.host, limits, concurrency, before));
-            snapshot.guards.entry(endpoint.address).or_insert_with(made);
+            entries.guards.entry(endpoint.address).or_insert_with(made);
         }
     }
 }

@@ -8,11 +8,9 @@ use std::{
     sync::Arc,
 };
 
-use k8s_openapi::api::core::v1::Service;
-
 use super::{
     Problems, covers,
-    endpoints::{Backing, Candidate, Slices, is_tcp, port_number},
+    endpoints::{Backing, Candidate, Slices, port_number},
     locality::Localities,
     protocol,
     spread::Nearby,
@@ -20,15 +18,12 @@ use super::{
 };
 use crate::state::{
     defaults,
-    resource::{ObjectKey, Objects, Resource, export_to, load_balancer},
+    resource::{
+        ObjectKey, Objects, Resource, export_to, load_balancer, of_kind,
+        service::{ClusterIp, EXPORT_TO, Kind, Place, Service, TRAFFIC_DISTRIBUTION},
+    },
     snapshot::{Protocol, Visibility},
 };
-
-/// Annotation of a Service that says who may know of it.
-const EXPORT_TO: &str = "networking.istio.io/exportTo";
-
-/// Istio's annotation of a Service for what is `trafficDistribution` since Kubernetes 1.30.
-const TRAFFIC_DISTRIBUTION: &str = "networking.istio.io/traffic-distribution";
 
 /// A service before its routes.
 pub(super) struct Definition<'a> {
@@ -80,7 +75,7 @@ impl<'a> Definitions<'a> {
         let backing = Backing { pods, slices: &slices, localities };
         let mut owners: HashMap<IpAddr, &ObjectKey> = HashMap::new();
         let mut definitions = BTreeMap::new();
-        for (key, object) in objects {
+        for (key, object) in of_kind(objects, "Service") {
             let Resource::Service(service) = &object.resource else { continue };
             let Some(definition) = define(key, service, &backing, &mut owners, problems) else { continue };
             definitions.insert(Arc::clone(&definition.host), definition);
@@ -100,11 +95,6 @@ impl<'a> Definitions<'a> {
             if pattern.starts_with('*') { (None, Some(&self.0)) } else { (self.0.get(pattern), None) };
         let matching = all.into_iter().flat_map(BTreeMap::values).filter(move |d| covers(pattern, &d.host));
         exact.into_iter().chain(matching)
-    }
-
-    /// How many there are.
-    pub fn len(&self) -> usize {
-        self.0.len()
     }
 
     /// All, in the order of their host names.
@@ -127,47 +117,43 @@ fn define<'a>(
     owners: &mut HashMap<IpAddr, &'a ObjectKey>,
     problems: &mut Problems<'_>,
 ) -> Option<Definition<'a>> {
-    let spec = service.spec.as_ref();
-    if spec.and_then(|spec| spec.type_.as_deref()) == Some("ExternalName") {
+    if service.kind == Kind::ExternalName {
         problems.add(key, "spec.type", "ExternalName is not supported yet; the service is left out");
         return None;
     }
     let vips = vips(key, service, owners, problems);
     let mut ports: Vec<PortDefinition<'a>> = Vec::new();
-    for (i, port) in spec.and_then(|spec| spec.ports.as_ref()).into_iter().flatten().enumerate() {
-        if !is_tcp(port.protocol.as_deref()) {
-            continue;
-        }
-        let number = port_number(port.port).filter(|number| ports.iter().all(|other| other.port != *number));
+    for (i, port) in service.ports.iter().enumerate().filter(|(_, port)| port.is_tcp) {
+        let number =
+            port_number(port.number).filter(|number| ports.iter().all(|other| other.port != *number));
         let Some(number) = number else {
-            let message = format!("{} is no port number, or given twice; this entry is left out", port.port);
+            let message =
+                format!("{} is no port number, or given twice; this entry is left out", port.number);
             problems.add(key, &format!("spec.ports[{i}].port"), message);
             continue;
         };
         ports.push(PortDefinition {
             port: number,
-            protocol: protocol::declared(port.app_protocol.as_deref(), port.name.as_deref(), number),
+            protocol: protocol::declared(port.app_protocol.as_deref(), Some(&port.name), number),
             candidates: backing.candidates(key, service, port, &vips, problems),
         });
     }
-    let annotations = service.metadata.annotations.as_ref();
-    let visible = annotations.and_then(|annotations| annotations.get(EXPORT_TO));
+    let visible = service.annotations.get(EXPORT_TO);
     let visible = visible.map(|text| export_to::annotation(&key.namespace, text)).unwrap_or_default();
-    let headless = spec.and_then(|spec| spec.cluster_ip.as_deref()) == Some("None");
     let host = host_name(&key.name, &key.namespace).into();
-    let by_latency = annotations.map_or(Ok(false), load_balancer::by_latency).unwrap_or_else(|error| {
+    let by_latency = load_balancer::by_latency(&service.annotations).unwrap_or_else(|error| {
         problems.add(key, &format!("metadata.{}", error.field), error.message);
         false
     });
     let nearby = nearby(key, service, problems);
+    let headless = service.kind == Kind::Headless;
     Some(Definition { key, host, visible, vips, headless, nearby, by_latency, ports })
 }
 
 /// Kubernetes' `trafficDistribution`, else Istio's annotation for it.
 fn nearby(key: &ObjectKey, service: &Service, problems: &mut Problems<'_>) -> Option<Nearby> {
-    let spec = service.spec.as_ref().and_then(|spec| spec.traffic_distribution.as_deref());
-    let annotations = service.metadata.annotations.as_ref();
-    let annotated = annotations.and_then(|all| all.get(TRAFFIC_DISTRIBUTION)).map(String::as_str);
+    let spec = service.traffic_distribution.as_deref();
+    let annotated = service.annotations.get(TRAFFIC_DISTRIBUTION).map(String::as_str);
     let (field, word) = match (spec, annotated) {
         (Some(word), _) => ("spec.trafficDistribution".to_owned(), word),
         (None, Some(word)) => (format!("metadata.annotations.{TRAFFIC_DISTRIBUTION}"), word),
@@ -194,25 +180,26 @@ fn vips<'a>(
     owners: &mut HashMap<IpAddr, &'a ObjectKey>,
     problems: &mut Problems<'_>,
 ) -> Vec<IpAddr> {
-    let Some(spec) = service.spec.as_ref() else { return Vec::new() };
-    let listed = spec.cluster_ips.as_deref().unwrap_or_default();
-    let mut written: Vec<(String, &str)> =
-        listed.iter().enumerate().map(|(i, ip)| (format!("spec.clusterIPs[{i}]"), ip.as_str())).collect();
-    if let (true, Some(ip)) = (written.is_empty(), spec.cluster_ip.as_deref()) {
-        written.push(("spec.clusterIP".to_owned(), ip));
-    }
+    let field = |place: &Place| match place {
+        Place::Single => "spec.clusterIP".to_owned(),
+        Place::Listed(i) => format!("spec.clusterIPs[{i}]"),
+    };
     let mut vips = Vec::new();
-    for (field, text) in written {
-        // "None" is a headless service: clients reach its pods by their own addresses.
-        if ["", "None"].contains(&text) {
-            continue;
-        }
-        let Ok(ip) = text.parse::<IpAddr>().map(|ip| ip.to_canonical()) else {
-            problems.add(key, &field, format!("{text:?} is not an address; the service has no such address"));
-            continue;
+    for ClusterIp { place, ip } in &service.cluster_ips {
+        let ip = match ip {
+            Ok(ip) => *ip,
+            Err(text) => {
+                let message = format!("{text:?} is not an address; the service has no such address");
+                problems.add(key, &field(place), message);
+                continue;
+            }
         };
         if let Some(other) = owners.get(&ip) {
-            problems.add(key, &field, format!("{ip} is already an address of {other}, which keeps it"));
+            problems.add(
+                key,
+                &field(place),
+                format!("{ip} is already an address of {other}, which keeps it"),
+            );
         } else {
             owners.insert(ip, key);
             vips.push(ip);

@@ -9,6 +9,7 @@ mod client_tls;
 mod connection_pool;
 mod delegates;
 mod endpoints;
+mod incremental;
 mod locality;
 mod mesh_config;
 mod request_authentication;

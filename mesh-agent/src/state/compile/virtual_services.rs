@@ -15,7 +15,7 @@ use super::{
 };
 use crate::state::{
     resource::{
-        ObjectKey, Objects, Resource,
+        ObjectKey, Objects, Resource, of_kind,
         virtual_service::{RuleAction, VirtualService},
     },
     snapshot::Visibility,
@@ -41,9 +41,8 @@ pub(super) struct VirtualServices<'a> {
 impl<'a> VirtualServices<'a> {
     /// Looks through all of them.
     pub fn index(objects: &'a Objects, services: &Definitions<'_>, problems: &mut Problems<'_>) -> Self {
-        let mut all: Vec<&VirtualService> = objects
-            .values()
-            .filter_map(|object| match &object.resource {
+        let mut all: Vec<&VirtualService> = of_kind(objects, "VirtualService")
+            .filter_map(|(_, object)| match &object.resource {
                 Resource::VirtualService(service) if service.mesh && !service.hosts.is_empty() => {
                     Some(&**service)
                 }

@@ -4,7 +4,7 @@
 //! beside it.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     net::IpAddr,
     sync::Arc,
 };
@@ -19,8 +19,8 @@ use crate::{
     identity::SpiffeId,
     state::{
         defaults,
-        resource::{ObjectKey, Objects, Resource, pod, probes},
-        snapshot::{Authentication, Authorization, CapturePolicy, Snapshot, Workload},
+        resource::{Object, ObjectKey, Objects, Resource, in_namespace, of_kind, pod, probes},
+        snapshot::{Authentication, Authorization, CapturePolicy, SharedMap, Snapshot, Workload},
     },
 };
 
@@ -73,9 +73,11 @@ impl<'a> PodEntry<'a> {
 /// All pods that run.
 pub(super) struct Pods<'a> {
     /// Pods by each address that is theirs alone.
-    pub workloads: HashMap<IpAddr, Arc<Workload>>,
+    pub workloads: SharedMap<IpAddr, Arc<Workload>>,
     /// Running pods by namespace and name.
     pub by_namespace: HashMap<&'a str, BTreeMap<&'a str, PodEntry<'a>>>,
+    /// Addresses that several pods have.
+    pub shared: HashSet<IpAddr>,
 }
 
 impl<'a> Pods<'a> {
@@ -87,21 +89,15 @@ impl<'a> Pods<'a> {
         policies: &mut Policies<'_>,
         problems: &mut Problems<'_>,
     ) -> Self {
-        let mut pods = Self { workloads: HashMap::new(), by_namespace: HashMap::new() };
+        let mut pods = Self::knowing(SharedMap::default());
         let mut owners: HashMap<IpAddr, &ObjectKey> = HashMap::new();
-        let mut shared: Vec<IpAddr> = Vec::new();
-        for (key, object) in objects {
+        for (key, object) in of_kind(objects, "Pod") {
             let Resource::Pod(pod) = &object.resource else { continue };
             let Some(entry) = running(key, pod, settings, problems) else { continue };
-            if !host_network(pod) && !entry.ips.is_empty() {
-                let tokens = policies.tokens.of(key, pod);
-                let authentication = Authentication { tokens, ..policies.authentications.of(key, pod) };
-                let policies = (policies.authorizations.of(key, pod), authentication);
-                let workload = workload(&entry, objects, settings, policies, problems);
-                let workload = keep(workload, previous);
+            if let Some(workload) = of_entry(&entry, (objects, previous), settings, policies, problems) {
                 for ip in &entry.ips {
                     if let Some(other) = owners.insert(*ip, key) {
-                        shared.push(*ip);
+                        pods.shared.insert(*ip);
                         let message =
                             format!("{ip} is also the address of {other}, so it identifies neither");
                         problems.add(key, "status.podIPs", message);
@@ -109,12 +105,71 @@ impl<'a> Pods<'a> {
                     pods.workloads.insert(*ip, Arc::clone(&workload));
                 }
             }
-            pods.by_namespace.entry(&key.namespace).or_default().insert(&key.name, entry);
+            pods.add(entry);
         }
-        for ip in shared {
-            pods.workloads.remove(&ip);
+        for ip in &pods.shared {
+            pods.workloads.remove(ip);
         }
         pods
+    }
+
+    /// None but those that are added; of all others, whose an address is.
+    fn knowing(workloads: SharedMap<IpAddr, Arc<Workload>>) -> Self {
+        Self { workloads, by_namespace: HashMap::new(), shared: HashSet::new() }
+    }
+
+    fn add(&mut self, entry: PodEntry<'a>) {
+        self.by_namespace.entry(&entry.key.namespace).or_default().insert(&entry.key.name, entry);
+    }
+
+    /// Only those that are behind these slices.
+    pub fn named(
+        objects: &'a Objects,
+        workloads: SharedMap<IpAddr, Arc<Workload>>,
+        slices: &[(&'a ObjectKey, &'a Arc<Object>)],
+        settings: &Settings,
+    ) -> Self {
+        let mut pods = Self::knowing(workloads);
+        for (slice, object) in slices {
+            let Resource::EndpointSlice(written) = &object.resource else { continue };
+            for endpoint in &written.endpoints {
+                let workload = || pods.workloads.get(endpoint.address.as_ref()?.as_ref().ok()?);
+                let name =
+                    endpoint.pod().map(Arc::from).or_else(|| workload().map(|one| Arc::clone(&one.name)));
+                let Some(name) = name else { continue };
+                let key = ObjectKey { kind: "Pod".into(), namespace: Arc::clone(&slice.namespace), name };
+                pods.extend(objects, objects.get_key_value(&key).into_iter(), settings);
+            }
+        }
+        pods
+    }
+
+    /// Only those of one namespace.
+    pub fn in_namespace(
+        objects: &'a Objects,
+        workloads: SharedMap<IpAddr, Arc<Workload>>,
+        namespace: &'a str,
+        settings: &Settings,
+    ) -> Self {
+        let mut pods = Self::knowing(workloads);
+        pods.extend(objects, in_namespace(objects, "Pod", namespace), settings);
+        pods
+    }
+
+    fn extend(
+        &mut self,
+        objects: &Objects,
+        pods: impl Iterator<Item = (&'a ObjectKey, &'a Arc<Object>)>,
+        settings: &Settings,
+    ) {
+        // What is wrong with a pod was found when it was compiled.
+        let mut known = Problems::new(objects);
+        for (key, object) in pods {
+            let Resource::Pod(pod) = &object.resource else { continue };
+            if let Some(entry) = running(key, pod, settings, &mut known) {
+                self.add(entry);
+            }
+        }
     }
 
     /// A running pod by name.
@@ -123,8 +178,26 @@ impl<'a> Pods<'a> {
     }
 }
 
+/// The pod as the mesh sees it, where its addresses are its own.
+pub(super) fn of_entry(
+    entry: &PodEntry<'_>,
+    (objects, previous): (&Objects, Option<&Snapshot>),
+    settings: &Settings,
+    policies: &mut Policies<'_>,
+    problems: &mut Problems<'_>,
+) -> Option<Arc<Workload>> {
+    let PodEntry { key, pod, ips } = entry;
+    if host_network(pod) || ips.is_empty() {
+        return None;
+    }
+    let tokens = policies.tokens.of(key, pod);
+    let authentication = Authentication { tokens, ..policies.authentications.of(key, pod) };
+    let policies = (policies.authorizations.of(key, pod), authentication);
+    Some(keep(workload(entry, objects, settings, policies, problems), previous))
+}
+
 /// The entry of a pod whose addresses are its own: not one that has finished and may have given them back.
-fn running<'a>(
+pub(super) fn running<'a>(
     key: &'a ObjectKey,
     pod: &'a Pod,
     settings: &Settings,

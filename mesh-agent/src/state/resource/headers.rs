@@ -12,7 +12,7 @@ use super::{
     field::{Checked, FieldError, entry, item, under},
     string_match::header_name,
 };
-use crate::state::snapshot::{HeaderOp, HeaderOps};
+use crate::state::snapshot::{BothHeaderOps, HeaderOp, HeaderOps};
 
 /// As written.
 #[derive(Debug, Default, Deserialize)]
@@ -38,10 +38,11 @@ struct WireOp {
 impl Wire {
     /// The operations, with the request's authority apart from its headers.
     pub fn check(self) -> Checked<HeaderOps> {
-        Ok(HeaderOps {
+        Ok(BothHeaderOps {
             request: self.request.check(true).map_err(under("request"))?,
             response: self.response.check(false).map_err(under("response"))?,
-        })
+        }
+        .into())
     }
 }
 
@@ -149,7 +150,7 @@ mod tests {
             "add": {"Host": "add.example"}, "set": {":authority": "set.example:8080", "x": "100%%"}
         }});
         let ops = serde_json::from_value::<Wire>(value).unwrap().check().unwrap();
-        assert_eq!(ops.request.authority.unwrap(), "set.example:8080");
+        assert_eq!(ops.request.authority.clone().unwrap(), "set.example:8080");
         assert!(ops.request.add.is_empty());
         assert_eq!(ops.request.set[0].1, "100%");
     }

@@ -7,8 +7,8 @@
 use std::{collections::BTreeMap, fmt, sync::Arc};
 
 use k8s_openapi::api::{
-    core::v1::{ConfigMap, Namespace, Node, Pod, Secret, Service, ServiceAccount},
-    discovery::v1::EndpointSlice,
+    core::v1::{self, ConfigMap, Namespace, Node, Pod, Secret, ServiceAccount},
+    discovery,
 };
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
@@ -17,10 +17,12 @@ use self::{
     authorization_policy::AuthorizationPolicy,
     client_tls::Credential,
     destination_rule::DestinationRule,
+    endpoint_slice::EndpointSlice,
     field::{Checked, FieldError, under},
     mesh_config::MeshConfig,
     peer_authentication::PeerAuthentication,
     request_authentication::RequestAuthentication,
+    service::Service,
     service_policy::ServicePolicy,
     virtual_service::VirtualService,
 };
@@ -31,6 +33,7 @@ pub mod client_tls;
 pub mod connection_pool;
 pub mod destination_rule;
 mod duration;
+pub mod endpoint_slice;
 pub mod export_to;
 pub mod field;
 mod headers;
@@ -42,6 +45,7 @@ pub mod peer_authentication;
 pub mod pod;
 pub mod probes;
 pub mod request_authentication;
+pub mod service;
 pub mod service_policy;
 mod string_match;
 pub mod virtual_service;
@@ -94,6 +98,26 @@ impl Object {
 
 /// The input of `compile`: objects by key.
 pub type Objects = BTreeMap<ObjectKey, Arc<Object>>;
+
+/// The objects of one kind, in their order, without a look at others.
+pub fn of_kind<'o>(
+    objects: &'o Objects,
+    kind: &'o str,
+) -> impl Iterator<Item = (&'o ObjectKey, &'o Arc<Object>)> {
+    let first = ObjectKey::new(kind, "", "");
+    objects.range(first..).take_while(move |(key, _)| *key.kind == *kind)
+}
+
+/// Those of one namespace.
+pub fn in_namespace<'o>(
+    objects: &'o Objects,
+    kind: &'o str,
+    namespace: &'o str,
+) -> impl Iterator<Item = (&'o ObjectKey, &'o Arc<Object>)> {
+    let first = ObjectKey::new(kind, namespace, "");
+    let all = objects.range(first..);
+    all.take_while(move |(key, _)| *key.kind == *kind && *key.namespace == *namespace)
+}
 
 /// An object of a kind the mesh reads.
 #[derive(Debug)]
@@ -207,7 +231,9 @@ fn resource(header: &Header<'_>, value: &Value) -> Checked<Resource> {
     match (header.api_version, &*header.key.kind) {
         ("v1", "Namespace") => core(value).map(Resource::Namespace),
         ("v1", "Pod") => pod::check(core(value)?).map(Resource::Pod),
-        ("v1", "Service") => core(value).map(Resource::Service),
+        ("v1", "Service") => {
+            core::<v1::Service>(value).map(|service| Resource::Service(Box::new(Service::of(*service))))
+        }
         ("v1", "Node") => {
             core::<Node>(value).map(|node| Resource::Node(node.metadata.labels.unwrap_or_default()))
         }
@@ -216,7 +242,8 @@ fn resource(header: &Header<'_>, value: &Value) -> Checked<Resource> {
             core::<Secret>(value).map(|secret| Resource::Secret(Box::new(Credential::of(*secret))))
         }
         ("v1", "ConfigMap") => core::<ConfigMap>(value).map(|_| Resource::Accepted),
-        ("discovery.k8s.io/v1", "EndpointSlice") => core(value).map(Resource::EndpointSlice),
+        ("discovery.k8s.io/v1", "EndpointSlice") => core::<discovery::v1::EndpointSlice>(value)
+            .map(|slice| Resource::EndpointSlice(Box::new(EndpointSlice::of(*slice)))),
         (
             "networking.istio.io/v1alpha3" | "networking.istio.io/v1beta1" | "networking.istio.io/v1",
             "VirtualService" | "DestinationRule",

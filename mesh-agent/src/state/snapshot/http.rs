@@ -2,7 +2,11 @@
 //!
 //! Whatever could be invalid was refused when the configuration was read. Tested through `compile/` and `route/`.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    ops::{Deref, DerefMut},
+    sync::Arc,
+    time::Duration,
+};
 
 use http::{HeaderName, HeaderValue, StatusCode, uri::Authority};
 use regex::Regex;
@@ -10,7 +14,7 @@ use regex::Regex;
 use super::{Cluster, RetryPolicy};
 
 /// One `http[]` entry of a `VirtualService`, or the default route of a service.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct HttpRoute {
     /// `name`, for logs and metrics.
     pub name: Arc<str>,
@@ -33,7 +37,7 @@ pub struct HttpRoute {
     /// `mirror` or `mirrors`: who gets a copy of the request.
     pub mirrors: Vec<Mirror>,
     /// `corsPolicy`.
-    pub cors: Option<CorsPolicy>,
+    pub cors: Option<Box<CorsPolicy>>,
     /// `name`, where one is written: what the route is called in metrics unless its match has a `statPrefix`.
     pub stat_name: Option<Arc<str>>,
 }
@@ -51,7 +55,7 @@ impl HttpRoute {
 }
 
 /// `mirror`, or one of `mirrors`.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Mirror {
     /// The share of requests that is copied; above 0.
     pub percentage: Percentage,
@@ -140,7 +144,7 @@ pub enum HeaderMatch {
 }
 
 /// What a route does with a request.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub enum RouteAction {
     /// Sends it to one of these, by weight; never empty, the sum of weights is above 0.
     Forward(Vec<WeightedBackend>),
@@ -156,7 +160,7 @@ pub enum RouteAction {
 }
 
 /// One destination of a route.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct WeightedBackend {
     /// Its share; of the sum of all weights of the route.
     pub weight: u32,
@@ -167,7 +171,7 @@ pub struct WeightedBackend {
 }
 
 /// A destination, resolved.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub enum Backend {
     /// Endpoints of a service or subset.
     Cluster(Arc<Cluster>),
@@ -207,13 +211,40 @@ impl Percentage {
     pub const PERCENT: u32 = Self::WHOLE.0 / 100;
 }
 
-/// `headers`: set before add, then remove.
+/// `headers`: set before add, then remove. Read as [`BothHeaderOps`]; most routes have none, and no room for them.
 #[derive(Debug, Clone, Default)]
-pub struct HeaderOps {
+pub struct HeaderOps(Option<Box<BothHeaderOps>>);
+
+/// What [`HeaderOps`] are.
+#[derive(Debug, Clone, Default)]
+pub struct BothHeaderOps {
     /// For the request.
     pub request: HeaderOp,
     /// For the response.
     pub response: HeaderOp,
+}
+
+/// Of a route that has none.
+static NO_HEADER_OPS: BothHeaderOps = BothHeaderOps { request: HeaderOp::NONE, response: HeaderOp::NONE };
+
+impl From<BothHeaderOps> for HeaderOps {
+    fn from(both: BothHeaderOps) -> Self {
+        Self(Some(Box::new(both)))
+    }
+}
+
+impl Deref for HeaderOps {
+    type Target = BothHeaderOps;
+
+    fn deref(&self) -> &BothHeaderOps {
+        self.0.as_deref().unwrap_or(&NO_HEADER_OPS)
+    }
+}
+
+impl DerefMut for HeaderOps {
+    fn deref_mut(&mut self) -> &mut BothHeaderOps {
+        self.0.get_or_insert_default()
+    }
 }
 
 /// Changes to one set of headers.
@@ -227,6 +258,10 @@ pub struct HeaderOp {
     pub remove: Vec<HeaderName>,
     /// `set`/`add` of `host` or `:authority`.
     pub authority: Option<Authority>,
+}
+
+impl HeaderOp {
+    const NONE: Self = Self { set: Vec::new(), add: Vec::new(), remove: Vec::new(), authority: None };
 }
 
 /// `rewrite`: what is `None` stays.

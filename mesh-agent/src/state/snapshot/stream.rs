@@ -7,7 +7,7 @@ use std::{net::IpAddr, sync::Arc};
 use super::WeightedBackend;
 
 /// One `tls[]` or `tcp[]` entry of a `VirtualService`.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct StreamRoute {
     /// For logs: its place, for example `tcp[0]`.
     pub name: Arc<str>,

@@ -109,8 +109,8 @@ fn about() -> Vec<String> {
              {FEW} Services, spread over all there are, are asked in turn."
         ),
         "A change: the endpoint of one more Service, in a file of its own, is another pod. From when the file is written to when \
-         the agent logs that it has compiled it; a request then goes to the other pod. The time includes the 50 ms of \
-         quiet that the agent waits for after a change of its directory. CPU is that of the agent until half a second after, \
+         the agent logs that it has compiled it; a request then goes to the other pod. The time includes the 5 ms that \
+         the agent waits for more after a file is complete. CPU is that of the agent until half a second after, \
          less what it uses in such a time anyway."
             .to_owned(),
     ]

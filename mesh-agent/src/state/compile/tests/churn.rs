@@ -16,17 +16,14 @@ use crate::{
 const CHANGES: usize = 1_000;
 const CLIENTS: u64 = 3;
 
-/// Slices of a service, one endpoint in each; of them all but this one are ready, and one is terminating.
+/// Slices of a service, one endpoint in each; of them all but this one are ready.
 fn at(change: usize, all: &Objects) -> Objects {
     let mut objects = all.clone();
     for (number, (key, object)) in all.iter().filter(|(key, _)| &*key.kind == "EndpointSlice").enumerate() {
         let Resource::EndpointSlice(slice) = &object.resource else { continue };
         let mut slice = (**slice).clone();
-        let ready = number != change % 10;
-        for endpoint in slice.endpoints.iter_mut().flatten() {
-            let conditions = endpoint.conditions.get_or_insert_default();
-            (conditions.ready, conditions.serving) = (Some(ready), Some(true));
-            conditions.terminating = Some(!ready && change.is_multiple_of(2));
+        for endpoint in &mut slice.endpoints {
+            endpoint.ready = number != change % 10;
         }
         let resource = Resource::EndpointSlice(Box::new(slice));
         objects.insert(key.clone(), Arc::new(Object { file: "slices".into(), resource }));
