@@ -103,6 +103,47 @@ async fn another_region_stands_in_while_the_near_one_fails() -> Result<()> {
     pair.finish().await
 }
 
+/// Clients of one node, whose own labels say who is near to them.
+#[tokio::test]
+async fn each_client_prefers_the_replicas_that_have_its_label() -> Result<()> {
+    if !require_root()? {
+        return Ok(());
+    }
+    let pair = Pair::new("ownlabel").await?;
+    let mut clients = Vec::new();
+    for team in ["red", "blue"] {
+        clients.push(pair.a.pod(&format!("client-{team}")).label("team", team).start().await?);
+        let pod = pair.b.pod(team).label("app", "web").label("team", team).start().await?;
+        let failing = if team == "red" { apps::http(8080).arg("--status=503") } else { apps::http(8080) };
+        pod.serve(failing).await?;
+        pod.enrolled().await?;
+    }
+    let service = pair.lab.service("web").selector("app", "web").port("http", 80, 8080).apply()?;
+    pair.apply("route.yaml", &route("attempts: 0")).await?;
+    let by_team = "loadBalancer: {localityLbSetting: {failoverPriority: [team]}}, outlierDetection: \
+        {consecutive5xxErrors: 3, interval: 500ms, baseEjectionTime: 1m, maxEjectionPercent: 100}";
+    pair.apply("rule.yaml", &rule(by_team)).await?;
+    let url = service.url(80, "/");
+    for client in &clients {
+        client.enrolled().await?;
+    }
+    ensure!(answered(&clients[1], &url, 20, 2).await? == BTreeMap::from([("blue".to_owned(), 20)]));
+    // Three failures of its own, and then the others stand in.
+    let tally = clients[0].get(&url).many(20, 1, None).await?;
+    let seen = (tally.statuses.get(&503), tally.pods.get("red"), tally.pods.get("blue"));
+    ensure!(seen == (Some(&3), Some(&3), Some(&17)), "{tally:?}");
+    let shown = endpoints(&pair.agent_a).await?;
+    let levels = |pod: &str| shown[pod]["level_by_client"].clone();
+    let of = |red: u32, blue: u32| serde_json::json!({"team=red": red, "team=blue": blue});
+    ensure!(levels("red") == of(0, 1) && levels("blue") == of(1, 0), "{shown:?}");
+
+    // One without the label prefers nobody.
+    pair.client.get(&url).send().await?;
+    let shown = endpoints(&pair.agent_a).await?;
+    ensure!(shown["blue"]["level_by_client"]["team="] == 0, "{shown:?}");
+    pair.finish().await
+}
+
 #[tokio::test]
 async fn retries_go_to_other_places_only_where_they_are_told_to() -> Result<()> {
     if !require_root()? {

@@ -9,6 +9,10 @@ use lab::{
     apps::{self, LoadKind, RawEnd, Tally},
     eventually, metric, require_root,
 };
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 
 const HTTP: u16 = 80;
 const HTTP2: u16 = 81;
@@ -299,4 +303,48 @@ async fn so_many_requests_are_tried_again_at_a_time() -> Result<()> {
     ensure!(over >= 1.0 && retried >= 1, "{over} were not tried again, {retried} were");
     ensure!((over + retried as f64 - REQUESTS as f64).abs() < f64::EPSILON, "{over} and {retried}");
     pair.finish().await
+}
+
+/// A server that is there and does nothing any more: PINGs tell, and what is under way fails instead of waiting for ever.
+#[tokio::test]
+async fn a_server_that_answers_no_ping_is_left() -> Result<()> {
+    if !require_root()? {
+        return Ok(());
+    }
+    let pair = Pair::new("pings").await?;
+    let servers = servers(&pair).await?;
+    rule(&pair, "http: { http2KeepAlive: { interval: 200ms, timeout: 400ms } }").await?;
+    for (pod, service) in &servers {
+        // One that takes its time answers PINGs meanwhile.
+        let slow = pair.client.get(service.url(HTTP2, "/slow/1500")).h2c().send().await?;
+        ensure!(slow.status == 200, "{slow:?}");
+        let (client, url) = (pair.client.clone(), service.url(HTTP2, "/hold"));
+        let waiting =
+            tokio::spawn(async move { client.get(&url).h2c().timeout(Duration::from_secs(30)).send().await });
+        held(&pair, pod, HTTP2, 1, ("requests", 0.0)).await?;
+        signal_apps(pod, Signal::SIGSTOP)?;
+        let left = waiting.await??;
+        signal_apps(pod, Signal::SIGCONT)?;
+        ensure!(left.status == 502, "{left:?}");
+        let endpoint = pod.at(APP).to_string();
+        let line = [("path", "/hold"), ("reporter", "source"), ("endpoint", &*endpoint)];
+        let line = pair.agent_a.logged(&line).await?;
+        ensure!(line.get("flags").is_some_and(|flags| flags == "UC"), "{line:?}");
+        eventually("it is asked again", async || {
+            let answer = pair.client.get(service.url(HTTP2, "/")).h2c().send().await?;
+            ensure!(answer.status == 200, "{answer:?}");
+            Ok(())
+        })
+        .await?;
+    }
+    pair.finish().await
+}
+
+/// Sends a signal to every process of the pod.
+fn signal_apps(pod: &Pod, signal: Signal) -> Result<()> {
+    let pids = std::fs::read_to_string(pod.cgroup().join("cgroup.procs"))?;
+    for pid in pids.lines() {
+        kill(Pid::from_raw(pid.parse()?), signal)?;
+    }
+    Ok(())
 }

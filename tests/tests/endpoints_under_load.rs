@@ -1,6 +1,6 @@
 //! Endpoints that come and go while they are in use: no request fails, and who goes finishes what it has.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use lab::{
@@ -100,13 +100,21 @@ async fn a_terminating_endpoint_finishes_what_it_has_and_gets_nothing_new() -> R
     pair.finish().await
 }
 
-/// Two thousand changes, one in a millisecond: of four endpoints three are always ready.
+/// One in a millisecond, for five seconds.
+const CHANGES: usize = 5_000;
+
+/// What is written without a pause is taken over together: so many changes at a time, on average, at least.
+const TOGETHER: u64 = 20;
+
+/// Of four endpoints three are always ready.
 #[tokio::test]
-async fn no_request_fails_while_endpoints_come_and_go() -> Result<()> {
+async fn a_thousand_changes_a_second_fail_no_request_and_cost_a_bounded_part_of_a_processor() -> Result<()> {
     if !require_root()? {
         return Ok(());
     }
     let pair = Pair::new("churn").await?;
+    // An agent without pods: what it does is to follow the changes.
+    let follower = pair.lab.node("c").await?.agent().start().await?;
     let pods = replicas(&pair, 4).await?;
     let service = pair.lab.service("web").selector("app", "web").port("http", 80, 8080).apply()?;
     let all: Vec<(&Pod, Is)> = pods.iter().map(|pod| (pod, Is::Ready)).collect();
@@ -115,22 +123,35 @@ async fn no_request_fails_while_endpoints_come_and_go() -> Result<()> {
     let pause = Duration::from_millis(5);
     let requests = pair.client.load(LoadKind::Requests, &url, 3, pause).await?;
     let kept = pair.client.load(LoadKind::KeptAlive, &url, 2, pause).await?;
-    let before = pair.agent_a.revision().await?;
+    let agents = [&pair.agent_a, &pair.agent_b, &follower];
+    let mut before = Vec::new();
+    for agent in agents {
+        before.push(agent.revision().await?);
+    }
 
+    let (begun, used) = (Instant::now(), follower.cpu_time()?);
     let mut millisecond = tokio::time::interval(Duration::from_millis(1));
-    for change in 0..2_000 {
+    for change in 0..CHANGES {
         millisecond.tick().await;
         let mut now = all.clone();
         now[change % 4].1 = if change % 8 < 4 { Is::Terminating } else { Is::Gone };
         pair.lab.apply("slice.yaml", &slice(&now))?;
     }
-    let after = pair.agent_a.revision().await?;
-    ensure!(after > before, "nothing was taken over: {before}, {after}");
+    let (took, used) = (begun.elapsed(), follower.cpu_time()?.saturating_sub(used));
+    println!("{CHANGES} changes in {took:?}; an agent that follows them used {used:?}");
+    ensure!(used < took / 4, "following {CHANGES} changes took {used:?} of a processor's {took:?}");
+    for (agent, before) in agents.into_iter().zip(before) {
+        let taken_over = agent.revision().await? - before;
+        ensure!(taken_over >= 3, "changes were not followed while they went on: {taken_over}");
+        ensure!(taken_over * TOGETHER <= CHANGES as u64, "{CHANGES} changes were taken over in {taken_over}");
+    }
     requests.goes_on(3).await?;
     kept.goes_on(3).await?;
     for load in [requests, kept] {
         let loaded = load.finish().await?;
         ensure!(loaded.errors.is_empty() && loaded.answers > 0, "{loaded:?}");
     }
+    let status = follower.stop().await?;
+    ensure!(status.success(), "the third agent ended with {status}");
     pair.finish().await
 }

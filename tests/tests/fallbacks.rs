@@ -1,7 +1,13 @@
 //! Fallbacks: where no endpoint of a subset or service can serve, another does, and it ends where the list ends.
 
+use std::time::Duration;
+
 use anyhow::{Result, ensure};
-use lab::{Pair, Pod, apps, eventually, metric, require_root};
+use lab::{
+    Pair, Pod,
+    apps::{self, CallKind, LoadKind},
+    eventually, metric, require_root,
+};
 
 /// All requests are for v1; the second subset leads back to the first.
 const RULES: &str = "
@@ -119,5 +125,71 @@ spec: { service: web, fallbacks: [{ to: [{ host: backup.default.svc.cluster.loca
     answers(&pair, &url, 200, Some("backup")).await?;
     let echo = pair.client.tcp(web.at(81), 100_000, &[]).await?;
     ensure!(echo.intact && echo.received == 100_000, "{echo:?}");
+    pair.finish().await
+}
+
+/// What goes on for long goes to who serves when it begins, and stays there; what begins later goes to who serves then.
+#[tokio::test]
+async fn calls_and_websockets_fall_back_too_and_stay_where_they_are() -> Result<()> {
+    if !require_root()? {
+        return Ok(());
+    }
+    let pair = Pair::new("fallbackcalls").await?;
+    let backup = server(&pair, "backup", "backup", "v1", false).await?;
+    backup.serve(apps::grpc(50051)).await?;
+    let service = |name: &str| {
+        let ports = pair.lab.service(name).selector("app", name);
+        ports.port("http", 80, 8080).port("grpc", 90, 50051)
+    };
+    let web = service("web").apply()?;
+    service("backup").apply()?;
+    let policy = "
+apiVersion: mesh.io/v1alpha1
+kind: ServicePolicy
+metadata: { name: web, namespace: default }
+spec: { service: web, fallbacks: [{ to: [{ host: backup }] }] }
+";
+    pair.apply("policy.yaml", policy).await?;
+    backup.enrolled().await?;
+    let (calls, sockets) = (web.url(90, ""), web.url(80, "/ws"));
+    for kind in [CallKind::Unary, CallKind::ServerStream, CallKind::ClientStream, CallKind::Bidi] {
+        let called = pair.client.call(&calls, kind).count(3).text("note").send().await?;
+        ensure!(called.code == "Ok" && called.notes.iter().all(|note| note.pod == "backup"), "{called:?}");
+    }
+    for h2c in [false, true] {
+        let spoken = pair.client.websocket(&sockets, h2c, &["one", "zwei"]).await?;
+        ensure!(spoken.messages == ["one", "zwei"] && spoken.pod.as_deref() == Some("backup"), "{spoken:?}");
+    }
+    let pause = Duration::from_millis(5);
+    let held = [
+        pair.client.load(LoadKind::Grpc, &calls, 2, pause).await?,
+        pair.client.load(LoadKind::WebSocket, &sockets, 2, pause).await?,
+    ];
+
+    // The service has an endpoint of its own again.
+    let first = server(&pair, "first", "web", "v1", true).await?;
+    first.serve(apps::grpc(50051)).await?;
+    first.enrolled().await?;
+    answers(&pair, &web.url(80, "/"), 200, Some("first")).await?;
+    let called = pair.client.call(&calls, CallKind::Bidi).count(2).send().await?;
+    ensure!(called.notes.iter().all(|note| note.pod == "first") && called.notes.len() == 2, "{called:?}");
+    let spoken = pair.client.websocket(&sockets, true, &["one"]).await?;
+    ensure!(spoken.pod.as_deref() == Some("first"), "{spoken:?}");
+    for load in held {
+        load.goes_on(5).await?;
+        let loaded = load.finish().await?;
+        ensure!(loaded.errors.is_empty() && loaded.opened == 2, "{loaded:?}");
+    }
+
+    // Nobody is left: a call is told so by a gRPC status.
+    pair.lab.delete("policy.yaml")?;
+    first.remove().await?;
+    pair.settled().await?;
+    eventually("nobody serves", async || {
+        let called = pair.client.call(&calls, CallKind::Unary).send().await?;
+        ensure!(called.code == "Unavailable", "{called:?}");
+        Ok(())
+    })
+    .await?;
     pair.finish().await
 }

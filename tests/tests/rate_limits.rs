@@ -1,7 +1,11 @@
 //! Rate limits: enforced where the pod is, for whoever asks and however, exactly, and told in Envoy's words.
 
 use anyhow::{Result, ensure};
-use lab::{Pair, Pod, Service, apps, metric, require_root};
+use lab::{
+    Pair, Pod, Service,
+    apps::{self, CallKind},
+    metric, require_root,
+};
 
 /// So many an hour: what comes back during a test is none.
 fn policy(service: &str, burst: u32) -> String {
@@ -116,4 +120,71 @@ async fn a_refusal_is_told_counted_and_logged_and_a_change_gives_what_is_due() -
         ensure!(let_in(&pair.client, &url).await? == 2, "{}", service.name);
     }
     world.pair.finish().await
+}
+
+/// gRPC has no 429: as Envoy by default, `UNAVAILABLE`, in the head of an answer that has nothing else, with what the limit
+/// has to tell. And what a later limit refuses takes nothing of an earlier one.
+#[tokio::test]
+async fn calls_are_told_by_their_status_and_limits_are_all_or_nothing() -> Result<()> {
+    if !require_root()? {
+        return Ok(());
+    }
+    let pair = Pair::new("ratelimitgrpc").await?;
+    let limits = "
+apiVersion: mesh.io/v1alpha1
+kind: ServicePolicy
+metadata: { name: notes, namespace: default }
+spec:
+  service: notes
+  rateLimits:
+    - { name: all, requests: 6, per: 1h }
+    - { name: each, requests: 2, per: 1h, sharedBy: IDENTITY, paths: [{ prefix: /lab.Notes/ }] }
+";
+    // To be asked too much is no sign against a pod.
+    let rule = "
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: { name: notes, namespace: default }
+spec: { host: notes, trafficPolicy: { outlierDetection: { consecutive5xxErrors: 3, maxEjectionPercent: 100 } } }
+";
+    let other = pair.a.pod("other").sa("other").start().await?;
+    for (node, name, agent) in [(&pair.b, "far", &pair.agent_b), (&pair.a, "near", &pair.agent_a)] {
+        let server = node.pod(name).label("app", name).start().await?;
+        server.serve(apps::grpc(50051)).await?;
+        let service = pair.lab.service(name).selector("app", name).port("grpc", 80, 50051).apply()?;
+        pair.lab.apply("rule.yaml", &rule.replace("notes", name))?;
+        pair.apply("limits.yaml", &limits.replace("notes", name)).await?;
+        server.enrolled().await?;
+        other.enrolled().await?;
+        let url = service.url(80, "");
+        let call = async |pod: &Pod| pod.call(&url, CallKind::Unary).send().await;
+        for _ in 0..2 {
+            let called = call(&pair.client).await?;
+            ensure!(called.code == "Ok", "{called:?}");
+        }
+        for _ in 0..10 {
+            let called = call(&pair.client).await?;
+            ensure!(called.code == "Unavailable" && called.message == "local_rate_limited", "{called:?}");
+            let told = |name: &str| called.metadata.get(name).map(String::as_str).unwrap_or_default();
+            ensure!(told("x-envoy-ratelimited") == "true" && told("x-ratelimit-limit") == "2", "{called:?}");
+            let wait: u64 = told("retry-after").parse()?;
+            ensure!((1_000..=1_800).contains(&wait), "{called:?}");
+        }
+        let labels = [("reporter", "destination"), ("grpc_response_status", "14"), ("response_flags", "RL")];
+        let of_server = [&labels[..], &[("destination_workload", name)]].concat();
+        let counted = metric(&agent.metrics().await?, "istio_requests_total", &of_server);
+        ensure!((counted - 10.0).abs() < 0.5, "{counted}");
+        let ejections = metric(&pair.agent_a.metrics().await?, "mesh_endpoint_ejections_total", &[]);
+        ensure!(ejections < 0.5, "{name} was ejected");
+        // Four of the six that all share are left, whatever was refused.
+        for _ in 0..2 {
+            let called = call(&other).await?;
+            ensure!(called.code == "Ok", "{called:?}");
+        }
+        let health = pair.client.grpc(&url, "count/1").await?;
+        ensure!(health.check == "SERVING" && health.ended == "Ok", "{health:?}");
+        let refused = pair.client.grpc(&url, "count/1").await?;
+        ensure!(refused.check == "Unavailable", "{refused:?}");
+    }
+    pair.finish().await
 }

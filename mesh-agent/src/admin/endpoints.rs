@@ -11,7 +11,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
-use crate::state::snapshot::{Cluster, Endpoint, Snapshot};
+use crate::state::snapshot::{ByClient, Cluster, Endpoint, Layout, Snapshot};
 
 /// One endpoint of a cluster.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -30,6 +30,9 @@ pub struct EndpointView {
     pub weight: u32,
     /// The level it is chosen from, 0 being the best; none for an endpoint that gets nothing.
     pub level: Option<usize>,
+    /// The level that clients with these labels choose it from, where that depends on them: of those that have asked.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub level_by_client: BTreeMap<String, usize>,
     /// `healthy`, `warming` (it has come lately and gets less), `ejected`, `unhealthy` (by its checks), or `leaving` (no
     /// endpoint any more, and not done yet).
     pub health: String,
@@ -52,6 +55,7 @@ pub(super) fn endpoints(snapshot: &Snapshot) -> Vec<EndpointView> {
 
 fn of_cluster(cluster: &Cluster) -> Vec<EndpointView> {
     let now = Instant::now();
+    let layouts = cluster.spread.by_client.as_ref().map(ByClient::layouts).unwrap_or_default();
     let there = cluster.endpoints.iter().enumerate().map(|(index, one)| {
         let level = cluster.spread.level_of(index);
         let warming = || cluster.spread.warmup.is_some_and(|warmup| warmup.factor(one.state.came, now) < 1.0);
@@ -61,7 +65,10 @@ fn of_cluster(cluster: &Cluster) -> Vec<EndpointView> {
             () if warming() => "warming",
             () => "healthy",
         };
-        view(cluster, one, (level, health), now)
+        let of_client =
+            |(labels, layout): &(String, Arc<_>)| Some((labels.clone(), Layout::level_of(layout, index)?));
+        let level_by_client = layouts.iter().filter_map(of_client).collect();
+        EndpointView { level_by_client, ..view(cluster, one, (level, health), now) }
     });
     let known: BTreeSet<SocketAddr> = cluster.endpoints.iter().map(|one| one.address).collect();
     let leaving = cluster.spread.leaving.iter();
@@ -86,6 +93,7 @@ fn view(
         locality: one.locality.to_string(),
         weight: one.weight,
         level,
+        level_by_client: BTreeMap::new(),
         health: health.to_owned(),
         ejected_seconds: since.map(|since| now.saturating_duration_since(since).as_secs_f64()),
         ejections: state.health.ejections.load(Relaxed),
@@ -149,6 +157,7 @@ mod tests {
             locality: "r".into(),
             weight: 3,
             level: Some(0),
+            level_by_client: BTreeMap::new(),
             health: "ejected".into(),
             ejected_seconds: Some(0.0),
             ejections: 1,

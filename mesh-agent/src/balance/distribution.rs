@@ -9,7 +9,10 @@ use tokio::time::{Instant, advance};
 use super::{Chosen, Visited, Wish, choose, statistics::assert_shares, tests::cluster};
 use crate::state::{
     defaults,
-    snapshot::{Balancing, Cluster, Endpoint, EndpointState, Group, Level, Spread, Warmup},
+    snapshot::{
+        Balancing, ByClient, Cluster, ConsistentHash, Endpoint, EndpointState, Group, HashKey, HashTable,
+        Level, Spread, Traits, Wanted, Warmup, hash_of,
+    },
 };
 
 const AT_RANDOM: [Balancing; 3] = [Balancing::LeastRequest, Balancing::PeakEwma, Balancing::Random];
@@ -191,6 +194,45 @@ async fn retries_go_elsewhere_from_the_third_try_on_where_they_are_told_to() {
     }
     // When all were visited, it begins anew.
     assert_eq!(levels, [0, 0, 1, 1, 2, 2, 0, 0]);
+}
+
+/// Endpoints 0 and 1 have the first client's label, 2 and 3 the second's.
+#[tokio::test(start_paused = true)]
+async fn whom_a_clients_own_labels_prefer_gets_what_it_sends() {
+    let table = (Arc::new(HashKey::SourceIp), HashTable::Ring(1024));
+    for hash in [None, Some(table)] {
+        let traits = |value: &str| Traits { values: [value.into()].into(), distance: 0 };
+        let endpoints = ["red", "red", "blue", "blue"].map(traits);
+        let wanted = [Wanted::OfClient("team".into())];
+        let by_client = Some(ByClient::new(wanted.into(), endpoints.into(), hash.clone()));
+        let spread = Arc::new(Spread { by_client, ..Spread::default() });
+        let even = cluster(Balancing::LeastRequest, 4);
+        let addresses: Vec<_> = even.endpoints.iter().map(|one| one.address).collect();
+        let hash = hash.map(|(key, table)| ConsistentHash::new(key, table, &addresses));
+        let hashes = hash.is_some();
+        let cluster = Cluster { spread, hash, outlier: Some(defaults::OUTLIER_DETECTION), ..even };
+        let drawn = |team: &str| {
+            let labels = BTreeMap::from([("team".into(), team.into())]);
+            let mut drawn = vec![0; 4];
+            for key in 0..400_u64 {
+                let hash = hashes.then(|| hash_of(&key.to_be_bytes()));
+                let wish = Wish { hash, labels: Some(&labels), ..Wish::default() };
+                let chosen = choose(&cluster, &wish).unwrap().endpoint.address;
+                drawn[addresses.iter().position(|one| *one == chosen).unwrap()] += 1;
+            }
+            drawn.into_iter().map(|count| count > 100).collect::<Vec<_>>()
+        };
+        assert_eq!(
+            (drawn("red"), drawn("blue")),
+            (vec![true, true, false, false], vec![false, false, true, true])
+        );
+        // Each client's levels learn of an ejection at once.
+        eject(&cluster, [0, 1]);
+        assert_eq!(
+            (drawn("red"), drawn("blue")),
+            (vec![false, false, true, true], vec![false, false, true, true])
+        );
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -49,7 +49,7 @@ struct Healths {
 impl<'a> Left<'a> {
     /// Chooses from the level on which the choice falls, and from the others only where that has nobody left.
     pub(super) fn by_level(mut self, wish: &Wish<'_>) -> Option<(&'a Arc<Endpoint>, usize)> {
-        let levels = &self.cluster.spread.levels;
+        let levels = self.levels;
         // Each level panics by itself.
         self.spare_away = super::may_be_away(self.cluster);
         let healths = self.healths();
@@ -67,7 +67,7 @@ impl<'a> Left<'a> {
 
     fn healths(&self) -> Healths {
         let mut healths = Healths { each: [0; MOST_LEVELS], sum: 0 };
-        for (health, level) in healths.each.iter_mut().zip(&self.cluster.spread.levels) {
+        for (health, level) in healths.each.iter_mut().zip(self.levels) {
             let (available, all) = self.availability(level);
             *health = (WHOLE * OVERPROVISIONING / 100 * available).checked_div(all).unwrap_or(0).min(WHOLE);
             healths.sum += *health;
@@ -101,7 +101,7 @@ impl<'a> Left<'a> {
         let places = |group| Places::of(all, group);
         let group = match &*level.groups {
             [only] => only,
-            [first, ..] if hash.is_some() && self.cluster.hash.is_some() => first,
+            [first, ..] if hash.is_some() && self.hash.is_some() => first,
             several => {
                 let share = |group: &'a Group| {
                     let count = group.len(all.len()) as u64;

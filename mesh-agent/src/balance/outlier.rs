@@ -62,7 +62,7 @@ pub fn learn(cluster: &Cluster, endpoint: &Endpoint, outcome: Outcome) -> Option
     let status = match (outcome, rule.local_failures) {
         (Outcome::Answered(status), _) => {
             reset(&health.local_failures);
-            status
+            as_error(rule, status)
         }
         (Outcome::Connected, None) => 200,
         (Outcome::Failed, None) => 503,
@@ -89,6 +89,15 @@ pub fn learn(cluster: &Cluster, endpoint: &Endpoint, outcome: Outcome) -> Option
         (true, _) => eject(cluster, rule, endpoint, Reason::ServerErrors),
         (false, true) => eject(cluster, rule, endpoint, Reason::GatewayErrors),
         (false, false) => None,
+    }
+}
+
+/// What a status counts as: where a rule names those that are errors, they alone are (Envoy's `error_matcher`).
+fn as_error(rule: &OutlierDetection, status: u16) -> u16 {
+    match &rule.errors {
+        None => status,
+        Some(errors) if !errors.contains(status) => 200,
+        Some(_) => status.max(500),
     }
 }
 
@@ -177,7 +186,10 @@ mod tests {
     use super::*;
     use crate::{
         balance::{Wish, choose, tests::cluster},
-        state::{defaults, snapshot::Balancing},
+        state::{
+            defaults,
+            snapshot::{Balancing, Statuses},
+        },
     };
 
     const RULE: OutlierDetection =
@@ -206,9 +218,11 @@ mod tests {
         let gateway = OutlierDetection { gateway_errors: 2, ..RULE };
         let apart = OutlierDetection { local_failures: Some(2), ..RULE };
         let off = OutlierDetection { server_errors: 0, ..RULE };
+        let named =
+            OutlierDetection { errors: Some(Statuses::from_iter([429, 503])), gateway_errors: 4, ..RULE };
         let (server, gateways, local) =
             (Some(Reason::ServerErrors), Some(Reason::GatewayErrors), Some(Reason::LocalFailures));
-        let table: [(&str, OutlierDetection, Vec<Outcome>, Option<Reason>); 14] = [
+        let table: [(&str, OutlierDetection, Vec<Outcome>, Option<Reason>); 18] = [
             ("one too few", RULE, vec![Answered(500); 4], None),
             ("as many as that", RULE, vec![Answered(500); 5], server),
             ("no answer is a 503", RULE, vec![Failed; 5], server),
@@ -222,6 +236,15 @@ mod tests {
             ("apart", apart, vec![Failed; 2], local),
             ("apart, and no error", apart, [vec![Answered(500); 4], vec![Failed]].concat(), None),
             ("apart, broken", apart, vec![Failed, Answered(500), Failed], None),
+            ("named", named, vec![Answered(429); 5], server),
+            ("not named", named, vec![Answered(500); 50], None),
+            ("named, a gateway's", named, vec![Answered(503); 4], gateways),
+            (
+                "broken by what is not named",
+                named,
+                [vec![Answered(429); 4], vec![Answered(502), Failed]].concat(),
+                None,
+            ),
             ("apart, connected", apart, vec![Failed, Connected, Failed], None),
         ];
         for (name, rule, seen, expected) in table {

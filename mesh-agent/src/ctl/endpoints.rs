@@ -43,7 +43,7 @@ fn rows(endpoints: &[EndpointView]) -> Rows {
             one.address.to_string(),
             dash(one.workload.clone()),
             dash(Some(one.locality.clone())),
-            dash(one.level.map(|level| level.to_string())),
+            dash(Some(level(one))),
             one.weight.to_string(),
             format!("{}{}", one.health, since.unwrap_or_default()),
             one.in_flight.to_string(),
@@ -51,6 +51,15 @@ fn rows(endpoints: &[EndpointView]) -> Rows {
         ]);
     }
     rows
+}
+
+/// The level for everybody, or for each kind of client that has asked.
+fn level(one: &EndpointView) -> String {
+    if one.level_by_client.is_empty() {
+        return one.level.map(|level| level.to_string()).unwrap_or_default();
+    }
+    let each = one.level_by_client.iter().map(|(labels, level)| format!("{level} for {labels}"));
+    each.collect::<Vec<_>>().join("; ")
 }
 
 #[cfg(test)]
@@ -67,6 +76,7 @@ mod tests {
             locality: "r/z".into(),
             weight: 3,
             level: Some(1),
+            level_by_client: [("version=v1".to_owned(), 1), ("version=v2".to_owned(), 0)].into(),
             health: "ejected".into(),
             ejected_seconds: Some(61.0),
             ejections: 2,
@@ -89,7 +99,7 @@ mod tests {
             "10.0.0.1:80",
             "-",
             "r/z",
-            "1",
+            "1 for version=v1; 0 for version=v2",
             "3",
             "ejected 1m01s",
             "4",

@@ -2,7 +2,7 @@
 //!
 //! A bucket is one number, the moment at which it is full again, and a request one atomic operation on it. Promises that in
 //! any span of time no more than `burst` and what `requests` in `per` come to are let in, however many ask at once, and
-//! whatever the rule was before; and that what is refused takes nothing. Tested below.
+//! whatever the rule was before; and that what is refused takes nothing, of any limit. Tested below.
 
 use std::{
     collections::HashMap,
@@ -53,21 +53,83 @@ pub fn is_about(rule: &RateRule, method: &Method, path: &str) -> bool {
         && (rule.paths.is_empty() || rule.paths.iter().any(|one| route::matches(one, path.as_bytes())))
 }
 
-/// Takes a token for a request of this source.
-pub fn take(limit: &RateLimit, source: Option<&SpiffeId>, now: Instant) -> Verdict {
-    let nanos = now.saturating_duration_since(limit.buckets.epoch).as_nanos() as u64;
-    match source.filter(|_| limit.rule.each_source) {
-        None => from(&limit.buckets.shared, &limit.rule, nanos),
-        Some(source) => {
-            let known = limit.buckets.by_source.load();
-            match known.get(source) {
-                Some(bucket) => from(bucket, &limit.rule, nanos),
-                None => match of_new(&limit.buckets, source) {
-                    Some(bucket) => from(&bucket, &limit.rule, nanos),
-                    None => from(&limit.buckets.shared, &limit.rule, nanos),
-                },
+/// A request that limits are asked about.
+#[derive(Debug, Clone, Copy)]
+pub struct Asking<'a> {
+    /// Who has sent it, where that is proved.
+    pub source: Option<&'a SpiffeId>,
+    /// Its method.
+    pub method: &'a Method,
+    /// Its path, in the normal form.
+    pub path: &'a str,
+    /// Now.
+    pub now: Instant,
+}
+
+/// A limit that has refused.
+#[derive(Debug)]
+pub struct Over<'a> {
+    /// Which.
+    pub limit: &'a RateLimit,
+    /// What it has left.
+    pub left: Quota,
+    /// Time until the first token comes.
+    pub wait: Duration,
+}
+
+/// Takes a token of each of the limits that are about a request, or of none; what is left of the one that has least.
+///
+/// All are looked at before one is taken from, so that what a later limit refuses takes nothing of an earlier one, not even for
+/// a moment. Where others take the last token in between, what was taken is given back.
+///
+/// # Errors
+/// The first that refuses.
+pub fn take_all<'a>(limits: &'a [RateLimit], asking: &Asking<'_>) -> Result<Option<Quota>, Over<'a>> {
+    let [limit, others @ ..] = limits else { return Ok(None) };
+    if !is_about(&limit.rule, asking.method, asking.path) {
+        return take_all(others, asking);
+    }
+    let over = |left, wait| Err(Over { limit, left, wait });
+    with_bucket(limit, asking.source, |bucket| {
+        let nanos = nanos(limit, asking.now);
+        if let Verdict::Over(left, wait) = from(bucket, &limit.rule, nanos, Take::Nothing) {
+            return over(left, wait);
+        }
+        let least = take_all(others, asking)?;
+        match from(bucket, &limit.rule, nanos, Take::Token) {
+            Verdict::Within(left) => match least {
+                Some(least) if least.remaining < left.remaining => Ok(Some(least)),
+                _ => Ok(Some(left)),
+            },
+            Verdict::Over(left, wait) => {
+                give_back_all(others, asking);
+                over(left, wait)
             }
         }
+    })
+}
+
+fn give_back_all(limits: &[RateLimit], asking: &Asking<'_>) {
+    for limit in limits.iter().filter(|limit| is_about(&limit.rule, asking.method, asking.path)) {
+        let nanos = nanos(limit, asking.now);
+        with_bucket(limit, asking.source, |bucket| give_back(bucket, &limit.rule, nanos));
+    }
+}
+
+fn nanos(limit: &RateLimit, now: Instant) -> u64 {
+    now.saturating_duration_since(limit.buckets.epoch).as_nanos() as u64
+}
+
+/// The bucket that a source takes from.
+fn with_bucket<T>(limit: &RateLimit, source: Option<&SpiffeId>, then: impl FnOnce(&Bucket) -> T) -> T {
+    let Some(source) = source.filter(|_| limit.rule.each_source) else { return then(&limit.buckets.shared) };
+    let known = limit.buckets.by_source.load();
+    if let Some(bucket) = known.get(source) {
+        return then(bucket);
+    }
+    match of_new(&limit.buckets, source) {
+        Some(bucket) => then(&bucket),
+        None => then(&limit.buckets.shared),
     }
 }
 
@@ -86,10 +148,21 @@ fn of_new(buckets: &Buckets, source: &SpiffeId) -> Option<Arc<Bucket>> {
     buckets.by_source.load().get(source).cloned()
 }
 
-/// Takes a token out of a bucket at this moment.
-fn from(bucket: &Bucket, rule: &RateRule, now: u64) -> Verdict {
-    // Rounded up: never more than the rule says.
-    let each = (rule.per.as_nanos() as u64).div_ceil(u64::from(rule.requests)).max(1);
+/// What is taken out of a bucket that has a token.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Take {
+    Nothing,
+    Token,
+}
+
+/// What a token is of a full bucket's time, nanoseconds. Rounded up: never more than the rule says.
+fn of_token(rule: &RateRule) -> u64 {
+    (rule.per.as_nanos() as u64).div_ceil(u64::from(rule.requests)).max(1)
+}
+
+/// Looks into a bucket at this moment, and takes what is to be taken.
+fn from(bucket: &Bucket, rule: &RateRule, now: u64, take: Take) -> Verdict {
+    let each = of_token(rule);
     let depth = each.saturating_mul(u64::from(rule.burst));
     let quota = |owed: u64| Quota {
         limit: rule.burst,
@@ -104,11 +177,10 @@ fn from(bucket: &Bucket, rule: &RateRule, now: u64) -> Verdict {
             owed = depth;
         }
         let after = owed + each;
-        let (next, verdict) = if after <= depth {
-            (now + after, Verdict::Within(quota(after)))
-        } else {
-            let wait = Duration::from_nanos(after - depth);
-            (now + owed, Verdict::Over(quota(owed), wait))
+        let (next, verdict) = match take {
+            Take::Token if after <= depth => (now + after, Verdict::Within(quota(after))),
+            Take::Nothing if after <= depth => (full_at, Verdict::Within(quota(owed))),
+            _ => (now + owed, Verdict::Over(quota(owed), Duration::from_nanos(after - depth))),
         };
         if next == full_at {
             return verdict;
@@ -118,6 +190,14 @@ fn from(bucket: &Bucket, rule: &RateRule, now: u64) -> Verdict {
             Err(seen) => full_at = seen,
         }
     }
+}
+
+/// Gives a token back that was taken at this moment. Where less is owed than that, the rule has changed meanwhile and has
+/// forgiven it.
+fn give_back(bucket: &Bucket, rule: &RateRule, now: u64) {
+    let each = of_token(rule);
+    let given = |full_at: u64| (full_at.saturating_sub(now) >= each).then(|| full_at - each);
+    let _ = bucket.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, given);
 }
 
 /// Tells a client what is left (`draft-polli-ratelimit-headers-03`, as Envoy has it).
@@ -154,6 +234,18 @@ mod tests {
             methods: Vec::new(),
         };
         RateLimit { rule: Arc::new(rule), buckets: Arc::default() }
+    }
+
+    /// Takes a token for a request of this source, of this limit alone.
+    fn take(limit: &RateLimit, source: Option<&SpiffeId>, now: Instant) -> Verdict {
+        with_bucket(limit, source, |bucket| from(bucket, &limit.rule, nanos(limit, now), Take::Token))
+    }
+
+    fn left(limit: &RateLimit, source: Option<&SpiffeId>, now: Instant) -> u32 {
+        let look = |bucket: &Bucket| from(bucket, &limit.rule, nanos(limit, now), Take::Nothing);
+        match with_bucket(limit, source, look) {
+            Verdict::Within(quota) | Verdict::Over(quota, _) => quota.remaining,
+        }
     }
 
     fn id(account: &str) -> SpiffeId {
@@ -259,6 +351,75 @@ mod tests {
             }
         });
         assert_eq!((allowed.into_inner(), refused.into_inner()), (1_000, THREADS * 1_000 - 1_000));
+    }
+
+    fn asking(source: Option<&SpiffeId>, now: Instant) -> Asking<'_> {
+        Asking { source, method: &Method::GET, path: "/", now }
+    }
+
+    #[test]
+    fn what_one_limit_refuses_takes_nothing_of_the_others() {
+        let mut limits = [(9, false), (2, true), (5, false)]
+            .map(|(burst, each_source)| limit(1, Duration::from_hours(1), burst, each_source));
+        let now = Instant::now() + Duration::from_secs(1);
+        let (a, b) = (id("a"), id("b"));
+        let quota = take_all(&limits, &asking(Some(&a), now)).unwrap().unwrap();
+        assert_eq!((quota.limit, quota.remaining), (2, 1), "of the one that has least left");
+        assert!(take_all(&limits, &asking(Some(&a), now)).is_ok());
+        for _ in 0..50 {
+            let over = take_all(&limits, &asking(Some(&a), now)).unwrap_err();
+            assert!(std::ptr::eq(over.limit, &limits[1]));
+            assert_eq!((over.left.remaining, over.wait), (0, Duration::from_hours(1)));
+        }
+        assert_eq!([0, 1, 2].map(|at: usize| left(&limits[at], Some(&a), now)), [7, 0, 3]);
+        // The last refuses: neither of those before has given anything.
+        let used = |at| (0..at).filter(|_| take_all(&limits, &asking(None, now)).is_ok()).count();
+        assert_eq!((used(2), left(&limits[2], None, now)), (2, 1));
+        assert!(take_all(&limits, &asking(Some(&b), now)).is_ok());
+        assert!(std::ptr::eq(take_all(&limits, &asking(Some(&b), now)).unwrap_err().limit, &limits[2]));
+        assert_eq!([0, 1, 2].map(|at: usize| left(&limits[at], Some(&b), now)), [4, 1, 0]);
+        // Whom it is not about it takes nothing from.
+        limits[2].rule = Arc::new(RateRule { methods: vec![Method::PUT], ..(*limits[2].rule).clone() });
+        assert!(take_all(&limits, &asking(Some(&b), now)).is_ok());
+        assert!(take_all(&limits[2..], &asking(Some(&b), now)).unwrap().is_none());
+    }
+
+    #[test]
+    fn what_is_given_back_is_what_was_taken() {
+        let limit = limit(1, Duration::from_secs(1), 3, false);
+        let begin = limit.buckets.epoch + Duration::from_secs(9);
+        let give = |at: Instant| give_back(&limit.buckets.shared, &limit.rule, nanos(&limit, at));
+        give(begin);
+        assert_eq!(left(&limit, None, begin), 3, "a full bucket has no room");
+        assert_eq!(let_in(&limit, None, begin, 2), 2);
+        give(begin);
+        assert_eq!(left(&limit, None, begin), 2);
+        assert_eq!(let_in(&limit, None, begin, 9), 2);
+    }
+
+    #[test]
+    fn all_or_nothing_is_exact_however_many_ask_at_once() {
+        const THREADS: usize = 8;
+        let [first, contested] = [(50_000, false), (500, false)]
+            .map(|(burst, each_source)| limit(1, Duration::from_hours(1), burst, each_source));
+        // Whoever takes of the last one and comes too late for the middle one has something to give back.
+        let last = limit(1, Duration::from_hours(1), 60_000, false);
+        let limits = [first, contested, last];
+        let (begin, now) = (Barrier::new(THREADS), Instant::now() + Duration::from_secs(1));
+        let allowed = AtomicU32::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..THREADS {
+                scope.spawn(|| {
+                    begin.wait();
+                    for _ in 0..2_000 {
+                        let let_in = take_all(&limits, &asking(None, now)).is_ok();
+                        allowed.fetch_add(u32::from(let_in), Ordering::Relaxed);
+                    }
+                });
+            }
+        });
+        assert_eq!(allowed.into_inner(), 500);
+        assert_eq!([0, 1, 2].map(|at: usize| left(&limits[at], None, now)), [49_500, 0, 59_500]);
     }
 
     #[test]

@@ -18,10 +18,14 @@ use tokio::{
     task::{AbortHandle, JoinSet},
 };
 
-use super::{Mesh, health, http as requests, permits, vouched};
+use super::{
+    Mesh,
+    errand::{Errand, What},
+    health, http as requests, permits, vouched,
+};
 use crate::{
     balance::checks::{self, Found, Turned},
-    body::{Body, Inform, Nobody},
+    body::Body,
     error::{Error, Kind, Result},
     policy::Ruling,
     state::snapshot::{Checked, CheckedPort, Endpoint, HealthProbe, Protocol, SharedMap, Snapshot, Use},
@@ -231,23 +235,9 @@ impl Asked<'_> {
 
     async fn send(&self, mut request: Request<Body>, protocol: Protocol) -> Result<(StatusCode, Answer)> {
         request.headers_mut().insert(USER_AGENT, AGENT);
-        let limit = self.port.cluster.connect_timeout;
-        let via = upstream::via(&self.mesh.pods, &self.mesh.node, self.target, limit).await?;
-        let own = vouched(&self.pod.workload());
-        let client = self.client();
-        let from = permits::From { identity: own.identity.as_ref(), client };
-        let (permit, _standing) =
-            permits::request_to(self.mesh, from, &via, self.target, &mut request).await?;
-        let to = Destination {
-            address: self.target.address,
-            via: &via,
-            protocol,
-            connect_timeout: limit,
-            kept: Kept::of(&self.port.cluster, None),
-            flow: None,
-        };
-        let nobody: Arc<dyn Inform> = Arc::new(Nobody);
-        let (response, lease) = self.pod.send(&permit, &to, Box::new(request), client, &nobody).await?;
+        let errand = Errand::uncounted(self.mesh, self.pod, &self.port.cluster, protocol, self.client());
+        let (way, _standing) = errand.way(self.target, &mut request, What::Request).await?;
+        let (response, lease) = errand.send(self.target, &way, request).await?;
         let refused = tunnel::is_refusal(&response);
         let (head, body) = response.into_parts();
         let mut answer = Answer { refused, headers: head.headers, body: bytes::Bytes::new() };

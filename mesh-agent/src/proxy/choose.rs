@@ -11,11 +11,13 @@ use crate::{
     balance::{self, Chosen, Wish},
     error::{Error, Kind, Result},
     state::snapshot::{Balancing, Cluster, Endpoint},
+    upstream::Pod,
 };
 
-/// An endpoint of the cluster. `dialled`: by the client, where there is one.
+/// An endpoint of the cluster, for this client pod. `dialled`: by the client, where there is one.
 pub(super) fn endpoint(
     mesh: &Mesh,
+    pod: &Pod,
     cluster: &Cluster,
     wish: &Wish<'_>,
     dialled: Option<SocketAddr>,
@@ -23,7 +25,9 @@ pub(super) fn endpoint(
     if let (Balancing::Passthrough, Some(dialled)) = (cluster.balancing, dialled) {
         return passed(mesh, cluster, dialled);
     }
-    balance::choose(cluster, wish).ok_or_else(|| none(cluster, "has no healthy endpoint"))
+    let own = cluster.spread.by_client.is_some().then(|| pod.workload());
+    let wish = Wish { labels: own.as_ref().map(|own| &own.labels), ..*wish };
+    balance::choose(cluster, &wish).ok_or_else(|| none(cluster, "has no healthy endpoint"))
 }
 
 fn passed(mesh: &Mesh, cluster: &Cluster, dialled: SocketAddr) -> Result<Chosen> {

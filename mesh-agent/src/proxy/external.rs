@@ -14,10 +14,13 @@ use http_body::Body as _;
 use http_body_util::{BodyExt as _, Limited};
 use tokio::time::timeout;
 
-use super::{Mesh, choose, health, http as requests, permits, vouched};
+use super::{
+    Mesh,
+    errand::{Errand, What},
+    health, http as requests, permits,
+};
 use crate::{
-    balance::{self, Wish},
-    body::{Body, Inform, Nobody},
+    body::Body,
     error::{Error, Kind, Result},
     policy::{
         self, Asked, Open,
@@ -26,7 +29,7 @@ use crate::{
     },
     report,
     state::snapshot::{CheckProtocol, Cluster, Protocol, Provider},
-    upstream::{self, Destination, Kept, Pod, retry},
+    upstream::{Pod, retry},
 };
 
 /// Largest answer that is read, bytes.
@@ -199,32 +202,14 @@ async fn one(
         CheckProtocol::Grpc => Protocol::Http2,
         CheckProtocol::Http(_) => requests::upstream_protocol(cluster, Protocol::Http1, false),
     };
-    let usage = pod.usage(cluster);
-    let _place = match &usage {
-        Some(usage) => Some(usage.request(&cluster.pool, protocol).await?),
-        None => None,
-    };
     // At an address of the pod's own, and a port that tells its clients apart.
-    let client = pod.vouched_address(client);
-    let keyed = balance::key(cluster, Some((request.uri(), request.headers())), client.ip());
-    let wish = Wish { tried, hash: keyed.hash, ..Wish::default() };
-    let mut chosen = choose::endpoint(mesh, cluster, &wish, None)?;
-    let endpoint = &Arc::clone(&chosen.endpoint);
+    let errand = Errand::counted(mesh, pod, cluster, protocol, pod.vouched_address(client));
+    let _place = errand.place().await?;
+    let mut chosen = errand.choose(&request, tried, None)?;
+    let endpoint = Arc::clone(&chosen.endpoint);
     tried.push(endpoint.address);
-    let via = upstream::via(&mesh.pods, &mesh.node, endpoint, cluster.connect_timeout).await?;
-    let own = vouched(&pod.workload());
-    let from = permits::From { identity: own.identity.as_ref(), client };
-    let permit = permits::question_to(mesh, from, &via, endpoint, &mut request)?;
-    let destination = Destination {
-        address: endpoint.address,
-        via: &via,
-        protocol,
-        connect_timeout: cluster.connect_timeout,
-        kept: Kept::of(cluster, usage.as_ref()),
-        flow: None,
-    };
-    let nobody: Arc<dyn Inform> = Arc::new(Nobody);
-    let sent = pod.send(&permit, &destination, Box::new(request), client, &nobody).await;
+    let (way, _) = errand.way(&endpoint, &mut request, What::Question).await?;
+    let sent = errand.send(&endpoint, &way, request).await;
     health::timed(Some(&mut chosen), &sent);
     let (response, lease) = sent?;
     let (head, body) = response.into_parts();

@@ -19,7 +19,7 @@ use crate::{
     error::{Error, Kind, Result},
     limit::{
         concurrency::{self, Admitted},
-        rate::{self, Quota, Verdict},
+        rate::{self, Asking, Over, Quota},
     },
     policy::{Asked, Head},
     report::Reporter,
@@ -82,25 +82,15 @@ pub(super) fn admit(mesh: &Mesh, asked: &Asked<'_>, head: &Head<'_>) -> Result<T
     let snapshot = mesh.snapshot.load();
     let Some(guard) = snapshot.guards.get(&asked.destination) else { return Ok(Ticket::default()) };
     let now = Instant::now();
-    // First: what it lets in can be given back.
     let admitted = place(mesh, guard, asked.destination, now)?;
-    let mut quota: Option<Quota> = None;
-    for limit in &guard.limits {
-        if !rate::is_about(&limit.rule, head.method, head.path) {
-            continue;
-        }
-        match rate::take(limit, asked.source, now) {
-            Verdict::Within(left) if quota.is_none_or(|least| left.remaining < least.remaining) => {
-                quota = Some(left);
-            }
-            Verdict::Within(_) => {}
-            Verdict::Over(left, wait) => {
-                mesh.reporter.rate_limited(&guard.service, &limit.rule.name);
-                return Err(over(guard, limit, asked, &left, rate::seconds(wait)));
-            }
+    let asking = Asking { source: asked.source, method: head.method, path: head.path, now };
+    match rate::take_all(&guard.limits, &asking) {
+        Ok(quota) => Ok(Ticket { admitted, quota }),
+        Err(Over { limit, left, wait }) => {
+            mesh.reporter.rate_limited(&guard.service, &limit.rule.name);
+            Err(over(guard, limit, asked, &left, rate::seconds(wait)))
         }
     }
-    Ok(Ticket { admitted, quota })
 }
 
 fn place(mesh: &Mesh, guard: &Arc<Guard>, app: SocketAddr, now: Instant) -> Result<Option<Place>> {

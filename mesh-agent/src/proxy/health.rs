@@ -19,6 +19,7 @@ use crate::{
     error::{Kind, Result, http_of},
     report::Reporter,
     state::snapshot::{Cluster, Endpoint, OutlierDetection, Service, SharedMap, Snapshot},
+    tunnel,
     upstream::{Switched, retry},
 };
 
@@ -59,14 +60,17 @@ pub(super) fn of_opened<T>(result: &Result<T>) -> Option<Outcome> {
 /// What a request for another protocol tells.
 pub(super) fn of_switched(result: &Result<Switched>) -> Option<Outcome> {
     match result {
+        Ok(Switched::Answered(response)) if tunnel::is_refusal(response) => None,
         Ok(Switched::Answered(response)) => Some(Outcome::Answered(response.status().as_u16())),
         result => of_opened(result),
     }
 }
 
-/// What a request tells. A gRPC status that stands in the head counts as the HTTP status that it means, as in Envoy.
+/// What a request tells. A gRPC status that stands in the head counts as the HTTP status that it means, as in Envoy. What the
+/// agent of the endpoint's node has refused says nothing of the endpoint, which was not asked: policies, rate limits.
 pub(super) fn of_try<B>(result: &Result<Response<B>>) -> Option<Outcome> {
     match result {
+        Ok(response) if tunnel::is_refusal(response) => None,
         Ok(response) => {
             let grpc = retry::grpc_status(response.headers());
             let status = grpc.map_or(response.status(), http_of);
@@ -175,4 +179,113 @@ fn follow(snapshot: &Snapshot, before: &HashMap<Key, Watched>) -> HashMap<Key, W
             (key, Watched { cluster: Arc::clone(cluster), due })
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use http::HeaderValue;
+    use tokio::time::{Instant, sleep};
+
+    use super::*;
+    use crate::{
+        error::Error,
+        report::samples,
+        state::{
+            defaults,
+            snapshot::{ServicePort, Visibility},
+        },
+    };
+
+    /// The configuration with one service, whose port has this cluster.
+    fn snapshot(cluster: &Arc<Cluster>) -> Arc<Snapshot> {
+        let port = ServicePort {
+            port: 9080,
+            protocol: None,
+            routes: Arc::new([]),
+            streams: Arc::new([]),
+            cluster: Arc::clone(cluster),
+        };
+        let service = Service {
+            host: "a".into(),
+            name: "a".into(),
+            namespace: "default".into(),
+            vips: Vec::new(),
+            visible: Visibility::Everywhere,
+            ports: [port].into(),
+            views: HashMap::new(),
+        };
+        Arc::new(Snapshot {
+            services: SharedMap::from_iter([("a".into(), Arc::new(service))]),
+            ..Snapshot::default()
+        })
+    }
+
+    /// Two endpoints that are looked at every two seconds and are away for five at least.
+    fn cluster() -> Arc<Cluster> {
+        let rule = OutlierDetection {
+            interval: Duration::from_secs(2),
+            base_ejection_time: Duration::from_secs(5),
+            max_ejection_percent: 100,
+            ..defaults::OUTLIER_DETECTION
+        };
+        let endpoint = |host| Arc::new(Endpoint::alone(([10, 0, 0, host], 80).into(), None));
+        let endpoints = vec![endpoint(1), endpoint(2)];
+        Arc::new(Cluster { endpoints, outlier: Some(rule), ..Cluster::clone(&samples::cluster("a")) })
+    }
+
+    fn fail(cluster: &Cluster) {
+        let failed = |_| outlier::learn(cluster, &cluster.endpoints[0], Outcome::Failed);
+        assert!((0..5).filter_map(failed).count() == 1, "five failures eject once");
+    }
+
+    /// Seconds until the first endpoint is back, while the configuration changes so often.
+    async fn back_after(changes: Duration) -> u64 {
+        let cluster = cluster();
+        let (sender, receiver) = watch::channel(snapshot(&cluster));
+        let watching = tokio::spawn(watch_endpoints(Arc::default(), receiver));
+        fail(&cluster);
+        let begun = Instant::now();
+        while cluster.endpoints[0].state.health.is_ejected() {
+            assert!(begun.elapsed() < Duration::from_mins(1), "it never comes back");
+            sleep(changes).await;
+            sender.send_replace(snapshot(&cluster));
+        }
+        drop(sender);
+        assert!(watching.await.is_ok(), "it ends with the configuration");
+        begun.elapsed().as_secs()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_ejected_come_back_in_time_however_often_the_configuration_changes() {
+        // At the third look: the first after five seconds.
+        assert_eq!(back_after(Duration::from_millis(700)).await, 6);
+        assert_eq!(back_after(Duration::from_millis(50)).await, 6);
+    }
+
+    #[test]
+    fn what_the_agent_of_the_endpoint_refuses_says_nothing_of_the_endpoint() {
+        let answered = |status: u16| {
+            Response::builder()
+                .status(status)
+                .body(())
+                .map_err(|error| Error::new(Kind::BadRequest, error.to_string()))
+        };
+        assert_eq!(of_try(&answered(503)), Some(Outcome::Answered(503)));
+        let by_grpc = answered(200).map(|mut response| {
+            response.headers_mut().insert("grpc-status", HeaderValue::from_static("14"));
+            response
+        });
+        assert_eq!(of_try(&by_grpc), Some(Outcome::Answered(503)), "as in Envoy");
+        let refused = by_grpc.map(|mut response| {
+            tunnel::tell_failure(response.headers_mut(), Kind::RateLimited);
+            tunnel::note_refusal(&mut response);
+            response
+        });
+        assert_eq!(of_try(&refused), None);
+        let failed = |kind| of_try::<()>(&Err(Error::new(kind, "")));
+        assert_eq!(failed(Kind::UpstreamReset), Some(Outcome::Failed));
+        assert_eq!((failed(Kind::RateLimited), failed(Kind::Denied)), (None, None));
+    }
 }

@@ -12,20 +12,19 @@ use http_body::Body as _;
 use tokio::time::timeout;
 
 use super::{
-    Mesh, choose,
+    Mesh,
     cut::unless_cut,
+    errand::{Errand, What},
     headers, health,
     outbound::Outbound,
-    permits,
     tries::{Sendable, UnderWay},
 };
 use crate::{
-    balance::{self, Wish},
-    body::{Body, Follow, Inform, Nobody},
+    body::{Body, Follow},
     error::{Error, Kind, Result},
     route,
     state::snapshot::{Backend, Cluster, HttpRoute},
-    upstream::{self, Destination, Kept, Pod},
+    upstream::Pod,
 };
 
 /// How long a mirror may take where the route has no timeout of its own.
@@ -99,30 +98,13 @@ async fn one(
 ) -> Result<()> {
     let cluster = super::serving(mesh, cluster, || pod.workload());
     let protocol = super::http::upstream_protocol(cluster, super::http::version_of(&request), grpc);
-    let usage = pod.usage(cluster);
-    let _place = match &usage {
-        Some(usage) => Some(usage.request(&cluster.pool, protocol).await?),
-        None => None,
-    };
-    let keyed = balance::key(cluster, Some((request.uri(), request.headers())), client.ip());
-    let wish = Wish { hash: keyed.hash, ..Wish::default() };
-    let mut chosen = choose::endpoint(mesh, cluster, &wish, Some(dialled))?;
-    let endpoint = &Arc::clone(&chosen.endpoint);
-    let via = upstream::via(&mesh.pods, &mesh.node, endpoint, cluster.connect_timeout).await?;
-    let own = pod.workload();
-    let from = permits::From { identity: Some(&own.identity), client };
-    let (permit, mut standing) = permits::request_to(mesh, from, &via, endpoint, &mut request).await?;
-    let destination = Destination {
-        address: endpoint.address,
-        via: &via,
-        protocol,
-        connect_timeout: cluster.connect_timeout,
-        kept: Kept::of(cluster, usage.as_ref()),
-        flow: None,
-    };
-    let nobody: Arc<dyn Inform> = Arc::new(Nobody);
+    let errand = Errand::counted(mesh, pod, cluster, protocol, client);
+    let _place = errand.place().await?;
+    let mut chosen = errand.choose(&request, &[], Some(dialled))?;
+    let endpoint = Arc::clone(&chosen.endpoint);
+    let (way, mut standing) = errand.way(&endpoint, &mut request, What::Request).await?;
     let sending = async {
-        let sent = pod.send(&permit, &destination, Box::new(request), client, &nobody).await;
+        let sent = errand.send(&endpoint, &way, request).await;
         health::timed(Some(&mut chosen), &sent);
         let (response, lease) = sent?;
         // Read to its end, so that the connection can be used again.

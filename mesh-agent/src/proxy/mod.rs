@@ -9,6 +9,7 @@ pub mod checks;
 mod choose;
 mod cut;
 mod downstream;
+mod errand;
 mod exchange;
 mod external;
 mod guards;

@@ -296,7 +296,7 @@ impl Outbound {
         let wish = Wish { hash, ..Wish::default() };
         let mut chosen = match by_kernel {
             Some(chosen) => chosen,
-            None => choose::endpoint(&self.mesh, cluster, &wish, Some(self.dialled()))?,
+            None => choose::endpoint(&self.mesh, &self.pod, cluster, &wish, Some(self.dialled()))?,
         };
         let endpoint = Arc::clone(&chosen.endpoint);
         let (timeout, kept) = (cluster.connect_timeout, Kept::of(cluster, None));

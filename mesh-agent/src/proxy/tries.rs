@@ -281,8 +281,8 @@ async fn pick(
     tried: &[SocketAddr],
 ) -> Result<Picked> {
     let keyed = balance::key(cluster, Some((request.uri(), request.headers())), outbound.shown.ip());
-    let wish = Wish { tried, hash: keyed.hash, visited: exchange.visited };
-    let chosen = choose::endpoint(&outbound.mesh, cluster, &wish, Some(outbound.dialled()))?;
+    let wish = Wish { tried, hash: keyed.hash, visited: exchange.visited, ..Wish::default() };
+    let chosen = choose::endpoint(&outbound.mesh, &outbound.pod, cluster, &wish, Some(outbound.dialled()))?;
     exchange.set_cookie = keyed.set_cookie;
     let endpoint = Arc::clone(&chosen.endpoint);
     exchange.chosen = Some(chosen);

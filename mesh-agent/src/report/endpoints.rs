@@ -40,6 +40,9 @@ struct Used {
     /// Seconds.
     latency: f64,
     ejected: bool,
+    /// By its checks.
+    unhealthy: bool,
+    weight: u32,
 }
 
 /// How many endpoints of a cluster are in which state.
@@ -47,6 +50,7 @@ struct Used {
 struct States {
     healthy: u64,
     ejected: u64,
+    unhealthy: u64,
     leaving: u64,
 }
 
@@ -61,7 +65,7 @@ impl EndpointMetrics {
 impl Reporter {
     /// The configuration whose endpoints are shown, and how many of them may have series of their own:
     /// `mesh_cluster_endpoints`, `mesh_endpoint_in_flight`, `mesh_endpoint_latency_seconds`, `mesh_endpoint_ejected`,
-    /// `mesh_endpoints_left_out`. Counts once.
+    /// `mesh_endpoint_unhealthy`, `mesh_endpoint_weight`, `mesh_endpoints_left_out`. Counts once.
     pub fn show_endpoints(&self, snapshots: watch::Receiver<Arc<Snapshot>>, most: usize) {
         // An `Err` gives back what is there already.
         let _ = self.metrics.endpoints.0.set(Shown { snapshots, most });
@@ -73,8 +77,10 @@ impl Collector for EndpointMetrics {
         let Some(Shown { snapshots, most }) = self.0.get() else { return Ok(()) };
         let snapshot = Arc::clone(&snapshots.borrow());
         let (clusters, used) = look(&snapshot);
-        let states = clusters.into_iter().flat_map(|(cluster, States { healthy, ejected, leaving })| {
-            let each = [("healthy", healthy), ("ejected", ejected), ("leaving", leaving)];
+        let states = clusters.into_iter().flat_map(|(cluster, states)| {
+            let States { healthy, ejected, unhealthy, leaving } = states;
+            let each =
+                [("healthy", healthy), ("ejected", ejected), ("unhealthy", unhealthy), ("leaving", leaving)];
             each.map(|(state, count)| ([("cluster", cluster.to_owned()), ("state", state.to_owned())], count))
         });
         let what = "Endpoints of the clusters that pods of this node use, by state";
@@ -99,6 +105,12 @@ impl Collector for EndpointMetrics {
         let what = "Whether outlier detection has ejected an endpoint";
         let values = series().map(|(labels, used)| (labels, u64::from(used.ejected)));
         gauges(&mut encoder, ("mesh_endpoint_ejected", what), values)?;
+        let what = "Whether the checks of an endpoint say that it is unhealthy";
+        let values = series().map(|(labels, used)| (labels, u64::from(used.unhealthy)));
+        gauges(&mut encoder, ("mesh_endpoint_unhealthy", what), values)?;
+        let what = "The share of an endpoint, among those of the others of its group";
+        let values = series().map(|(labels, used)| (labels, u64::from(used.weight)));
+        gauges(&mut encoder, ("mesh_endpoint_weight", what), values)?;
         let what = "Endpoints in use without series of their own (--endpoint-metrics)";
         let gauge = ConstGauge::new(left_out as u64);
         let one = encoder.encode_descriptor("mesh_endpoints_left_out", what, None, MetricType::Gauge)?;
@@ -135,16 +147,21 @@ fn look(snapshot: &Snapshot) -> Look<'_> {
             continue;
         }
         let ejected = used.iter().filter(|(_, used)| used.ejected).count() as u64;
+        let unhealthy = cluster.endpoints.iter().filter(|one| is_unhealthy(one) && !is_ejected(cluster, one));
+        let unhealthy = unhealthy.count() as u64;
         let states: &mut States = clusters.entry(name).or_default();
         // The same endpoints for everybody, but what each does to them.
-        states.healthy = states.healthy.max(cluster.endpoints.len() as u64 - ejected);
+        states.healthy = states.healthy.max(cluster.endpoints.len() as u64 - ejected - unhealthy);
         states.ejected = states.ejected.max(ejected);
+        states.unhealthy = states.unhealthy.max(unhealthy);
         states.leaving = states.leaving.max(leaving);
         for (endpoint, used) in used {
             let sum: &mut Used = all.entry((name, endpoint.address)).or_default();
             sum.in_flight += used.in_flight;
             sum.latency = sum.latency.max(used.latency);
             sum.ejected |= used.ejected;
+            sum.unhealthy |= used.unhealthy;
+            sum.weight = used.weight;
         }
     }
     (clusters, all)
@@ -154,9 +171,18 @@ fn look(snapshot: &Snapshot) -> Look<'_> {
 fn use_of(cluster: &Cluster, endpoint: &Endpoint, now: Instant) -> Option<Used> {
     let state = &endpoint.state;
     let (latency, in_flight) = (state.latency.average(now), state.in_flight.load(Relaxed));
-    let ejected = cluster.outlier.is_some() && state.health.is_ejected();
+    let (ejected, unhealthy) = (is_ejected(cluster, endpoint), is_unhealthy(endpoint));
     let used = latency.is_some() || in_flight > 0 || ejected;
-    used.then_some(Used { in_flight, latency: latency.unwrap_or_default().as_secs_f64(), ejected })
+    let latency = latency.unwrap_or_default().as_secs_f64();
+    used.then_some(Used { in_flight, latency, ejected, unhealthy, weight: endpoint.weight })
+}
+
+fn is_ejected(cluster: &Cluster, endpoint: &Endpoint) -> bool {
+    cluster.outlier.is_some() && endpoint.state.health.is_ejected()
+}
+
+fn is_unhealthy(endpoint: &Endpoint) -> bool {
+    endpoint.checked.as_ref().is_some_and(|checked| checked.is_unhealthy())
 }
 
 #[cfg(test)]
@@ -168,7 +194,7 @@ mod tests {
         report::samples,
         state::{
             defaults,
-            snapshot::{Service, ServicePort, Visibility},
+            snapshot::{Checked, Service, ServicePort, Visibility},
         },
     };
 
@@ -219,17 +245,26 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn only_what_is_used_has_series_and_no_more_than_was_said() {
-        let used =
+        let mut used =
             vec![endpoint(1, Some(20), 0), endpoint(2, None, 3), endpoint(3, None, 0), endpoint(4, None, 0)];
         used[3].state.health.eject(Instant::now());
+        let alike = |one: &Endpoint| {
+            let (state, checked) = (Arc::clone(&one.state), one.checked.clone());
+            Endpoint { state, checked, ..Endpoint::alone(one.address, None) }
+        };
+        used[0] = Arc::new(Endpoint { weight: 7, ..alike(&used[0]) });
+        let sick = Arc::<Checked>::default();
+        sick.set_unhealthy(true);
+        used[1] = Arc::new(Endpoint { checked: Some(sick), ..alike(&used[1]) });
         let clusters = vec![cluster("a", used), cluster("b", vec![endpoint(9, None, 0)])];
         let (_sender, receiver) = watch::channel(Arc::new(snapshot(clusters)));
         let reporter = Reporter::default();
         assert_eq!(lines(&reporter), [""; 0], "before anything is known");
         reporter.show_endpoints(receiver, 2);
         let expected = [
-            "mesh_cluster_endpoints{cluster=\"outbound|9080||a\",state=\"healthy\"} 3",
+            "mesh_cluster_endpoints{cluster=\"outbound|9080||a\",state=\"healthy\"} 2",
             "mesh_cluster_endpoints{cluster=\"outbound|9080||a\",state=\"ejected\"} 1",
+            "mesh_cluster_endpoints{cluster=\"outbound|9080||a\",state=\"unhealthy\"} 1",
             "mesh_cluster_endpoints{cluster=\"outbound|9080||a\",state=\"leaving\"} 0",
             "mesh_endpoint_in_flight{cluster=\"outbound|9080||a\",endpoint=\"10.0.0.2:9080\"} 3",
             "mesh_endpoint_in_flight{cluster=\"outbound|9080||a\",endpoint=\"10.0.0.1:9080\"} 0",
@@ -237,6 +272,10 @@ mod tests {
             "mesh_endpoint_latency_seconds{cluster=\"outbound|9080||a\",endpoint=\"10.0.0.1:9080\"} 0.02",
             "mesh_endpoint_ejected{cluster=\"outbound|9080||a\",endpoint=\"10.0.0.2:9080\"} 0",
             "mesh_endpoint_ejected{cluster=\"outbound|9080||a\",endpoint=\"10.0.0.1:9080\"} 0",
+            "mesh_endpoint_unhealthy{cluster=\"outbound|9080||a\",endpoint=\"10.0.0.2:9080\"} 1",
+            "mesh_endpoint_unhealthy{cluster=\"outbound|9080||a\",endpoint=\"10.0.0.1:9080\"} 0",
+            "mesh_endpoint_weight{cluster=\"outbound|9080||a\",endpoint=\"10.0.0.2:9080\"} 1",
+            "mesh_endpoint_weight{cluster=\"outbound|9080||a\",endpoint=\"10.0.0.1:9080\"} 7",
             "mesh_endpoints_left_out 1",
         ];
         assert_eq!(lines(&reporter), expected);

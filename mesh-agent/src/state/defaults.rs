@@ -118,6 +118,7 @@ pub const OUTLIER_DETECTION: OutlierDetection = OutlierDetection {
     base_ejection_time: Duration::from_secs(30),
     max_ejection_percent: 10,
     min_health_percent: 0,
+    errors: None,
 };
 
 /// `outlierDetection.consecutiveLocalOriginFailures`, where they are counted apart (Envoy).

@@ -16,6 +16,7 @@ use crate::identity::SpiffeId;
 
 mod authentication;
 mod authorization;
+mod by_client;
 mod capture;
 mod client_tls;
 mod cluster;
@@ -43,10 +44,11 @@ pub use self::authorization::{
     Action, Applied, Authorization, Clause, Listed, PathMatch, Policy, Rule, ServiceAccount, TemplatePart,
     TextMatch,
 };
+pub use self::by_client::{ByClient, Layout, Traits, Wanted, rank};
 pub use self::capture::{CapturePolicy, Exclusions, PortRange, WhenAgentIsDown};
 pub use self::client_tls::{ClientCertificate, ClientTls, Origination, TlsTerms};
 pub use self::cluster::{Balancing, Cluster, ClusterState, Endpoint, EndpointState, Standby};
-pub use self::connection_pool::{ClusterId, ConnectionPool, Idle, TcpKeepalive};
+pub use self::connection_pool::{ClusterId, ConnectionPool, Idle, Pings, TcpKeepalive};
 pub use self::external::{BodyInCheck, CheckProtocol, HttpCheck, Provider};
 pub use self::guard::{
     Bucket, Buckets, Concurrency, ConcurrencyRule, ConcurrencyState, Guard, RateLimit, RateRule,
@@ -62,7 +64,7 @@ pub use self::key_set::{KeySet, Keys, RemoteKeys};
 pub use self::latency::{FAILURE, Latency};
 pub use self::locality::Locality;
 pub use self::mesh::PathNormalization;
-pub use self::outlier::{Health, OutlierDetection};
+pub use self::outlier::{Health, OutlierDetection, Statuses};
 pub use self::probes::{ProbePort, ProbeRequest};
 pub use self::request_authentication::{AppliedTokens, ClaimPath, Location, TokenRule, Tokens};
 pub use self::retry::{RetryBudget, RetryOn, RetryPolicy};

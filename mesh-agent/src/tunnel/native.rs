@@ -82,7 +82,7 @@ pub fn tell_failure(headers: &mut HeaderMap, kind: Kind) {
 struct Refusal;
 
 /// Keeps what a mesh peer says of its response, before its headers are taken out.
-pub(super) fn note_refusal<B>(response: &mut Response<B>) {
+pub fn note_refusal<B>(response: &mut Response<B>) {
     if response.headers().contains_key(MESH_REFUSAL) {
         response.extensions_mut().insert(Refusal);
     }

@@ -38,7 +38,7 @@ use crate::{
     error::{Error, Kind, Result},
     http2::{self, Failed},
     report::FlowGuard,
-    state::snapshot::{ClusterId, Protocol},
+    state::snapshot::{ClusterId, Pings, Protocol},
     tunnel::strip_mesh_headers,
     workers::Shard,
 };
@@ -226,7 +226,7 @@ impl Pool {
         let slot = Arc::clone(lock(&self.shared).entry(key).or_default());
         self.look_after(&lock(&self.idle));
         let (sender, place) = loop {
-            let (sender, place) = slot.get(kept, || dial_http2(dial, key.to)).await?;
+            let (sender, place) = slot.get(kept, || dial_http2(dial, key.to, kept.pool.pings)).await?;
             if let Some(due) = Terms::of(kept.pool).sooner()
                 && self.looks_later(due)
             {
@@ -384,7 +384,7 @@ where
 {
     let response = match protocol {
         Protocol::Http2 => {
-            let (sender, connection) = connect_http2(stream, to, None).await?;
+            let (sender, connection) = connect_http2(stream, to, None, None).await?;
             tokio::spawn(connection);
             let sent = http2::send(sender, Box::new(request), Some(&**inform)).await;
             sent.map_err(|failed| h2_failure(&failed, to))?
@@ -431,8 +431,9 @@ async fn dial_http1(dial: &Dial<'_>, to: SocketAddr) -> Result<http1::SendReques
 async fn dial_http2(
     dial: &Dial<'_>,
     to: SocketAddr,
+    pings: Option<Pings>,
 ) -> Result<(SendRequest<Bytes>, impl Future<Output = ()> + Send + 'static)> {
-    connect_http2(dial.open(Protocol::Http2).await?, to, dial.begin_flow()).await
+    connect_http2(dial.open(Protocol::Http2).await?, to, dial.begin_flow(), pings).await
 }
 
 async fn connect_http1<S>(
@@ -453,19 +454,29 @@ where
     Ok(sender)
 }
 
-/// The second half is what the connection does, to its end.
+/// The second half is what the connection does, to its end: its own, or that nobody answers its PINGs.
 async fn connect_http2<S>(
     stream: S,
     to: SocketAddr,
     flow: Option<FlowGuard>,
+    pings: Option<Pings>,
 ) -> Result<(SendRequest<Bytes>, impl Future<Output = ()> + Send + 'static)>
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     let handshake = http2_client().handshake(stream).await;
-    let (sender, connection) = handshake.map_err(|error| h2_failure(&error.into(), to))?;
+    let (sender, mut connection) = handshake.map_err(|error| h2_failure(&error.into(), to))?;
+    let asked = pings.map(|pings| (connection.ping_pong(), pings));
     let connection = async move {
-        let _ = connection.await;
+        match asked {
+            None => drop(connection.await),
+            Some((ping_pong, Pings { interval, timeout })) => tokio::select! {
+                _ = connection => {}
+                () = http2::keep_alive(ping_pong, interval, timeout) => {
+                    tracing::debug!(peer = %to, "connection ended: no answer to PING");
+                }
+            },
+        }
         drop(flow);
     };
     Ok((sender, connection))

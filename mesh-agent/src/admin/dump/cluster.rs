@@ -6,8 +6,8 @@ use serde_json::{Value, json};
 
 use super::{ms, percent, policies};
 use crate::state::snapshot::{
-    Cluster, ConnectionPool, ConsistentHash, Group, HashKey, Idle, Level, Origination, OutlierDetection,
-    Warmup,
+    ByClient, Cluster, ConnectionPool, ConsistentHash, Group, HashKey, Idle, Level, Origination,
+    OutlierDetection, Warmup,
 };
 
 pub(super) fn cluster(c: &Cluster) -> Value {
@@ -28,6 +28,7 @@ pub(super) fn cluster(c: &Cluster) -> Value {
         "name": *c.name,
         "balancing": c.hash.as_ref().map_or_else(|| json!(format!("{:?}", c.balancing)), hash),
         "levels": c.spread.levels.iter().map(|one| level(c, one)).collect::<Vec<_>>(),
+        "levels_by_client": c.spread.by_client.as_ref().map(|by_client| levels_by_client(c, by_client)),
         "warmup": c.spread.warmup.map(warmup),
         "outlier_detection": c.outlier.as_ref().map(outlier),
         "view": c.view.as_deref(),
@@ -76,6 +77,9 @@ fn pool(pool: &ConnectionPool) -> Value {
         "max_streams": pool.streams,
         "h2_upgrade": pool.upgrade,
         "use_client_protocol": pool.client_protocol,
+        "http2_keep_alive": pool.pings.map(|pings| json!({
+            "interval_ms": ms(pings.interval), "timeout_ms": ms(pings.timeout),
+        })),
     })
 }
 
@@ -87,6 +91,13 @@ fn level(c: &Cluster, level: &Level) -> Value {
         json!({ "share": group.share, "endpoints": endpoints })
     };
     level.groups.iter().map(group).collect()
+}
+
+/// For those client pods that have asked, by their labels.
+fn levels_by_client(c: &Cluster, by_client: &ByClient) -> Value {
+    let levels = |levels: &[Level]| levels.iter().map(|one| level(c, one)).collect::<Vec<_>>();
+    let layouts = by_client.layouts();
+    layouts.into_iter().map(|(labels, layout)| (labels, json!(levels(&layout.levels)))).collect()
 }
 
 fn warmup(warmup: Warmup) -> Value {
@@ -117,5 +128,6 @@ fn outlier(rule: &OutlierDetection) -> Value {
         "base_ejection_time_ms": ms(rule.base_ejection_time),
         "max_ejection_percent": rule.max_ejection_percent,
         "min_health_percent": rule.min_health_percent,
+        "http_error_codes": rule.errors.map(|errors| errors.iter().collect::<Vec<_>>()),
     })
 }

@@ -73,10 +73,11 @@ impl Recipe {
         let (endpoints, leaving) = endpoints(&chosen, before, checked);
         let layout = Layout { localities, mesh: mesh.locality.as_ref(), nearby: self.nearby };
         let levels = layout.levels(&self.policy, &chosen);
-        let spread = Spread { levels, warmup: self.policy.balancer.warmup, leaving };
+        let by_client = layout.by_client(&self.policy, &chosen);
+        let spread = Spread { levels, by_client, warmup: self.policy.balancer.warmup, leaving };
         let (balancing, hash) = spread::chooser(&self.policy.choice, &endpoints, &spread);
         // The kernel knows neither levels nor weights that have to hold while connections are open.
-        let limits_connections = self.policy.limits_connections || !spread.levels.is_empty() || is_checked;
+        let limits_connections = self.policy.limits_connections || !spread.is_even() || is_checked;
         LaidOut { endpoints, spread: Arc::new(spread), balancing, hash, limits_connections }
     }
 }

@@ -4,12 +4,17 @@
 //! As in Istio, one place stands in for another only where `outlierDetection` says when it has to. Tested in
 //! `tests/locality.rs`.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::sync::Arc;
 
 use super::{destination_rules::Policy, endpoints::Candidate, locality::Localities};
 use crate::state::{
-    resource::{load_balancer::Choice, locality::LocalitySetting},
-    snapshot::{Balancing, ConsistentHash, Endpoint, Group, Level, Locality, MOST_LEVELS, Placed, Spread},
+    resource::{
+        load_balancer::Choice,
+        locality::{LocalitySetting, is_of_client},
+    },
+    snapshot::{
+        Balancing, ByClient, ConsistentHash, Endpoint, Group, Level, Locality, Spread, Traits, Wanted, rank,
+    },
 };
 
 /// What a Service asks for (`trafficDistribution`).
@@ -31,9 +36,6 @@ pub(super) struct Layout<'a, 'p> {
     pub nearby: Option<Nearby>,
 }
 
-/// The most that a share of a table of hashes is divided into.
-const PARTS: u64 = 1_000;
-
 impl Layout<'_, '_> {
     /// The levels of these endpoints; none where all are one, and each as good as any other.
     pub fn levels(&self, policy: &Policy, endpoints: &[&Candidate<'_>]) -> Box<[Level]> {
@@ -41,30 +43,36 @@ impl Layout<'_, '_> {
         if let Some(shares) = self.shares(own) {
             return [Level { groups: by_share(shares, endpoints) }].into();
         }
-        let mut by_rank: BTreeMap<usize, Vec<u32>> = BTreeMap::new();
         let ranks = self.ranks(own, policy.outlier.is_some(), endpoints);
-        for (index, rank) in (0..).zip(ranks.unwrap_or_else(|| vec![0; endpoints.len()])) {
-            by_rank.entry(rank).or_default().push(index);
+        let ranks = ranks.unwrap_or_else(|| vec![0; endpoints.len()]);
+        let weights: Vec<u32> = endpoints.iter().map(|one| one.weight).collect();
+        Level::by_rank(&ranks, &weights)
+    }
+
+    /// What makes the levels others for each client, where the labels of its pod do.
+    pub fn by_client(&self, policy: &Policy, endpoints: &[&Candidate<'_>]) -> Option<ByClient> {
+        let own = policy.balancer.locality.as_ref();
+        let others_say = own.is_none() && (self.nearby.is_some() || hints(endpoints).is_some());
+        let setting = own.or(self.mesh).filter(|_| policy.outlier.is_some() && !others_say)?;
+        let depends = setting.priority.iter().any(|(label, value)| is_of_client(label, value.as_deref()));
+        if !depends || setting.disabled || !setting.distribute.is_empty() {
+            return None;
         }
-        let weights = |members: &[u32]| -> Vec<u32> {
-            members.iter().map(|index| endpoints[*index as usize].weight).collect()
+        let wanted = setting.priority.iter().map(|(label, value)| match value {
+            None if is_of_client(label, None) => Wanted::OfClient(label.as_str().into()),
+            value => {
+                Wanted::Value(value.as_deref().unwrap_or_else(|| self.localities.own_label(label)).into())
+            }
+        });
+        let traits = |one: &&Candidate<'_>| {
+            let values = setting.priority.iter().map(|(label, _)| self.label(label, one).into());
+            Traits { values: values.collect(), distance: self.distance(setting, one) }
         };
-        let mut levels: Vec<Vec<u32>> = by_rank.into_values().collect();
-        if let [only] = &levels[..] {
-            let group = Group::new(1, None, &weights(only));
-            let even = group.weights.is_none();
-            return if even { Box::default() } else { [Level { groups: [group].into() }].into() };
-        }
-        if levels.len() > MOST_LEVELS {
-            let mut last = levels.split_off(MOST_LEVELS - 1).concat();
-            last.sort_unstable();
-            levels.push(last);
-        }
-        let level = |members: Vec<u32>| {
-            let weights = weights(&members);
-            Level { groups: [Group::new(1, Some(members.into()), &weights)].into() }
+        let hash = match &policy.choice {
+            Choice::Hash(key, table) => Some((Arc::clone(key), *table)),
+            Choice::Simple(_) => None,
         };
-        levels.into_iter().map(level).collect()
+        Some(ByClient::new(wanted.collect(), endpoints.iter().map(traits).collect(), hash))
     }
 
     /// `distribute`, where it has something to say to clients of this node.
@@ -94,9 +102,7 @@ impl Layout<'_, '_> {
                 })
             });
         }
-        // As kube-proxy has it: all endpoints have hints, and some are meant for here, or none counts.
-        let hints: Option<Vec<usize>> = endpoints.iter().map(|one| one.hint.map(usize::from)).collect();
-        if let Some(hints) = hints.filter(|hints| hints.iter().any(|hint| *hint < 2)) {
+        if let Some(hints) = hints(endpoints) {
             return Some(hints);
         }
         let by_default = Arc::default();
@@ -104,29 +110,43 @@ impl Layout<'_, '_> {
         outliers.then(|| each(&|one| self.by_setting(setting, one)))
     }
 
-    /// Istio's priorities: by the labels in common with this node, then by how far the place is.
+    /// Istio's priorities: by the labels in common with this node, then by how far the place is. The client's own pod has none
+    /// of the labels.
     fn by_setting(&self, setting: &LocalitySetting, one: &Candidate<'_>) -> usize {
-        let own = &self.localities.own;
         // Shares that are not for clients of here are no failover either.
         if setting.disabled || !setting.distribute.is_empty() {
             return 0;
         }
-        let in_common = setting.priority.iter().take_while(|(label, value)| {
+        let in_common = setting.priority.iter().map(|(label, value)| {
             let wanted = value.as_deref().unwrap_or_else(|| self.localities.own_label(label));
-            self.localities.label(label, (&one.locality, one.node), one.labels) == wanted
+            self.label(label, one) == wanted
         });
-        let missing = setting.priority.len() - in_common.count();
+        rank(setting.priority.len(), in_common, self.distance(setting, one))
+    }
+
+    fn label<'s>(&'s self, label: &str, one: &'s Candidate<'_>) -> &'s str {
+        self.localities.label(label, (&one.locality, one.node), one.labels)
+    }
+
+    /// How far an endpoint is, 0 to 4, where places count.
+    fn distance(&self, setting: &LocalitySetting, one: &Candidate<'_>) -> usize {
+        let own = &self.localities.own;
         let by_place = setting.priority.is_empty() || !setting.failover.is_empty();
-        let distance = match own.distance(&one.locality) {
+        match own.distance(&one.locality) {
             _ if !by_place || own.is_unknown() => 0,
             3 => {
                 let stands_in = setting.failover.iter().find(|(from, _)| **from == *own.region);
                 3 + usize::from(stands_in.is_some_and(|(_, to)| **to != *one.locality.region))
             }
             near => near,
-        };
-        missing * 5 + distance
+        }
     }
+}
+
+/// As kube-proxy has it: all endpoints have hints, and some are meant for here, or none counts.
+fn hints(endpoints: &[&Candidate<'_>]) -> Option<Vec<usize>> {
+    let hints: Option<Vec<usize>> = endpoints.iter().map(|one| one.hint.map(usize::from)).collect();
+    hints.filter(|hints| hints.iter().any(|hint| *hint < 2))
 }
 
 /// The groups that have shares; an endpoint that is in none of the places gets nothing.
@@ -152,33 +172,5 @@ pub(super) fn chooser(
         Choice::Simple(balancing) => return (*balancing, None),
         Choice::Hash(key, table) => (Arc::clone(key), *table),
     };
-    let addresses = || endpoints.iter().map(|endpoint| endpoint.address).collect::<Vec<_>>();
-    let hash = if spread.levels.is_empty() {
-        ConsistentHash::new(key, table, &addresses())
-    } else {
-        let levels: Vec<_> = spread.levels.iter().map(|level| placed(level, endpoints)).collect();
-        ConsistentHash::by_level(key, table, &levels)
-    };
-    (Balancing::Random, Some(hash))
-}
-
-/// The endpoints of a level, with the shares of their groups in their weights.
-fn placed(level: &Level, endpoints: &[Arc<Endpoint>]) -> Vec<Placed> {
-    let mut all = Vec::with_capacity(level.len(endpoints.len()));
-    for group in &level.groups {
-        let indices = (0..group.len(endpoints.len())).filter_map(|place| group.index(place));
-        let members: Vec<(usize, &Arc<Endpoint>)> =
-            indices.filter_map(|index| Some((index, endpoints.get(index)?))).collect();
-        let sum: u64 = members.iter().map(|(_, endpoint)| u64::from(endpoint.weight)).sum();
-        all.extend(members.into_iter().map(|(index, endpoint)| {
-            let weight = if level.groups.len() == 1 {
-                endpoint.weight
-            } else {
-                let share = u64::from(group.share) * PARTS * u64::from(endpoint.weight);
-                share.div_ceil(sum.max(1)) as u32
-            };
-            Placed { index: index as u32, address: endpoint.address, weight }
-        }));
-    }
-    all
+    (Balancing::Random, Some(ConsistentHash::over(key, table, endpoints, &spread.levels)))
 }

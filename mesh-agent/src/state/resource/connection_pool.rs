@@ -8,9 +8,9 @@ use serde::Deserialize;
 
 use super::{
     duration::IstioDuration,
-    field::{Checked, FieldError, NotYet},
+    field::{Checked, FieldError},
 };
-use crate::state::snapshot::{ConnectionPool, Idle, TcpKeepalive};
+use crate::state::snapshot::{ConnectionPool, Idle, Pings, TcpKeepalive};
 
 /// `connectionPool`.
 #[derive(Debug, Clone, Copy, Default)]
@@ -59,8 +59,14 @@ struct WireHttp {
     #[serde(default)]
     use_client_protocol: bool,
     max_concurrent_streams: Option<i32>,
-    #[serde(rename = "http2KeepAlive")]
-    _http2_keep_alive: Option<NotYet>,
+    http2_keep_alive: Option<WirePings>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct WirePings {
+    interval: Option<IstioDuration>,
+    timeout: Option<IstioDuration>,
 }
 
 /// `DEFAULT` is what the mesh-wide settings say, where Istio's default is not to.
@@ -102,6 +108,7 @@ impl Wire {
             streams: most("http.maxConcurrentStreams", http.max_concurrent_streams)?,
             upgrade,
             client_protocol: http.use_client_protocol,
+            pings: http.http2_keep_alive.map(WirePings::check).transpose()?,
         };
         Ok(Pool { connect_timeout: time("tcp.connectTimeout", tcp.connect_timeout)?, limits })
     }
@@ -119,6 +126,19 @@ impl WireKeepalive {
                 }
                 probes => probes.filter(|probes| *probes > 0),
             },
+        })
+    }
+}
+
+impl WirePings {
+    /// Both are needed: Envoy takes no settings without `timeout`, and without `interval` nothing would be asked.
+    fn check(self) -> Checked<Pings> {
+        let time = |field, written: Option<IstioDuration>| {
+            time(field, written)?.ok_or_else(|| FieldError::new(field, "is required"))
+        };
+        Ok(Pings {
+            interval: time("http.http2KeepAlive.interval", self.interval)?,
+            timeout: time("http.http2KeepAlive.timeout", self.timeout)?,
         })
     }
 }
@@ -166,7 +186,8 @@ mod tests {
             },
             "http": {
                 "http1MaxPendingRequests": 1, "http2MaxRequests": 2, "maxRequestsPerConnection": 3, "maxRetries": 4,
-                "idleTimeout": "10s", "h2UpgradePolicy": "UPGRADE", "maxConcurrentStreams": 5
+                "idleTimeout": "10s", "h2UpgradePolicy": "UPGRADE", "maxConcurrentStreams": 5,
+                "http2KeepAlive": { "interval": "30s", "timeout": "5s" }
             }
         }))
         .unwrap();
@@ -188,6 +209,7 @@ mod tests {
             streams: Some(5),
             upgrade: true,
             client_protocol: false,
+            pings: Some(Pings { interval: Duration::from_secs(30), timeout: Duration::from_secs(5) }),
         };
         assert_eq!((pool.connect_timeout, pool.limits), (Some(Duration::from_millis(30)), expected));
     }
@@ -236,7 +258,13 @@ mod tests {
                 "http.useClientProtocol",
                 "UPGRADE",
             ),
-            (http(json!({"http2KeepAlive": {}})), "http.http2KeepAlive", "not supported yet"),
+            (http(json!({"http2KeepAlive": {}})), "http.http2KeepAlive.interval", "required"),
+            (http(json!({"http2KeepAlive": {"interval": "1s"}})), "http.http2KeepAlive.timeout", "required"),
+            (
+                http(json!({"http2KeepAlive": {"interval": "1us", "timeout": "1s"}})),
+                "http.http2KeepAlive.interval",
+                "1ms",
+            ),
             (json!({"udp": {}}), "udp", "unknown field"),
         ];
         for (value, field, message) in table {

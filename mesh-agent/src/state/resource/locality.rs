@@ -1,7 +1,6 @@
 //! `localityLbSetting`, of a `DestinationRule` and of the mesh-wide settings: shares by locality, or who stands in for whom.
 //!
-//! What the client's own pod is called beside its place (`failoverPriority` by a label without a value) is refused by name:
-//! endpoints are laid out once for all pods of a node. Tested by the tables below.
+//! Tested by the tables below.
 
 use std::collections::BTreeMap;
 
@@ -150,17 +149,15 @@ fn overlap(one: &Locality, other: &Locality) -> bool {
     meets(&one.region, &other.region) && meets(&one.zone, &other.zone) && meets(&one.subzone, &other.subzone)
 }
 
+/// Whether what is compared with this label of `failoverPriority` depends on the client's pod.
+pub fn is_of_client(label: &str, value: Option<&str>) -> bool {
+    value.is_none() && !OF_A_NODE.contains(&label)
+}
+
 fn label_of(text: &str) -> Checked<(String, Option<String>)> {
     let (label, value) = text.split_once('=').map_or((text, None), |(label, value)| (label, Some(value)));
     if label.is_empty() {
         return Err(FieldError::new("", "is not the name of a label"));
-    }
-    if value.is_none() && !OF_A_NODE.contains(&label) {
-        let message = format!(
-            "{label:?} of the client's own pod is not supported: only of its place ({}); else write {label}=VALUE",
-            OF_A_NODE[..4].join(", ")
-        );
-        return Err(FieldError::new("", message));
     }
     Ok((label.to_owned(), value.map(str::to_owned)))
 }
@@ -181,12 +178,16 @@ mod tests {
         assert_eq!(read(&json!({})).unwrap(), LocalitySetting::default());
         assert!(read(&json!({"enabled": false})).unwrap().disabled);
         let read = read(&json!({
-            "failoverPriority": ["version=v2", "kubernetes.io/hostname"],
+            "failoverPriority": ["version=v2", "kubernetes.io/hostname", "team"],
             "failover": [{"from": "a", "to": "b"}],
         }));
         let setting = read.unwrap();
         assert_eq!(setting.failover, [("a".to_owned(), "b".to_owned())]);
-        let labels = [("version".to_owned(), Some("v2".to_owned())), (HOSTNAME.to_owned(), None)];
+        let labels = [
+            ("version".to_owned(), Some("v2".to_owned())),
+            (HOSTNAME.to_owned(), None),
+            ("team".to_owned(), None),
+        ];
         assert_eq!(setting.priority, labels);
         let shares = json!({"distribute": [{"from": "a/*", "to": {"a/z1/*": 80, "b": 20}}]});
         let places = vec![(Locality::parse("a/z1/*"), 80), (Locality::parse("b"), 20)];
@@ -220,7 +221,6 @@ mod tests {
                 "failover",
                 "in two ways",
             ),
-            (json!({"failoverPriority": ["version"]}), "failoverPriority[0]", "version=VALUE"),
             (json!({"failoverPriority": ["=a"]}), "failoverPriority[0]", "not the name"),
             (json!({"zones": []}), "zones", "unknown field"),
         ];

@@ -1,14 +1,17 @@
 //! `outlierDetection` of a `DestinationRule`, with Istio's and Envoy's defaults.
 //!
-//! Fields that Istio has and this version does not honour are refused by name. Tested by the tables below.
+//! Tested by the tables below.
 
 use serde::Deserialize;
 
 use super::{
     duration::IstioDuration,
-    field::{Checked, FieldError, NotYet},
+    field::{Checked, FieldError, item},
 };
-use crate::state::{defaults, snapshot::OutlierDetection};
+use crate::state::{
+    defaults,
+    snapshot::{OutlierDetection, Statuses},
+};
 
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -25,8 +28,8 @@ pub(super) struct Wire {
     base_ejection_time: Option<IstioDuration>,
     max_ejection_percent: Option<u32>,
     min_health_percent: Option<u32>,
-    #[serde(rename = "outlierDetectionHttpErrorCodes")]
-    _http_error_codes: Option<NotYet>,
+    #[serde(default)]
+    outlier_detection_http_error_codes: Vec<u16>,
 }
 
 impl Wire {
@@ -66,8 +69,18 @@ impl Wire {
                 "minHealthPercent",
                 default.min_health_percent,
             )?,
+            errors: statuses(&self.outlier_detection_http_error_codes)
+                .map_err(|(i, error)| item("outlierDetectionHttpErrorCodes", i)(error))?,
         })
     }
+}
+
+/// None: what is left out is as Istio has it.
+fn statuses(written: &[u16]) -> Result<Option<Statuses>, (usize, FieldError)> {
+    if let Some(i) = written.iter().position(|status| !Statuses::RANGE.contains(status)) {
+        return Err((i, FieldError::new("", format!("{} is not in range 100..599", written[i]))));
+    }
+    Ok((!written.is_empty()).then(|| written.iter().copied().collect()))
 }
 
 #[cfg(test)]
@@ -93,9 +106,16 @@ mod tests {
             base_ejection_time: Duration::from_secs(30),
             max_ejection_percent: 10,
             min_health_percent: 0,
+            errors: None,
         };
+        let errors = Statuses::from_iter([599, 429, 100]);
         let table = [
             (json!({}), default),
+            (json!({"outlierDetectionHttpErrorCodes": []}), default),
+            (
+                json!({"outlierDetectionHttpErrorCodes": [599, 100, 429]}),
+                OutlierDetection { errors: Some(errors), ..default },
+            ),
             (json!({"consecutiveErrors": 3}), OutlierDetection { gateway_errors: 3, ..default }),
             (
                 json!({"consecutive5xxErrors": 0, "consecutiveGatewayErrors": 2, "consecutiveErrors": 3}),
@@ -124,6 +144,7 @@ mod tests {
         for (written, expected) in table {
             assert_eq!(read(&written).unwrap(), expected, "{written}");
         }
+        assert_eq!(errors.iter().collect::<Vec<_>>(), [100, 429, 599]);
     }
 
     #[test]
@@ -135,9 +156,9 @@ mod tests {
             (json!({"minHealthPercent": -1}), "minHealthPercent", "invalid value"),
             (json!({"consecutive5xxErrors": "five"}), "consecutive5xxErrors", "invalid type"),
             (
-                json!({"outlierDetectionHttpErrorCodes": []}),
-                "outlierDetectionHttpErrorCodes",
-                "not supported yet",
+                json!({"outlierDetectionHttpErrorCodes": [500, 600]}),
+                "outlierDetectionHttpErrorCodes[1]",
+                "100..599",
             ),
             (json!({"successRate": 1}), "successRate", "unknown field"),
         ];

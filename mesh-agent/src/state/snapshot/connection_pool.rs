@@ -35,6 +35,17 @@ pub struct ConnectionPool {
     pub upgrade: bool,
     /// `http.useClientProtocol`: what the client speaks, whatever the port declares.
     pub client_protocol: bool,
+    /// `http.http2KeepAlive`.
+    pub pings: Option<Pings>,
+}
+
+/// `http.http2KeepAlive`: HTTP/2 connections are asked whether anybody is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pings {
+    /// `interval` between an answer and the next PING.
+    pub interval: Duration,
+    /// `timeout`: a PING without an answer for so long ends the connection.
+    pub timeout: Duration,
 }
 
 /// How long a connection may wait for its next request.
@@ -75,6 +86,7 @@ impl ConnectionPool {
         streams: None,
         upgrade: false,
         client_protocol: false,
+        pings: None,
     };
 
     /// Whether anything is to be counted.

@@ -8,6 +8,8 @@ use std::{fmt::Write as _, net::SocketAddr, sync::Arc, time::Duration};
 use http::HeaderName;
 use twox_hash::XxHash64;
 
+use super::{Endpoint, Level};
+
 /// What a request is told apart by (Istio's `consistentHash`).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum HashKey {
@@ -86,6 +88,16 @@ impl ConsistentHash {
             HashTable::Maglev(size) => Places::Maglev(maglev(size, endpoints).into()),
         };
         Self { key, levels: levels.iter().map(places).collect() }
+    }
+
+    /// The tables for a cluster's endpoints as they are in levels; none: all are one level, each as good as any other.
+    pub fn over(key: Arc<HashKey>, table: HashTable, endpoints: &[Arc<Endpoint>], levels: &[Level]) -> Self {
+        if levels.is_empty() {
+            let addresses: Vec<_> = endpoints.iter().map(|endpoint| endpoint.address).collect();
+            return Self::new(key, table, &addresses);
+        }
+        let levels: Vec<_> = levels.iter().map(|level| level.placed(endpoints)).collect();
+        Self::by_level(key, table, &levels)
     }
 
     /// Name and size of the tables, for people.

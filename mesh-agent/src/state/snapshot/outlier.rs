@@ -29,6 +29,43 @@ pub struct OutlierDetection {
     pub max_ejection_percent: u32,
     /// `minHealthPercent`: with fewer left, all are used, healthy or not. Zero: never.
     pub min_health_percent: u32,
+    /// `outlierDetectionHttpErrorCodes`: the statuses that are errors, in the place of all from 500 on.
+    pub errors: Option<Statuses>,
+}
+
+/// A set of HTTP statuses, from 100 to 599.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Statuses([u64; 8]);
+
+impl Statuses {
+    /// The smallest and the largest.
+    pub const RANGE: std::ops::RangeInclusive<u16> = 100..=599;
+
+    /// Whether it has this one.
+    pub fn contains(&self, status: u16) -> bool {
+        Self::place(status).is_some_and(|(word, bit)| self.0[word] & bit != 0)
+    }
+
+    /// All of them, in order.
+    pub fn iter(self) -> impl Iterator<Item = u16> {
+        Self::RANGE.filter(move |status| self.contains(*status))
+    }
+
+    fn place(status: u16) -> Option<(usize, u64)> {
+        let at = Self::RANGE.contains(&status).then(|| status - Self::RANGE.start())?;
+        Some((usize::from(at / 64), 1 << (at % 64)))
+    }
+}
+
+impl FromIterator<u16> for Statuses {
+    /// Those of [`Self::RANGE`]; others are in no set.
+    fn from_iter<I: IntoIterator<Item = u16>>(statuses: I) -> Self {
+        let mut set = Self::default();
+        for (word, bit) in statuses.into_iter().filter_map(Self::place) {
+            set.0[word] |= bit;
+        }
+        set
+    }
 }
 
 /// What is remembered of one endpoint of a cluster.

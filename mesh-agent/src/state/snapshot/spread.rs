@@ -5,6 +5,7 @@
 //! `balance/`'s. Tested through `compile/` and `balance/`.
 
 use std::{
+    collections::BTreeMap,
     sync::{
         Arc,
         atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
@@ -14,7 +15,7 @@ use std::{
 
 use tokio::time::Instant;
 
-use super::{Endpoint, Weights};
+use super::{ByClient, Endpoint, Placed, Weights};
 
 /// The most levels of a cluster; what would be beyond is in the last one.
 pub const MOST_LEVELS: usize = 16;
@@ -22,11 +23,16 @@ pub const MOST_LEVELS: usize = 16;
 /// For how long the number of available endpoints of a group is believed, where nothing has told of a change.
 const BELIEVED: Duration = Duration::from_millis(100);
 
+/// The most that a share of a table of hashes is divided into.
+const PARTS: u64 = 1_000;
+
 /// How the endpoints of a cluster are spread.
 #[derive(Debug, Default)]
 pub struct Spread {
     /// The best first. None: all endpoints are one level, each as good as any other.
     pub levels: Box<[Level]>,
+    /// For clients whose own labels matter, in the place of these levels, which are for who has none of those labels.
+    pub by_client: Option<ByClient>,
     /// Endpoints that have come lately get less (`loadBalancer.warmup`).
     pub warmup: Option<Warmup>,
     /// Endpoints that have left, and had requests or connections in flight or were ejected at that time: they get nothing, and
@@ -37,18 +43,28 @@ pub struct Spread {
 impl Spread {
     /// The endpoints' availability has changed.
     pub fn changed(&self) {
-        for group in self.levels.iter().flat_map(|level| &level.groups) {
-            group.due.store(0, Relaxed);
+        self.levels.iter().for_each(Level::changed);
+        if let Some(by_client) = &self.by_client {
+            by_client.changed();
         }
     }
 
     /// The level that holds the endpoint with this index, if one does.
     pub fn level_of(&self, index: usize) -> Option<usize> {
-        if self.levels.is_empty() {
-            return Some(0);
-        }
-        self.levels.iter().position(|level| level.groups.iter().any(|group| group.holds(index)))
+        level_of(&self.levels, index)
     }
+
+    /// Whether all endpoints are the same to everybody.
+    pub fn is_even(&self) -> bool {
+        self.levels.is_empty() && self.by_client.is_none()
+    }
+}
+
+pub(super) fn level_of(levels: &[Level], index: usize) -> Option<usize> {
+    if levels.is_empty() {
+        return Some(0);
+    }
+    levels.iter().position(|level| level.groups.iter().any(|group| group.holds(index)))
 }
 
 /// Endpoints that are chosen from before all others, as long as enough of them are available.
@@ -59,9 +75,65 @@ pub struct Level {
 }
 
 impl Level {
+    /// The levels of endpoints that are so good (0 is the best) and have these weights; none where all are one level, each as
+    /// good as any other.
+    pub fn by_rank(ranks: &[usize], weights: &[u32]) -> Box<[Self]> {
+        let mut by_rank: BTreeMap<usize, Vec<u32>> = BTreeMap::new();
+        for (index, rank) in (0..).zip(ranks) {
+            by_rank.entry(*rank).or_default().push(index);
+        }
+        let of = |members: &[u32]| -> Vec<u32> {
+            members.iter().map(|index| weights.get(*index as usize).copied().unwrap_or(1)).collect()
+        };
+        let mut levels: Vec<Vec<u32>> = by_rank.into_values().collect();
+        if let [only] = &levels[..] {
+            let group = Group::new(1, None, &of(only));
+            let even = group.weights.is_none();
+            return if even { Box::default() } else { [Self { groups: [group].into() }].into() };
+        }
+        if levels.len() > MOST_LEVELS {
+            let mut last = levels.split_off(MOST_LEVELS - 1).concat();
+            last.sort_unstable();
+            levels.push(last);
+        }
+        let level = |members: Vec<u32>| {
+            let weights = of(&members);
+            Self { groups: [Group::new(1, Some(members.into()), &weights)].into() }
+        };
+        levels.into_iter().map(level).collect()
+    }
+
     /// How many endpoints it has.
     pub fn len(&self, all: usize) -> usize {
         self.groups.iter().map(|group| group.len(all)).sum()
+    }
+
+    /// Its endpoints, with the shares of their groups in their weights.
+    pub(super) fn placed(&self, endpoints: &[Arc<Endpoint>]) -> Vec<Placed> {
+        let mut all = Vec::with_capacity(self.len(endpoints.len()));
+        for group in &self.groups {
+            let indices = (0..group.len(endpoints.len())).filter_map(|place| group.index(place));
+            let members: Vec<(usize, &Arc<Endpoint>)> =
+                indices.filter_map(|index| Some((index, endpoints.get(index)?))).collect();
+            let sum: u64 = members.iter().map(|(_, endpoint)| u64::from(endpoint.weight)).sum();
+            all.extend(members.into_iter().map(|(index, endpoint)| {
+                let weight = if self.groups.len() == 1 {
+                    endpoint.weight
+                } else {
+                    let share = u64::from(group.share) * PARTS * u64::from(endpoint.weight);
+                    share.div_ceil(sum.max(1)) as u32
+                };
+                Placed { index: index as u32, address: endpoint.address, weight }
+            }));
+        }
+        all
+    }
+
+    /// The endpoints' availability has changed.
+    pub(super) fn changed(&self) {
+        for group in &self.groups {
+            group.due.store(0, Relaxed);
+        }
     }
 }
 

@@ -125,3 +125,36 @@ async fn there_is_room_for_the_next_where_others_wait() -> TestResult {
     drop((far_ends, other_far));
     Ok(())
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_peer_that_answers_no_ping_is_left_in_time() -> TestResult {
+    let (near, far) = tokio::io::duplex(1 << 16);
+    let seconds = Duration::from_secs;
+    let peer = tokio::spawn(async move {
+        let mut server = h2::server::handshake(far).await?;
+        // Answers what comes within 25 seconds, two PINGs among it; after that it is there, and no more.
+        let asked = tokio::time::timeout(seconds(25), server.accept()).await.is_ok();
+        Ok::<_, h2::Error>((server, asked))
+    });
+    let pings = Pings { interval: seconds(10), timeout: seconds(3) };
+    let to = SocketAddr::from(([10, 0, 0, 1], 80));
+    let (sender, connection) = connect_http2(near, to, None, Some(pings)).await?;
+    let begun = Instant::now();
+    connection.await;
+    assert!(about(seconds(33)).contains(&begun.elapsed()), "{:?}", begun.elapsed());
+    assert!(http2::is_closed(&sender));
+    assert!(!peer.await??.1, "it was asked for nothing else");
+    Ok(())
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_pings_nobody_is_asked() -> TestResult {
+    let (near, far) = tokio::io::duplex(1 << 16);
+    let peer = tokio::spawn(async move { h2::server::handshake(far).await });
+    let to = SocketAddr::from(([10, 0, 0, 1], 80));
+    let (_sender, connection) = connect_http2(near, to, None, None).await?;
+    let ended = tokio::time::timeout(Duration::from_hours(1), connection).await;
+    assert!(ended.is_err(), "a peer that says nothing is no peer that has gone");
+    drop(peer);
+    Ok(())
+}

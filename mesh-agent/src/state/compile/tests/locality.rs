@@ -47,6 +47,10 @@ fn whole(snapshot: &Snapshot) -> Arc<Cluster> {
 
 /// The last numbers of the addresses in each group of each level, with the groups' shares where there are several.
 fn levels(cluster: &Cluster) -> Vec<String> {
+    shown(cluster, &cluster.spread.levels)
+}
+
+fn shown(cluster: &Cluster, levels: &[crate::state::snapshot::Level]) -> Vec<String> {
     let level = |level: &crate::state::snapshot::Level| {
         let several = level.groups.len() > 1;
         let groups = level.groups.iter().map(|group| {
@@ -60,7 +64,7 @@ fn levels(cluster: &Cluster) -> Vec<String> {
         });
         groups.collect::<Vec<_>>().join(", ")
     };
-    cluster.spread.levels.iter().map(level).collect()
+    levels.iter().map(level).collect()
 }
 
 const OUTLIERS: &str = "outlierDetection: {}";
@@ -124,6 +128,36 @@ fn failover_is_by_labels_in_common_one_after_the_other() {
     assert_eq!(with(&format!("{{failoverPriority: ['{region}=r3', 'version=v1']}}")), ["5", "1 2 3 4"]);
     let both = "{failoverPriority: ['version=v0'], failover: [{from: r1, to: r2}]}";
     assert_eq!(with(both), ["2", "4", "1", "3", "5"]);
+}
+
+#[test]
+fn labels_of_the_clients_own_pod_make_levels_for_each_client() {
+    let region = "topology.kubernetes.io/region";
+    let policy = |setting: &str| format!("loadBalancer: {{localityLbSetting: {setting}}}, {OUTLIERS}");
+    let by_version = policy(&format!("{{failoverPriority: [version, {region}]}}"));
+    let cluster = by_policy(&by_version, "");
+    let of = |cluster: &Cluster, labels: &[(&str, &str)]| {
+        let client = labels.iter().map(|(label, value)| ((*label).into(), (*value).into())).collect();
+        let by_client = cluster.spread.by_client.as_ref().unwrap();
+        shown(cluster, &by_client.layout(&client, &cluster.endpoints).levels)
+    };
+    assert_eq!(of(&cluster, &[("version", "v0"), ("app", "b")]), ["2", "4", "1 3 5"]);
+    assert_eq!(of(&cluster, &[("version", "v1")]), ["1 3", "5", "2 4"]);
+    assert_eq!(of(&cluster, &[("app", "a")]), [""; 0], "nobody is like who has no such label");
+    assert!(levels(&cluster).is_empty() && cluster.limits_connections, "the kernel does not know of them");
+    // Beside values that are the same for all, and places.
+    let mixed =
+        by_policy(&policy("{failoverPriority: ['app=a', version], failover: [{from: r1, to: r3}]}"), "");
+    assert_eq!(of(&mixed, &[("version", "v1")]), ["1", "3", "5", "2", "4"]);
+    // Where nobody would know when, or somebody else decides, nothing is asked of the client.
+    let mesh = "---\n{apiVersion: v1, kind: ConfigMap, metadata: {name: mesh, namespace: istio-system}, \
+                data: {mesh: 'localityLbSetting: {failoverPriority: [version]}'}}\n";
+    let asks = |policy: &str, more: &str| by_policy(policy, more).spread.by_client.is_some();
+    assert!(asks(OUTLIERS, mesh), "the mesh-wide setting may ask too");
+    assert!(!asks("loadBalancer: {localityLbSetting: {failoverPriority: [version]}}", ""));
+    assert!(!asks(&policy("{enabled: false, failoverPriority: [version]}"), ""));
+    assert!(!asks(&policy("{failoverPriority: ['version=v1', kubernetes.io/hostname]}"), ""));
+    assert!(!asks(&policy("{}"), mesh), "the rule's own says nothing of it");
 }
 
 #[test]
@@ -283,4 +317,22 @@ fn who_comes_back_while_it_is_not_done_is_known_again() {
         assert_eq!(same, known, "{index}");
     }
     assert!(whole(&third).spread.leaving.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_left_while_it_was_ejected_is_known_for_five_minutes() {
+    let base = service("default", "a", "{port: 80}") + REST;
+    let (all, one) = (base.clone() + &pods(), base + &on("here", 1, ""));
+    let read = |text: &str| read_text(text).0;
+    let (first, _) = compile(&read(&all), None, &here());
+    let ejected = Arc::clone(&whole(&first).endpoints[2]);
+    ejected.state.health.eject(tokio::time::Instant::now());
+    let (mut before, _) = compile(&read(&one), Some(&first), &here());
+    for (minutes, known) in [(4, true), (2, false)] {
+        tokio::time::advance(std::time::Duration::from_mins(minutes)).await;
+        (before, _) = compile(&read(&one), Some(&before), &here());
+        assert_eq!(whole(&before).spread.leaving.len(), usize::from(known), "{minutes}");
+        let (back, _) = compile(&read(&all), Some(&before), &here());
+        assert_eq!(Arc::ptr_eq(&whole(&back).endpoints[2].state, &ejected.state), known, "{minutes}");
+    }
 }
