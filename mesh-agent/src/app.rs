@@ -85,6 +85,7 @@ pub fn node(config: NodeConfig, log: &str) -> Result<()> {
     if !nix::unistd::geteuid().is_root() {
         return Err(NotStarted("capturing traffic takes root".to_owned()).into());
     }
+    capture::keep_little();
     // What watches, enrols and reports; connections have threads of their own.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let (workers, _threads) = start_workers(config.workers)?;

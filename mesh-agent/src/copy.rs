@@ -1,24 +1,28 @@
 //! Bytes from one stream to another, both ways, each way to its own end.
 //!
 //! Promises: an end of file is handed on as a half-close and never ends the other direction; a reset or error of
-//! either stream ends both. Buffers start small, so that an idle connection is cheap, and grow with use. Tested
+//! either stream ends both. A direction has a buffer only while it has bytes: an idle connection holds none. Tested
 //! below over in-memory pipes, and end to end in `tests/tests/`.
 
+mod buffer;
 mod splice;
 
 use std::{
+    future::poll_fn,
     io,
+    pin::Pin,
     sync::atomic::{AtomicU64, Ordering},
+    task::{Context, Poll, ready},
 };
 
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 
+use self::buffer::{Buffer, Size};
 pub use self::splice::between_sockets;
 use crate::error::{Error, Kind, Result};
 
-/// Buffer sizes in bytes and the traffic after which the next is used: 1 KiB for what mostly waits, 16 KiB once
-/// 128 KiB have passed, 256 KiB once 10 MiB have passed (ztunnel's steps).
-const STEPS: [(usize, u64); 3] = [(1 << 10, 0), (16 << 10, 128 << 10), (256 << 10, 10 << 20)];
+/// Bytes that have to have passed before large buffers are used (ztunnel's).
+const LARGE_AFTER: u64 = 10 << 20;
 
 /// Bytes moved so far, readable while the copy runs.
 #[derive(Debug, Default)]
@@ -71,29 +75,37 @@ where
     W: AsyncWrite + Unpin,
 {
     let [reading, writing] = blame;
-    let mut step = 0;
-    let mut buffer = vec![0; STEPS[step].0];
-    let mut total = 0;
+    let (mut size, mut total) = (Size::Small, 0);
     loop {
-        let read = from.read(&mut buffer).await.map_err(|error| reading(&error))?;
-        if read == 0 {
+        let read = poll_fn(|cx| poll_read(&mut from, size, cx)).await.map_err(|error| reading(&error))?;
+        let Some(buffer) = read else {
             // A peer that has already gone cannot be told that we are done; its own direction reports the failure.
             return match to.shutdown().await {
                 Err(error) if is_gone(&error) => Ok(()),
                 other => other.map_err(|error| writing(&error)),
             };
-        }
-        to.write_all(&buffer[..read]).await.map_err(|error| writing(&error))?;
+        };
+        to.write_all(buffer.filled()).await.map_err(|error| writing(&error))?;
         to.flush().await.map_err(|error| writing(&error))?;
-        total += read as u64;
+        total += buffer.filled().len() as u64;
         moved.store(total, Ordering::Relaxed);
-        if let Some((size, after)) = STEPS.get(step + 1)
-            && total >= *after
-        {
-            step += 1;
-            buffer = vec![0; *size];
-        }
+        let much = total >= LARGE_AFTER && buffer.filled().len() >= Size::Small.bytes();
+        size = if much { Size::Large } else { Size::Small };
     }
+}
+
+/// Reads into a buffer that is there only once there is something to read; `None` at the end of file.
+fn poll_read<R: AsyncRead + Unpin>(
+    from: &mut R,
+    size: Size,
+    cx: &mut Context<'_>,
+) -> Poll<io::Result<Option<Buffer>>> {
+    let mut buffer = Buffer::take(size);
+    let mut space = ReadBuf::new(buffer.space());
+    ready!(Pin::new(from).poll_read(cx, &mut space))?;
+    let read = space.filled().len();
+    buffer.fill(read);
+    Poll::Ready(Ok((read > 0).then_some(buffer)))
 }
 
 /// Whether the peer has closed its stream, as an app does that has said and heard all.
@@ -103,7 +115,10 @@ fn is_gone(error: &io::Error) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use tokio::net::{TcpListener, TcpStream};
+    use tokio::{
+        io::AsyncReadExt,
+        net::{TcpListener, TcpStream},
+    };
 
     use super::*;
 
@@ -140,6 +155,9 @@ mod tests {
         let mut question = String::new();
         server.read_to_string(&mut question).await?;
         assert_eq!(question, "question");
+        // All of them have come back to this thread, the only one of this runtime, though the streams are open.
+        tokio::task::yield_now().await;
+        assert_eq!((buffer::lent(), buffer::kept()), ([0, 0], [1, 0]));
         server.write_all(b"a longer answer").await?;
         drop(server);
         let mut answer = String::new();
@@ -150,7 +168,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn buffers_grow_and_every_byte_arrives() -> io::Result<()> {
+    async fn every_byte_arrives_whatever_the_buffer() -> io::Result<()> {
         const SIZE: usize = 11 << 20;
         let (mut client, client_side) = tokio::io::duplex(1 << 16);
         let (server, server_side) = tokio::io::duplex(1 << 16);

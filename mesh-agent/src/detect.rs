@@ -4,13 +4,15 @@
 //! it waits for more until the caller's time limit. Tested by the tables below.
 
 use std::{
+    future::poll_fn,
     io,
+    mem::MaybeUninit,
     pin::Pin,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
 use bytes::{Buf, BytesMut};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::state::snapshot::Protocol;
 
@@ -207,8 +209,15 @@ impl<S> Prefixed<S> {
 impl<S: AsyncRead + Unpin> Prefixed<S> {
     /// Cancel safe: bytes are in the prefix or were not read.
     async fn read_more(&mut self) -> io::Result<usize> {
-        self.prefix.reserve(FIRST_READ);
-        self.inner.read_buf(&mut self.prefix).await
+        poll_fn(|cx| {
+            // On the stack: who says nothing is waited for without a buffer.
+            let mut space = [MaybeUninit::uninit(); FIRST_READ];
+            let mut read = ReadBuf::uninit(&mut space);
+            ready!(Pin::new(&mut self.inner).poll_read(cx, &mut read))?;
+            self.prefix.extend_from_slice(read.filled());
+            Poll::Ready(Ok(read.filled().len()))
+        })
+        .await
     }
 }
 
@@ -256,7 +265,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Prefixed<S> {
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::AsyncWriteExt;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
 

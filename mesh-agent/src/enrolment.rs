@@ -284,6 +284,7 @@ impl Enrolment {
         for workload in &plan.join {
             self.authority.prefetch(&workload.identity);
         }
+        let joins = !plan.join.is_empty();
         for workload in plan.join {
             // A node full of pods takes a while: an agent that is told to stop does not go on with it.
             if self.drain.is_leaving() {
@@ -294,6 +295,10 @@ impl Enrolment {
             if newer() {
                 return false;
             }
+        }
+        if joins {
+            // Loading a pod's programs takes many times what is kept of it.
+            capture::give_back_soon();
         }
         self.look_for_new_ways_out();
         self.look_for_lost_listeners();

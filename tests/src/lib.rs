@@ -35,6 +35,7 @@ pub mod bpf;
 pub mod cgroup;
 pub mod clients;
 mod controller;
+mod counted;
 mod eventually;
 mod fetch;
 pub mod foreign;
@@ -62,6 +63,7 @@ pub mod wire;
 
 pub use agent::{Agent, AgentBuilder, fields};
 pub use controller::Controller;
+pub use counted::{Allocated, Counted};
 pub use eventually::{PATIENCE, eventually, eventually_within};
 pub use guest::{Behind, Guest};
 pub use hello::client_hello;

@@ -6,11 +6,9 @@
 //! batches that differ in nothing but their number of requests, so that connections and handshakes cancel out; of several
 //! the cheapest counts, for what an agent does besides (timers, the ring buffer) is on top of it.
 
-use std::{io::Read as _, os::unix::net::UnixStream, path::PathBuf};
-
 use anyhow::{Context as _, Result, ensure};
 use lab::{
-    Agent, Lab, Node, Pod, apps, bench::Asked, binary, eventually, require_root, system_calls::SystemCalls,
+    Counted, Lab, Pod, apps, bench::Asked, binary, eventually, require_root, system_calls::SystemCalls,
 };
 use tempfile::TempDir;
 
@@ -32,12 +30,6 @@ struct Most {
 const AT_SOURCE: Most = Most { allocations: 33.8, system_calls: 6.6 };
 const AT_DESTINATION: Most = Most { allocations: 39.2, system_calls: 6.7 };
 
-/// An agent that is counted.
-struct Counted {
-    agent: Agent,
-    counts: PathBuf,
-}
-
 /// What has been done so far, or in a batch.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Cost {
@@ -45,29 +37,13 @@ struct Cost {
     system_calls: f64,
 }
 
-impl Counted {
-    async fn start(node: &Node, dir: &TempDir) -> Result<Self> {
-        let counts = dir.path().join(node.name());
-        let agent = node.agent().binary(binary("counted-agent", "MESH_COUNTED_AGENT", "lab")?);
-        // One thread for the path: how often threads wake one another is chance.
-        let agent = agent.env("TOKIO_WORKER_THREADS", "1").env("MESH_COUNTS", &counts.to_string_lossy());
-        Ok(Self { agent: agent.arg("--access-log=off").start().await?, counts })
-    }
-
-    fn allocations(&self) -> Result<u64> {
-        let mut bytes = [0; 8];
-        UnixStream::connect(&self.counts)?.read_exact(&mut bytes).context("reading how many allocations")?;
-        Ok(u64::from_be_bytes(bytes))
-    }
-
-    /// Of what happens meanwhile. The asking itself is outside of what is counted.
-    async fn during(&self, work: impl Future<Output = Result<()>>) -> Result<Cost> {
-        let before = self.allocations()?;
-        let mut calls = SystemCalls::of(self.agent.process().pid())?;
-        work.await?;
-        let system_calls = calls.count()? as f64;
-        Ok(Cost { allocations: (self.allocations()? - before) as f64, system_calls })
-    }
+/// Of what happens meanwhile. The asking itself is outside of what is counted.
+async fn during(counted: &Counted, work: impl Future<Output = Result<()>>) -> Result<Cost> {
+    let before = counted.allocated()?.times;
+    let mut calls = SystemCalls::of(counted.agent.process().pid())?;
+    work.await?;
+    let system_calls = calls.count()? as f64;
+    Ok(Cost { allocations: (counted.allocated()?.times - before) as f64, system_calls })
 }
 
 async fn ask(client: &Pod, server: &str, requests: u64) -> Result<()> {
@@ -84,8 +60,8 @@ async fn ask(client: &Pod, server: &str, requests: u64) -> Result<()> {
 async fn each(counted: &Counted, client: &Pod, server: &str) -> Result<Cost> {
     let mut least: Option<Cost> = None;
     for _ in 0..BATCHES {
-        let few = counted.during(ask(client, server, FEW)).await?;
-        let many = counted.during(ask(client, server, MANY)).await?;
+        let few = during(counted, ask(client, server, FEW)).await?;
+        let many = during(counted, ask(client, server, MANY)).await?;
         let share = |many: f64, few: f64| (many - few) / (MANY - FEW) as f64;
         let one = Cost {
             allocations: share(many.allocations, few.allocations),

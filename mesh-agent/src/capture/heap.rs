@@ -1,6 +1,11 @@
-//! What the allocator keeps though nobody uses it: glibc's gives freed memory back only at the end of its heaps.
+//! What the process keeps though nobody uses it: freed memory, which glibc's allocator gives back only at the end of its heaps,
+//! and pages of the program that were used once, as to load the kernel programs.
+//!
+//! Promises to take nothing away that anybody has written: what is used again is there as before. Tested below, and in the lab
+//! (`tests/tests/memory_of_idle_connections.rs`).
 
 use std::{
+    ops::Range,
     sync::atomic::{AtomicU64, Ordering::Relaxed},
     time::Duration,
 };
@@ -20,13 +25,38 @@ pub fn give_back_soon() {
         loop {
             let asked = ASKED.load(Relaxed);
             tokio::time::sleep(SOON).await;
-            let _ = tokio::task::spawn_blocking(give_back_free_memory).await;
+            let _ = tokio::task::spawn_blocking(give_back_unused).await;
             // Who has asked meanwhile is owed another.
             if ASKED.compare_exchange(asked, 0, Relaxed, Relaxed).is_ok() {
                 return;
             }
         }
     });
+}
+
+/// Has the allocator keep little of what is freed. glibc's keeps more after each large piece that was freed, up to 64 MiB at the
+/// end of each thread's heap, which `malloc_trim` leaves alone: reading the kernel's types once is enough for 11 MiB. To be called
+/// before there are threads.
+pub fn keep_little() {
+    #[cfg(target_env = "gnu")]
+    {
+        /// Larger pieces are mapped alone, and unmapped when they are freed, bytes: nothing on the path is as large.
+        const MAPPED: i32 = 1 << 20;
+        /// What may be free at the end of a heap, bytes.
+        const FREE: i32 = 2 << 20;
+        #[expect(unsafe_code, reason = "no library in use offers it")]
+        // SAFETY: it takes two numbers, and there is no other thread.
+        unsafe {
+            nix::libc::mallopt(nix::libc::M_MMAP_THRESHOLD, MAPPED);
+            nix::libc::mallopt(nix::libc::M_TRIM_THRESHOLD, FREE);
+        }
+    }
+}
+
+/// Gives back what nobody uses. Takes milliseconds.
+fn give_back_unused() {
+    give_back_free_memory();
+    give_back_code();
 }
 
 /// Gives freed memory back to the system, whichever thread freed it (`malloc_trim(3)`). Takes milliseconds for each
@@ -37,5 +67,89 @@ pub fn give_back_free_memory() {
     // SAFETY: it takes a number, touches only memory that nobody has allocated, and locks what it looks at.
     unsafe {
         nix::libc::malloc_trim(0);
+    }
+}
+
+/// Unmaps pages of the program and its libraries. The kernel maps sixteen around each that is used, and all of them count as
+/// memory in use until then; they stay in the page cache, and what runs next is mapped again without being read. Where the kernel
+/// does not say which those are, nothing happens.
+fn give_back_code() {
+    let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap_or_default();
+    for pages in unwritten(&smaps) {
+        #[expect(unsafe_code, reason = "no library in use offers it")]
+        // SAFETY: private pages of a file, which are not writable and of which none has been written: they are the file's, and
+        // whoever reads one gets the same again. A range that is not mapped any more is an error, which changes nothing. Files
+        // of a program that runs are not written to, but replaced.
+        unsafe {
+            nix::libc::madvise(pages.start as *mut _, pages.len(), nix::libc::MADV_DONTNEED);
+        }
+    }
+}
+
+/// Where files are mapped privately, not to be written, and no page differs from its file, neither in memory nor swapped out: by
+/// relocation, or a debugger.
+fn unwritten(smaps: &str) -> Vec<Range<usize>> {
+    let (mut found, mut mapping) = (Vec::new(), None);
+    for line in smaps.lines() {
+        let mut words = line.split_whitespace();
+        match (words.next(), words.next()) {
+            (Some("Anonymous:" | "Swap:"), Some("0")) => {}
+            (Some("Anonymous:" | "Swap:"), _) => mapping = None,
+            // The last line of each.
+            (Some("VmFlags:"), _) => found.extend(mapping.take()),
+            (Some(range), Some(may)) if !range.ends_with(':') => {
+                let is_file = words.nth(2).is_some_and(|inode| inode != "0");
+                let unwritable = may.starts_with("r-") && may.ends_with('p');
+                mapping = addresses(range).filter(|_| is_file && unwritable);
+            }
+            _ => {}
+        }
+    }
+    found
+}
+
+fn addresses(range: &str) -> Option<Range<usize>> {
+    let (start, end) = range.split_once('-')?;
+    let [start, end] = [start, end].map(|text| usize::from_str_radix(text, 16));
+    Some(start.ok()?..end.ok()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mapping(range: &str, may: &str, inode: u32, anonymous: u32, swapped: u32) -> String {
+        format!(
+            "{range} {may} 00000000 fe:00 {inode} /bin/a program\nSize: 8 kB\nAnonymous:      {anonymous} kB\n\
+             Swap:    {swapped} kB\nVmFlags: rd ex mr mw me\n"
+        )
+    }
+
+    #[test]
+    fn only_what_nobody_has_written_is_unmapped() {
+        let smaps = [
+            mapping("1000-3000", "r-xp", 7, 0, 0),
+            mapping("3000-4000", "r--p", 7, 4, 0),
+            mapping("4000-5000", "r--p", 7, 0, 4),
+            mapping("5000-6000", "rw-p", 7, 0, 0),
+            mapping("6000-7000", "r--s", 7, 0, 0),
+            mapping("7000-8000", "r-xp", 0, 0, 0),
+            mapping("8000-9000", "---p", 7, 0, 0),
+            mapping("7f0000000000-7f0000001000", "r--p", 8, 0, 0),
+        ];
+        let found = unwritten(&smaps.concat());
+        assert_eq!(found, [0x1000..0x3000, 0x7f00_0000_0000..0x7f00_0000_1000]);
+        // What the kernel says of a mapping ends with its flags: without them something is not known.
+        assert!(unwritten("1000-3000 r-xp 00000000 fe:00 7 /bin/a\nAnonymous: 0 kB\n").is_empty());
+        assert!(unwritten("garbage\n\n:\n").is_empty());
+    }
+
+    #[test]
+    fn what_is_unmapped_is_there_again_when_it_is_used() {
+        let own = || std::fs::read_to_string("/proc/self/smaps").map(|smaps| unwritten(&smaps));
+        assert!(own().is_ok_and(|found| !found.is_empty()));
+        give_back_unused();
+        // This very code was unmapped.
+        assert!(own().is_ok_and(|found| !found.is_empty()));
     }
 }

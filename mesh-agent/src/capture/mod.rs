@@ -60,7 +60,7 @@ pub use self::{
     direct::{DirectEndpoint, DirectRoute, DirectSet, Endpoints, OpenDirect},
     enrol::Capture,
     guests::rules_and_routes_in,
-    heap::{give_back_free_memory, give_back_soon},
+    heap::{give_back_free_memory, give_back_soon, keep_little},
     instance::Mark,
     links::clean,
     live::bring_up_to_date,

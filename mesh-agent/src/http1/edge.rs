@@ -5,7 +5,9 @@
 //! one buffer of the edge holds heads, and what came with them. Tested in `tests/`.
 
 use std::{
+    future::poll_fn,
     io::{self, IoSlice},
+    mem::MaybeUninit,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
@@ -105,6 +107,14 @@ impl<S> Edge<S> {
     /// The stream below.
     pub fn inner(&self) -> &S {
         &self.io
+    }
+
+    /// Gives an empty buffer back. Whether the edge is between requests, and the last answer through.
+    pub fn rest(&mut self) -> bool {
+        if self.buffer.is_empty() {
+            self.buffer = BytesMut::new();
+        }
+        matches!(self.state, State::Head(..)) && self.writing.is_through()
     }
 
     /// The next state comes from what is buffered, or `false`: more has to be read.
@@ -211,6 +221,22 @@ fn after_head(head: &Head) -> State {
 }
 
 impl<S: AsyncRead + Unpin> Edge<S> {
+    /// Waits, at [rest](Edge::rest) and without a buffer, until something has come, which is kept for the next read; `false` at
+    /// the end of file. Cancel safe.
+    ///
+    /// # Errors
+    /// Those of the stream.
+    pub async fn begun(&mut self) -> io::Result<bool> {
+        poll_fn(|cx| {
+            let mut space = [MaybeUninit::uninit(); READ];
+            let mut read = ReadBuf::uninit(&mut space);
+            ready!(Pin::new(&mut self.io).poll_read(cx, &mut read))?;
+            self.buffer.extend_from_slice(read.filled());
+            Poll::Ready(Ok(!read.filled().is_empty()))
+        })
+        .await
+    }
+
     /// While a request is answered hyper reads only to see whether its client leaves; what the client sends meanwhile
     /// waits here, so that hyper has one request at a time.
     fn poll_leaving(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -227,6 +253,7 @@ impl<S: AsyncRead + Unpin> Edge<S> {
                 Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
             }
         }
+        self.gate.waits(self.buffer.is_empty());
         if !self.buffer.is_empty() {
             // hyper reads again only when it is woken: to it, there was nothing to read.
             self.gate.wake_after_turn(cx);
@@ -247,6 +274,7 @@ impl<S: AsyncRead + Unpin> Edge<S> {
                 Poll::Ready(Ok(_)) => {}
                 Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
                 Poll::Pending => {
+                    self.gate.waits(!self.is_mid_head());
                     self.gate.wait_for_head(self.is_mid_head(), cx);
                     return Poll::Pending;
                 }

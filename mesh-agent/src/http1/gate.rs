@@ -41,6 +41,8 @@ pub struct Gate {
     turns: AtomicU32,
     /// Whether bytes wait for the end of the turn.
     held_back: AtomicBool,
+    /// What hyper was told last is that nothing has come of the next head.
+    awaiting: AtomicBool,
 }
 
 /// A request is being answered until this is dropped: as long as it is, hyper gets no other.
@@ -172,6 +174,12 @@ impl Gate {
         self.head_began().is_some()
     }
 
+    /// Whether all that came is answered, and hyper awaits a head of which nothing has come. What it has still to write of the
+    /// last answer is not known here.
+    pub fn awaits_head(&self) -> bool {
+        !self.is_busy() && self.awaiting.load(Ordering::Relaxed)
+    }
+
     /// Since when a head is arriving that is not complete.
     pub fn head_began(&self) -> Option<Instant> {
         self.lock().head_began
@@ -192,6 +200,7 @@ impl Gate {
 
     /// A checked head goes to hyper.
     pub(super) fn hand_on(&self, head: &Head, cx: &Context<'_>) {
+        self.waits(false);
         let mut shared = self.lock();
         shared.handed += 1;
         shared.end_head();
@@ -201,6 +210,7 @@ impl Gate {
 
     /// A stand-in goes to hyper, for bytes that are no request.
     pub(super) fn refuse(&self, refusal: Refusal, cx: &Context<'_>) {
+        self.waits(false);
         let mut shared = self.lock();
         shared.handed += 1;
         shared.end_head();
@@ -210,6 +220,11 @@ impl Gate {
 
     pub(super) fn refuse_body(&self, refusal: Refusal) {
         self.lock().body_refusal = Some(refusal);
+    }
+
+    /// hyper gets no more for now: `nothing` tells whether none of the next head has come.
+    pub(super) fn waits(&self, nothing: bool) {
+        self.awaiting.store(nothing, Ordering::Relaxed);
     }
 
     /// The edge waits for more of a head; `arriving` tells whether any of it is there.

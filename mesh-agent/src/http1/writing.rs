@@ -68,6 +68,11 @@ impl Writing {
         self.flushed = true;
     }
 
+    /// Whether nothing is on its way back.
+    pub(super) fn is_through(&self) -> bool {
+        self.flushed && !self.interim.has_remaining()
+    }
+
     /// hyper has written the first `written` bytes of these.
     pub(super) fn wrote(&mut self, written: usize, bytes: &[u8]) {
         self.flushed = false;

@@ -32,6 +32,7 @@ use super::{
     inbound::Inbound,
     inspected,
     outbound::Outbound,
+    parked::{self, Parked},
     unsent::{Left, Unsent, Watched},
 };
 use crate::{
@@ -75,7 +76,8 @@ where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     match version {
-        Protocol::Http2 => serve_http2(server, client, left).await,
+        // Boxed: one of HTTP/1 need not pay for its room.
+        Protocol::Http2 => Box::pin(serve_http2(server, client, left)).await,
         Protocol::Http1 | Protocol::Opaque => serve_http1(server, client, left).await,
     }
 }
@@ -253,9 +255,37 @@ where
     };
     let connection = Arc::<Connection>::default();
     let (client, unsent) = Watched::new(client, left, Arc::clone(&connection));
-    let (edge, gate) = Edge::new(client, bounds);
+    let (mut edge, gate) = Edge::new(client, bounds);
     let activity = Arc::new(Activity::on(connection));
-    let (shared, told, moving) = (server.clone(), Arc::clone(&gate), Arc::clone(&activity));
+    loop {
+        // Boxed: what requests take is given back while there are none.
+        match Box::pin(serve_requests(&server, edge, bounds, (&gate, &activity, &unsent))).await? {
+            Some(parked) => edge = parked,
+            None => return Ok(()),
+        }
+        match parked::wait(&mut edge, &server.pod().drain, activity.last(), limits.idle()).await {
+            Parked::Asked => {}
+            Parked::Idle => {
+                server.mesh().reporter.idle_closed(&server.pod().workload());
+                return Ok(());
+            }
+            Parked::Ended => return Ok(()),
+        }
+    }
+}
+
+/// Serves requests until the connection has ended, or there has been none for a while: then its edge is given back.
+async fn serve_requests<S>(
+    server: &Server,
+    edge: Edge<S>,
+    bounds: Limits,
+    (gate, activity, unsent): (&Arc<Gate>, &Arc<Activity>, &Unsent),
+) -> Result<Option<Edge<S>>>
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    let limits = server.mesh().limits;
+    let (shared, told, moving) = (server.clone(), Arc::clone(gate), Arc::clone(activity));
     let answer = service_fn(move |mut request: Request<Incoming>| {
         // Both now, before hyper reads on.
         let (refused, turn) = (told.next_request(), told.turn());
@@ -271,17 +301,16 @@ where
         };
         answer(shared.clone(), Arc::clone(&told), (request, upgrade), client, refused)
     });
-    let served = builder(bounds).serve_connection(TokioIo::new(edge), answer);
-    let mut connection = pin!(served.with_upgrades());
-    let mut watch = Watch::new(&gate, &activity, &unsent, &limits);
+    let mut connection = builder(bounds).serve_connection(TokioIo::new(edge), answer).with_upgrades();
+    let mut watch = Watch::new(gate, activity, unsent, &limits);
     let mut draining = pin!(server.pod().drain.started());
     let mut drained = false;
     let ended = poll_fn(|cx| {
         if !drained && draining.as_mut().poll(cx).is_ready() {
             drained = true;
-            connection.as_mut().graceful_shutdown();
+            Pin::new(&mut connection).graceful_shutdown();
         }
-        if let Poll::Ready(ended) = connection.as_mut().poll(cx) {
+        if let Poll::Ready(ended) = Pin::new(&mut connection).poll(cx) {
             return Poll::Ready(ended);
         }
         // Last, so that it judges by what the connection has just done.
@@ -291,12 +320,13 @@ where
     match watch.reached {
         Some(Limit::Idle) => server.mesh().reporter.idle_closed(&server.pod().workload()),
         Some(Limit::Unsent) => return Err(takes_nothing(&limits)),
+        Some(Limit::Parked) => return Ok(connection.into_parts().and_then(parked::edge_of)),
         _ => {}
     }
     if let Err(error) = ended {
         tracing::debug!(pod = %server.pod().workload().name, %error, "connection of a client ended early");
     }
-    Ok(())
+    Ok(None)
 }
 
 fn builder(bounds: Limits) -> http1::Builder {
@@ -365,6 +395,7 @@ struct Watch<'a> {
     activity: &'a Activity,
     unsent: &'a Unsent,
     limits: &'a HttpLimits,
+    begun: Instant,
     /// Set no later than the earliest limit; moved when that is reached and has moved on, so that a busy connection
     /// seldom touches the timer.
     timer: Pin<Box<Sleep>>,
@@ -383,6 +414,8 @@ enum Limit {
     Unsent,
     /// There was no request for too long, and the connection ends.
     Idle,
+    /// There was no request for a while: what the next one needs is made when it comes.
+    Parked,
     /// What waits is to be looked at: the client may be slow.
     Look,
 }
@@ -390,7 +423,7 @@ enum Limit {
 impl<'a> Watch<'a> {
     fn new(gate: &'a Gate, activity: &'a Activity, unsent: &'a Unsent, limits: &'a HttpLimits) -> Self {
         let timer = Box::pin(tokio::time::sleep(limits.request_head_timeout));
-        Self { gate, activity, unsent, limits, timer, reached: None }
+        Self { gate, activity, unsent, limits, begun: Instant::now(), timer, reached: None }
     }
 
     fn next(&self) -> Option<(Instant, Limit)> {
@@ -410,7 +443,10 @@ impl<'a> Watch<'a> {
         if let Some(next) = unsent.or(head) {
             return Some(next);
         }
-        self.limits.idle().map(|idle| (self.activity.last() + idle, Limit::Idle))
+        let idle = self.limits.idle().map(|idle| (self.activity.last() + idle, Limit::Idle));
+        let quiet = self.gate.awaits_head().then(|| self.activity.last().max(self.begun));
+        let park = quiet.map(|since| (since + parked::AFTER, Limit::Parked));
+        park.into_iter().chain(idle).min_by_key(|(at, _)| *at)
     }
 
     /// Ready when the connection is to be closed.
@@ -430,7 +466,9 @@ impl<'a> Watch<'a> {
                     cx.waker().wake_by_ref();
                     return Poll::Pending;
                 }
-                self.activity.give_up();
+                if limit != Limit::Parked {
+                    self.activity.give_up();
+                }
                 self.reached = Some(limit);
                 return Poll::Ready(());
             }

@@ -3,7 +3,12 @@
 //! Reads top to bottom: accept → identify → resolve → detect → then HTTP (in `http.rs`, request by request) or opaque
 //! bytes (here, choose → permit → open → copy → report).
 
-use std::{net::SocketAddr, pin::pin, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    pin::{Pin, pin},
+    sync::Arc,
+    time::Duration,
+};
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -19,7 +24,9 @@ use super::{
     inbound::Inbound,
     inspected, lasting, learn_end, next,
     permits::{self, Stands},
-    pod_name, spawn, unsent, vouched,
+    pod_name,
+    resolve::{Resolved, ServicePort, resolve, silent},
+    spawn, unsent, vouched,
 };
 use crate::{
     balance::{self, Chosen, Wish},
@@ -30,7 +37,7 @@ use crate::{
     policy::Ruling,
     report::{FlowGuard, FlowKey, Peer, RequestProtocol, Side, TcpLabels},
     route::{self, StreamFacts},
-    state::snapshot::{Backend, Cluster, Endpoint, Protocol, Snapshot, StreamRoute, Workload},
+    state::snapshot::{Backend, Cluster, Endpoint, Protocol, Workload},
     upstream::{self, Destination, Kept, Pod, UpstreamStream, Used, Via},
     workers::Seat,
 };
@@ -45,7 +52,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const PIPE: usize = 64 << 10;
 
 /// Largest future of one connection, bytes: idle connections must be cheap.
-const CONNECTION_FUTURE: usize = 6 << 10;
+const CONNECTION_FUTURE: usize = 2 << 10;
 
 /// Takes a pod's captured connections until its listener is gone.
 pub async fn serve(mesh: Arc<Mesh>, pod: Arc<Pod>) {
@@ -92,46 +99,28 @@ async fn connection(
     }
 }
 
-/// Where a connection goes, by the address that the app dialled.
-#[derive(Debug)]
-enum Resolved {
-    /// A port of a service.
-    Service(ServicePort),
-    /// One pod, dialled by its own address.
-    Pod(Arc<Workload>),
-    /// Nothing the mesh knows: passed on untouched (Istio's `ALLOW_ANY`).
-    Unknown,
-}
-
-/// A port of a service, as this pod sees it.
-#[derive(Debug, Clone)]
-struct ServicePort {
-    /// The whole service.
-    cluster: Arc<Cluster>,
-    /// Routes of connections that are not read as HTTP.
-    streams: Arc<[Arc<StreamRoute>]>,
-    /// Whether a VirtualService routes its requests, so that nothing may pass it by.
-    routed: bool,
-}
-
-/// A known service address with an unknown port is refused; it is never passed on.
-fn resolve(snapshot: &Snapshot, namespace: &str, ends: Ends) -> Result<Resolved> {
-    let (ip, port) = (ends.original_dst.ip(), ends.original_dst.port());
-    if let Some(service) = snapshot.service_at(ip, namespace) {
-        let Some(port) = service.port_for(namespace, port) else {
-            let text = format!("service {} has no port {port}", service.host);
-            return Err(Error::new(Kind::NoHealthyUpstream, text));
-        };
-        let (cluster, streams) = (Arc::clone(&port.cluster), Arc::clone(&port.streams));
-        let routed = port.routes.iter().any(|route| route.origin.starts_with("VirtualService"));
-        return Ok(Resolved::Service(ServicePort { cluster, streams, routed }));
-    }
-    Ok(snapshot.workload_at(ip).map_or(Resolved::Unknown, |pod| Resolved::Pod(Arc::clone(pod))))
+/// How a connection goes on for as long as it is open.
+#[expect(clippy::large_enum_variant, reason = "made once for each connection, and taken apart at once")]
+enum Course {
+    /// Its requests are answered one by one.
+    Requests(Server, Prefixed<TcpStream>, Protocol),
+    /// Its bytes are copied.
+    Bytes(Prefixed<TcpStream>, Opened, Option<Arc<Cluster>>),
 }
 
 impl Outbound {
     async fn carry(self: &Arc<Self>, client: std::net::TcpStream) -> Result<()> {
         let client = Captured::open(client)?;
+        // Boxed, each of them: finding out is over soon, and no connection is to hold the room of another kind of it.
+        match Box::pin(self.course(client)).await? {
+            Course::Requests(server, client, version) => {
+                Box::pin(downstream::serve(server, client, unsent::of_socket, version)).await
+            }
+            Course::Bytes(client, server, cluster) => Box::pin(self.copy(client, server, cluster)).await,
+        }
+    }
+
+    async fn course(self: &Arc<Self>, client: TcpStream) -> Result<Course> {
         let snapshot = self.mesh.snapshot();
         match resolve(&snapshot, &self.pod.workload().namespace, self.ends)? {
             Resolved::Service(port) => self.to_service(Prefixed::new(client), port).await,
@@ -140,7 +129,11 @@ impl Outbound {
         }
     }
 
-    async fn to_service(self: &Arc<Self>, mut client: Prefixed<TcpStream>, port: ServicePort) -> Result<()> {
+    async fn to_service(
+        self: &Arc<Self>,
+        mut client: Prefixed<TcpStream>,
+        port: ServicePort,
+    ) -> Result<Course> {
         self.flow.learn(|facts| facts.service = Some(Arc::clone(&port.cluster.host)));
         let protocol = match port.cluster.protocol {
             Some(Protocol::Opaque) => Protocol::Opaque,
@@ -155,17 +148,16 @@ impl Outbound {
         mut client: Prefixed<TcpStream>,
         port: ServicePort,
         protocol: Protocol,
-    ) -> Result<()> {
+    ) -> Result<Course> {
         match protocol {
             Protocol::Opaque => {
                 let cluster = self.routed(&mut client, port).await?;
                 let server = self.open(&cluster).await?;
-                self.copy(client, server, Some(cluster)).await
+                Ok(Course::Bytes(client, server, Some(cluster)))
             }
-            // Boxed: an opaque connection need not pay for the room of an HTTP one.
             version => {
                 let server = Server::Outbound(Arc::clone(self), port.cluster);
-                Box::pin(downstream::serve(server, client, unsent::of_socket, version)).await
+                Ok(Course::Requests(server, client, version))
             }
         }
     }
@@ -224,7 +216,7 @@ impl Outbound {
     }
 
     /// An undeclared port: the client's first bytes tell, unless the server speaks first.
-    async fn detect(self: &Arc<Self>, mut client: Prefixed<TcpStream>, port: ServicePort) -> Result<()> {
+    async fn detect(self: &Arc<Self>, mut client: Prefixed<TcpStream>, port: ServicePort) -> Result<Course> {
         let limit = self.mesh.limits.detection_timeout;
         let gone = |error| Error::new(Kind::DownstreamReset, format!("client went away: {error}"));
         if let Ok(protocol) = timeout(SERVER_FIRST_AFTER, detect::by_first_bytes(&mut client)).await {
@@ -254,21 +246,23 @@ impl Outbound {
                 Kind::BadRequest,
                 format!("nothing known within {limit:?}, on a port whose requests are routed"),
             )),
-            First::Client(Protocol::Opaque) | First::Nobody => self.copy(client, server, Some(cluster)).await,
+            First::Client(Protocol::Opaque) | First::Nobody => {
+                Ok(Course::Bytes(client, server, Some(cluster)))
+            }
             First::Server(read) => {
                 let read = read.map_err(|error| closed_by_server(&server, &error))?;
                 client.write_all(&greeting[..read]).await.map_err(gone)?;
                 server.received = read as u64;
-                self.copy(client, server, Some(cluster)).await
+                Ok(Course::Bytes(client, server, Some(cluster)))
             }
         }
     }
 
     /// A pod dialled by its own address, or an address that the mesh does not know: bytes, whatever they are.
-    async fn to_address(&self, client: TcpStream, workload: Option<Arc<Workload>>) -> Result<()> {
+    async fn to_address(&self, client: TcpStream, workload: Option<Arc<Workload>>) -> Result<Course> {
         let endpoint = Arc::new(Endpoint::alone(self.ends.original_dst, workload));
         let server = self.open_endpoint(endpoint, CONNECT_TIMEOUT, Kept::FREELY).await?;
-        self.copy(Prefixed::new(client), server, None).await
+        Ok(Course::Bytes(Prefixed::new(client), server, None))
     }
 
     /// Who serves what is for this cluster.
@@ -424,15 +418,15 @@ impl Outbound {
             .collect();
         let moved = Moved::default();
         let mut standing = server.standing;
-        let mut copying = pin!(async {
-            match server.stream {
-                UpstreamStream::Tcp(server) => {
-                    let (said, client) = client.into_parts();
-                    copy::between_sockets(client, &said, server, &moved).await
-                }
-                server => copy::both_ways(client, server, &moved).await,
+        // Boxed, each in its own size: it lasts, and is handed on below.
+        let copying: Pin<Box<dyn Future<Output = Result<()>> + Send + '_>> = match server.stream {
+            UpstreamStream::Tcp(server) => {
+                let ((said, client), moved) = (client.into_parts(), &moved);
+                Box::pin(async move { copy::between_sockets(client, &said, server, moved).await })
             }
-        });
+            server => Box::pin(copy::both_ways(client, server, &moved)),
+        };
+        let mut copying = pin!(copying);
         let ended = match &limited {
             None => cut::unless_cut(standing.as_mut(), copying.as_mut()).await,
             // Boxed: few are limited, and every idle connection would have to make room for it.
@@ -479,15 +473,6 @@ struct InUse {
     _chosen: Option<Chosen>,
     /// As a connection of a limited cluster.
     _place: Option<Used>,
-}
-
-/// The routes that may hold for a client that says nothing.
-fn silent(port: &ServicePort) -> Arc<[Arc<StreamRoute>]> {
-    if !route::needs_sni(&port.streams) {
-        return Arc::clone(&port.streams);
-    }
-    let asks = |route: &&Arc<StreamRoute>| !route::needs_sni(std::slice::from_ref(*route));
-    port.streams.iter().filter(asks).cloned().collect()
 }
 
 fn closed_by_server(server: &Opened, error: &std::io::Error) -> Error {

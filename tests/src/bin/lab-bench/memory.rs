@@ -4,6 +4,7 @@ use std::{os::unix::process::ExitStatusExt as _, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use lab::{Lab, Process};
+use tokio::time::{Instant, sleep};
 
 use crate::{
     figures::{Figure, Measured},
@@ -24,18 +25,22 @@ const KINDS: [Kind; 2] = [Kind::Mesh, Kind::Envoy];
 const MB: f64 = 1e6;
 const KIB: f64 = 1024.0;
 const GRACE: Duration = Duration::from_secs(20);
+/// How long a proxy's memory has not got less when it is at rest: some give back what was used for a moment.
+const REST: Duration = Duration::from_secs(8);
+const QUICK_REST: Duration = Duration::from_millis(200);
+const LOOKED_AT_EVERY: Duration = Duration::from_millis(100);
 
 pub async fn run(plan: &Plan) -> Result<Measured> {
     ensure!(Kind::Nginx.is_installed(), "nginx is the server: `cargo xtask bench memory` installs it");
     let kinds: Vec<Kind> = KINDS.into_iter().filter(|kind| kind.is_installed()).collect();
-    let held = if plan.quick { QUICK_HELD } else { HELD };
+    let (held, rest) = if plan.quick { (QUICK_HELD, QUICK_REST) } else { (HELD, REST) };
     // Only for the rule of quiet rounds: what is measured lives in labs of its own, new each time.
     let idle = Lab::new("bench-memory").await?;
     let meter = Meter::new(idle.cgroup())?;
     let plan = Plan { quick: true, rounds: plan.rounds.min(3), ..*plan };
     let rounds = alternate(&plan, &meter, kinds.len(), async |at| {
-        let [mut figures, bytes] =
-            [fresh(kinds[at], Traffic::Http, held).await?, fresh(kinds[at], Traffic::Bytes, held).await?];
+        let mut figures = fresh(kinds[at], Traffic::Http, held, rest).await?;
+        let bytes = fresh(kinds[at], Traffic::Bytes, held, rest).await?;
         figures.extend(bytes.into_iter().filter(|figure| figure.name != IDLE));
         Ok(figures)
     });
@@ -57,8 +62,10 @@ pub async fn run(plan: &Plan) -> Result<Measured> {
 fn about(held: u32) -> Vec<String> {
     vec![
         format!(
-            "Resident memory (VmRSS) of the proxy on the client's side, started anew each time: with a client's pod and nothing \
-             open; and what it grows by for each of {held} connections, each of which was used once and is then held."
+            "Resident memory (VmRSS) of the proxy on the client's side, started anew each time, at rest, which is when it has not \
+             got less for {} s: with a client's pod and nothing open; and what it grows by for each of {held} connections, each of \
+             which was used once and is then held.",
+            REST.as_secs()
         ),
         "mesh: an agent with one client's pod and one Service; tunnels are streams of shared connections to the other node."
             .to_owned(),
@@ -67,7 +74,7 @@ fn about(held: u32) -> Vec<String> {
 }
 
 /// A world of its own for what is measured once: memory that was used before is not given back.
-async fn fresh(kind: Kind, traffic: Traffic, held: u32) -> Result<Vec<Figure>> {
+async fn fresh(kind: Kind, traffic: Traffic, held: u32, rest: Duration) -> Result<Vec<Figure>> {
     let lab = Lab::new("bench-held").await?;
     let (a, b) = (lab.node("a").await?, lab.node("b").await?);
     let (course, agents) = if kind == Kind::Mesh {
@@ -84,12 +91,12 @@ async fn fresh(kind: Kind, traffic: Traffic, held: u32) -> Result<Vec<Figure>> {
     if kind != Kind::Mesh {
         course.works().await?;
     }
-    let idle = holder.rss_bytes()? as f64;
+    let idle = at_rest(&holder, rest).await?;
     course.works().await?;
-    let used = holder.rss_bytes()? as f64;
+    let used = at_rest(&holder, rest).await?;
     let args: &[&str] = if traffic == Traffic::Bytes { &["--bytes"] } else { &[] };
     let clients = hold(&course.client, course.at, held, args).await?;
-    let grown = holder.rss_bytes()? as f64 - used;
+    let grown = at_rest(&holder, rest).await? - used;
     let ended = clients.stop(GRACE).await?;
     ensure!(ended.signal().is_some(), "the clients ended with {ended}");
     finish(lab, agents).await?;
@@ -98,4 +105,17 @@ async fn fresh(kind: Kind, traffic: Traffic, held: u32) -> Result<Vec<Figure>> {
         Figure::new(IDLE, "MB", idle / MB),
         Figure::new(per, "KiB", grown.max(0.0) / KIB / f64::from(held)),
     ])
+}
+
+/// Bytes that are resident once they do not get less any more.
+async fn at_rest(holder: &Process, rest: Duration) -> Result<f64> {
+    let (mut least, mut since) = (u64::MAX, Instant::now());
+    while since.elapsed() < rest {
+        let now = holder.rss_bytes()?;
+        if now < least {
+            (least, since) = (now, Instant::now());
+        }
+        sleep(LOOKED_AT_EVERY).await;
+    }
+    Ok(holder.rss_bytes()? as f64)
 }
