@@ -74,7 +74,7 @@ async fn serve(net: Arc<PodNet>, reporter: Arc<Reporter>, count: usize) -> Resul
             facts.mutual_tls = true;
         });
         known.push(flow);
-        let mut stream = captured.stream;
+        let mut stream = tokio::net::TcpStream::from_std(captured.stream)?;
         tokio::io::AsyncReadExt::read_exact(&mut stream, &mut [0; SAID.len()]).await?;
         tokio::io::AsyncWriteExt::write_all(&mut stream, &[b'!'; SAID.len() + 1]).await?;
         parking.park(stream.into_std()?)?;

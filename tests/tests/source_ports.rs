@@ -61,7 +61,7 @@ async fn tell(net: Arc<PodNet>, live: usize, all: usize) -> Result<Parking> {
     let mut parking = Parking::default();
     for n in 0..all {
         let captured = net.accept(Listener::Outbound).await?;
-        let stream = captured.stream.into_std()?;
+        let stream = captured.stream;
         (&stream).write_all(captured.original_dst.to_string().as_bytes())?;
         if n < live {
             parking.park(stream)?;

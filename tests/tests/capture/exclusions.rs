@@ -157,7 +157,7 @@ fn a_change_is_for_new_connections_and_loses_none() -> Result<()> {
     before.write_all(b"before")?;
     let mut text = [0; 6];
     world.agent.rt.block_on(async {
-        let mut stream = held.stream;
+        let mut stream = tokio::net::TcpStream::from_std(held.stream)?;
         tokio::io::AsyncReadExt::read_exact(&mut stream, &mut text).await
     })?;
     assert_eq!(&text, b"before");

@@ -158,7 +158,7 @@ fn exact(dst: SocketAddr, app: SocketAddr, client: SocketAddr) -> Result<()> {
         let listener = world.pod.run(move || Ok(TcpListener::bind(app)?))?;
         let servers = std::thread::spawn(move || server_part(listener.accept()?.0));
         let stream = world.agent.rt.block_on(world.net.dial_app(app, client))?;
-        client_part(blocking(stream)?).context(name)?;
+        client_part(blocking(stream.into_std()?)?).context(name)?;
         join(servers).context(name)?;
         let flow = report(&world, &mut reports, |flow| flow.direction == direction::INBOUND)?;
         assert_eq!(
@@ -172,8 +172,7 @@ fn exact(dst: SocketAddr, app: SocketAddr, client: SocketAddr) -> Result<()> {
     Ok(())
 }
 
-fn blocking(stream: tokio::net::TcpStream) -> Result<TcpStream> {
-    let stream = stream.into_std()?;
+fn blocking(stream: TcpStream) -> Result<TcpStream> {
     stream.set_nonblocking(false)?;
     stream.set_read_timeout(Some(LIMIT))?;
     Ok(stream)
@@ -331,7 +330,7 @@ fn connections_with_a_socket_are_not_counted_as_packets() -> Result<()> {
     let stream = world.agent.rt.block_on(world.net.dial(target))?;
     let mut server = listener.accept()?.0;
     send(&mut server, 1000)?;
-    receive(&mut blocking(stream)?, 1000)?;
+    receive(&mut blocking(stream.into_std()?)?, 1000)?;
     let flows = world.agent.capture()?.flows();
     assert!(flows.iter().all(|flow| flow.protocol != 6), "the agent's own dialling is no flow: {flows:?}");
     Ok(())

@@ -56,7 +56,7 @@ fn a_client_that_is_gone_already_still_has_a_destination() -> Result<()> {
         assert_eq!(captured.original_dst, dst);
         let text = world.agent.rt.block_on(async {
             let mut text = String::new();
-            let mut stream = captured.stream;
+            let mut stream = tokio::net::TcpStream::from_std(captured.stream)?;
             tokio::io::AsyncReadExt::read_to_string(&mut stream, &mut text).await.map(|_| text)
         })?;
         assert_eq!(text, "bye");

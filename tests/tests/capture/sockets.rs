@@ -107,7 +107,7 @@ fn captured(
         (own.ip().to_canonical(), own.port()),
         "{what}"
     );
-    let mut agent = captured.stream.into_std()?;
+    let mut agent = captured.stream;
     agent.set_nonblocking(false)?;
     answers(&mut agent)?;
     heard(&mut app).with_context(|| format!("{what} to {dials}"))
@@ -268,7 +268,7 @@ fn bound(world: &World, own: &'static str, port: u16, dials: SocketAddr) -> Resu
     ensure!(port == 0 || seen.port() == port, "{seen}, and bound to {port}");
     let unspecified = addr(own, 0)?.ip().is_unspecified();
     ensure!(unspecified || seen.ip() == addr(own, 0)?.ip(), "{seen}, and bound to {own}");
-    let mut agent = captured.stream.into_std()?;
+    let mut agent = captured.stream;
     agent.set_nonblocking(false)?;
     answers(&mut agent)?;
     heard(&mut app)
