@@ -178,8 +178,8 @@ mod tests {
         let carried = Arc::new(());
         let held = Arc::clone(&carried);
         seat.runtime().spawn(async move {
-            let _held = held;
             std::future::pending::<()>().await;
+            drop(held);
         });
         drop(threads);
         assert_eq!(Arc::strong_count(&carried), 1);

@@ -368,7 +368,7 @@ mod tests {
         assert!(take_all(&limits, &asking(Some(&a), now)).is_ok());
         for _ in 0..50 {
             let over = take_all(&limits, &asking(Some(&a), now)).unwrap_err();
-            assert!(std::ptr::eq(over.limit, &limits[1]));
+            assert!(std::ptr::eq(over.limit, &raw const limits[1]));
             assert_eq!((over.left.remaining, over.wait), (0, Duration::from_hours(1)));
         }
         assert_eq!([0, 1, 2].map(|at: usize| left(&limits[at], Some(&a), now)), [7, 0, 3]);
@@ -376,7 +376,10 @@ mod tests {
         let used = |at| (0..at).filter(|_| take_all(&limits, &asking(None, now)).is_ok()).count();
         assert_eq!((used(2), left(&limits[2], None, now)), (2, 1));
         assert!(take_all(&limits, &asking(Some(&b), now)).is_ok());
-        assert!(std::ptr::eq(take_all(&limits, &asking(Some(&b), now)).unwrap_err().limit, &limits[2]));
+        assert!(std::ptr::eq(
+            take_all(&limits, &asking(Some(&b), now)).unwrap_err().limit,
+            &raw const limits[2]
+        ));
         assert_eq!([0, 1, 2].map(|at: usize| left(&limits[at], Some(&b), now)), [4, 1, 0]);
         // Whom it is not about it takes nothing from.
         limits[2].rule = Arc::new(RateRule { methods: vec![Method::PUT], ..(*limits[2].rule).clone() });

@@ -61,15 +61,12 @@ pub(super) async fn answer(
     let mut exchange = Exchange::begin(reporter, Sides::Source, source, outbound.ends, client, &request);
     exchange.cluster = Some(cluster);
     exchange.held = Some(outbound.pod.hold());
-    let made = match refused {
-        Some(refusal) => {
-            exchange.unread();
-            Err(Error::from(refusal))
-        }
-        None => {
-            let (parts, body) = (*request).into_parts();
-            forward(outbound, &mut exchange, parts, body).await
-        }
+    let made = if let Some(refusal) = refused {
+        exchange.unread();
+        Err(Error::from(refusal))
+    } else {
+        let (parts, body) = (*request).into_parts();
+        forward(outbound, &mut exchange, parts, body).await
     };
     match made {
         Ok(Made::Response(response)) => {

@@ -250,7 +250,7 @@ mod tests {
         used[3].state.health.eject(Instant::now());
         let alike = |one: &Endpoint| {
             let (state, checked) = (Arc::clone(&one.state), one.checked.clone());
-            Endpoint { state, checked, ..Endpoint::alone(one.address, None) }
+            Endpoint { checked, state, ..Endpoint::alone(one.address, None) }
         };
         used[0] = Arc::new(Endpoint { weight: 7, ..alike(&used[0]) });
         let sick = Arc::<Checked>::default();

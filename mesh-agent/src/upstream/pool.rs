@@ -207,8 +207,8 @@ impl Pool {
                 }
                 // The kept connection was closed under us and the request was not written: not the request's fault.
                 Err(mut error) => match error.take_message() {
-                    Some(unsent) if !fresh => request = Box::new(unsent),
-                    Some(unsent) if again > 0 => (request, again) = (Box::new(unsent), again - 1),
+                    Some(unsent) if !fresh => request = unsent.into(),
+                    Some(unsent) if again > 0 => (request, again) = (unsent.into(), again - 1),
                     _ => return Err(failure(error.error(), key.to)),
                 },
             }
