@@ -12,7 +12,12 @@ use std::{
     time::Duration,
 };
 
-use crate::drain::Drain;
+use super::*;
+use crate::{
+    body::{Body, BodyError, Inform, Stall},
+    drain::Drain,
+    error::{Error, Kind, Result},
+};
 use ::bytes::Bytes;
 use h2::{Reason, client::SendRequest};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode};
@@ -22,12 +27,6 @@ use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream},
     sync::oneshot,
     task::JoinHandle,
-};
-
-use super::*;
-use crate::{
-    body::{Body, BodyError, Inform, Stall},
-    error::{Error, Kind, Result},
 };
 
 pub(super) type TestResult = std::result::Result<(), Box<dyn std::error::Error + Send + Sync>>;
@@ -86,8 +85,8 @@ pub(super) async fn echo(request: Request<Body>, stream: ServerStream) {
     stream.run(reply, STALL).await;
 }
 
-fn get() -> std::result::Result<Request<Body>, http::Error> {
-    Request::get("http://a/").body(Body::Empty)
+fn get() -> std::result::Result<Box<Request<Body>>, http::Error> {
+    Request::get("http://a/").body(Body::Empty).map(Box::new)
 }
 
 /// Remembers what it is told.
@@ -131,7 +130,7 @@ async fn interim_responses_come_before_the_final_one() -> TestResult {
     })
     .await?;
     let told = Told::default();
-    let response = send(served.sender, Box::new(get()?), Some(&told)).await.map_err(|failed| failed.error)?;
+    let response = send(served.sender, get()?, Some(&told)).await.map_err(|failed| failed.error)?;
     assert_eq!(response.status(), StatusCode::OK);
     let told = told.0.into_inner()?;
     let statuses: Vec<_> = told.iter().map(|(status, _)| status.as_u16()).collect();
@@ -169,9 +168,9 @@ async fn a_client_that_gives_up_ends_the_making_of_its_answer() -> TestResult {
 
 async fn send_owned(
     sender: SendRequest<Bytes>,
-    request: Request<Body>,
+    request: Box<Request<Body>>,
 ) -> std::result::Result<Response<Body>, Failed> {
-    send(sender, Box::new(request), None).await
+    send(sender, request, None).await
 }
 
 #[tokio::test]
@@ -191,7 +190,7 @@ async fn a_body_that_breaks_off_resets_with_the_code_it_was_given() -> TestResul
             stream.run(async { Reply::Response(Response::new(body)) }, STALL).await;
         })
         .await?;
-        let outcome = match send(served.sender, Box::new(get()?), None).await {
+        let outcome = match send(served.sender, get()?, None).await {
             Ok(response) => response.into_body().collect().await.map(drop).map_err(|error| error.reason()),
             Err(failed) => Err(failed.error.reason().ok_or("no code")?),
         };
@@ -216,7 +215,7 @@ async fn a_reader_that_does_not_read_holds_back_the_writer() -> TestResult {
         }
     })
     .await?;
-    let response = send(served.sender, Box::new(get()?), None).await.map_err(|failed| failed.error)?;
+    let response = send(served.sender, get()?, None).await.map_err(|failed| failed.error)?;
     // Nothing left to do: all that can move has moved.
     for _ in 0..1000 {
         tokio::task::yield_now().await;
@@ -245,7 +244,7 @@ async fn a_stream_whose_client_takes_nothing_is_given_up_alone() -> TestResult {
     })
     .await?;
     let begun = tokio::time::Instant::now();
-    let stuck = send(served.sender.clone(), Box::new(get()?), None).await.map_err(|failed| failed.error)?;
+    let stuck = send(served.sender.clone(), get()?, None).await.map_err(|failed| failed.error)?;
     let ended = stuck.into_body().collect().await.map(drop).map_err(|error| error.reason());
     assert_eq!(ended, Err(Reason::CANCEL));
     assert_eq!(begun.elapsed().as_secs(), 300);
@@ -304,10 +303,8 @@ async fn draining_finishes_what_is_under_way_and_takes_nothing_new() -> TestResu
     while !is_closed(&served.sender) {
         tokio::task::yield_now().await;
     }
-    let refused = send(served.sender.clone(), Box::new(get()?), None)
-        .await
-        .map(drop)
-        .map_err(|failed| failed.untouched);
+    let refused =
+        send(served.sender.clone(), get()?, None).await.map(drop).map_err(|failed| failed.untouched);
     assert_eq!(refused, Err(true), "a new one may be sent elsewhere");
     go_on.send(true)?;
     assert_eq!(asking.await?.map_err(|failed| failed.error)?.status(), StatusCode::OK);
@@ -433,7 +430,7 @@ async fn what_is_ready_for_a_slow_client_is_sent_before_a_goodbye_ends() -> Test
 #[tokio::test(start_paused = true)]
 async fn a_connection_that_nobody_uses_is_closed() -> TestResult {
     let served = served(h2::client::Builder::new(), echo).await?;
-    send(served.sender.clone(), Box::new(get()?), None).await.map_err(|failed| failed.error)?;
+    send(served.sender.clone(), get()?, None).await.map_err(|failed| failed.error)?;
     let begun = tokio::time::Instant::now();
     served.serving.await??;
     assert!((3600..=7200).contains(&begun.elapsed().as_secs()), "{:?}", begun.elapsed());
@@ -467,8 +464,7 @@ async fn a_connect_that_is_granted_is_bytes_and_nothing_else_can_be() -> TestRes
     let mut back = String::new();
     bytes.read_to_string(&mut back).await?;
     assert_eq!(back, "to and fro");
-    let wrong =
-        send(served.sender, Box::new(get()?), None).await.map(drop).map_err(|failed| failed.error.reason());
+    let wrong = send(served.sender, get()?, None).await.map(drop).map_err(|failed| failed.error.reason());
     assert_eq!(wrong, Err(Some(Reason::INTERNAL_ERROR)));
     Ok(())
 }

@@ -47,7 +47,7 @@ pub(super) struct Client {
     pub turn: Option<Turn>,
 }
 
-/// What is known of one request; reported when dropped.
+/// What is known of one request; reported when dropped. Boxed: it is large, and goes from hand to hand.
 pub(super) struct Exchange {
     pub reporter: Arc<Reporter>,
     /// Source, destination, or both for a pass within the node.
@@ -129,7 +129,6 @@ impl Exchange {
     ) -> Box<Self> {
         client.activity.begin();
         let now = Instant::now();
-        // Boxed: it is large, and goes from hand to hand.
         Box::new(Self {
             reporter: Arc::clone(reporter),
             sides,

@@ -6,6 +6,7 @@
 //! nodes.
 
 mod carrier;
+mod connect;
 mod dial;
 pub mod message;
 mod originate;

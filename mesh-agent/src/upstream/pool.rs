@@ -29,16 +29,17 @@ use tokio::{
 };
 
 use super::{
-    Dial, Kept, message,
+    Dial, Kept,
+    connect::{connect_http1, connect_http2, dial_http1, dial_http2, failure, h2_failure},
+    message,
     slot::Slot,
     terms::{LOOK, Terms},
 };
 use crate::{
     body::{Body, Inform},
     error::{Error, Kind, Result},
-    http2::{self, Failed},
-    report::FlowGuard,
-    state::snapshot::{ClusterId, Pings, Protocol},
+    http2,
+    state::snapshot::{ClusterId, Protocol},
     tunnel::strip_mesh_headers,
     workers::Shard,
 };
@@ -52,12 +53,6 @@ pub const AGAIN: u32 = 2;
 
 /// How many of them are looked at for one that can take a request at once.
 const LOOKED_AT: usize = 16;
-
-/// HTTP/2 stream and connection windows towards apps, bytes.
-const STREAM_WINDOW: u32 = 1 << 20;
-const CONNECTION_WINDOW: u32 = 4 << 20;
-/// Header list taken from an app, bytes: a head of 60 KiB (Envoy) as HTTP/2 counts it.
-const HEADER_LIST: u32 = 64 << 10;
 
 /// What connections may be shared for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -421,91 +416,6 @@ fn informed(request: &mut Request<Body>, inform: &Arc<dyn Inform>) {
         strip_mesh_headers(&mut headers);
         inform.inform(response.status(), &headers);
     });
-}
-
-async fn dial_http1(dial: &Dial<'_>, to: SocketAddr) -> Result<http1::SendRequest<Body>> {
-    let stream = TokioIo::new(dial.open(Protocol::Http1).await?);
-    connect_http1(stream, to, dial.begin_flow()).await
-}
-
-async fn dial_http2(
-    dial: &Dial<'_>,
-    to: SocketAddr,
-    pings: Option<Pings>,
-) -> Result<(SendRequest<Bytes>, impl Future<Output = ()> + Send + 'static)> {
-    connect_http2(dial.open(Protocol::Http2).await?, to, dial.begin_flow(), pings).await
-}
-
-async fn connect_http1<S>(
-    stream: TokioIo<S>,
-    to: SocketAddr,
-    flow: Option<FlowGuard>,
-) -> Result<http1::SendRequest<Body>>
-where
-    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-{
-    let (sender, connection) =
-        http1::Builder::new().handshake(stream).await.map_err(|error| failure(&error, to))?;
-    // Ends with the connection; what went wrong is told to whoever waits for a response.
-    tokio::spawn(async move {
-        let _ = connection.await;
-        drop(flow);
-    });
-    Ok(sender)
-}
-
-/// The second half is what the connection does, to its end: its own, or that nobody answers its PINGs.
-async fn connect_http2<S>(
-    stream: S,
-    to: SocketAddr,
-    flow: Option<FlowGuard>,
-    pings: Option<Pings>,
-) -> Result<(SendRequest<Bytes>, impl Future<Output = ()> + Send + 'static)>
-where
-    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-{
-    let handshake = http2_client().handshake(stream).await;
-    let (sender, mut connection) = handshake.map_err(|error| h2_failure(&error.into(), to))?;
-    let asked = pings.map(|pings| (connection.ping_pong(), pings));
-    let connection = async move {
-        match asked {
-            None => drop(connection.await),
-            Some((ping_pong, Pings { interval, timeout })) => tokio::select! {
-                _ = connection => {}
-                () = http2::keep_alive(ping_pong, interval, timeout) => {
-                    tracing::debug!(peer = %to, "connection ended: no answer to PING");
-                }
-            },
-        }
-        drop(flow);
-    };
-    Ok((sender, connection))
-}
-
-/// The HTTP/2 client of apps and of what is not in the mesh.
-pub(super) fn http2_client() -> h2::client::Builder {
-    let mut builder = h2::client::Builder::new();
-    builder
-        .initial_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW)
-        .max_header_list_size(HEADER_LIST)
-        .enable_push(false);
-    builder
-}
-
-/// The kind of a failed exchange over HTTP/1.
-pub fn failure(error: &hyper::Error, to: SocketAddr) -> Error {
-    let kind = if error.is_canceled() { Kind::RefusedStream } else { Kind::UpstreamReset };
-    let cause = std::error::Error::source(error).map(|cause| format!(": {cause}")).unwrap_or_default();
-    Error::new(kind, format!("exchange with {to} failed: {error}{cause}"))
-}
-
-/// The kind of a failed exchange over HTTP/2.
-pub(super) fn h2_failure(failed: &Failed, to: SocketAddr) -> Error {
-    let Failed { error, untouched } = failed;
-    let kind = if *untouched { Kind::RefusedStream } else { Kind::UpstreamReset };
-    let made = Error::new(kind, format!("exchange with {to} failed: {error}"));
-    Error { reset: error.reason().filter(|_| error.is_reset()), ..made }
 }
 
 #[cfg(test)]

@@ -20,7 +20,7 @@ use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
 
-use super::{Destination, Pod, UpstreamStream, Via, message, pool};
+use super::{Destination, Pod, UpstreamStream, Via, connect, message};
 use crate::{
     body::{Body, Received},
     error::{Error, Kind, Result},
@@ -190,13 +190,13 @@ async fn by_upgrade(
     let (mut sender, connection) = http1::Builder::new()
         .handshake::<_, Body>(TokioIo::new(stream))
         .await
-        .map_err(|error| pool::failure(&error, to))?;
+        .map_err(|error| connect::failure(&error, to))?;
     tokio::spawn(async move {
         // What went wrong is told to whoever waits for the response or holds the stream.
         let _ = connection.with_upgrades().await;
     });
     let request = Request::from_parts(parts, body);
-    let mut response = sender.send_request(request).await.map_err(|error| pool::failure(&error, to))?;
+    let mut response = sender.send_request(request).await.map_err(|error| connect::failure(&error, to))?;
     let agreed = match wanted {
         Switch::Upgrade(_) => response.status() == StatusCode::SWITCHING_PROTOCOLS,
         Switch::Connect => response.status().is_success(),
@@ -212,7 +212,7 @@ async fn by_upgrade(
             format!("{to} answered another WebSocket handshake than ours"),
         ));
     }
-    let upgraded = hyper::upgrade::on(&mut response).await.map_err(|error| pool::failure(&error, to))?;
+    let upgraded = hyper::upgrade::on(&mut response).await.map_err(|error| connect::failure(&error, to))?;
     Ok(Switched::Agreed(response.map(drop), Box::new(TokioIo::new(upgraded))))
 }
 
@@ -245,8 +245,9 @@ async fn by_connect(
     mut parts: request::Parts,
     wanted: &Switch,
 ) -> Result<Switched> {
-    let broke = |error: h2::Error| pool::h2_failure(&Failed::from(error), to);
-    let (sender, mut connection) = pool::http2_client().handshake::<_, Bytes>(stream).await.map_err(broke)?;
+    let broke = |error: h2::Error| connect::h2_failure(&Failed::from(error), to);
+    let (sender, mut connection) =
+        connect::http2_client().handshake::<_, Bytes>(stream).await.map_err(broke)?;
     let pings = connection.ping_pong();
     tokio::spawn(async move {
         let _ = connection.await;
