@@ -13,9 +13,7 @@ use std::{
     },
 };
 
-use bytes::Bytes;
 use foldhash::HashMap;
-use h2::client::SendRequest;
 use http::{
     Request, Response,
     header::{CONTENT_LENGTH, TRANSFER_ENCODING},
