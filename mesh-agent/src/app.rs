@@ -88,8 +88,7 @@ pub fn node(config: NodeConfig, log: &str) -> Result<()> {
     capture::keep_little();
     // What watches, enrols and reports; connections have threads of their own.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    let (workers, _threads) = start_workers(config.workers)?;
-    runtime.block_on(run_node(config, &dir, log_level, workers))
+    runtime.block_on(run_node(config, &dir, log_level))
 }
 
 fn start_workers(number: Option<NonZeroUsize>) -> Result<(Workers, Threads)> {
@@ -134,8 +133,10 @@ impl Signals {
     }
 }
 
-async fn run_node(config: NodeConfig, dir: &Path, log_level: LogLevel, workers: Workers) -> Result<()> {
+async fn run_node(config: NodeConfig, dir: &Path, log_level: LogLevel) -> Result<()> {
     let mut signals = Signals::register().context("listening for signals")?;
+    // Not before: any runtime takes note of a signal, and tells it to whoever listens by then.
+    let (workers, _threads) = start_workers(config.workers)?;
     let mut begun = tokio::select! {
         biased;
         () = signals.until_told_to_stop(|| {}) => return Ok(()),
