@@ -9,7 +9,7 @@ use tokio::{
 
 use super::*;
 use crate::{
-    state::snapshot::{ConnectionPool, Idle as Waits},
+    state::snapshot::{ConnectionPool, Idle as Waits, Pings},
     upstream::Usage,
 };
 
