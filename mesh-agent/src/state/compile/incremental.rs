@@ -46,7 +46,7 @@ type ServiceName = (Arc<str>, Arc<str>);
 #[derive(Default)]
 struct Concerned {
     services: BTreeSet<ServiceName>,
-    pods: Vec<PodChange>,
+    pods: BTreeMap<ObjectKey, PodChange>,
     /// The objects, by the names that problems have for them.
     names: BTreeSet<String>,
 }
@@ -116,10 +116,8 @@ impl Compiled {
             }
             concerned.names.insert(key.to_string());
             if &*key.kind == "Pod" {
-                match concerned.pods.iter_mut().find(|change| change.key == key) {
-                    Some(change) => change.after = after,
-                    None => concerned.pods.push(PodChange { key, before, after }),
-                }
+                let new = PodChange { key: key.clone(), before, after: None };
+                concerned.pods.entry(key).or_insert(new).after = after;
             }
         }
         if everything || self.follow(concerned).is_none() {
@@ -146,6 +144,7 @@ impl Compiled {
     /// Makes anew what is concerned; `None`, having done nothing, where that is not all there is to do.
     fn follow(&mut self, concerned: Concerned) -> Option<()> {
         let Concerned { mut services, pods, mut names } = concerned;
+        let pods: Vec<PodChange> = pods.into_values().collect();
         let (mut problems, mut known) = (Problems::new(&self.objects), Problems::new(&self.objects));
         // What is wrong with the settings was found when they were compiled.
         let (mesh, settings) = MeshSettings::find(&self.objects, &self.settings, &mut known);
