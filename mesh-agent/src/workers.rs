@@ -81,9 +81,7 @@ impl Workers {
         connections.fetch_add(1, Ordering::Relaxed);
         Some(Seat { runtime: runtime.clone(), connections: Arc::clone(connections) })
     }
-}
 
-impl Workers {
     /// Runs what takes connections on one of them, each of which gets its share of those.
     pub fn spawn(&self, accepting: impl Future<Output = ()> + Send + 'static) {
         match self.all.get(self.next.fetch_add(1, Ordering::Relaxed) % self.all.len().max(1)) {

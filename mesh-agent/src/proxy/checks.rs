@@ -235,7 +235,7 @@ impl Asked<'_> {
 
     async fn send(&self, mut request: Request<Body>, protocol: Protocol) -> Result<(StatusCode, Answer)> {
         request.headers_mut().insert(USER_AGENT, AGENT);
-        let errand = Errand::uncounted(self.mesh, self.pod, &self.port.cluster, protocol, self.client());
+        let errand = Errand::new(self.mesh, self.pod, &self.port.cluster, protocol, self.client());
         let (way, _standing) = errand.way(self.target, &mut request, What::Request).await?;
         let (response, lease) = errand.send(self.target, &way, request).await?;
         let refused = tunnel::is_refusal(&response);

@@ -49,19 +49,8 @@ pub(super) struct Way {
 }
 
 impl<'a> Errand<'a> {
-    /// One that counts as a request of the pod.
-    pub fn counted(
-        mesh: &'a Mesh,
-        pod: &'a Pod,
-        cluster: &'a Cluster,
-        protocol: Protocol,
-        client: SocketAddr,
-    ) -> Self {
-        Self { usage: pod.usage(cluster), ..Self::uncounted(mesh, pod, cluster, protocol, client) }
-    }
-
     /// One that is the agent's own affair: it needs no place among what the pod may have.
-    pub const fn uncounted(
+    pub const fn new(
         mesh: &'a Mesh,
         pod: &'a Pod,
         cluster: &'a Cluster,
@@ -69,6 +58,11 @@ impl<'a> Errand<'a> {
         client: SocketAddr,
     ) -> Self {
         Self { mesh, pod, cluster, protocol, client, usage: None }
+    }
+
+    /// The same, which counts as a request of the pod.
+    pub fn counted(self) -> Self {
+        Self { usage: self.pod.usage(self.cluster), ..self }
     }
 
     /// A place among what the rule allows the pod, to be held until the response has ended.

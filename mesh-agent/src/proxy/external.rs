@@ -203,7 +203,7 @@ async fn one(
         CheckProtocol::Http(_) => requests::upstream_protocol(cluster, Protocol::Http1, false),
     };
     // At an address of the pod's own, and a port that tells its clients apart.
-    let errand = Errand::counted(mesh, pod, cluster, protocol, pod.vouched_address(client));
+    let errand = Errand::new(mesh, pod, cluster, protocol, pod.vouched_address(client)).counted();
     let _place = errand.place().await?;
     let mut chosen = errand.choose(&request, tried, None)?;
     let endpoint = Arc::clone(&chosen.endpoint);

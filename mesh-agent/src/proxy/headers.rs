@@ -50,7 +50,7 @@ fn new_id() -> HeaderValue {
 
 /// A number as the value of a header; those that nearly all requests have cost nothing.
 pub(super) fn number(number: u64) -> HeaderValue {
-    const DIGITS: [HeaderValue; 10] = {
+    static DIGITS: [HeaderValue; 10] = {
         let of = HeaderValue::from_static;
         [of("0"), of("1"), of("2"), of("3"), of("4"), of("5"), of("6"), of("7"), of("8"), of("9")]
     };

@@ -8,7 +8,10 @@
 use std::{net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
 use http::{HeaderValue, Request, Response, StatusCode};
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    sync::OwnedSemaphorePermit,
+};
 
 use super::{
     Ends, Mesh, acceptor, admit, assert_small,
@@ -28,6 +31,7 @@ use crate::{
     state::snapshot::{Protocol, Workload},
     tunnel::{self, Accepted, MeshStream, Tunnel},
     upstream::{AGAIN, Destination, Kept, Lease, Pod, Via, message},
+    workers::Seat,
 };
 
 /// Time for the app inside the pod to accept a connection.
@@ -49,19 +53,21 @@ pub async fn serve(mesh: Arc<Mesh>, pod: Arc<Pod>, listener: Listener) {
             let Some(place) = admit(&mesh, &pod, Side::Destination, (&captured).into()) else { continue };
             Some(place)
         };
-        let seat = mesh.workers.seat();
-        let runtime = seat.as_ref().map(|seat| seat.runtime().clone());
-        let place = (place, seat);
-        let connection = connection(Arc::clone(&mesh), Arc::clone(&pod), listener, captured);
-        let connection = async move {
-            connection.await;
-            drop(place);
-        };
-        spawn(&pod, runtime.as_ref(), assert_small(connection, CONNECTION_FUTURE));
+        spawn(&mesh, &pod, |seat| {
+            let (mesh, pod) = (Arc::clone(&mesh), Arc::clone(&pod));
+            assert_small(connection(mesh, pod, listener, captured, (place, seat)), CONNECTION_FUTURE)
+        });
     }
 }
 
-async fn connection(mesh: Arc<Mesh>, pod: Arc<Pod>, listener: Listener, captured: Captured) {
+/// Its place among the pod's connections, if it needs one, and on its thread is held until it has ended.
+async fn connection(
+    mesh: Arc<Mesh>,
+    pod: Arc<Pod>,
+    listener: Listener,
+    captured: Captured,
+    _place: (Option<OwnedSemaphorePermit>, Option<Seat>),
+) {
     let workload = pod.workload();
     let ends = Ends::from(&captured);
     let reporter = Arc::clone(&mesh.reporter);

@@ -32,7 +32,7 @@ mod upgrade;
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
-use tokio::{runtime::Handle, sync::OwnedSemaphorePermit, time::Instant};
+use tokio::{sync::OwnedSemaphorePermit, time::Instant};
 
 use crate::{
     balance,
@@ -43,7 +43,7 @@ use crate::{
     report::{FlowFacts, Peer, Reporter, RequestProtocol, Security, Side},
     state::snapshot::{Cluster, Endpoint, Snapshot, Workload},
     upstream::{LocalPods, Pod, Via},
-    workers::Workers,
+    workers::{Seat, Workers},
 };
 
 /// Pause until a listener that could not be watched is looked at again.
@@ -168,11 +168,15 @@ fn learn_end(facts: &mut FlowFacts, endpoint: &Endpoint, via: &Via, protocol: Re
     facts.protocol = Some(protocol);
 }
 
-/// Has a connection carried by the thread of its seat.
-fn spawn(pod: &Pod, seat: Option<&Handle>, connection: impl Future<Output = ()> + Send + 'static) {
-    match seat {
-        Some(runtime) => pod.drain.spawn_on(connection, runtime),
-        None => pod.drain.spawn(connection),
+/// Has a connection carried by one of the threads, and hands it its place there.
+fn spawn<F>(mesh: &Mesh, pod: &Pod, connection: impl FnOnce(Option<Seat>) -> F)
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    let seat = mesh.workers.seat();
+    match seat.as_ref().map(|seat| seat.runtime().clone()) {
+        Some(runtime) => pod.drain.spawn_on(connection(seat), &runtime),
+        None => pod.drain.spawn(connection(seat)),
     }
 }
 

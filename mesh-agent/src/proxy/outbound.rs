@@ -59,10 +59,10 @@ pub async fn serve(mesh: Arc<Mesh>, pod: Arc<Pod>) {
     let Some(acceptor) = acceptor(&pod, Listener::Outbound).await else { return };
     while let Some(captured) = next(&mesh, &pod, &acceptor, Side::Source).await {
         let Some(place) = admit(&mesh, &pod, Side::Source, (&captured).into()) else { continue };
-        let seat = mesh.workers.seat();
-        let runtime = seat.as_ref().map(|seat| seat.runtime().clone());
-        let connection = connection(Arc::clone(&mesh), Arc::clone(&pod), captured, (place, seat));
-        spawn(&pod, runtime.as_ref(), assert_small(connection, CONNECTION_FUTURE));
+        spawn(&mesh, &pod, |seat| {
+            let connection = connection(Arc::clone(&mesh), Arc::clone(&pod), captured, (place, seat));
+            assert_small(connection, CONNECTION_FUTURE)
+        });
     }
 }
 

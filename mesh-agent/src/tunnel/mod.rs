@@ -16,7 +16,10 @@ mod settings;
 mod tests;
 
 pub use client::{MeshConnection, connect, connect_tunnels};
-pub use native::{MESH_APP_PROTOCOL, MESH_PORT, is_refusal, note_refusal, strip_mesh_headers, tell_failure};
+pub use native::{
+    MESH_APP_PROTOCOL, MESH_PORT, is_refusal, may_be_of_connection, note_refusal, strip_mesh_headers,
+    tell_failure,
+};
 pub use pool::{Pool, PoolKey};
 pub use serve::{MeshStream, Tunnel, serve};
 pub use server::{Accepted, accept};

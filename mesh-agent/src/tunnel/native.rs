@@ -99,13 +99,24 @@ pub(super) fn told_failure(headers: &HeaderMap) -> Option<Kind> {
     TOLD.into_iter().find(|kind| kind.row().word.as_bytes() == word)
 }
 
+/// Whether a header may speak of one connection only. One look at the names is cheaper than looking each of them up, and most
+/// messages have none.
+pub fn may_be_of_connection(name: &HeaderName) -> bool {
+    matches!(
+        name.as_str(),
+        "connection"
+            | "expect"
+            | "http2-settings"
+            | "keep-alive"
+            | "proxy-connection"
+            | "te"
+            | "transfer-encoding"
+            | "upgrade"
+    )
+}
+
 fn strip_hop_by_hop(headers: &mut HeaderMap) {
-    let of_connection = |name: &HeaderName| {
-        let name = name.as_str();
-        matches!(name, "connection" | "te" | "keep-alive" | "proxy-connection" | "http2-settings")
-            || matches!(name, "transfer-encoding" | "upgrade")
-    };
-    if !headers.keys().any(of_connection) {
+    if !headers.keys().any(may_be_of_connection) {
         return;
     }
     let named: Vec<HeaderName> = headers

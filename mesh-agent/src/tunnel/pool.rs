@@ -139,7 +139,7 @@ impl Pool {
 
     /// A pooled connection of this key with a place for one stream set aside, if there is one.
     pub fn ready(&self, key: &PoolKey) -> Option<MeshConnection> {
-        lock(&self.entries).get(key)?.open.iter().find_map(MeshConnection::reserve)
+        reserve(&lock(&self.entries), key)
     }
 
     /// How many connections it keeps.
@@ -149,9 +149,7 @@ impl Pool {
 
     fn step(&self, key: &PoolKey) -> Step<'_> {
         let mut entries = lock(&self.entries);
-        // The key is copied where there is something to be dialled, not with every request.
-        let open = entries.get(key).map(|entry| &entry.open);
-        if let Some(connection) = open.and_then(|open| open.iter().find_map(MeshConnection::reserve)) {
+        if let Some(connection) = reserve(&entries, key) {
             return Step::Use(connection);
         }
         let entry = entries.entry(key.clone()).or_default();
@@ -162,6 +160,11 @@ impl Pool {
         entry.dialling = Some(attempt);
         Step::Dial(Turn { pool: self, key: key.clone(), outcome })
     }
+}
+
+/// A place on the first pooled connection that has one. The key is not copied for that.
+fn reserve(entries: &HashMap<PoolKey, Entry>, key: &PoolKey) -> Option<MeshConnection> {
+    entries.get(key)?.open.iter().find_map(MeshConnection::reserve)
 }
 
 fn lock(entries: &Mutex<HashMap<PoolKey, Entry>>) -> MutexGuard<'_, HashMap<PoolKey, Entry>> {

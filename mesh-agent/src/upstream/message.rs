@@ -16,6 +16,7 @@ use crate::{
     error::{Error, Kind, Result},
     identity::SpiffeId,
     state::snapshot::Protocol,
+    tunnel::may_be_of_connection,
 };
 
 /// Headers that speak of one connection only (RFC 9110 §7.6.1), besides those that `Connection` names.
@@ -33,25 +34,9 @@ const HOP_BY_HOP: [HeaderName; 7] = [
 /// Who the client proved to be, for apps (Envoy's XFCC).
 const CLIENT_CERT: HeaderName = HeaderName::from_static("x-forwarded-client-cert");
 
-/// Whether a header may speak of one connection only.
-fn is_of_connection(name: &HeaderName) -> bool {
-    matches!(
-        name.as_str(),
-        "connection"
-            | "expect"
-            | "http2-settings"
-            | "keep-alive"
-            | "proxy-connection"
-            | "te"
-            | "transfer-encoding"
-            | "upgrade"
-    )
-}
-
 /// Takes away what speaks of the connection to the client only. `TE: trailers` stays: gRPC asks for it end to end.
 pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
-    // One look at the names is cheaper than looking each of ours up, and most messages have none.
-    if !headers.keys().any(is_of_connection) {
+    if !headers.keys().any(may_be_of_connection) {
         return;
     }
     let named: Vec<HeaderName> = headers
