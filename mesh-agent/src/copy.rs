@@ -5,7 +5,10 @@
 //! below over in-memory pipes, and end to end in `tests/tests/`.
 
 mod buffer;
+mod coalesced;
+mod socket;
 mod splice;
+mod turn;
 
 use std::{
     future::poll_fn,
@@ -17,8 +20,11 @@ use std::{
 
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 
-use self::buffer::{Buffer, Size};
-pub use self::splice::between_sockets;
+use self::{
+    buffer::{Buffer, Size},
+    turn::Turn,
+};
+pub use self::{coalesced::Coalesced, socket::Socket, splice::between_sockets};
 use crate::error::{Error, Kind, Result};
 
 /// Bytes that have to have passed before large buffers are used (ztunnel's).
@@ -75,8 +81,9 @@ where
     W: AsyncWrite + Unpin,
 {
     let [reading, writing] = blame;
-    let (mut size, mut total) = (Size::Small, 0);
+    let (mut size, mut total, mut turn) = (Size::Small, 0, Turn::default());
     loop {
+        poll_fn(|cx| turn.poll(cx)).await;
         let read = poll_fn(|cx| poll_read(&mut from, size, cx)).await.map_err(|error| reading(&error))?;
         let Some(buffer) = read else {
             // A peer that has already gone cannot be told that we are done; its own direction reports the failure.
@@ -87,6 +94,7 @@ where
         };
         to.write_all(buffer.filled()).await.map_err(|error| writing(&error))?;
         to.flush().await.map_err(|error| writing(&error))?;
+        turn.took(buffer.filled().len());
         total += buffer.filled().len() as u64;
         moved.store(total, Ordering::Relaxed);
         let much = total >= LARGE_AFTER && buffer.filled().len() >= Size::Small.bytes();
@@ -157,7 +165,7 @@ mod tests {
         assert_eq!(question, "question");
         // All of them have come back to this thread, the only one of this runtime, though the streams are open.
         tokio::task::yield_now().await;
-        assert_eq!((buffer::lent(), buffer::kept()), ([0, 0], [1, 0]));
+        assert_eq!((buffer::lent(), buffer::kept()), ([0; 3], [1, 0, 0]));
         server.write_all(b"a longer answer").await?;
         drop(server);
         let mut answer = String::new();

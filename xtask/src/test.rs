@@ -45,7 +45,11 @@ pub fn run(options: &Options) -> Result<()> {
     if totals.binaries == 0 {
         return result;
     }
-    // The sum comes last, also when something failed: it is what people and programs look for.
+    // The sum comes last, also when something failed: it is what people and programs look for. Before it what each
+    // failed test said, which is else buried under what its processes printed.
+    for reason in &totals.reasons {
+        println!("{reason}");
+    }
     let sum = totals.line(result.is_ok());
     match result {
         Ok(()) => println!("{sum}"),
@@ -186,10 +190,19 @@ struct Totals {
     ignored: u64,
     filtered: u64,
     seconds: f64,
+    /// What failed tests said, without the output of the processes they had started.
+    reasons: Vec<String>,
+    /// How many more lines of what the failed test says are kept.
+    wanted: usize,
 }
+
+/// As much of what one failed test says is repeated at the end.
+const REASON_LINES: usize = 12;
+const REASON_WIDTH: usize = 1500;
 
 impl Totals {
     fn add(&mut self, line: &str) {
+        self.keep_reason(line);
         let Some((_, counts)) = line.split_once("test result: ") else { return };
         self.binaries += 1;
         for part in counts.split(';') {
@@ -206,6 +219,20 @@ impl Totals {
         }
     }
 
+    /// libtest shows what a failed test printed below `---- NAME stdout ----`, up to the list of `failures:`.
+    fn keep_reason(&mut self, line: &str) {
+        let of_process = line.starts_with(' ') && (line.contains(" stdout: ") || line.contains(" stderr: "));
+        if line.starts_with("---- ") {
+            self.wanted = REASON_LINES;
+        } else if line == "failures:" {
+            self.wanted = 0;
+        }
+        if self.wanted > 0 && !of_process && !line.is_empty() {
+            self.wanted -= 1;
+            self.reasons.push(line.chars().take(REASON_WIDTH).collect());
+        }
+    }
+
     /// A filter that selects nothing is a typing error, not a success.
     fn check(&self, filter: Option<&str>) -> Result<()> {
         match filter {
@@ -215,7 +242,7 @@ impl Totals {
     }
 
     fn line(&self, ok: bool) -> String {
-        let Self { binaries, passed, failed, ignored, filtered, seconds } = self;
+        let Self { binaries, passed, failed, ignored, filtered, seconds, .. } = self;
         let verdict = if ok { "ok" } else { "FAILED" };
         format!(
             "sum of {binaries} test binaries\ntest result: {verdict}. {passed} passed; {failed} failed; {ignored} ignored; \
@@ -243,6 +270,18 @@ mod tests {
         assert!(totals.check(Some("name")).is_ok());
         assert!(Totals::default().check(None).is_ok());
         assert!(Totals::default().check(Some("name")).is_err());
+    }
+
+    #[test]
+    fn what_a_failed_test_said_is_kept_without_its_processes() {
+        let mut totals = Totals::default();
+        let output = "test one ... FAILED\n\nfailures:\n\n---- one stdout ----\n  a mesh-agent stdout: event=request\n\
+                      \x20 a app stderr: bye\nError: waited in vain\n\nCaused by:\n    no answer\n\n\nfailures:\n    one\n";
+        output.lines().for_each(|line| totals.add(line));
+        assert_eq!(
+            totals.reasons,
+            ["---- one stdout ----", "Error: waited in vain", "Caused by:", "    no answer"]
+        );
     }
 
     #[test]

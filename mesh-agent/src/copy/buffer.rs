@@ -11,6 +11,8 @@ use std::cell::RefCell;
 pub(super) enum Size {
     /// 16 KiB, what most of a TLS record holds: for nearly everything.
     Small,
+    /// 64 KiB, four full TLS records: for what TLS reads of its socket.
+    Medium,
     /// 256 KiB (ztunnel's largest): for who has moved much and goes on.
     Large,
 }
@@ -20,6 +22,7 @@ impl Size {
     pub const fn bytes(self) -> usize {
         match self {
             Self::Small => 16 << 10,
+            Self::Medium => 64 << 10,
             Self::Large => 256 << 10,
         }
     }
@@ -27,8 +30,8 @@ impl Size {
     /// Empty ones that a thread keeps: beyond that they are freed.
     const fn kept(self) -> usize {
         match self {
-            Self::Small => 4,
-            Self::Large => 1,
+            Self::Small => 8,
+            Self::Medium | Self::Large => 2,
         }
     }
 }
@@ -42,7 +45,7 @@ pub(super) struct Buffer {
 }
 
 thread_local! {
-    static KEPT: RefCell<[Vec<Vec<u8>>; 2]> = const { RefCell::new([Vec::new(), Vec::new()]) };
+    static KEPT: RefCell<[Vec<Vec<u8>>; 3]> = const { RefCell::new([const { Vec::new() }; 3]) };
 }
 
 impl Buffer {
@@ -62,6 +65,19 @@ impl Buffer {
     /// So many bytes of it have been written.
     pub fn fill(&mut self, bytes: usize) {
         self.filled = bytes;
+    }
+
+    /// How much more it takes.
+    pub fn room(&self) -> usize {
+        self.bytes.len() - self.filled
+    }
+
+    /// Takes as much of this as there is room for, and tells how much that was.
+    pub fn append(&mut self, data: &[u8]) -> usize {
+        let count = data.len().min(self.room());
+        self.bytes[self.filled..][..count].copy_from_slice(&data[..count]);
+        self.filled += count;
+        count
     }
 
     /// What has been written.
@@ -93,32 +109,34 @@ mod tests {
     use super::*;
 
     thread_local! {
-        pub(super) static LENT: RefCell<[usize; 2]> = const { RefCell::new([0, 0]) };
+        pub(super) static LENT: RefCell<[isize; 3]> = const { RefCell::new([0; 3]) };
     }
 
-    /// How many of each size somebody has, of this thread.
-    pub fn lent() -> [usize; 2] {
+    /// How many of each size somebody has, of this thread: less than none where they came from another.
+    pub fn lent() -> [isize; 3] {
         LENT.with_borrow(|lent| *lent)
     }
 
     /// How many of each size the thread keeps.
-    pub fn kept() -> [usize; 2] {
-        KEPT.with_borrow(|kept| [kept[0].len(), kept[1].len()])
+    pub fn kept() -> [usize; 3] {
+        KEPT.with_borrow(|kept| kept.each_ref().map(Vec::len))
     }
 
     #[test]
     fn a_thread_keeps_few_and_lends_them_again() {
-        assert_eq!(kept(), [0, 0]);
-        let many: Vec<_> =
-            [Size::Small, Size::Large].into_iter().cycle().take(20).map(Buffer::take).collect();
-        assert_eq!(lent(), [10, 10]);
+        assert_eq!(kept(), [0; 3]);
+        let sizes = [Size::Small, Size::Medium, Size::Large];
+        let many: Vec<_> = sizes.into_iter().cycle().take(30).map(Buffer::take).collect();
+        assert_eq!(lent(), [10; 3]);
         drop(many);
-        let all = [Size::Small.kept(), Size::Large.kept()];
-        assert_eq!((lent(), kept()), ([0, 0], all));
+        let all = sizes.map(Size::kept);
+        assert_eq!((lent(), kept()), ([0; 3], all));
         let mut again = Buffer::take(Size::Large);
-        assert_eq!(kept(), [all[0], all[1] - 1]);
+        assert_eq!(kept(), [all[0], all[1], all[2] - 1]);
         assert_eq!((again.space().len(), again.filled()), (256 << 10, &[][..]));
         again.fill(3);
-        assert_eq!(again.filled().len(), 3);
+        assert_eq!((again.append(b"abc"), &again.filled()[3..]), (3, &b"abc"[..]));
+        again.fill((256 << 10) - 1);
+        assert_eq!((again.append(b"abc"), again.room()), (1, 0));
     }
 }

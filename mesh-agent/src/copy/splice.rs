@@ -6,6 +6,7 @@
 
 use std::{
     cell::RefCell,
+    future::poll_fn,
     io,
     net::Shutdown,
     os::fd::{AsFd, AsRawFd, OwnedFd},
@@ -22,10 +23,9 @@ use socket2::SockRef;
 use tokio::{
     io::{AsyncWriteExt, Interest},
     net::TcpStream,
-    task::coop::consume_budget,
 };
 
-use super::{Blame, Moved, client_broke, is_gone, server_broke};
+use super::{Blame, Moved, client_broke, is_gone, server_broke, turn::Turn};
 use crate::error::Result;
 
 /// What a pipe is asked to hold, bytes. The kernel's own choice (64 KiB) stands where it gives no more.
@@ -62,13 +62,13 @@ pub async fn between_sockets(
 
 async fn one_way(from: &TcpStream, to: &TcpStream, moved: &AtomicU64, blame: Blame) -> Result<()> {
     let [reading, writing] = blame;
+    let mut turn = Turn::default();
     loop {
         from.readable().await.map_err(|error| reading(&error))?;
         let mut carrier = Carrier::take();
         // Until the socket has nothing more: a pipe that is full of small pieces has taken less than there was, too.
         loop {
-            // A task that always finds bytes gives others their turn.
-            consume_budget().await;
+            poll_fn(|cx| turn.poll(cx)).await;
             match carrier.fill(from) {
                 Ok(Filled { bytes: 0, .. }) => {
                     carrier.give_back();
@@ -79,12 +79,14 @@ async fn one_way(from: &TcpStream, to: &TcpStream, moved: &AtomicU64, blame: Bla
                 }
                 Ok(filled) => {
                     carrier.empty(to, filled).await.map_err(|error| writing(&error))?;
+                    turn.took(filled.bytes);
                     moved.fetch_add(filled.bytes as u64, Ordering::Relaxed);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(error) => return Err(reading(&error)),
             }
         }
+        turn.over();
         carrier.give_back();
     }
 }

@@ -27,6 +27,7 @@ use super::{
 };
 use crate::{
     body::{self, Body, Received},
+    copy::Coalesced,
     drain::Drain,
     error::{Error, Kind, Result},
 };
@@ -122,7 +123,7 @@ where
 
 /// Hands out streams until there are to be no more. Where that is no error, none is open.
 async fn take_streams<S, H, F>(
-    connection: &mut h2::server::Connection<S, Bytes>,
+    connection: &mut h2::server::Connection<Coalesced<S>, Bytes>,
     options: Options,
     drain: &Drain,
     (along, shared): (Option<&Along>, &Arc<body::Connection>),
@@ -200,11 +201,11 @@ async fn handshake<S>(
     io: S,
     builder: &h2::server::Builder,
     limit: Duration,
-) -> Result<h2::server::Connection<S, Bytes>>
+) -> Result<h2::server::Connection<Coalesced<S>, Bytes>>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    time::timeout(limit, builder.handshake(io))
+    time::timeout(limit, builder.handshake(Coalesced::new(io)))
         .await
         .map_err(|_| broken(&format_args!("no HTTP/2 preface within {limit:?}")))?
         .map_err(|error| ended(&error))
@@ -213,7 +214,7 @@ where
 /// The next stream, and how it is answered; `None` when the connection has ended, or, where it is `to_end`, when all of
 /// every stream is written.
 async fn accept<S>(
-    connection: &mut h2::server::Connection<S, Bytes>,
+    connection: &mut h2::server::Connection<Coalesced<S>, Bytes>,
     along: Option<&Along>,
     to_end: bool,
 ) -> Option<std::result::Result<(Request<RecvStream>, SendResponse<Bytes>), h2::Error>>

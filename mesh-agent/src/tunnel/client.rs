@@ -35,6 +35,7 @@ use super::{
 };
 use crate::{
     body::{Body, Inform},
+    copy::{Coalesced, Socket},
     error::{Error, Kind, Result},
     http2::{self, ByteStream, Failed, keep_alive},
     identity::{
@@ -109,7 +110,7 @@ async fn establish(
     let _ = stream.set_nodelay(true);
     let beginning = identity.begin();
     let connector = TlsConnector::from(identity.client_config(expected, alpn)?);
-    let tls = timeout(HANDSHAKE_TIMEOUT, connector.connect(server_name(address.ip()), stream))
+    let tls = timeout(HANDSHAKE_TIMEOUT, connector.connect(server_name(address.ip()), Socket::new(stream)))
         .await
         .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, "no TLS handshake within 10 s")))
         .map_err(|error| failure::dialling(&error, address))?;
@@ -125,10 +126,10 @@ async fn establish(
 }
 
 impl Shared {
-    async fn start(tls: TlsStream<TcpStream>, wire: Wire, address: SocketAddr, shown: Shown) -> Result<Self> {
+    async fn start(tls: TlsStream<Socket>, wire: Wire, address: SocketAddr, shown: Shown) -> Result<Self> {
         let refusal = Arc::new(OnceLock::new());
         let [closed, retired, unused] = std::array::from_fn(|_| CancellationToken::new());
-        let io = Watched { io: tls, address, refusal: Arc::clone(&refusal) };
+        let io = Coalesced::new(Watched { io: tls, address, refusal: Arc::clone(&refusal) });
         let ended = closed.clone().drop_guard();
         let (sender, driver) =
             client_builder(wire).handshake(io).await.map_err(|error| failure::stream(&error, address))?;
@@ -173,7 +174,7 @@ impl Standing {
 }
 
 async fn drive(
-    mut connection: h2::client::Connection<Watched, Bytes>,
+    mut connection: h2::client::Connection<Coalesced<Watched>, Bytes>,
     unused: CancellationToken,
     _ended: DropGuard,
     peer: SocketAddr,
@@ -343,7 +344,7 @@ impl fmt::Debug for MeshConnection {
 
 /// A TLS stream that remembers why the peer refused us.
 struct Watched {
-    io: TlsStream<TcpStream>,
+    io: TlsStream<Socket>,
     address: SocketAddr,
     refusal: Arc<OnceLock<Error>>,
 }

@@ -17,6 +17,7 @@ use super::{
     settings::{HANDSHAKE_TIMEOUT, LAST_WORDS, MESH_TLS_PORT, ROOT_GONE_GRACE},
 };
 use crate::{
+    copy::Socket,
     error::{Error, Kind, Result},
     identity::{Shown, SpiffeId, Usage, Withdrawn, WorkloadIdentity, single_identity},
 };
@@ -25,7 +26,7 @@ use crate::{
 #[derive(Debug)]
 pub struct Accepted {
     /// Where it is to be served.
-    pub tls: TlsStream<TcpStream>,
+    pub tls: TlsStream<Socket>,
     /// Whom it proved to be.
     pub peer: SpiffeId,
     /// What was agreed on.
@@ -46,7 +47,7 @@ pub async fn accept(stream: TcpStream, identity: &WorkloadIdentity) -> Result<Ac
     let _ = stream.set_nodelay(true);
     let beginning = identity.begin();
     let acceptor = TlsAcceptor::from(identity.server_config()?);
-    let tls = timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream))
+    let tls = timeout(HANDSHAKE_TIMEOUT, acceptor.accept(Socket::new(stream)))
         .await
         .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, "no TLS handshake within 10 s")))
         .map_err(|error| failure::accepting(&error, peer))?;

@@ -13,6 +13,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use super::Dial;
 use crate::{
     body::Body,
+    copy::Coalesced,
     error::{Error, Kind, Result},
     http2::{self, Failed},
     report::FlowGuard,
@@ -66,7 +67,7 @@ pub(super) async fn connect_http2<S>(
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
-    let handshake = http2_client().handshake(stream).await;
+    let handshake = http2_client().handshake(Coalesced::new(stream)).await;
     let (sender, mut connection) = handshake.map_err(|error| h2_failure(&error.into(), to))?;
     let asked = pings.map(|pings| (connection.ping_pong(), pings));
     let connection = async move {

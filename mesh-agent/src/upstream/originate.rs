@@ -21,6 +21,7 @@ use tokio_rustls::{TlsConnector, client::TlsStream};
 use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
 
 use crate::{
+    copy::Socket,
     error::{Error, Kind, Result},
     state::snapshot::{ClientTls, Protocol, TlsTerms},
 };
@@ -30,7 +31,7 @@ pub(super) async fn handshake(
     tls: &ClientTls,
     protocol: Protocol,
     stream: TcpStream,
-) -> Result<TlsStream<TcpStream>> {
+) -> Result<TlsStream<Socket>> {
     let server = &tls.terms.server;
     let failed = |why: String| Error::new(Kind::TlsFailure, format!("TLS with {server}: {why}"));
     let (at, alpn) = match protocol {
@@ -43,7 +44,8 @@ pub(super) async fn handshake(
     let config = made.as_ref().map_err(|why| failed(why.clone()))?;
     let name = ServerName::try_from(server.to_string()).map_err(|error| failed(error.to_string()))?;
     let connector = TlsConnector::from(Arc::clone(config));
-    let stream = connector.connect(name, stream).await.map_err(|error| failed(error.to_string()))?;
+    let stream =
+        connector.connect(name, Socket::new(stream)).await.map_err(|error| failed(error.to_string()))?;
     // A server that knows no ALPN speaks HTTP/1.1.
     if protocol == Protocol::Http2 && stream.get_ref().1.alpn_protocol() != alpn {
         return Err(failed("it does not speak HTTP/2 (ALPN)".to_owned()));

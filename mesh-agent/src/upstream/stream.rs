@@ -12,7 +12,7 @@ use tokio::{
 };
 use tokio_rustls::client::TlsStream;
 
-use crate::http2::ByteStream;
+use crate::{copy::Socket, http2::ByteStream};
 
 /// An open byte stream to an endpoint.
 #[derive(Debug)]
@@ -20,7 +20,7 @@ pub enum UpstreamStream {
     /// A connection of its own: to an app of this node's pods, or to what is not in the mesh.
     Tcp(TcpStream),
     /// The same, over TLS that this agent has begun.
-    Tls(Box<TlsStream<TcpStream>>),
+    Tls(Box<TlsStream<Socket>>),
     /// A tunnel to another node.
     Tunnel(ByteStream),
     /// To this agent's own other half, which reads the bytes before it hands them to the app of a pod.
