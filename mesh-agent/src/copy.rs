@@ -18,7 +18,7 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use self::{
     buffer::{Buffer, Size},
@@ -50,18 +50,19 @@ impl Moved {
 ///
 /// # Errors
 /// [`Kind::DownstreamReset`] when the client's stream broke, [`Kind::UpstreamReset`] when the server's did.
-pub async fn both_ways<A, B>(client: A, server: B, moved: &Moved) -> Result<()>
+pub async fn both_ways<A, B>(mut client: A, mut server: B, moved: &Moved) -> Result<()>
 where
     A: AsyncRead + AsyncWrite + Unpin,
     B: AsyncRead + AsyncWrite + Unpin,
 {
-    let (client_read, client_write) = tokio::io::split(client);
-    let (server_read, server_write) = tokio::io::split(server);
-    tokio::try_join!(
-        one_way(client_read, server_write, &moved.sent, [client_broke, server_broke]),
-        one_way(server_read, client_write, &moved.received, [server_broke, client_broke]),
-    )?;
-    Ok(())
+    let (mut there, mut back) = (Way::default(), Way::default());
+    poll_fn(|cx| {
+        let sent = there.poll(&mut client, &mut server, &moved.sent, [client_broke, server_broke], cx)?;
+        let received =
+            back.poll(&mut server, &mut client, &moved.received, [server_broke, client_broke], cx)?;
+        if sent.is_ready() && received.is_ready() { Poll::Ready(Ok(())) } else { Poll::Pending }
+    })
+    .await
 }
 
 fn client_broke(error: &io::Error) -> Error {
@@ -75,31 +76,95 @@ fn server_broke(error: &io::Error) -> Error {
 /// What a failure means: that of the stream read from, that of the stream written to.
 type Blame = [fn(&io::Error) -> Error; 2];
 
-async fn one_way<R, W>(mut from: R, mut to: W, moved: &AtomicU64, blame: Blame) -> Result<()>
-where
-    R: AsyncRead + Unpin,
-    W: AsyncWrite + Unpin,
-{
-    let [reading, writing] = blame;
-    let (mut size, mut total, mut turn) = (Size::Small, 0, Turn::default());
-    loop {
-        poll_fn(|cx| turn.poll(cx)).await;
-        let read = poll_fn(|cx| poll_read(&mut from, size, cx)).await.map_err(|error| reading(&error))?;
-        let Some(buffer) = read else {
-            // A peer that has already gone cannot be told that we are done; its own direction reports the failure.
-            return match to.shutdown().await {
-                Err(error) if is_gone(&error) => Ok(()),
-                other => other.map_err(|error| writing(&error)),
+/// One direction, which knows neither of its streams: the other direction has the same.
+#[derive(Debug, Default)]
+struct Way {
+    doing: Doing,
+    turn: Turn,
+    /// Bytes that were moved.
+    total: u64,
+    /// Whether large buffers are of use.
+    much: bool,
+}
+
+/// What a direction is about.
+#[derive(Debug, Default)]
+enum Doing {
+    /// Waits for bytes.
+    #[default]
+    Reading,
+    /// Has bytes, of which so many are written.
+    Writing(Buffer, usize),
+    /// Has written so many.
+    Flushing(usize),
+    /// Hands on the end.
+    Closing,
+    /// Has nothing more to do.
+    Done,
+}
+
+impl Way {
+    /// Moves what there is; ready when the end was handed on.
+    fn poll<R, W>(
+        &mut self,
+        from: &mut R,
+        to: &mut W,
+        moved: &AtomicU64,
+        blame: Blame,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<()>>
+    where
+        R: AsyncRead + Unpin,
+        W: AsyncWrite + Unpin,
+    {
+        let [reading, writing] = blame;
+        loop {
+            self.doing = match &mut self.doing {
+                Doing::Reading => {
+                    ready!(self.turn.poll(cx));
+                    let size = if self.much { Size::Large } else { Size::Small };
+                    match ready!(poll_read(from, size, cx)).map_err(|error| reading(&error))? {
+                        Some(buffer) => Doing::Writing(buffer, 0),
+                        None => Doing::Closing,
+                    }
+                }
+                Doing::Writing(buffer, written) => {
+                    ready!(poll_write(to, buffer.filled(), written, cx)).map_err(|error| writing(&error))?;
+                    Doing::Flushing(*written)
+                }
+                Doing::Flushing(written) => {
+                    ready!(Pin::new(&mut *to).poll_flush(cx)).map_err(|error| writing(&error))?;
+                    self.turn.took(*written);
+                    self.total += *written as u64;
+                    moved.store(self.total, Ordering::Relaxed);
+                    self.much = self.total >= LARGE_AFTER && *written >= Size::Small.bytes();
+                    Doing::Reading
+                }
+                Doing::Closing => match ready!(Pin::new(&mut *to).poll_shutdown(cx)) {
+                    // A peer that has already gone cannot be told that we are done; its own direction reports the failure.
+                    Err(error) if !is_gone(&error) => return Poll::Ready(Err(writing(&error))),
+                    _ => Doing::Done,
+                },
+                Doing::Done => return Poll::Ready(Ok(())),
             };
-        };
-        to.write_all(buffer.filled()).await.map_err(|error| writing(&error))?;
-        to.flush().await.map_err(|error| writing(&error))?;
-        turn.took(buffer.filled().len());
-        total += buffer.filled().len() as u64;
-        moved.store(total, Ordering::Relaxed);
-        let much = total >= LARGE_AFTER && buffer.filled().len() >= Size::Small.bytes();
-        size = if much { Size::Large } else { Size::Small };
+        }
     }
+}
+
+/// Writes the rest of this, of which so much is written.
+fn poll_write<W: AsyncWrite + Unpin>(
+    to: &mut W,
+    data: &[u8],
+    written: &mut usize,
+    cx: &mut Context<'_>,
+) -> Poll<io::Result<()>> {
+    while *written < data.len() {
+        match ready!(Pin::new(&mut *to).poll_write(cx, &data[*written..]))? {
+            0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+            count => *written += count,
+        }
+    }
+    Poll::Ready(Ok(()))
 }
 
 /// Reads into a buffer that is there only once there is something to read; `None` at the end of file.
@@ -124,7 +189,7 @@ fn is_gone(error: &io::Error) -> bool {
 #[cfg(test)]
 mod tests {
     use tokio::{
-        io::AsyncReadExt,
+        io::{AsyncReadExt, AsyncWriteExt},
         net::{TcpListener, TcpStream},
     };
 
@@ -165,7 +230,7 @@ mod tests {
         assert_eq!(question, "question");
         // All of them have come back to this thread, the only one of this runtime, though the streams are open.
         tokio::task::yield_now().await;
-        assert_eq!((buffer::lent(), buffer::kept()), ([0; 3], [1, 0, 0]));
+        assert_eq!((buffer::lent(), buffer::kept()), ([0; 2], [1, 0]));
         server.write_all(b"a longer answer").await?;
         drop(server);
         let mut answer = String::new();

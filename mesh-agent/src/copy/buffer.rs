@@ -11,8 +11,6 @@ use std::cell::RefCell;
 pub(super) enum Size {
     /// 16 KiB, what most of a TLS record holds: for nearly everything.
     Small,
-    /// 64 KiB, four full TLS records: for what TLS reads of its socket.
-    Medium,
     /// 256 KiB (ztunnel's largest): for who has moved much and goes on.
     Large,
 }
@@ -22,7 +20,6 @@ impl Size {
     pub const fn bytes(self) -> usize {
         match self {
             Self::Small => 16 << 10,
-            Self::Medium => 64 << 10,
             Self::Large => 256 << 10,
         }
     }
@@ -31,7 +28,7 @@ impl Size {
     const fn kept(self) -> usize {
         match self {
             Self::Small => 8,
-            Self::Medium | Self::Large => 2,
+            Self::Large => 2,
         }
     }
 }
@@ -45,7 +42,7 @@ pub(super) struct Buffer {
 }
 
 thread_local! {
-    static KEPT: RefCell<[Vec<Vec<u8>>; 3]> = const { RefCell::new([const { Vec::new() }; 3]) };
+    static KEPT: RefCell<[Vec<Vec<u8>>; 2]> = const { RefCell::new([const { Vec::new() }; 2]) };
 }
 
 impl Buffer {
@@ -109,30 +106,30 @@ mod tests {
     use super::*;
 
     thread_local! {
-        pub(super) static LENT: RefCell<[isize; 3]> = const { RefCell::new([0; 3]) };
+        pub(super) static LENT: RefCell<[isize; 2]> = const { RefCell::new([0; 2]) };
     }
 
     /// How many of each size somebody has, of this thread: less than none where they came from another.
-    pub fn lent() -> [isize; 3] {
+    pub fn lent() -> [isize; 2] {
         LENT.with_borrow(|lent| *lent)
     }
 
     /// How many of each size the thread keeps.
-    pub fn kept() -> [usize; 3] {
+    pub fn kept() -> [usize; 2] {
         KEPT.with_borrow(|kept| kept.each_ref().map(Vec::len))
     }
 
     #[test]
     fn a_thread_keeps_few_and_lends_them_again() {
-        assert_eq!(kept(), [0; 3]);
-        let sizes = [Size::Small, Size::Medium, Size::Large];
-        let many: Vec<_> = sizes.into_iter().cycle().take(30).map(Buffer::take).collect();
-        assert_eq!(lent(), [10; 3]);
+        assert_eq!(kept(), [0; 2]);
+        let sizes = [Size::Small, Size::Large];
+        let many: Vec<_> = sizes.into_iter().cycle().take(20).map(Buffer::take).collect();
+        assert_eq!(lent(), [10; 2]);
         drop(many);
         let all = sizes.map(Size::kept);
-        assert_eq!((lent(), kept()), ([0; 3], all));
+        assert_eq!((lent(), kept()), ([0; 2], all));
         let mut again = Buffer::take(Size::Large);
-        assert_eq!(kept(), [all[0], all[1], all[2] - 1]);
+        assert_eq!(kept(), [all[0], all[1] - 1]);
         assert_eq!((again.space().len(), again.filled()), (256 << 10, &[][..]));
         again.fill(3);
         assert_eq!((again.append(b"abc"), &again.filled()[3..]), (3, &b"abc"[..]));
