@@ -93,8 +93,8 @@ enum Doing {
     /// Waits for bytes.
     #[default]
     Reading,
-    /// Has bytes, of which so many are written.
-    Writing(Buffer, usize),
+    /// Has bytes, not all of which are written.
+    Writing(Buffer),
     /// Has written so many.
     Flushing(usize),
     /// Hands on the end.
@@ -124,13 +124,13 @@ impl Way {
                     ready!(self.turn.poll(cx));
                     let size = if self.much { Size::Large } else { Size::Small };
                     match ready!(poll_read(from, size, cx)).map_err(|error| reading(&error))? {
-                        Some(buffer) => Doing::Writing(buffer, 0),
+                        Some(buffer) => Doing::Writing(buffer),
                         None => Doing::Closing,
                     }
                 }
-                Doing::Writing(buffer, written) => {
-                    ready!(poll_write(to, buffer.filled(), written, cx)).map_err(|error| writing(&error))?;
-                    Doing::Flushing(*written)
+                Doing::Writing(buffer) => {
+                    ready!(buffer.poll_write_to(to, cx)).map_err(|error| writing(&error))?;
+                    Doing::Flushing(buffer.filled().len())
                 }
                 Doing::Flushing(written) => {
                     ready!(Pin::new(&mut *to).poll_flush(cx)).map_err(|error| writing(&error))?;
@@ -149,22 +149,6 @@ impl Way {
             };
         }
     }
-}
-
-/// Writes the rest of this, of which so much is written.
-fn poll_write<W: AsyncWrite + Unpin>(
-    to: &mut W,
-    data: &[u8],
-    written: &mut usize,
-    cx: &mut Context<'_>,
-) -> Poll<io::Result<()>> {
-    while *written < data.len() {
-        match ready!(Pin::new(&mut *to).poll_write(cx, &data[*written..]))? {
-            0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
-            count => *written += count,
-        }
-    }
-    Poll::Ready(Ok(()))
 }
 
 /// Reads into a buffer that is there only once there is something to read; `None` at the end of file.

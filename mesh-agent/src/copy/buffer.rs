@@ -4,7 +4,14 @@
 //! thread keeps a few. Never lends out what somebody else has written as if it had just been read. Tested below, and in
 //! `copy.rs`.
 
-use std::cell::RefCell;
+use std::{
+    cell::RefCell,
+    io,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use tokio::io::AsyncWrite;
 
 /// How much a buffer takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,6 +45,8 @@ impl Size {
 pub(super) struct Buffer {
     bytes: Vec<u8>,
     filled: usize,
+    /// Of what it is filled with, how much somebody has taken.
+    taken: usize,
     size: Size,
 }
 
@@ -51,7 +60,7 @@ impl Buffer {
         #[cfg(test)]
         tests::LENT.with_borrow_mut(|lent| lent[size as usize] += 1);
         let kept = KEPT.with_borrow_mut(|kept| kept[size as usize].pop());
-        Self { bytes: kept.unwrap_or_else(|| vec![0; size.bytes()]), filled: 0, size }
+        Self { bytes: kept.unwrap_or_else(|| vec![0; size.bytes()]), filled: 0, taken: 0, size }
     }
 
     /// All of its room.
@@ -80,6 +89,20 @@ impl Buffer {
     /// What has been written.
     pub fn filled(&self) -> &[u8] {
         &self.bytes[..self.filled]
+    }
+
+    /// Writes all that it is filled with and that was not written before.
+    pub fn poll_write_to<W>(&mut self, to: &mut W, cx: &mut Context<'_>) -> Poll<io::Result<()>>
+    where
+        W: AsyncWrite + Unpin,
+    {
+        while self.taken < self.filled {
+            match ready!(Pin::new(&mut *to).poll_write(cx, &self.bytes[self.taken..self.filled]))? {
+                0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                count => self.taken += count,
+            }
+        }
+        Poll::Ready(Ok(()))
     }
 }
 

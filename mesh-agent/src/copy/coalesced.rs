@@ -3,7 +3,7 @@
 //! h2 writes and flushes after each frame that carries data. Promises: what is written goes out, in its order, once whoever
 //! writes has nothing more to write and everything else that was ready on its thread has run; sooner where a whole record's
 //! worth, or [`MOST`] frames, have gathered. Never keeps a buffer when all is written. For connections whose owner is polled
-//! by a task until they end, as h2's are. Tested below, and counted in the lab (`tests/tests/cost_of_a_request.rs`).
+//! by a task until they end, as h2's are. Tested below.
 
 use std::{
     io::{self, IoSlice},
@@ -22,8 +22,8 @@ const MOST: u8 = 64;
 #[derive(Debug)]
 pub struct Coalesced<S: AsyncWrite + Unpin> {
     io: S,
-    /// Gathered, and how much of that is written.
-    held: Option<(Buffer, usize)>,
+    /// Gathered, and not all written.
+    held: Option<Buffer>,
     /// Whether anything was gathered since the last flush.
     appended: bool,
     /// Flushes that were put off.
@@ -38,16 +38,9 @@ impl<S: AsyncWrite + Unpin> Coalesced<S> {
 
     /// Writes what is gathered.
     fn poll_drain(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        while let Some((buffer, written)) = &mut self.held {
-            let rest = &buffer.filled()[*written..];
-            if rest.is_empty() {
-                self.held = None;
-                break;
-            }
-            match ready!(Pin::new(&mut self.io).poll_write(cx, rest))? {
-                0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
-                count => *written += count,
-            }
+        if let Some(buffer) = &mut self.held {
+            ready!(buffer.poll_write_to(&mut self.io, cx))?;
+            self.held = None;
         }
         (self.appended, self.put_off) = (false, 0);
         Poll::Ready(Ok(()))
@@ -60,12 +53,11 @@ impl<S: AsyncWrite + Unpin> Coalesced<S> {
 
     /// Room for more, after what is gathered went out where there is none.
     fn poll_room(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<&mut Buffer>> {
-        if self.held.as_ref().is_some_and(|(buffer, _)| buffer.room() == 0) {
+        if self.held.as_ref().is_some_and(|buffer| buffer.room() == 0) {
             ready!(self.poll_drain(cx))?;
         }
         self.appended = true;
-        let (buffer, _) = self.held.get_or_insert_with(|| (Buffer::take(Size::Small), 0));
-        Poll::Ready(Ok(buffer))
+        Poll::Ready(Ok(self.held.get_or_insert_with(|| Buffer::take(Size::Small))))
     }
 }
 
