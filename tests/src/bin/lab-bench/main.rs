@@ -55,6 +55,9 @@ struct Cli {
     /// Whether it works at all: one short round in a small world, no figures to rely on
     #[arg(long)]
     quick: bool,
+    /// Say that the agents are those of `cargo xtask dist` (MESH_AGENT_BIN names them)
+    #[arg(long)]
+    dist: bool,
     /// Where NAME.json goes, one for each suite
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -65,6 +68,9 @@ struct Cli {
     /// this file
     #[arg(long, value_name = "FILE", conflicts_with_all = ["report", "rounds"])]
     profile: Option<PathBuf>,
+    /// In place of measuring: put the load of each suite named on the mesh, for agents that count what they do
+    #[arg(long, conflicts_with_all = ["report", "rounds", "profile"])]
+    train: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -141,7 +147,7 @@ impl Cli {
         let seconds = self.seconds.unwrap_or(if self.quick { QUICK_SECONDS } else { SECONDS });
         ensure!((1..=100).contains(&rounds), "--rounds is a number from 1 to 100");
         ensure!((0.1..=60.0).contains(&seconds), "--seconds is a number from 0.1 to 60");
-        Ok(Plan { rounds, seconds, quick: self.quick })
+        Ok(Plan { rounds, seconds, quick: self.quick, dist: self.dist })
     }
 
     fn suites(&self) -> Vec<Suite> {
@@ -156,6 +162,13 @@ async fn run(cli: &Cli) -> Result<()> {
     if let Some(file) = &cli.profile {
         let [suite] = &*cli.suites else { bail!("--profile takes one suite") };
         return profile::run(*suite, &plan, file).await;
+    }
+    if cli.train {
+        for suite in &cli.suites {
+            println!("{}: {} s on the mesh", suite.name(), plan.seconds);
+            profile::train(*suite, &plan).await.with_context(|| format!("the load of {}", suite.name()))?;
+        }
+        return Ok(());
     }
     for suite in cli.suites() {
         let name = suite.name();

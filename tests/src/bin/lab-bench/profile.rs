@@ -1,4 +1,5 @@
-//! Where the agents spend their time under the load of a suite: samples of their stacks, taken by perf.
+//! The load of a suite on the mesh alone: to see where the agents spend their time, by samples of their stacks that perf
+//! takes, or to let a build of them count what it does.
 //!
 //! Promises: nothing is put into the kernel, neither probes nor programs: a clock of each processor interrupts what runs,
 //! ten times a hundredth of a second at most. What comes out is what `perf script` says, for whoever folds it. Tested in
@@ -32,32 +33,55 @@ const STREAMS: u32 = 100;
 /// Puts the load of a suite on the mesh alone, and what `perf script` says of both agents into a file.
 pub async fn run(suite: Suite, plan: &Plan, out: &Path) -> Result<()> {
     ensure!(Path::new(PERF).is_file(), "no {PERF}: `cargo xtask profile` installs it");
-    let traffic = match suite {
-        Suite::Http | Suite::Connections | Suite::SameNode => Traffic::Http,
-        Suite::Tcp | Suite::Neighbour => Traffic::Bytes,
-        Suite::Grpc => Traffic::Grpc,
-        _ => bail!("{} has no load that an agent carries", suite.name()),
-    };
-    let lab = Lab::new("bench-profile").await?;
-    let a = lab.node("a").await?;
-    let b = if suite == Suite::SameNode { a.clone() } else { lab.node("b").await? };
-    let course = Course::meshed(&lab, "server", traffic, &a, &b).await?;
-    let nodes = if suite == Suite::SameNode { vec![&a] } else { vec![&a, &b] };
-    let agents = agents(&nodes).await?;
-    course.ready().await?;
+    let mesh = Mesh::of(suite).await?;
     let samples = out.with_extension("perf");
+    // Load for longer than is recorded.
+    let longer = Plan { seconds: plan.seconds + 2.0, ..*plan };
     let (recorded, loaded) =
-        tokio::join!(record(&agents, plan.seconds, &samples), load(suite, plan, &course));
-    finish(lab, agents).await?;
+        tokio::join!(record(&mesh.agents, plan.seconds, &samples), load(suite, &longer, &mesh.course));
+    finish(mesh.lab, mesh.agents).await?;
     recorded.and(loaded)?;
     let said = script(&samples, out);
     std::fs::remove_file(&samples).context("removing what perf recorded")?;
     said
 }
 
-/// For longer than is recorded.
+/// Puts the load of a suite on the mesh alone, and ends the agents so that they can write what they have counted: those of
+/// a build that counts its branches do (`cargo xtask dist`).
+pub async fn train(suite: Suite, plan: &Plan) -> Result<()> {
+    let mesh = Mesh::of(suite).await?;
+    let loaded = load(suite, plan, &mesh.course).await;
+    finish(mesh.lab, mesh.agents).await?;
+    loaded
+}
+
+/// The agents a suite puts its load on, and the way that load takes.
+struct Mesh {
+    lab: Lab,
+    course: Course,
+    agents: Vec<Agent>,
+}
+
+impl Mesh {
+    async fn of(suite: Suite) -> Result<Self> {
+        let traffic = match suite {
+            Suite::Http | Suite::Connections | Suite::SameNode => Traffic::Http,
+            Suite::Tcp | Suite::Neighbour => Traffic::Bytes,
+            Suite::Grpc => Traffic::Grpc,
+            _ => bail!("{} has no load that an agent carries", suite.name()),
+        };
+        let lab = Lab::new("bench-profile").await?;
+        let a = lab.node("a").await?;
+        let b = if suite == Suite::SameNode { a.clone() } else { lab.node("b").await? };
+        let course = Course::meshed(&lab, "server", traffic, &a, &b).await?;
+        let nodes = if suite == Suite::SameNode { vec![&a] } else { vec![&a, &b] };
+        let agents = agents(&nodes).await?;
+        course.ready().await?;
+        Ok(Self { lab, course, agents })
+    }
+}
+
 async fn load(suite: Suite, plan: &Plan, course: &Course) -> Result<()> {
-    let plan = &Plan { seconds: plan.seconds + 2.0, ..*plan };
     match suite {
         Suite::Grpc => drop(calls(course, STREAMS, plan.seconds).await?),
         Suite::Tcp => drop(exchange(plan, course, EXCHANGE).await?),

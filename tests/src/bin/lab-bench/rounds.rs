@@ -20,6 +20,8 @@ pub struct Plan {
     pub seconds: f64,
     /// Small worlds, no warm-up, nothing discarded.
     pub quick: bool,
+    /// Whether the agents are those that are shipped (`cargo xtask dist`).
+    pub dist: bool,
 }
 
 /// What was measured: round by round, variant by variant.
@@ -37,7 +39,8 @@ impl Plan {
     /// What a person types to have the same.
     pub fn command(&self, suite: &str) -> String {
         let quick = if self.quick { " --quick" } else { "" };
-        format!("cargo xtask bench {suite} --rounds {} --seconds {}{quick}", self.rounds, self.seconds)
+        let dist = if self.dist { " --dist" } else { "" };
+        format!("cargo xtask bench {suite} --rounds {} --seconds {}{quick}{dist}", self.rounds, self.seconds)
     }
 }
 
