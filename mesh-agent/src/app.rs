@@ -10,6 +10,7 @@ mod controller;
 mod flows;
 mod listeners;
 mod overload;
+mod source;
 mod succession;
 
 use std::{
@@ -39,19 +40,20 @@ use self::{
     certificates::{certificates_of, keep_gauges, open_authority},
     flows::{flows_of, report_flows},
     listeners::Listeners,
+    source::From,
     succession::{Before, Leaving},
 };
 use crate::{
-    admin::{self, LogLevel, Readiness, RunDir},
+    admin::{self, LogLevel, NETNS_DIR, Readiness, RunDir},
     capture::{self, Capture, CaptureConfig, Losses, Outcome},
     config::NodeConfig,
     drain::Drain,
-    enrolment::{Ended, Enrolment, put_in_force},
+    enrolment::{Announcer, Ended, Enrolment, Namespaces, put_in_force},
     handover::{self, Door, Offered, Place},
     identity::Authority,
     proxy::{Mesh, checks::check_endpoints, health::watch_endpoints},
     report::Reporter,
-    source::{self, Source, key_sets},
+    source::{Cluster, Sandboxes, Source, key_sets},
     state::{
         Problem,
         compile::{Netns, Settings},
@@ -78,17 +80,14 @@ pub struct NotStarted(String);
 /// `mesh-agent node`: runs until SIGTERM or SIGINT.
 pub fn node(config: NodeConfig, log: &str) -> Result<()> {
     let log_level = start_log(log)?;
-    let Some(dir) = config.config.clone() else {
-        let text = "nothing to configure the agent from: looked for --config DIR and MESH_CONFIG";
-        return Err(NotStarted(text.to_owned()).into());
-    };
+    let from = From::find(&config.source, Cluster::is_around(), "agent")?;
     if !nix::unistd::geteuid().is_root() {
         return Err(NotStarted("capturing traffic takes root".to_owned()).into());
     }
     capture::keep_little();
     // What watches, enrols and reports; connections have threads of their own.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    runtime.block_on(run_node(config, &dir, log_level))
+    runtime.block_on(run_node(config, &from, log_level))
 }
 
 fn start_workers(number: Option<NonZeroUsize>) -> Result<(Workers, Threads)> {
@@ -133,14 +132,14 @@ impl Signals {
     }
 }
 
-async fn run_node(config: NodeConfig, dir: &Path, log_level: LogLevel) -> Result<()> {
+async fn run_node(config: NodeConfig, from: &From, log_level: LogLevel) -> Result<()> {
     let mut signals = Signals::register().context("listening for signals")?;
     // Not before: any runtime takes note of a signal, and tells it to whoever listens by then.
     let (workers, _threads) = start_workers(config.workers)?;
     let mut begun = tokio::select! {
         biased;
         () = signals.until_told_to_stop(|| {}) => return Ok(()),
-        begun = begin(&config, dir) => begun?,
+        begun = begin(&config, from) => begun?,
     };
     let authority = open_authority(&config)?;
     let reporter = Arc::new(Reporter::new(config.access_log.into()).context("starting the access log")?);
@@ -166,20 +165,25 @@ async fn run_node(config: NodeConfig, dir: &Path, log_level: LogLevel) -> Result
 /// What leaves nothing behind when it is broken off: it is dropped in this order, the run directory being the last.
 struct Begun {
     source: Source,
+    /// The cluster it is of, if it is of one, and where its pods are.
+    cluster: Option<(Cluster, Namespaces)>,
     listeners: Listeners,
     before: Option<Before>,
     run_dir: RunDir,
 }
 
 /// The configuration first, then what is bound, or offered by an agent that runs.
-async fn begin(config: &NodeConfig, dir: &Path) -> Result<Begun> {
+async fn begin(config: &NodeConfig, from: &From) -> Result<Begun> {
     let settings = Settings {
         trust_domain: config.trust_domain.as_str().into(),
         root_namespace: config.root_namespace.as_str().into(),
         node: Some(config.node.as_str().into()),
         netns: Netns::Annotation,
     };
-    let source = source::directory(dir.to_path_buf(), settings).await?;
+    let cluster = from.cluster().await?;
+    let (netns_dir, sandboxes) = (config.run_dir().join(NETNS_DIR), Sandboxes::default());
+    let source = from.follow(cluster.as_ref(), settings, (&netns_dir, &sandboxes)).await?;
+    let cluster = cluster.map(|cluster| (cluster, Namespaces::new(netns_dir, sandboxes)));
     // Nobody is served yet, and text that was read and compiled leaves most of its memory behind.
     tokio::task::block_in_place(capture::give_back_free_memory);
     let run_dir = RunDir::create(config.run_dir())?;
@@ -187,11 +191,11 @@ async fn begin(config: &NodeConfig, dir: &Path) -> Result<Begun> {
         .with_context(|| format!("taking over at {}", run_dir.handover_socket().display()))?;
     let Some((succession, Offered { lock, own, made_run_dir, pods })) = called else {
         let listeners = Listeners::bind(config).await?;
-        return Ok(Begun { source, listeners, before: None, run_dir });
+        return Ok(Begun { source, cluster, listeners, before: None, run_dir });
     };
     let listeners = Listeners::take_over(config, own).await?;
     let before = Some(Before { succession, lock: Some(lock), made_run_dir, pods });
-    Ok(Begun { source, listeners, before, run_dir })
+    Ok(Begun { source, cluster, listeners, before, run_dir })
 }
 
 fn place(config: &NodeConfig) -> Place {
@@ -248,7 +252,7 @@ async fn serve_pods(
     signals: &mut Signals,
 ) -> Result<()> {
     let Parts { begun, authority, reporter, capture, workers } = parts;
-    let Begun { source, mut run_dir, listeners, before } = begun;
+    let Begun { source, cluster, mut run_dir, listeners, before } = begun;
     let (memory, overload) = overload::measure(&config.overload)?;
     let mesh = Arc::new(Mesh {
         node: config.node.as_str().into(),
@@ -268,6 +272,10 @@ async fn serve_pods(
     let drain = Drain::default();
     let mut enrolment =
         Enrolment::new(Arc::clone(&mesh), Arc::clone(&capture), Arc::clone(&authority), drain.clone());
+    if let Some((cluster, namespaces)) = cluster {
+        let announcer = Announcer::start(cluster.client(), Arc::clone(&mesh.node), snapshots.clone());
+        enrolment = enrolment.in_cluster(namespaces, announcer);
+    }
     let keep_file = listeners.admin.keep_file();
     if let Some(before) = before
         && !succession::succeed(before, &mut enrolment, &mut run_dir, &keep_file, signals).await?

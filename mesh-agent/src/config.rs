@@ -5,6 +5,7 @@ mod certificates;
 mod controller;
 mod limits;
 mod overload;
+mod source;
 
 use std::{net::SocketAddr, num::NonZeroUsize, path::PathBuf, time::Duration};
 
@@ -16,6 +17,7 @@ pub use self::{
     controller::{ControllerConfig, ServiceAccountName, TokenConfig, TokensOf},
     limits::HttpLimits,
     overload::OverloadMarks,
+    source::SourceFlags,
 };
 pub use crate::state::snapshot::PathNormalization;
 use crate::{
@@ -70,9 +72,9 @@ pub enum Role {
 /// `mesh-agent node`.
 #[derive(Debug, Clone, Args)]
 pub struct NodeConfig {
-    /// Directory of YAML manifests (Kubernetes and Istio objects), watched for changes
-    #[arg(long, env = "MESH_CONFIG", value_name = "DIR")]
-    pub config: Option<PathBuf>,
+    /// Where the configuration is from.
+    #[command(flatten)]
+    pub source: SourceFlags,
     /// Name of this node, as in the `spec.nodeName` of its pods
     #[arg(long, env = "MESH_NODE", default_value_t = hostname())]
     pub node: String,

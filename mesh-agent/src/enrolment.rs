@@ -5,18 +5,17 @@
 //! over from the agent before, and handed over to the next (`enrolment/succession.rs`). Tested by the tables below and in
 //! the lab.
 
+mod announce;
+mod cluster;
 mod direct;
+mod failing;
 mod in_force;
 mod leaving;
+mod namespaces;
 mod succession;
 
 use std::{
-    collections::HashMap,
-    net::IpAddr,
-    os::unix::fs::MetadataExt,
-    path::Path,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    collections::HashMap, net::IpAddr, os::unix::fs::MetadataExt, path::Path, sync::Arc, time::Duration,
 };
 
 use nix::sys::resource::{Resource, getrlimit};
@@ -25,13 +24,15 @@ use tokio::{
     task::block_in_place,
 };
 
-use self::leaving::Leaving;
 pub use self::{
+    announce::Announcer,
     in_force::put_in_force,
+    namespaces::Namespaces,
     succession::{Prepared, Served},
 };
+use self::{cluster::InCluster, failing::Failing, leaving::Leaving};
 use crate::{
-    admin::{BlockReady, FailingPod, PodsView},
+    admin::BlockReady,
     capture::{self, Capture, Listener, PodNet},
     drain::Drain,
     handover::{Asked, Door},
@@ -59,6 +60,8 @@ pub struct Enrolment {
     namespaces: HashMap<PodName, (u64, u64)>,
     leaving: Leaving,
     wanted: Wanted,
+    /// In a cluster: where its pods are, and who is told which are in the mesh.
+    cluster: Option<InCluster>,
     /// Told when pods have come or gone.
     pods_changed: Arc<Notify>,
 }
@@ -70,57 +73,6 @@ pub enum Ended {
     Left,
     /// Every pod is another agent's, which waits to be told so. What is open here stays.
     HandedOver(Box<Enrolment>, Asked),
-}
-
-/// What stands between each wanted pod and its enrolment; each reason is logged once. Cheap to clone; all clones are one.
-#[derive(Debug, Clone, Default)]
-pub struct Failing(Arc<Mutex<HashMap<PodName, String>>>);
-
-impl Failing {
-    /// The map is whole after every change, so a panic elsewhere does not make it wrong.
-    fn reasons(&self) -> MutexGuard<'_, HashMap<PodName, String>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Notes a failure. Whether it is news.
-    fn note(&self, name: &PodName, reason: &str) -> bool {
-        let mut reasons = self.reasons();
-        let known = reasons.get(name).is_some_and(|known| known == reason);
-        if !known {
-            reasons.insert(name.clone(), reason.to_owned());
-        }
-        !known
-    }
-
-    fn forget(&self, name: &PodName) {
-        self.reasons().remove(name);
-    }
-
-    fn forget_where(&self, name: &PodName, is: impl FnOnce(&str) -> bool) {
-        let mut reasons = self.reasons();
-        if reasons.get(name).is_some_and(|reason| is(reason)) {
-            reasons.remove(name);
-        }
-    }
-
-    fn keep_only(&self, wanted: &HashMap<PodName, Arc<Workload>>) {
-        self.reasons().retain(|name, _| wanted.contains_key(name));
-    }
-
-    /// The pods of this node for the operator: those enrolled in `mesh`, and those that fail.
-    pub fn view(&self, mesh: &Mesh) -> PodsView {
-        let pods = mesh.pods.all();
-        let enrolled = pods.iter().filter(|(_, pod)| !pod.net().is_passed_by());
-        let mut enrolled: Vec<_> = enrolled.map(|(name, _)| name.to_string()).collect();
-        let one = |(name, reason): (&PodName, &String)| FailingPod {
-            pod: name.to_string(),
-            reason: reason.clone(),
-        };
-        let mut failing: Vec<_> = self.reasons().iter().map(one).collect();
-        enrolled.sort();
-        failing.sort();
-        PodsView { node: mesh.node.to_string(), enrolled, failing }
-    }
 }
 
 /// What has to be done.
@@ -198,8 +150,8 @@ impl Enrolment {
     /// Nothing enrolled yet.
     pub fn new(mesh: Arc<Mesh>, capture: Arc<Capture>, authority: Arc<Authority>, drain: Drain) -> Self {
         let (failing, namespaces, pods_changed) = (Failing::default(), HashMap::new(), Arc::default());
-        let (leaving, wanted) = (Leaving::default(), Wanted::default());
-        Self { mesh, capture, authority, drain, failing, namespaces, leaving, wanted, pods_changed }
+        let (leaving, wanted, cluster) = (Leaving::default(), Wanted::default(), None);
+        Self { mesh, capture, authority, drain, failing, namespaces, leaving, wanted, cluster, pods_changed }
     }
 
     /// What fails, for as long as this runs.
@@ -249,6 +201,7 @@ impl Enrolment {
             tokio::select! {
                 changed = snapshots.changed() => if changed.is_err() { break },
                 () = tokio::time::sleep(LOOK_AGAIN) => {}
+                () = cluster::told(self.cluster.as_mut()) => {}
                 mut asked = door.asked() => if self.hand_over(&mut asked).await {
                     door.leave_file();
                     return Ended::HandedOver(Box::new(self), asked);
@@ -265,6 +218,7 @@ impl Enrolment {
     async fn reconcile(&mut self, snapshot: &Snapshot, newer: impl Fn() -> bool) -> bool {
         let mut wanted = self.wanted.of(snapshot, &self.mesh.node).clone();
         self.failing.keep_only(&wanted);
+        self.find_namespaces(&wanted);
         wanted.retain(|name, pod| self.namespace_stands(name, pod));
         self.let_go_of_those_due();
         let pods = self.mesh.pods.all();
@@ -306,6 +260,7 @@ impl Enrolment {
         let pods = self.mesh.pods.all();
         let enrolled = pods.keys().filter(|name| !self.leaving.has(name)).count();
         self.mesh.reporter.set_pods(enrolled, failing);
+        self.announce();
         true
     }
 
@@ -420,7 +375,7 @@ impl Enrolment {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::net::Ipv4Addr;
 
     use super::*;
@@ -429,7 +384,7 @@ mod tests {
         state::snapshot::{Authentication, CapturePolicy},
     };
 
-    fn pod(name: &str, ip: u8, version: &str) -> (PodName, Arc<Workload>) {
+    pub fn pod(name: &str, ip: u8, version: &str) -> (PodName, Arc<Workload>) {
         let text = Arc::<str>::from;
         let workload = Workload {
             namespace: text("default"),
@@ -444,6 +399,7 @@ mod tests {
             labels: [(text("version"), text(version))].into(),
             enrolled: true,
             netns: Some("/run/netns/x".into()),
+            announced: false,
             capture: CapturePolicy::default(),
             authorization: Arc::default(),
             authentication: Authentication::default(),
@@ -469,21 +425,6 @@ mod tests {
         let moved = pod("a", 9, "v1");
         let step = plan(&HashMap::from([a.clone()]), &HashMap::from([moved.clone()]));
         assert_eq!((step.leave, step.join), (vec![a.0], vec![moved.1]));
-    }
-
-    #[test]
-    fn a_failure_is_news_once_for_as_long_as_its_pod_is_wanted() {
-        let (failing, (name, workload)) = (Failing::default(), pod("a", 1, "v1"));
-        let wanted = HashMap::from([(name.clone(), workload)]);
-        let gone = "its network namespace is not there";
-        assert!(failing.note(&name, gone));
-        failing.keep_only(&wanted);
-        assert!(!failing.note(&name, gone), "told a second time");
-        assert!(failing.note(&name, "port 15001 is taken"), "another reason is news");
-        failing.keep_only(&HashMap::new());
-        assert!(failing.reasons().is_empty() && failing.note(&name, gone));
-        failing.forget(&name);
-        assert!(failing.reasons().is_empty());
     }
 
     #[test]

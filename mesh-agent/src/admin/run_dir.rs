@@ -25,6 +25,9 @@ const MADE: &str = "made";
 /// The directory of metrics of agents that have handed over.
 const METRICS: &str = "metrics";
 
+/// The directory of the network namespaces of a cluster's pods: links, by the pods' UIDs.
+pub const NETNS_DIR: &str = "netns";
+
 /// Bits of a mode that are of the group and of others.
 const OTHERS: u32 = 6;
 
@@ -99,6 +102,7 @@ impl Drop for RunDir {
         if self.noted {
             let _ = fs::remove_file(self.path.join(BPF_DIR_NOTE));
             let _ = fs::remove_dir_all(self.metrics());
+            let _ = fs::remove_dir_all(self.path.join(NETNS_DIR));
         }
         if self.made {
             let _ = fs::remove_file(self.path.join(MADE));
@@ -141,7 +145,7 @@ pub fn clean_run_dir(run_dir: &Path) -> io::Result<()> {
         let ours = match name.to_str() {
             Some(SOCKET_NAME | HANDOVER_SOCKET | "handover.sock.new") => kind.is_socket(),
             Some(BPF_DIR_NOTE | MADE) => kind.is_file(),
-            Some(METRICS) => kind.is_dir(),
+            Some(METRICS | NETNS_DIR) => kind.is_dir(),
             _ => false,
         };
         if !ours {
@@ -239,6 +243,7 @@ mod tests {
         std::mem::forget(dir);
         fs::create_dir(path.join(METRICS))?;
         fs::write(path.join(METRICS).join("1"), "")?;
+        fs::create_dir(path.join(NETNS_DIR))?;
         drop(UnixListener::bind(path.join(HANDOVER_SOCKET))?);
         let socket = UnixListener::bind(path.join(SOCKET_NAME))?;
         let alive = clean_run_dir(&path).map_err(|error| error.to_string());

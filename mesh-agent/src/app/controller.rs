@@ -7,7 +7,7 @@ use time::OffsetDateTime;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use super::{NotStarted, Signals, start_log};
+use super::{Signals, source::From, start_log};
 use crate::{
     admin::{self, Readiness},
     config::{ControllerConfig, TokenConfig, TokensOf},
@@ -19,22 +19,19 @@ use crate::{
         serve,
     },
     identity::{EmbeddedCa, write_over},
-    source,
+    source::{Cluster, Sandboxes},
     state::compile::{Netns, Settings},
 };
 
 /// `mesh-agent controller`: runs until SIGTERM or SIGINT.
 pub fn controller(config: ControllerConfig, log: &str) -> Result<()> {
     start_log(log)?;
-    let Some(dir) = config.config.clone() else {
-        let text = "nothing to configure the controller from: looked for --config DIR and MESH_CONFIG";
-        return Err(NotStarted(text.to_owned()).into());
-    };
+    let from = From::find(&config.source, Cluster::is_around(), "controller")?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    runtime.block_on(run(config, &dir))
+    runtime.block_on(run(config, &from))
 }
 
-async fn run(config: ControllerConfig, dir: &Path) -> Result<()> {
+async fn run(config: ControllerConfig, from: &From) -> Result<()> {
     let mut signals = Signals::register().context("listening for signals")?;
     let settings = Settings {
         trust_domain: config.trust_domain.as_str().into(),
@@ -42,7 +39,9 @@ async fn run(config: ControllerConfig, dir: &Path) -> Result<()> {
         node: None,
         netns: Netns::Annotation,
     };
-    let source = source::directory(dir.to_path_buf(), settings).await?;
+    let cluster = from.cluster().await?;
+    // It enrols nothing.
+    let source = from.follow(cluster.as_ref(), settings, (Path::new(""), &Sandboxes::default())).await?;
     let listener =
         TcpListener::bind(config.listen).await.with_context(|| format!("--listen {}", config.listen))?;
     let readiness = admin::Listener::bind(config.readiness).await?;

@@ -113,6 +113,7 @@ pub(super) mod tests {
             labels: BTreeMap::new(),
             enrolled: true,
             netns: None,
+            announced: false,
             capture: CapturePolicy::default(),
             authorization: Arc::default(),
             authentication: Authentication::default(),

@@ -4,7 +4,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{Args, ValueEnum, value_parser};
 
-use super::{STATE_DIR, some_seconds};
+use super::{STATE_DIR, SourceFlags, some_seconds};
 use crate::state::{
     defaults::{ROOT_NAMESPACE, TRUST_DOMAIN},
     snapshot::Subnet,
@@ -20,9 +20,9 @@ const AUDIENCE: &str = "istio-ca";
 /// `mesh-agent controller`.
 #[derive(Debug, Clone, Args)]
 pub struct ControllerConfig {
-    /// Directory of YAML manifests, as for the agents: it says which pods run on which node
-    #[arg(long, env = "MESH_CONFIG", value_name = "DIR")]
-    pub config: Option<PathBuf>,
+    /// Where the configuration is from, as for the agents: it says which pods run on which node.
+    #[command(flatten)]
+    pub source: SourceFlags,
     /// Trust domain of every identity: `spiffe://TRUST_DOMAIN/ns/NAMESPACE/sa/ACCOUNT`
     #[arg(long, env = "MESH_TRUST_DOMAIN", default_value = TRUST_DOMAIN)]
     pub trust_domain: String,

@@ -45,6 +45,7 @@ fn workload(name: &str, ip: &str, no_direct: bool) -> Arc<Workload> {
         labels: BTreeMap::new(),
         enrolled: true,
         netns: None,
+        announced: false,
         capture: CapturePolicy { no_direct, ..CapturePolicy::default() },
         authorization: Arc::default(),
         authentication: Authentication::default(),

@@ -136,6 +136,7 @@ impl Enrolment {
 
     /// Both steps for all pods, since the agent stops.
     pub(super) async fn leave_all(&mut self, deadline: Duration) {
+        self.announce_none();
         let pods = self.mesh.pods.all();
         let nets: Vec<_> = pods.values().map(|pod| Arc::clone(pod.net())).collect();
         for (name, pod) in pods.iter().filter(|(name, _)| !self.leaving.has(name)) {

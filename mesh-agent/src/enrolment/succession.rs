@@ -44,8 +44,9 @@ impl Enrolment {
     ///
     /// # Errors
     /// A sentence that names the pod: one that cannot be taken over keeps all of them where they are.
-    pub async fn prepare(&self, offered: Vec<OfferedPod>) -> Result<Prepared> {
+    pub async fn prepare(&mut self, offered: Vec<OfferedPod>) -> Result<Prepared> {
         let wanted = wanted(&self.mesh.snapshot(), &self.mesh.node);
+        self.find_namespaces(&wanted);
         let mut prepared = Prepared::default();
         for workload in wanted.values() {
             self.authority.prefetch(&workload.identity);
@@ -90,7 +91,7 @@ impl Enrolment {
 
     /// Offers everything to a successor and lets go of it once that one serves. False: it did not come to that, and
     /// nothing has happened.
-    pub(super) async fn hand_over(&self, asked: &mut Asked) -> bool {
+    pub(super) async fn hand_over(&mut self, asked: &mut Asked) -> bool {
         tracing::info!("a successor is being offered the pods");
         let (lock, pods) = match self.capture.offer() {
             Ok(offer) => offer,
@@ -108,6 +109,7 @@ impl Enrolment {
             tracing::warn!(%error, "the successor did not take over; this agent goes on");
             return false;
         }
+        self.announce_no_more();
         self.capture.let_go().await;
         self.drain.leave();
         true

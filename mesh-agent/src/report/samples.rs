@@ -31,6 +31,7 @@ pub fn workload(name: &str, host: u8) -> Arc<Workload> {
         labels: BTreeMap::from(labels),
         enrolled: true,
         netns: None,
+        announced: false,
         capture: CapturePolicy::default(),
         authorization: Arc::default(),
         authentication: Authentication::default(),

@@ -35,6 +35,7 @@ fn source() -> Workload {
         labels: BTreeMap::from([("app".into(), "client".into())]),
         enrolled: true,
         netns: None,
+        announced: false,
         capture: CapturePolicy::default(),
         authorization: Arc::default(),
         authentication: Authentication::default(),

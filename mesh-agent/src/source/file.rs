@@ -21,7 +21,7 @@ use serde_json::Value;
 use crate::state::{
     Problem,
     resource::{
-        self, Object, ObjectKey, Refused, Resource, authorization_policy,
+        self, Object, ObjectKey, Origin, Refused, Resource, authorization_policy,
         field::{FieldError, under},
         mesh_config,
     },
@@ -85,7 +85,8 @@ impl Looks {
     }
 }
 
-fn hash_of(content: &impl Hash) -> u64 {
+/// A hash of it that holds for this process.
+pub(super) fn hash_of(content: &impl Hash) -> u64 {
     let mut hasher = DefaultHasher::new();
     content.hash(&mut hasher);
     hasher.finish()
@@ -210,7 +211,7 @@ impl File {
 }
 
 /// Has a text be the same allocation as an equal one before.
-fn share(known: &mut HashSet<Arc<str>>, text: &mut Arc<str>) {
+pub(super) fn share(known: &mut HashSet<Arc<str>>, text: &mut Arc<str>) {
     match known.get(text) {
         Some(same) => *text = Arc::clone(same),
         None => drop(known.insert(Arc::clone(text))),
@@ -256,11 +257,12 @@ fn json_documents(text: &str) -> Result<Vec<Value>, String> {
     values.collect::<Result<_, _>>().map_err(|error| error.to_string())
 }
 
-type ReadResult = Result<(ObjectKey, Resource), Refused>;
+/// What came of reading an object.
+pub(super) type ReadResult = Result<(ObjectKey, Resource), Refused>;
 
 /// Reads one object; the text of the mesh-wide settings, which is YAML within it, too.
-fn read_object(object: &Value) -> ReadResult {
-    let (key, resource) = resource::read(object)?;
+pub(super) fn read_object(object: &Value, origin: Origin) -> ReadResult {
+    let (key, resource) = resource::read(object, origin)?;
     let Some(text) = mesh_config::text(&key, object) else { return Ok((key, resource)) };
     let settings = match documents(text) {
         Ok(mut all) if all.len() <= 1 => mesh_config::check(&all.pop().unwrap_or_default()),
@@ -294,7 +296,8 @@ fn read_all<'v, 'k>(
         }
         let hash = hash_of(object);
         let known = before.get(&hash).map(|held| Found::AsBefore(held));
-        let known = known.unwrap_or_else(|| Found::Anew(hash, place(read_object(object), &at)));
+        let known =
+            known.unwrap_or_else(|| Found::Anew(hash, place(read_object(object, Origin::Manifest), &at)));
         found.push((known, object));
     };
     for (i, document) in documents.iter().enumerate() {

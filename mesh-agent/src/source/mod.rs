@@ -1,40 +1,41 @@
-//! Where the configuration comes from: a directory of manifests, watched.
+//! Where the configuration comes from: a directory of manifests, or the API server of a cluster; both are watched.
 //!
-//! A source says what has become of which object ([`Change`]), so that another one (a Kubernetes watch) can stand in its
-//! place or beside it. Promises that the first snapshot is compiled when the function returns, that a broken manifest leaves its
-//! last good state in force, and that each problem is logged once. Never blocks the runtime: files are read and
-//! compiled on a blocking thread. Tested in `tests.rs` beside it.
+//! A source says what has become of which object ([`Change`](crate::state::compile::Change)); what comes of that is the same
+//! for all (`in_force.rs`). Promises that the first snapshot is compiled when the function returns, that what is broken leaves
+//! its last good state in force, and that each problem is logged once. Never blocks the runtime: files are read and all is
+//! compiled on a blocking thread. Tested in `tests.rs` and `kubernetes/tests.rs` beside it.
 
 mod directory;
 mod file;
+mod in_force;
 pub mod key_sets;
+pub(crate) mod kubernetes;
+mod sandboxes;
 #[cfg(test)]
 mod tests;
 
 use std::{
     collections::BTreeSet,
     path::PathBuf,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, atomic::AtomicU64},
 };
 
 use anyhow::Context;
 use tokio::sync::{Notify, watch};
 
-use self::directory::{Directory, Look};
+use self::{
+    directory::{Directory, Look},
+    in_force::{Followed, InForce},
+};
 use crate::{
-    state::{
-        Problem,
-        compile::{Change, Compiled, Settings},
-        snapshot::Snapshot,
-    },
+    state::{Problem, compile::Settings, snapshot::Snapshot},
     watcher::{Pace, Seen, Watcher},
 };
 
 pub use directory::read_text;
 pub use file::read_documents;
+pub use kubernetes::{Cluster, kubernetes};
+pub use sandboxes::{ByUid, Sandbox, Sandboxes};
 
 /// A running source. It runs for as long as any receiver of `snapshots` is held.
 #[derive(Debug)]
@@ -63,7 +64,7 @@ impl Reread {
 /// Counters since the start, for metrics.
 #[derive(Debug, Default)]
 pub struct Counts {
-    /// Times the directory was read.
+    /// Times the directory was read, or objects of a cluster were taken over.
     pub reads: AtomicU64,
     /// Snapshots compiled.
     pub compiled: AtomicU64,
@@ -82,33 +83,22 @@ pub async fn directory(dir: PathBuf, settings: Settings) -> anyhow::Result<Sourc
         Watcher::new(dir.clone(), Pace::EachFile).with_context(|| format!("--config {}", dir.display()))?;
     let mut state = State {
         directory: Directory::new(dir.clone()),
-        compiled: Compiled::new(settings),
-        problems: BTreeSet::new(),
+        in_force: InForce::new(settings),
         foreign: BTreeSet::new(),
-        counts: Arc::new(Counts::default()),
     };
     state = tokio::task::spawn_blocking(move || state.load().map(|()| state))
         .await?
         .with_context(|| format!("--config {}", dir.display()))?;
-    let (snapshot_tx, snapshots) = watch::channel(Arc::clone(state.compiled.snapshot()));
-    let (problem_tx, problems) = watch::channel(state.listed());
-    let reread = Reread::default();
-    let counts = Arc::clone(&state.counts);
-    tokio::spawn(run(state, watcher, reread.clone(), snapshot_tx, problem_tx));
-    Ok(Source { snapshots, problems, reread, counts })
+    let (followed, source) = state.in_force.follow();
+    tokio::spawn(run(state, watcher, source.reread.clone(), followed));
+    Ok(source)
 }
 
 /// Reads again at each change until nobody listens any more.
-async fn run(
-    mut state: State,
-    mut watcher: Watcher,
-    reread: Reread,
-    snapshots: watch::Sender<Arc<Snapshot>>,
-    problems: watch::Sender<Arc<[Problem]>>,
-) {
+async fn run(mut state: State, mut watcher: Watcher, reread: Reread, followed: Followed) {
     loop {
         let look = tokio::select! {
-            () = snapshots.closed() => return,
+            () = followed.nobody_listens() => return,
             seen = watcher.changed() => match seen {
                 Seen::Entries(names) => Look::Entries(names),
                 Seen::Anything => Look::Anything,
@@ -128,29 +118,16 @@ async fn run(
                 return;
             }
         }
-        // Problems first: who waits for a snapshot finds what belongs to it.
-        let listed = state.listed();
-        problems.send_if_modified(|before| {
-            let changed = **before != *listed;
-            *before = listed;
-            changed
-        });
-        snapshots.send_if_modified(|before| {
-            let changed = !Arc::ptr_eq(before, state.compiled.snapshot());
-            *before = Arc::clone(state.compiled.snapshot());
-            changed
-        });
+        followed.publish(&state.in_force);
     }
 }
 
 /// What is known between two reads.
 struct State {
     directory: Directory,
-    compiled: Compiled,
-    problems: BTreeSet<Problem>,
+    in_force: InForce,
     /// Kinds that were said to be passed over.
     foreign: BTreeSet<String>,
-    counts: Arc<Counts>,
 }
 
 impl State {
@@ -162,8 +139,7 @@ impl State {
     }
 
     fn reload(&mut self, look: &Look) {
-        self.counts.reads.fetch_add(1, Ordering::Relaxed);
-        let changes = self.directory.read(look, self.compiled.objects());
+        let changes = self.directory.read(look, self.in_force.objects());
         for kind in self.directory.foreign() {
             if !self.foreign.contains(kind) {
                 tracing::info!(
@@ -173,46 +149,6 @@ impl State {
                 self.foreign.insert(kind.to_owned());
             }
         }
-        // An empty directory is a configuration too.
-        if !changes.is_empty() || self.compiled.snapshot().revision == 0 {
-            self.compile(changes);
-        }
-        let found = self.directory.problems().chain(self.compiled.problems());
-        let found = found.cloned().collect();
-        self.note(found);
-    }
-
-    fn compile(&mut self, changes: Vec<Change>) {
-        self.compiled.apply(changes);
-        self.counts.compiled.fetch_add(1, Ordering::Relaxed);
-        let snapshot = self.compiled.snapshot();
-        tracing::info!(
-            revision = snapshot.revision,
-            services = snapshot.services.len(),
-            addresses = snapshot.workloads.len(),
-            "configuration compiled"
-        );
-    }
-
-    /// Logs and counts what is new.
-    fn note(&mut self, found: BTreeSet<Problem>) {
-        for problem in found.difference(&self.problems) {
-            self.counts.problems.fetch_add(1, Ordering::Relaxed);
-            tracing::warn!(
-                file = problem.file,
-                object = problem.object.as_deref().unwrap_or("-"),
-                field = problem.field.as_deref().unwrap_or("-"),
-                "configuration: {}",
-                problem.message
-            );
-        }
-        for problem in self.problems.difference(&found) {
-            tracing::info!("configuration: no longer a problem: {problem}");
-        }
-        self.problems = found;
-    }
-
-    fn listed(&self) -> Arc<[Problem]> {
-        self.problems.iter().cloned().collect()
+        self.in_force.take(changes, self.directory.problems());
     }
 }

@@ -5,10 +5,15 @@ use std::{
     fs,
     os::unix::fs::symlink,
     path::{Path, PathBuf},
+    sync::atomic::Ordering,
 };
 
 use super::*;
-use crate::state::{resource::Objects, snapshot::RouteAction};
+use crate::state::{
+    compile::{Change, Compiled},
+    resource::Objects,
+    snapshot::RouteAction,
+};
 
 mod policies;
 

@@ -133,8 +133,11 @@ pub struct Workload {
     pub labels: BTreeMap<Arc<str>, Arc<str>>,
     /// Whether traffic to it travels as mTLS to port 15008 and its own traffic is captured.
     pub enrolled: bool,
-    /// Where its network namespace is, in directory mode (annotation `mesh.io/netns`).
+    /// Where its network namespace is, if it is of this node: what the annotation `mesh.io/netns` says or, in a cluster, where
+    /// the agent keeps it.
     pub netns: Option<PathBuf>,
+    /// Whether the agent of its node has said, in the annotation `mesh.io/enrolled`, that it is in the mesh.
+    pub announced: bool,
     /// What its annotations ask of its capture.
     pub capture: CapturePolicy,
     /// The authorization policies that select it.

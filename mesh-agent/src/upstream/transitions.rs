@@ -109,6 +109,7 @@ mod tests {
             labels: std::collections::BTreeMap::new(),
             enrolled,
             netns: None,
+            announced: false,
             capture: CapturePolicy::default(),
             authorization: Arc::default(),
             authentication: Authentication::default(),

@@ -1,5 +1,7 @@
 //! Configuration: whatever a file holds, it is read and compiled or refused, and compiling twice gives the same.
 
+use std::path::Path;
+
 use mesh_agent::{
     source::read_text,
     state::compile::{Netns, Settings, compile},
@@ -15,7 +17,7 @@ pub fn run(input: &[u8]) {
     if objects.is_empty() {
         return;
     }
-    for netns in [Netns::Annotation, Netns::Runtime] {
+    for netns in [Netns::Annotation, Netns::Node(Path::new("/run/netns").into())] {
         let settings = Settings { netns, ..Settings::default() };
         let (first, problems) = compile(&objects, None, &settings);
         let (second, again) = compile(&objects, Some(&first), &settings);

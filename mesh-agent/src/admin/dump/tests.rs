@@ -183,6 +183,7 @@ fn a_pod_of_two_addresses_is_shown_once_and_order_is_fixed() {
             labels: BTreeMap::new(),
             enrolled: false,
             netns: None,
+            announced: false,
             capture: CapturePolicy::default(),
             authorization: Arc::default(),
             authentication: Authentication::default(),

@@ -46,6 +46,7 @@ fn pod(name: &str, node: &str, ip: [u8; 4]) -> Outcome<Workload> {
         labels: [].into(),
         enrolled: true,
         netns: None,
+        announced: false,
         capture: CapturePolicy::default(),
         authorization: Arc::default(),
         authentication: Authentication::default(),

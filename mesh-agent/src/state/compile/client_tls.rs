@@ -2,7 +2,7 @@
 //!
 //! Promises that a rule which asks for TLS never comes to plaintext. Tested in `tests/client_tls.rs`.
 
-use std::sync::Arc;
+use std::{collections::BTreeSet, sync::Arc};
 
 use super::{Problems, services::Definitions};
 use crate::state::{
@@ -10,6 +10,7 @@ use crate::state::{
         ObjectKey, Objects, Resource,
         client_tls::{Credential, Terms, Tls},
         destination_rule::{Blocks, DestinationRule, TrafficPolicy},
+        of_kind,
     },
     snapshot::{ClientCertificate, ClientTls, Origination, TlsTerms},
 };
@@ -47,6 +48,29 @@ pub(super) fn originate(
     }
 }
 
+/// Namespace and name of each Secret that a rule names: no other is asked for.
+pub fn named_secrets(objects: &Objects) -> BTreeSet<(Arc<str>, Arc<str>)> {
+    let mut named = BTreeSet::new();
+    for (_, object) in of_kind(objects, "DestinationRule") {
+        let Resource::DestinationRule(rule) = &object.resource else { continue };
+        let policies =
+            rule.policy.iter().chain(rule.subsets.iter().filter_map(|subset| subset.policy.as_ref()));
+        for (_, tls) in policies.flat_map(|policy| written("", policy)) {
+            let (Tls::Simple(terms) | Tls::Mutual(terms)) = tls else { continue };
+            let Some(name) = &terms.credential else { continue };
+            for name in [name.as_str().into(), roots_alone(name).into()] {
+                named.insert((Arc::clone(&rule.namespace), name));
+            }
+        }
+    }
+    named
+}
+
+/// Istio's name of the Secret that has the roots of another one.
+fn roots_alone(name: &str) -> String {
+    format!("{name}-cacert")
+}
+
 /// What the named Secret has, and that of the same name with `-cacert` behind (Istio's, for roots alone).
 fn credential(objects: &Objects, namespace: &str, terms: &Terms, shows: bool) -> Result<Credential, String> {
     let Some(name) = &terms.credential else { return Ok(Credential::default()) };
@@ -55,7 +79,7 @@ fn credential(objects: &Objects, namespace: &str, terms: &Terms, shows: bool) ->
         Some(Resource::Secret(credential)) => Some(Credential::clone(credential)),
         _ => None,
     };
-    let (found, roots) = (find(name), find(&format!("{name}-cacert")));
+    let (found, roots) = (find(name), find(&roots_alone(name)));
     if found.is_none() && roots.is_none() {
         return Err(format!("there is no Secret {namespace}/{name}"));
     }

@@ -7,6 +7,7 @@
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
     net::{IpAddr, SocketAddr},
+    path::Path,
     sync::Arc,
 };
 
@@ -61,7 +62,11 @@ mod views;
 mod virtual_services;
 mod workloads;
 
-pub use self::incremental::{Change, Compiled};
+pub use self::{
+    client_tls::named_secrets,
+    incremental::{Change, Compiled},
+    workloads::{ANNOUNCED, ENROLLED},
+};
 
 /// What compiling needs to know besides the objects.
 #[derive(Debug, Clone)]
@@ -87,13 +92,14 @@ impl Default for Settings {
     }
 }
 
-/// Where pods' network namespaces come from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Where pods' network namespaces come from, and with that, who says which pods are in the mesh.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Netns {
-    /// The annotation `mesh.io/netns`; an enrolled pod that has none is left alone.
+    /// The annotation `mesh.io/netns`; an enrolled pod that has none is left alone. Labels say which pods are in the mesh.
     Annotation,
-    /// Found on the node (CNI plugin, container runtime).
-    Runtime,
+    /// They are found on the node, and have names in this directory: the pods' UIDs. Labels say which pods of this node
+    /// are to be in the mesh, annotations of their agents which pods of other nodes are.
+    Node(Arc<Path>),
 }
 
 /// Compiles objects. Endpoints, clusters and workloads that were in `previous` keep what they remember.

@@ -6,6 +6,7 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     net::IpAddr,
+    path::PathBuf,
     sync::Arc,
 };
 
@@ -29,6 +30,15 @@ const DATAPLANE_MODE: &str = "mesh.io/dataplane-mode";
 
 /// Annotation that names a pod's network namespace.
 const NETNS: &str = "mesh.io/netns";
+
+/// Annotation by which the agent of a pod's node says that the pod is in the mesh.
+pub const ENROLLED: &str = "mesh.io/enrolled";
+
+/// What it says then.
+pub const ANNOUNCED: &str = "true";
+
+/// The same of Istio's ambient mode: `enabled`.
+const REDIRECTION: &str = "ambient.istio.io/redirection";
 
 /// Label that Deployments put on the pods of each of their `ReplicaSets`.
 const TEMPLATE_HASH: &str = "pod-template-hash";
@@ -261,9 +271,18 @@ fn workload(
 ) -> Workload {
     let meta = &entry.pod.metadata;
     let label = |name: &str| meta.labels.as_ref().and_then(|labels| labels.get(name)).map(String::as_str);
-    let netns = meta.annotations.as_ref().and_then(|annotations| annotations.get(NETNS));
-    let netns = netns.filter(|netns| !netns.is_empty()).map(std::path::PathBuf::from);
-    let mut enrolled = wants_mesh(entry, objects, problems);
+    let (mut enrolled, netns) = match &settings.netns {
+        Netns::Annotation => {
+            (wants_mesh(entry, objects, problems), annotation(meta, NETNS).map(PathBuf::from))
+        }
+        Netns::Node(dir) if settings.node.as_deref() == entry.node() => {
+            let uid = meta.uid.as_deref().filter(|uid| is_uid(uid));
+            (wants_mesh(entry, objects, problems), uid.map(|uid| dir.join(uid)))
+        }
+        // Whoever certifies agents has to know which pods are to be in the mesh before they are.
+        Netns::Node(_) if settings.node.is_none() => (wants_mesh(entry, objects, problems), None),
+        Netns::Node(_) => (is_announced(meta), None),
+    };
     if enrolled && netns.is_none() && settings.netns == Netns::Annotation {
         let message = "missing: the pod cannot be enrolled without its network namespace, and is left alone";
         problems.add(entry.key, &format!("metadata.annotations.{NETNS}"), message);
@@ -289,6 +308,7 @@ fn workload(
         labels: meta.labels.iter().flatten().map(|(k, v)| (k.as_str().into(), v.as_str().into())).collect(),
         enrolled,
         netns,
+        announced: annotation(meta, ENROLLED) == Some(ANNOUNCED),
         capture: capture(entry, enrolled, problems),
         authorization,
         authentication,
@@ -296,6 +316,22 @@ fn workload(
         canonical_revision: revision.unwrap_or("latest").into(),
         workload_name: workload_name.into(),
     }
+}
+
+/// An annotation that says something.
+fn annotation<'p>(meta: &'p ObjectMeta, name: &str) -> Option<&'p str> {
+    let value = meta.annotations.as_ref().and_then(|annotations| annotations.get(name));
+    value.map(String::as_str).filter(|value| !value.is_empty())
+}
+
+/// Whether the agent of its node has said that it is in the mesh.
+fn is_announced(meta: &ObjectMeta) -> bool {
+    annotation(meta, ENROLLED) == Some(ANNOUNCED) || annotation(meta, REDIRECTION) == Some("enabled")
+}
+
+/// Whether it is a UID as API servers make them, and no path.
+fn is_uid(uid: &str) -> bool {
+    !uid.is_empty() && uid.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
 }
 
 /// What it asks of its capture, and what the kubelet may ask of it.

@@ -83,7 +83,7 @@ impl fmt::Display for ObjectKey {
 /// A checked object and where it was read.
 #[derive(Debug)]
 pub struct Object {
-    /// Where it was read, for problems; for example a file's path.
+    /// Where it was read, for problems; for example a file's path. Empty for objects of a cluster.
     pub file: Arc<str>,
     /// What it says.
     pub resource: Resource,
@@ -173,9 +173,18 @@ impl Refused {
     }
 }
 
+/// Where an object comes from, and so what a field of Kubernetes' own kinds means that this program does not know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// Somebody wrote it: a typing error.
+    Manifest,
+    /// An API server has checked it, which may be newer than this program: nothing.
+    ApiServer,
+}
+
 /// Reads and checks one object.
-pub fn read(value: &Value) -> Result<(ObjectKey, Resource), Refused> {
-    let header = header(value).map_err(|error| Refused { key: None, error })?;
+pub fn read(value: &Value, origin: Origin) -> Result<(ObjectKey, Resource), Refused> {
+    let header = header(value, origin).map_err(|error| Refused { key: None, error })?;
     match resource(&header, value) {
         Ok(resource) => Ok((header.key, resource)),
         Err(error) => Err(Refused { key: Some(header.key), error }),
@@ -186,9 +195,10 @@ pub fn read(value: &Value) -> Result<(ObjectKey, Resource), Refused> {
 struct Header<'a> {
     api_version: &'a str,
     key: ObjectKey,
+    origin: Origin,
 }
 
-fn header(value: &Value) -> Checked<Header<'_>> {
+fn header(value: &Value, origin: Origin) -> Checked<Header<'_>> {
     if !value.is_object() {
         return Err(FieldError::new("", "this is not an object with apiVersion, kind and metadata"));
     }
@@ -213,7 +223,7 @@ fn header(value: &Value) -> Checked<Header<'_>> {
     if !namespace.is_empty() {
         dns_name(namespace).map_err(under("metadata.namespace"))?;
     }
-    Ok(Header { api_version, key: ObjectKey::new(kind, namespace, name) })
+    Ok(Header { api_version, key: ObjectKey::new(kind, namespace, name), origin })
 }
 
 /// A DNS-1123 subdomain: names become parts of host names and of identities, where a slash would forge one.
@@ -228,21 +238,21 @@ pub(super) fn dns_name(name: &str) -> Checked<()> {
 }
 
 fn resource(header: &Header<'_>, value: &Value) -> Checked<Resource> {
+    let origin = header.origin;
     match (header.api_version, &*header.key.kind) {
-        ("v1", "Namespace") => core(value).map(Resource::Namespace),
-        ("v1", "Pod") => pod::check(core(value)?).map(Resource::Pod),
-        ("v1", "Service") => {
-            core::<v1::Service>(value).map(|service| Resource::Service(Box::new(Service::of(*service))))
-        }
+        ("v1", "Namespace") => core(value, origin).map(Resource::Namespace),
+        ("v1", "Pod") => pod::check(core(value, origin)?).map(Resource::Pod),
+        ("v1", "Service") => core::<v1::Service>(value, origin)
+            .map(|service| Resource::Service(Box::new(Service::of(*service)))),
         ("v1", "Node") => {
-            core::<Node>(value).map(|node| Resource::Node(node.metadata.labels.unwrap_or_default()))
+            core::<Node>(value, origin).map(|node| Resource::Node(node.metadata.labels.unwrap_or_default()))
         }
-        ("v1", "ServiceAccount") => core::<ServiceAccount>(value).map(|_| Resource::Accepted),
+        ("v1", "ServiceAccount") => core::<ServiceAccount>(value, origin).map(|_| Resource::Accepted),
         ("v1", "Secret") => {
-            core::<Secret>(value).map(|secret| Resource::Secret(Box::new(Credential::of(*secret))))
+            core::<Secret>(value, origin).map(|secret| Resource::Secret(Box::new(Credential::of(*secret))))
         }
-        ("v1", "ConfigMap") => core::<ConfigMap>(value).map(|_| Resource::Accepted),
-        ("discovery.k8s.io/v1", "EndpointSlice") => core::<discovery::v1::EndpointSlice>(value)
+        ("v1", "ConfigMap") => core::<ConfigMap>(value, origin).map(|_| Resource::Accepted),
+        ("discovery.k8s.io/v1", "EndpointSlice") => core::<discovery::v1::EndpointSlice>(value, origin)
             .map(|slice| Resource::EndpointSlice(Box::new(EndpointSlice::of(*slice)))),
         (
             "networking.istio.io/v1alpha3" | "networking.istio.io/v1beta1" | "networking.istio.io/v1",
@@ -263,11 +273,13 @@ fn resource(header: &Header<'_>, value: &Value) -> Checked<Resource> {
     }
 }
 
-/// Reads a Kubernetes object, refusing fields that its schema does not have (`status` apart: it is written by
+/// Reads a Kubernetes object, refusing fields of a manifest that its schema does not have (`status` apart: it is written by
 /// clusters, which may be newer than this program).
-fn core<T: DeserializeOwned + Serialize>(value: &Value) -> Checked<Box<T>> {
+fn core<T: DeserializeOwned + Serialize>(value: &Value, origin: Origin) -> Checked<Box<T>> {
     let object: T = field::deserialize(value)?;
-    refuse_unknown(value, &object)?;
+    if origin == Origin::Manifest {
+        refuse_unknown(value, &object)?;
+    }
     Ok(Box::new(object))
 }
 

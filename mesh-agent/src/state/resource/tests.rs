@@ -74,7 +74,7 @@ fn refusals_name_object_and_field() {
         ),
     ];
     for (value, object, field, message) in table {
-        let problem = read(&value).unwrap_err().problem("f.yaml");
+        let problem = read(&value, Origin::Manifest).unwrap_err().problem("f.yaml");
         assert_eq!(problem.object.as_deref(), object, "{value}");
         assert_eq!(problem.field.as_deref().unwrap_or_default(), field, "{value}");
         assert!(problem.message.contains(message), "{value}: {}", problem.message);
@@ -87,14 +87,14 @@ fn all_kinds_of_the_directory_are_read() {
     let namespaced =
         |api: &str, kind: &str| json!({"apiVersion": api, "kind": kind, "metadata": {"name": "a"}});
     for kind in ["Namespace", "Node", "Pod", "Service", "ServiceAccount", "Secret", "ConfigMap"] {
-        let (key, _) = read(&namespaced("v1", kind)).unwrap();
+        let (key, _) = read(&namespaced("v1", kind), Origin::Manifest).unwrap();
         let namespace = if ["Namespace", "Node"].contains(&kind) { "" } else { "default" };
         assert_eq!(key, ObjectKey::new(kind, namespace, "a"));
     }
     let mut slice = namespaced("discovery.k8s.io/v1", "EndpointSlice");
     slice["addressType"] = json!("IPv4");
     slice["endpoints"] = json!([]);
-    assert!(read(&slice).is_ok());
+    assert!(read(&slice, Origin::Manifest).is_ok());
 }
 
 #[test]
@@ -109,7 +109,7 @@ fn istio_kinds_are_read_in_all_versions_with_what_clusters_add() {
                      "http": [{"route": [{"destination": {"host": "a"}}]}]},
             "status": {"observedGeneration": 3},
         });
-        let (key, resource) = read(&value).unwrap();
+        let (key, resource) = read(&value, Origin::Manifest).unwrap();
         assert_eq!(key.to_string(), "VirtualService shop/a");
         let Resource::VirtualService(service) = resource else { panic!("{version}") };
         assert!(service.mesh && service.created.is_some());
@@ -120,5 +120,15 @@ fn istio_kinds_are_read_in_all_versions_with_what_clusters_add() {
 fn unknown_status_of_a_newer_cluster_is_no_error() {
     let pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a", "labels": null},
                      "spec": {"containers": [], "tolerations": []}, "status": {"phase": "Running", "novelty": 1}});
-    assert!(read(&pod).is_ok());
+    assert!(read(&pod, Origin::Manifest).is_ok());
+}
+
+#[test]
+fn a_field_that_only_a_newer_api_server_knows_is_passed_over_and_one_of_a_manifest_is_not() {
+    let service = json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "a"},
+                         "spec": {"ports": [{"port": 80, "novelty": 1}]}});
+    assert!(read(&service, Origin::ApiServer).is_ok());
+    assert!(
+        read(&service, Origin::Manifest).is_err_and(|refused| refused.error.field == "spec.ports[0].novelty")
+    );
 }

@@ -1,5 +1,7 @@
 //! Pods: address, enrolment, names.
 
+use std::path::{Path, PathBuf};
+
 use super::*;
 use crate::state::snapshot::Workload;
 
@@ -44,13 +46,49 @@ fn enrolment() {
     }
 }
 
+/// What the agent of node `n` of a cluster, or its controller, makes of a pod on `on`: whether it is in the mesh, and where its
+/// network namespace is.
+fn in_a_cluster(agent_of: Option<&str>, on: &str, meta: &str) -> (bool, Option<PathBuf>) {
+    let text = raw(&format!("name: a, {meta}"), &format!("nodeName: {on}"), "podIP: 10.0.0.1");
+    let netns = Netns::Node(Path::new("/run/pods").into());
+    let settings = Settings { netns, node: agent_of.map(Arc::from), ..settings() };
+    let (snapshot, problems) = compile(&read_text(&text).0, None, &settings);
+    assert_eq!(problems, [], "{text}");
+    let pod = snapshot.workloads.values().next().unwrap();
+    (pod.enrolled, pod.netns.clone())
+}
+
 #[test]
-fn without_an_annotation_the_runtime_knows_the_namespace() {
-    let text = raw("name: a, labels: {mesh.io/dataplane-mode: node}", "", "podIP: 10.0.0.1");
-    let runtime = Settings { netns: Netns::Runtime, ..settings() };
-    let (snapshot, problems) = compile(&read_text(&text).0, None, &runtime);
-    assert_eq!(problems, []);
-    assert!(snapshot.workloads.values().all(|workload| workload.enrolled && workload.netns.is_none()));
+fn in_a_cluster_labels_say_who_joins_and_agents_who_has_joined() {
+    const LABEL: &str = "labels: {mesh.io/dataplane-mode: node}";
+    let here = Some(PathBuf::from("/run/pods/0b1c-2d"));
+    let uid = "uid: 0b1c-2d";
+    let announced = ["mesh.io/enrolled: 'true'", "ambient.istio.io/redirection: enabled"];
+    assert_eq!(in_a_cluster(Some("n"), "n", &format!("{uid}, {LABEL}")), (true, here.clone()));
+    assert_eq!(in_a_cluster(Some("n"), "n", uid), (false, here.clone()));
+    assert_eq!(in_a_cluster(Some("n"), "m", &format!("{uid}, {LABEL}")), (false, None), "not joined yet");
+    assert_eq!(
+        in_a_cluster(None, "m", &format!("{uid}, {LABEL}")),
+        (true, None),
+        "it may have a certificate"
+    );
+    for annotation in announced {
+        let meta = format!("{uid}, annotations: {{{annotation}}}");
+        assert_eq!(in_a_cluster(Some("n"), "m", &meta), (true, None), "{annotation}");
+        assert_eq!(in_a_cluster(Some("n"), "n", &meta), (false, here.clone()), "{annotation}");
+    }
+    for other in ["mesh.io/enrolled: 'false'", "ambient.istio.io/redirection: disabled"] {
+        assert!(!in_a_cluster(Some("n"), "m", &format!("{uid}, annotations: {{{other}}}")).0, "{other}");
+    }
+}
+
+#[test]
+fn in_a_cluster_nobody_names_a_network_namespace() {
+    let foreign = "uid: u, annotations: {mesh.io/netns: /proc/1/ns/net}";
+    assert_eq!(in_a_cluster(Some("n"), "n", foreign).1, Some("/run/pods/u".into()));
+    for uid in ["../../proc/1/ns/net", "/proc/1", "..", "''"] {
+        assert_eq!(in_a_cluster(Some("n"), "n", &format!("uid: {uid}")).1, None, "{uid}");
+    }
 }
 
 #[test]

@@ -1,0 +1,67 @@
+//! Which cluster, and how its API server is spoken to.
+//!
+//! Promises that what is used is what was asked for or what is around this process: never a file in somebody's home directory.
+
+use std::path::Path;
+
+use anyhow::{Context as _, Result};
+use kube::{
+    Client, Config,
+    config::{KubeConfigOptions, Kubeconfig},
+};
+
+/// Says where the API server is, in every pod of a cluster.
+const SERVICE_HOST: &str = "KUBERNETES_SERVICE_HOST";
+/// Where pods have the token of their service account.
+const TOKEN: &str = "/var/run/secrets/kubernetes.io/serviceaccount/token";
+
+/// The API server of a cluster. Cheap to clone.
+#[derive(Clone)]
+pub struct Cluster(Client);
+
+impl std::fmt::Debug for Cluster {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Cluster").finish_non_exhaustive()
+    }
+}
+
+impl Cluster {
+    /// What [`is_around`](Self::is_around) looks for, for people.
+    pub const SIGNS: &str = "KUBERNETES_SERVICE_HOST with /var/run/secrets/kubernetes.io/serviceaccount/token (a pod of a cluster)";
+
+    /// Whether this process runs in a pod of a cluster that may speak to its API server.
+    pub fn is_around() -> bool {
+        std::env::var_os(SERVICE_HOST).is_some() && Path::new(TOKEN).exists()
+    }
+
+    /// The one this process runs in. Its token is read anew as it changes.
+    ///
+    /// # Errors
+    /// There is none around, or what the pod was given cannot be read.
+    pub fn around() -> Result<Self> {
+        let config = Config::incluster().context("the cluster this pod runs in")?;
+        Self::of(config)
+    }
+
+    /// The one of the current context of a kubeconfig file.
+    ///
+    /// # Errors
+    /// The file cannot be read, or names no cluster.
+    pub async fn of_kubeconfig(path: &Path) -> Result<Self> {
+        let about = || format!("--kubeconfig {}", path.display());
+        let kubeconfig = Kubeconfig::read_from(path).with_context(about)?;
+        let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await;
+        Self::of(config.with_context(about)?).with_context(about)
+    }
+
+    /// By a configuration of the client.
+    pub(super) fn of(config: Config) -> Result<Self> {
+        let server = config.cluster_url.to_string();
+        Client::try_from(config).map(Self).with_context(|| format!("the API server at {server}"))
+    }
+
+    /// The client that speaks to it.
+    pub fn client(&self) -> Client {
+        self.0.clone()
+    }
+}

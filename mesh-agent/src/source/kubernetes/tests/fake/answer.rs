@@ -1,0 +1,268 @@
+//! What the API server answers.
+
+use std::{
+    collections::BTreeMap,
+    convert::Infallible,
+    sync::{Arc, Mutex},
+};
+
+use bytes::Bytes;
+use futures_util::{Stream, StreamExt as _, stream};
+use http::{Method, Request, Response, StatusCode};
+use http_body_util::{BodyExt, StreamBody};
+use hyper::body::{Frame, Incoming};
+use serde_json::{Value, json};
+use tokio::sync::watch;
+
+use super::{Body, Happened, Key, World};
+
+/// What a path is about.
+struct Target {
+    group: String,
+    version: String,
+    plural: String,
+    namespace: Option<String>,
+    name: Option<String>,
+}
+
+impl Target {
+    fn of(path: &str) -> Option<Self> {
+        let mut parts = path.trim_matches('/').split('/');
+        let group = match parts.next()? {
+            "api" => String::new(),
+            _ => parts.next()?.to_owned(),
+        };
+        let version = parts.next()?.to_owned();
+        let mut rest: Vec<String> = parts.map(str::to_owned).collect();
+        let namespace = (rest.len() > 2 && rest[0] == "namespaces").then(|| rest.drain(..2).nth(1)).flatten();
+        let mut rest = rest.into_iter();
+        Some(Self { group, version, plural: rest.next().unwrap_or_default(), namespace, name: rest.next() })
+    }
+
+    fn api_version(&self) -> String {
+        if self.group.is_empty() { self.version.clone() } else { format!("{}/{}", self.group, self.version) }
+    }
+
+    fn has(&self, key: &Key) -> bool {
+        let (group, plural, namespace, _) = key;
+        *group == self.group
+            && *plural == self.plural
+            && self.namespace.as_ref().is_none_or(|own| own == namespace)
+    }
+
+    /// Whether the kind is there.
+    fn is_served(&self, world: &World) -> bool {
+        let built_in = self.group.is_empty() || self.group.ends_with(".k8s.io");
+        built_in
+            || world.served.get(&self.api_version()).is_some_and(|plurals| plurals.contains(&self.plural))
+    }
+}
+
+/// `a.b=c` and `a.b!=c`, all of which have to hold.
+fn selected(selector: &str, object: &Value) -> bool {
+    selector.split(',').filter(|term| !term.is_empty()).all(|term| {
+        let (path, value, equal) = match term.split_once("!=") {
+            Some((path, value)) => (path, value, false),
+            None => term.split_once('=').map(|(path, value)| (path, value, true)).unwrap(),
+        };
+        let at = object.pointer(&format!("/{}", path.replace('.', "/")));
+        (at.and_then(Value::as_str).unwrap_or_default() == value) == equal
+    })
+}
+
+pub(super) async fn answer(
+    world: Arc<Mutex<World>>,
+    changed: watch::Sender<()>,
+    request: Request<Incoming>,
+) -> Result<Response<Body>, Infallible> {
+    let (head, body) = request.into_parts();
+    let sent = body.collect().await.map(|body| body.to_bytes()).unwrap_or_default();
+    let query = head.uri.query().unwrap_or_default().to_owned();
+    let query: BTreeMap<String, String> = query
+        .split('&')
+        .filter_map(|pair| pair.split_once('='))
+        .map(|(name, value)| {
+            let value = value.replace('+', " ");
+            (name.to_owned(), percent_encoding::percent_decode_str(&value).decode_utf8_lossy().into_owned())
+        })
+        .collect();
+    let shown: Vec<String> = query.iter().map(|(name, value)| format!("{name}={value}")).collect();
+    world.lock().unwrap().asked.push(format!("{} {}?{}", head.method, head.uri.path(), shown.join("&")));
+    changed.send_replace(());
+    let Some(target) = Target::of(head.uri.path()) else { return Ok(status(404, "no such path")) };
+    let known = world.lock().unwrap();
+    if target.plural.is_empty() {
+        let Some(plurals) = known.served.get(&target.api_version()) else {
+            return Ok(status(404, "not found"));
+        };
+        let one = |plural: &String| json!({"name": plural, "kind": plural, "namespaced": true, "singularName": "", "verbs": []});
+        let resources: Vec<Value> = plurals.iter().map(one).collect();
+        let list =
+            json!({"kind": "APIResourceList", "groupVersion": target.api_version(), "resources": resources});
+        return Ok(whole(200, &list));
+    }
+    if !target.is_served(&known) {
+        return Ok(status(404, "the server could not find the requested resource"));
+    }
+    if known.forbidden.contains(&target.plural) {
+        return Ok(status(403, &format!("{} is forbidden", target.plural)));
+    }
+    if head.method == Method::PATCH {
+        drop(known);
+        return Ok(patch(&world, &changed, &target, &sent));
+    }
+    if query.get("watch").is_some_and(|value| value == "true" || value == "1") {
+        drop(known);
+        return Ok(watched(world, changed.subscribe(), target, &query));
+    }
+    Ok(listed(&known, &target, &query))
+}
+
+fn listed(world: &World, target: &Target, query: &BTreeMap<String, String>) -> Response<Body> {
+    let selector = query.get("fieldSelector").map_or("", String::as_str);
+    let all = world.objects.iter().filter(|(key, object)| target.has(key) && selected(selector, object));
+    let from = query.get("continue").map_or(0, |from| from.parse().unwrap());
+    let asked = query.get("limit").map_or(usize::MAX, |limit| limit.parse().unwrap());
+    let page = world.page.unwrap_or(usize::MAX).min(asked);
+    let mut items: Vec<Value> =
+        all.skip(from).take(page.saturating_add(1)).map(|(_, object)| object.clone()).collect();
+    let mut metadata = json!({"resourceVersion": world.version.to_string()});
+    if items.len() > page {
+        items.truncate(page);
+        metadata["continue"] = (from + page).to_string().into();
+    }
+    whole(
+        200,
+        &json!({"kind": "List", "apiVersion": target.api_version(), "metadata": metadata, "items": items}),
+    )
+}
+
+fn watched(
+    world: Arc<Mutex<World>>,
+    changed: watch::Receiver<()>,
+    target: Target,
+    query: &BTreeMap<String, String>,
+) -> Response<Body> {
+    let from: u64 = query.get("resourceVersion").and_then(|version| version.parse().ok()).unwrap_or(0);
+    let selector = query.get("fieldSelector").cloned().unwrap_or_default();
+    let bookmarks = query.get("allowWatchBookmarks").is_some_and(|value| value == "true");
+    if from < world.lock().unwrap().oldest {
+        let gone = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": 410, "reason": "Expired",
+                          "message": "too old resource version"});
+        let line = line("ERROR", &gone);
+        return streamed(stream::iter([line]));
+    }
+    let ends = world.lock().unwrap().ends;
+    let start = (world, changed, target, selector, bookmarks, from);
+    let events =
+        stream::unfold(start, move |(world, mut changed, target, selector, bookmarks, from)| async move {
+            loop {
+                let happened: Vec<Happened> = {
+                    let world = world.lock().unwrap();
+                    world.history.iter().filter(|happened| happened.version > from).cloned().collect()
+                };
+                let last = happened.last().map(|happened| happened.version);
+                let lines: String = happened
+                    .iter()
+                    .filter_map(|happened| event(happened, &target, &selector, bookmarks))
+                    .collect();
+                if let (false, Some(last)) = (lines.is_empty(), last) {
+                    return Some((lines, (world, changed, target, selector, bookmarks, last)));
+                }
+                if world.lock().unwrap().ends > ends {
+                    return None;
+                }
+                changed.changed().await.ok()?;
+            }
+        });
+    streamed(events)
+}
+
+fn event(happened: &Happened, target: &Target, selector: &str, bookmarks: bool) -> Option<String> {
+    let version = happened.version.to_string();
+    if happened.key.1 == "bookmarks" {
+        let mark = json!({"kind": "Any", "apiVersion": target.api_version(), "metadata": {"resourceVersion": version}});
+        return bookmarks.then(|| line("BOOKMARK", &mark));
+    }
+    if !target.has(&happened.key) {
+        return None;
+    }
+    let there = |object: &Option<Value>| object.as_ref().is_some_and(|object| selected(selector, object));
+    let (kind, object) = match (there(&happened.before), there(&happened.after)) {
+        (false, true) => ("ADDED", happened.after.clone()?),
+        (true, true) => ("MODIFIED", happened.after.clone()?),
+        (true, false) => ("DELETED", happened.before.clone()?),
+        (false, false) => return None,
+    };
+    let mut object = object;
+    object["metadata"]["resourceVersion"] = version.into();
+    object["apiVersion"] = target.api_version().into();
+    object["kind"] = object["kind"].as_str().unwrap_or("Any").into();
+    Some(line(kind, &object))
+}
+
+/// A merge patch of one object.
+fn patch(world: &Mutex<World>, changed: &watch::Sender<()>, target: &Target, sent: &[u8]) -> Response<Body> {
+    let patch: Value = serde_json::from_slice(sent).unwrap();
+    let (namespace, name) =
+        (target.namespace.clone().unwrap_or_default(), target.name.clone().unwrap_or_default());
+    let mut world = world.lock().unwrap();
+    let key = (target.group.clone(), target.plural.clone(), namespace, name);
+    let Some(before) = world.objects.get(&key).cloned() else { return status(404, "not found") };
+    let uid = &patch["metadata"]["uid"];
+    if !uid.is_null() && *uid != before["metadata"]["uid"] {
+        return status(409, "the UID in the precondition does not match");
+    }
+    let mut after = before.clone();
+    merge(&mut after, &patch);
+    world.version += 1;
+    let version = world.version;
+    after["metadata"]["resourceVersion"] = version.to_string().into();
+    world.objects.insert(key.clone(), after.clone());
+    world.history.push(Happened { version, key, before: Some(before), after: Some(after.clone()) });
+    drop(world);
+    changed.send_replace(());
+    whole(200, &after)
+}
+
+fn merge(into: &mut Value, patch: &Value) {
+    let Value::Object(fields) = patch else {
+        *into = patch.clone();
+        return;
+    };
+    if !into.is_object() {
+        *into = json!({});
+    }
+    let into = into.as_object_mut().unwrap();
+    for (name, value) in fields {
+        if value.is_null() {
+            into.remove(name);
+        } else {
+            merge(into.entry(name.clone()).or_insert(Value::Null), value);
+        }
+    }
+}
+
+fn line(kind: &str, object: &Value) -> String {
+    format!("{}\n", json!({"type": kind, "object": object}))
+}
+
+fn status(code: u16, message: &str) -> Response<Body> {
+    let status =
+        json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "message": message, "code": code});
+    whole(code, &status)
+}
+
+fn whole(code: u16, value: &Value) -> Response<Body> {
+    let mut response = streamed(stream::iter([value.to_string()]));
+    *response.status_mut() = StatusCode::from_u16(code).unwrap();
+    response
+}
+
+fn streamed(texts: impl Stream<Item = String> + Send + 'static) -> Response<Body> {
+    let frames = texts.map(|text| Ok(Frame::data(Bytes::from(text))));
+    Response::builder()
+        .header("content-type", "application/json")
+        .body(BodyExt::boxed_unsync(StreamBody::new(frames)))
+        .unwrap()
+}
