@@ -6,10 +6,13 @@
 
 mod certificates;
 mod clean;
+mod cni;
 mod controller;
 mod flows;
 mod listeners;
 mod overload;
+mod ready;
+mod removal;
 mod source;
 mod succession;
 
@@ -35,11 +38,13 @@ pub use self::{
     certificates::ca,
     clean::clean,
     controller::{controller, token},
+    ready::ready,
 };
 use self::{
     certificates::{certificates_of, keep_gauges, open_authority},
     flows::{flows_of, report_flows},
     listeners::Listeners,
+    removal::Removal,
     source::From,
     succession::{Before, Leaving},
 };
@@ -272,6 +277,9 @@ async fn serve_pods(
     let drain = Drain::default();
     let mut enrolment =
         Enrolment::new(Arc::clone(&mesh), Arc::clone(&capture), Arc::clone(&authority), drain.clone());
+    let client = cluster.as_ref().map(|(cluster, _)| cluster.client());
+    let removal = Removal::new(client, config.cni.daemon_set.clone());
+    let sandboxes = cluster.as_ref().map(|(_, namespaces)| namespaces.told().clone()).unwrap_or_default();
     if let Some((cluster, namespaces)) = cluster {
         let announcer = Announcer::start(cluster.client(), Arc::clone(&mesh.node), snapshots.clone());
         enrolment = enrolment.in_cluster(namespaces, announcer);
@@ -293,6 +301,14 @@ async fn serve_pods(
     tokio::spawn(report_flows(capture.closed_flows()?, Arc::clone(&mesh)));
     drop(capture);
     let door = open_door(&listeners, &run_dir, config)?;
+    let enrolling = cni::Enrolling {
+        mesh: Arc::clone(&mesh),
+        failing: enrolment.failing(),
+        snapshots: snapshots.clone(),
+        rounds: enrolment.rounds(),
+        sandboxes,
+    };
+    let plugin = cni::Plugin::start(config, &run_dir, enrolling)?;
     let readiness = Readiness::default();
     let enrolling = readiness.block("the pods of this node");
     reporter.show_endpoints(snapshots.clone(), config.endpoint_metrics);
@@ -304,12 +320,20 @@ async fn serve_pods(
     tracing::info!(node = config.node, "agent started");
     let ended = tokio::select! {
         () = signals.until_told_to_stop(|| source.reread.reread()) => {
+            if !removal.is_for_good().await {
+                removal::finish(&mesh, config.drain_deadline).await;
+                leave_all_to_the_next(&reporter);
+            }
             drain.leave();
             enrolled.await
         }
         ended = &mut enrolled => ended,
     };
-    let leaving = match ended.context("enrolment failed")? {
+    let ended = ended.context("enrolment failed")?;
+    if let Some(plugin) = plugin {
+        plugin.end(matches!(ended, Ended::Left)).await;
+    }
+    let leaving = match ended {
         Ended::Left => None,
         Ended::HandedOver(enrolment, asked) => {
             keep_file.set(true);
@@ -325,6 +349,14 @@ async fn serve_pods(
         leaving.until_nothing_is_open(config.handover_deadline, signals).await;
     }
     Ok(())
+}
+
+/// Ends the process as a crash would, with everything in the kernel as it is: the next agent of the node takes it over, and
+/// until then the pods' own policy holds.
+fn leave_all_to_the_next(reporter: &Reporter) -> ! {
+    tracing::info!("agent stopped; what it has in the kernel waits for the next one of this node");
+    reporter.flush(LAST_LINES);
+    std::process::exit(0)
 }
 
 fn open_door(listeners: &Listeners, run_dir: &RunDir, config: &NodeConfig) -> Result<Door> {
@@ -384,7 +416,9 @@ fn remove(capture: Arc<Capture>) -> Result<()> {
 /// Serves until `stop`; what is returned ends when the operator's endpoint is gone.
 fn serve_operators(listeners: Listeners, state: admin::State, stop: &CancellationToken) -> JoinHandle<()> {
     tokio::spawn(admin::serve_metrics(listeners.metrics, Arc::clone(&state.reporter), stop.clone()));
-    tokio::spawn(admin::serve_readiness(listeners.readiness, state.readiness.clone(), stop.clone()));
+    for listener in [Some(listeners.readiness), listeners.own_readiness].into_iter().flatten() {
+        tokio::spawn(admin::serve_readiness(listener, state.readiness.clone(), stop.clone()));
+    }
     tokio::spawn(admin::serve_admin(listeners.admin, state, stop.clone()))
 }
 

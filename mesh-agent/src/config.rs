@@ -2,6 +2,7 @@
 
 mod ca;
 mod certificates;
+mod cni;
 mod controller;
 mod limits;
 mod overload;
@@ -14,6 +15,7 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 pub use self::{
     ca::{CaFlags, CaSource},
     certificates::{CaConfig, CaStep, CertificateFlags},
+    cni::{CniFlags, DaemonSetName},
     controller::{ControllerConfig, ServiceAccountName, TokenConfig, TokensOf},
     limits::HttpLimits,
     overload::OverloadMarks,
@@ -64,6 +66,11 @@ pub enum Role {
     /// Removes every trace that an agent left in the kernel and on disk, its certificate authority excepted: that of one
     /// node where it is told which (by its name, pins or sockets), else of all; never anything of an agent that runs
     Clean(CleanConfig),
+    /// The CNI plugin that the agent installs on its node (`mesh-agent node --cni-bin-dir`), run by the container runtime:
+    /// configuration on stdin, parameters in `CNI_…` variables
+    Cni,
+    /// Asks one agent whether it is ready: exit code 0 if it is, 1 if not (for the probes of its container)
+    Ready(ReadyConfig),
     /// Replaces the root of the embedded certificate authority, step by step, without a failed handshake: `prepare`,
     /// `switch`, `drop`
     Ca(CaConfig),
@@ -106,6 +113,10 @@ pub struct NodeConfig {
     /// Where `/healthz/ready` is served
     #[arg(long, env = "MESH_READINESS", value_name = "ADDRESS", default_value = "0.0.0.0:15021")]
     pub readiness: SocketAddr,
+    /// Socket at which this process alone tells whether it is ready (`mesh-agent ready`): for probes of a container, while two
+    /// agents share what the node has
+    #[arg(long, env = "MESH_READY_SOCKET", value_name = "FILE")]
+    pub ready_socket: Option<PathBuf>,
     /// cgroup2 directory that holds the pods and this agent [default: the cgroup2 mount found in mountinfo]
     #[arg(long, env = "MESH_CGROUP_ROOT", value_name = "DIR")]
     pub cgroup_root: Option<PathBuf>,
@@ -157,12 +168,23 @@ pub struct NodeConfig {
     /// How long certificates last, and which are revoked.
     #[command(flatten)]
     pub certificates: CertificateFlags,
+    /// What keeps pods from starting before they are enrolled.
+    #[command(flatten)]
+    pub cni: CniFlags,
     /// What apps may ask for over HTTP.
     #[command(flatten)]
     pub http: HttpLimits,
     /// When new work is refused for want of memory.
     #[command(flatten)]
     pub overload: OverloadMarks,
+}
+
+/// `mesh-agent ready`.
+#[derive(Debug, Clone, Args)]
+pub struct ReadyConfig {
+    /// The socket of the agent's `--ready-socket`
+    #[arg(long, env = "MESH_READY_SOCKET", value_name = "FILE")]
+    pub ready_socket: PathBuf,
 }
 
 /// `mesh-agent clean`.
@@ -275,7 +297,9 @@ mod tests {
         let run_dir = |arguments: &[&str]| match Cli::try_parse_from(arguments).map(|cli| cli.role) {
             Ok(Role::Node(node)) => Some(node.run_dir()),
             Ok(Role::Clean(clean)) => Some(clean.run_dir()),
-            Ok(Role::Ca(_) | Role::Controller(_) | Role::Token(_)) | Err(_) => None,
+            Ok(Role::Ca(_) | Role::Cni | Role::Controller(_) | Role::Ready(_) | Role::Token(_)) | Err(_) => {
+                None
+            }
         };
         for flags in [&[][..], &["--node", "a"], &["--run-dir", "/run/elsewhere"]] {
             let [node, clean] =

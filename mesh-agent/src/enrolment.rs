@@ -26,11 +26,12 @@ use tokio::{
 
 pub use self::{
     announce::Announcer,
+    failing::Failing,
     in_force::put_in_force,
     namespaces::Namespaces,
     succession::{Prepared, Served},
 };
-use self::{cluster::InCluster, failing::Failing, leaving::Leaving};
+use self::{cluster::InCluster, leaving::Leaving};
 use crate::{
     admin::BlockReady,
     capture::{self, Capture, Listener, PodNet},
@@ -64,6 +65,8 @@ pub struct Enrolment {
     cluster: Option<InCluster>,
     /// Told when pods have come or gone.
     pods_changed: Arc<Notify>,
+    /// Grows with each look at what is wanted.
+    rounds: watch::Sender<u64>,
 }
 
 /// How the following of the configuration came to its end.
@@ -151,7 +154,25 @@ impl Enrolment {
     pub fn new(mesh: Arc<Mesh>, capture: Arc<Capture>, authority: Arc<Authority>, drain: Drain) -> Self {
         let (failing, namespaces, pods_changed) = (Failing::default(), HashMap::new(), Arc::default());
         let (leaving, wanted, cluster) = (Leaving::default(), Wanted::default(), None);
-        Self { mesh, capture, authority, drain, failing, namespaces, leaving, wanted, cluster, pods_changed }
+        let rounds = watch::Sender::default();
+        Self {
+            mesh,
+            capture,
+            authority,
+            drain,
+            failing,
+            namespaces,
+            leaving,
+            wanted,
+            cluster,
+            pods_changed,
+            rounds,
+        }
+    }
+
+    /// Told after each round of coming and going.
+    pub fn rounds(&self) -> watch::Receiver<u64> {
+        self.rounds.subscribe()
     }
 
     /// What fails, for as long as this runs.
@@ -189,7 +210,9 @@ impl Enrolment {
         loop {
             let snapshot = Arc::clone(&snapshots.borrow_and_update());
             let newer = || snapshots.has_changed().unwrap_or(false);
-            if !self.reconcile(&snapshot, newer).await {
+            let done = self.reconcile(&snapshot, newer).await;
+            self.rounds.send_modify(|rounds| *rounds += 1);
+            if !done {
                 continue;
             }
             self.capture.follow_kubelet();

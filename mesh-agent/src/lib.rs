@@ -8,6 +8,7 @@ pub mod app;
 pub mod balance;
 pub mod body;
 pub mod capture;
+pub mod cni;
 pub mod config;
 pub mod controller;
 pub mod copy;

@@ -28,7 +28,10 @@ pub use self::{
     endpoints::EndpointView,
     health::{BlockReady, Readiness},
     listen::{Address, AddressError, HANDOVER_SOCKET, KeepFile, Listener, SOCKET_NAME, Socket},
-    run_dir::{NETNS_DIR, RunDir, clean_run_dir, noted_bpf_dir, run_dir_files},
+    run_dir::{
+        CNI_INSTALLED, CNI_NAMESPACES, CNI_SOCKET, NETNS_DIR, RunDir, clean_run_dir, is_answered,
+        noted_bpf_dir, run_dir_files,
+    },
     serve::Reply,
 };
 use crate::{

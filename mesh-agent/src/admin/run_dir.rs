@@ -25,6 +25,15 @@ const MADE: &str = "made";
 /// The directory of metrics of agents that have handed over.
 const METRICS: &str = "metrics";
 
+/// The socket at which the agent's CNI plugin calls.
+pub const CNI_SOCKET: &str = "cni.sock";
+
+/// The file that says which namespaces were enrolled last, for the plugin to go by while there is no agent.
+pub const CNI_NAMESPACES: &str = "cni-namespaces.json";
+
+/// The file that says where the plugin is installed, and keeps the runtime's configurations as they were before.
+pub const CNI_INSTALLED: &str = "cni-installed.json";
+
 /// The directory of the network namespaces of a cluster's pods: links, by the pods' UIDs.
 pub const NETNS_DIR: &str = "netns";
 
@@ -85,6 +94,11 @@ impl RunDir {
         self.metrics()
     }
 
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Where an agent waits for its successor.
     pub fn handover_socket(&self) -> PathBuf {
         self.path.join(HANDOVER_SOCKET)
@@ -131,6 +145,11 @@ pub fn run_dir_files(run_dir: &Path) -> io::Result<Vec<PathBuf>> {
     }
 }
 
+/// Whether an agent runs there.
+pub fn is_answered(run_dir: &Path) -> bool {
+    UnixStream::connect(run_dir.join(SOCKET_NAME)).is_ok()
+}
+
 /// Removes the run directory of an agent that has ended; one that is not there is clean.
 ///
 /// # Errors
@@ -144,7 +163,8 @@ pub fn clean_run_dir(run_dir: &Path) -> io::Result<()> {
         let (name, kind) = (entry.file_name(), entry.file_type()?);
         let ours = match name.to_str() {
             Some(SOCKET_NAME | HANDOVER_SOCKET | "handover.sock.new") => kind.is_socket(),
-            Some(BPF_DIR_NOTE | MADE) => kind.is_file(),
+            Some(CNI_SOCKET) => kind.is_socket(),
+            Some(BPF_DIR_NOTE | MADE | CNI_NAMESPACES | CNI_INSTALLED) => kind.is_file(),
             Some(METRICS | NETNS_DIR) => kind.is_dir(),
             _ => false,
         };
@@ -153,7 +173,7 @@ pub fn clean_run_dir(run_dir: &Path) -> io::Result<()> {
             return Err(io::Error::new(io::ErrorKind::DirectoryNotEmpty, text));
         }
     }
-    if UnixStream::connect(run_dir.join(SOCKET_NAME)).is_ok() {
+    if is_answered(run_dir) {
         return Err(io::Error::new(io::ErrorKind::AddrInUse, "an agent answers in it: stop it first"));
     }
     for entry in entries {

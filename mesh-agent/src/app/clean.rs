@@ -21,6 +21,7 @@ use crate::{
         self, Mark,
         residue::{self, Kind, Trace, Whose},
     },
+    cni::install::Installation,
     config::{BPF_DIR, CleanConfig, RUN_DIRS},
     ctl::{self, Rows},
 };
@@ -118,7 +119,8 @@ impl Scope {
                 id: None,
                 what: path.display().to_string(),
             };
-            found.extend(files.into_iter().map(file));
+            let plugin = Installation::left_in(run_dir)?.map(|left| left.files()).unwrap_or_default();
+            found.extend(files.into_iter().chain(plugin).map(file));
         }
         Ok(found)
     }
@@ -158,6 +160,11 @@ impl Place {
     fn remove(&self) -> Result<()> {
         if let Some(bpf_dir) = &self.bpf_dir {
             capture::clean(bpf_dir)?;
+        }
+        if !admin::is_answered(&self.run_dir)
+            && let Some(plugin) = Installation::left_in(&self.run_dir)?
+        {
+            plugin.remove().context("removing the CNI plugin")?;
         }
         admin::clean_run_dir(&self.run_dir).with_context(|| format!("removing {}", self.run_dir.display()))
     }

@@ -7,16 +7,16 @@ use time::OffsetDateTime;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use super::{Signals, source::From, start_log};
+use super::{NotStarted, Signals, source::From, start_log};
 use crate::{
     admin::{self, Readiness},
     config::{ControllerConfig, TokenConfig, TokensOf},
     controller::{
-        Accounts, ApiServer, Callers, CertificateService, Limits, Reviews, ServerCertificate, Services,
-        TokenFor, TokenKey, Tokens,
+        Accounts, ApiServer, AuthoritySecret, Callers, CertificateService, Limits, Reviews,
+        ServerCertificate, Services, TokenFor, TokenKey, Tokens,
         jwks::{Addresses, Fetcher},
         key_sets::KeySets,
-        serve,
+        root_config_map, serve,
     },
     identity::{EmbeddedCa, write_over},
     source::{Cluster, Sandboxes},
@@ -46,6 +46,15 @@ async fn run(config: ControllerConfig, from: &From) -> Result<()> {
         TcpListener::bind(config.listen).await.with_context(|| format!("--listen {}", config.listen))?;
     let readiness = admin::Listener::bind(config.readiness).await?;
     let state = || format!("--state-dir {}", config.state_dir.display());
+    if let Some(name) = &config.ca_secret {
+        let Some(cluster) = &cluster else {
+            let text = "--ca-secret: a Secret is a cluster's, and the configuration is a directory's: use --ca-certs";
+            return Err(NotStarted(text.to_owned()).into());
+        };
+        let secret = AuthoritySecret::new(cluster.client(), name, &config.state_dir, &config.trust_domain);
+        secret.settle().await?;
+        tokio::spawn(secret.follow());
+    }
     let ca = match &config.ca_certs {
         Some(dir) => EmbeddedCa::plugged_in(dir, &config.trust_domain).context("--ca-certs")?,
         None => EmbeddedCa::open(&config.state_dir, &config.trust_domain).with_context(state)?,
@@ -53,6 +62,9 @@ async fn run(config: ControllerConfig, from: &From) -> Result<()> {
     let ca = Arc::new(ca);
     if config.ca_certs.is_none() {
         ca.follow(&config.state_dir, &config.trust_domain).with_context(state)?;
+    }
+    if let (Some(cluster), Some(_)) = (&cluster, &config.ca_secret) {
+        tokio::spawn(root_config_map::publish(cluster.client(), Arc::clone(&ca)));
     }
     let callers = callers(&config)?;
     let certificate =

@@ -15,6 +15,8 @@ pub(super) struct Listeners {
     pub admin: admin::Listener,
     pub metrics: admin::Listener,
     pub readiness: admin::Listener,
+    /// Where this process alone says whether it is ready; never handed over.
+    pub own_readiness: Option<admin::Listener>,
 }
 
 impl Listeners {
@@ -23,6 +25,7 @@ impl Listeners {
             admin: admin::Listener::bind_admin(&config.admin()).await?,
             metrics: admin::Listener::bind(config.metrics).await?,
             readiness: admin::Listener::bind(config.readiness).await?,
+            own_readiness: own_readiness(config).await?,
         })
     }
 
@@ -42,6 +45,7 @@ impl Listeners {
                 Some(readiness) => readiness,
                 None => admin::Listener::bind(config.readiness).await?,
             },
+            own_readiness: own_readiness(config).await?,
         })
     }
 
@@ -52,5 +56,12 @@ impl Listeners {
             metrics: self.metrics.share()?,
             readiness: self.readiness.share()?,
         })
+    }
+}
+
+async fn own_readiness(config: &NodeConfig) -> io::Result<Option<admin::Listener>> {
+    match &config.ready_socket {
+        Some(path) => admin::Listener::bind_admin(&Address::Unix(path.clone())).await.map(Some),
+        None => Ok(None),
     }
 }

@@ -36,6 +36,10 @@ pub struct ControllerConfig {
     /// `ca-cert.pem`, `ca-key.pem`, `root-cert.pem`, `cert-chain.pem`
     #[arg(long, env = "MESH_CA_CERTS", value_name = "DIR")]
     pub ca_certs: Option<PathBuf>,
+    /// Secret of the controller's own namespace in which the authority is kept, in the same layout: made there if there is none,
+    /// so that all replicas are one authority. The roots are published beside it, as `ConfigMap` mesh-ca-root
+    #[arg(long, env = "MESH_CA_SECRET", value_name = "NAME", conflicts_with = "ca_certs")]
+    pub ca_secret: Option<String>,
     /// Where the certificate service is served, over TLS
     #[arg(long, env = "MESH_CONTROLLER_LISTEN", value_name = "ADDRESS", default_value = "0.0.0.0:15012")]
     pub listen: SocketAddr,

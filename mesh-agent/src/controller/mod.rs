@@ -8,12 +8,14 @@
 
 mod audit;
 mod authentication;
+mod authority_secret;
 mod certificates;
 mod csr;
 pub mod jwks;
 pub mod key_sets;
 mod pods;
 mod rate_limit;
+pub mod root_config_map;
 mod serve;
 mod server_certificate;
 #[cfg(test)]
@@ -24,6 +26,7 @@ mod tokens;
 
 pub use self::{
     authentication::{Accounts, Callers},
+    authority_secret::AuthoritySecret,
     certificates::{CertificateService, Limits},
     serve::{Services, serve},
     server_certificate::ServerCertificate,

@@ -24,6 +24,7 @@ use super::{
     issue::Issued,
     key::SecretKey,
     remote::RemoteCa,
+    rotate::pem,
     state_dir::{self, CaError},
     trust::{CLOCK_SKEW, Root, Roots},
     workload_api::WorkloadApi,
@@ -229,6 +230,19 @@ impl EmbeddedCa {
     /// Whom those who have a certificate of this authority are to believe.
     pub fn bundle(&self) -> Vec<CertificateDer<'static>> {
         self.roots.borrow().all.iter().map(|root| root.der.clone()).collect()
+    }
+
+    /// The same as PEM, once they are others than these.
+    pub async fn other_roots_than(&self, known: &str) -> String {
+        let mut roots = self.roots.subscribe();
+        loop {
+            let now = pem(&self.bundle());
+            if now != known {
+                return now;
+            }
+            // What would tell lives as long as this.
+            let _ = roots.changed().await;
+        }
     }
 
     /// Tells when other roots are to be believed, or another certificate signs.

@@ -6,7 +6,7 @@
 //! `compile/`.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::{IpAddr, SocketAddr},
     path::PathBuf,
     sync::Arc,
@@ -95,6 +95,8 @@ pub struct Snapshot {
     pub checked: SharedMap<(Arc<str>, u16), Arc<CheckedPort>>,
     /// `pathNormalization` of the mesh-wide settings; `None`: what the agent's flag says.
     pub path_normalization: Option<PathNormalization>,
+    /// Namespaces whose label enrols their pods, and of which pods may opt out.
+    pub enrolling: Arc<BTreeSet<Arc<str>>>,
     /// Key sets that are fetched, by their URI.
     pub key_sets: HashMap<Arc<str>, Arc<RemoteKeys>>,
 }

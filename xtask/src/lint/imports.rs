@@ -45,6 +45,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     // around the path
     ("admin", &["balance", "capture", "identity", "source", "upstream"]),
     ("handover", &["admin", "capture"]),
+    ("cni", &["admin"]),
     ("source", &[]),
     ("controller", &["identity", "source"]),
     ("ctl", &["admin", "capture::inspect"]),

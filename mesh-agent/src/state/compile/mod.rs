@@ -197,6 +197,7 @@ fn whole(objects: &Objects, previous: Option<&Snapshot>, settings: &Settings) ->
         guards: entries.guards.into_iter().collect(),
         checked: entries.checked.into_iter().collect(),
         path_normalization: mesh.path_normalization,
+        enrolling: Arc::new(workloads::enrolling(objects)),
         key_sets: std::mem::take(&mut policies.tokens.key_sets),
     };
     let kept = Kept {

@@ -4,7 +4,7 @@
 //! beside it.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     net::IpAddr,
     path::PathBuf,
     sync::Arc,
@@ -346,6 +346,19 @@ fn capture(entry: &PodEntry<'_>, enrolled: bool, problems: &mut Problems<'_>) ->
         problems.add(entry.key, &problem.field, problem.message);
     }
     CapturePolicy { probes, ..asked }
+}
+
+/// Namespaces whose label enrols their pods.
+pub(super) fn enrolling(objects: &Objects) -> BTreeSet<Arc<str>> {
+    let enrols = |object: &Object| match &object.resource {
+        Resource::Namespace(namespace) => {
+            let labels = namespace.metadata.labels.as_ref();
+            labels.and_then(|labels| labels.get(DATAPLANE_MODE)).is_some_and(|mode| mode == "node")
+        }
+        _ => false,
+    };
+    let all = of_kind(objects, "Namespace").filter(|(_, object)| enrols(object));
+    all.map(|(key, _)| Arc::clone(&key.name)).collect()
 }
 
 /// The pod's own label decides, else its namespace's.

@@ -17,6 +17,7 @@ use tokio::sync::watch;
 use super::{Body, Happened, Key, World};
 
 /// What a path is about.
+#[derive(Clone)]
 struct Target {
     group: String,
     version: String,
@@ -37,6 +38,11 @@ impl Target {
         let namespace = (rest.len() > 2 && rest[0] == "namespaces").then(|| rest.drain(..2).nth(1)).flatten();
         let mut rest = rest.into_iter();
         Some(Self { group, version, plural: rest.next().unwrap_or_default(), namespace, name: rest.next() })
+    }
+
+    fn key(&self) -> Key {
+        let text = |text: &Option<String>| text.clone().unwrap_or_default();
+        (self.group.clone(), self.plural.clone(), text(&self.namespace), text(&self.name))
     }
 
     fn api_version(&self) -> String {
@@ -107,15 +113,74 @@ pub(super) async fn answer(
     if known.forbidden.contains(&target.plural) {
         return Ok(status(403, &format!("{} is forbidden", target.plural)));
     }
+    if head.method == Method::POST {
+        drop(known);
+        return Ok(created(&world, &changed, &target, &sent));
+    }
     if head.method == Method::PATCH {
         drop(known);
+        let kind = head.headers.get("content-type").and_then(|kind| kind.to_str().ok()).unwrap_or_default();
+        if kind.starts_with("application/apply-patch") {
+            return Ok(applied(&world, &changed, &target, &sent));
+        }
         return Ok(patch(&world, &changed, &target, &sent));
     }
     if query.get("watch").is_some_and(|value| value == "true" || value == "1") {
         drop(known);
         return Ok(watched(world, changed.subscribe(), target, &query));
     }
+    if target.name.is_some() {
+        let found = known.objects.get(&target.key());
+        return Ok(found.map_or_else(|| status(404, "not found"), |object| whole(200, object)));
+    }
     Ok(listed(&known, &target, &query))
+}
+
+/// Makes an object, unless there is one.
+fn created(
+    world: &Mutex<World>,
+    changed: &watch::Sender<()>,
+    target: &Target,
+    sent: &[u8],
+) -> Response<Body> {
+    let mut object: Value = serde_json::from_slice(sent).unwrap();
+    let name = object["metadata"]["name"].as_str().unwrap_or_default().to_owned();
+    let target = Target { name: Some(name), ..target.clone() };
+    let mut world = world.lock().unwrap();
+    if world.objects.contains_key(&target.key()) {
+        let conflict = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": 409, "reason": "AlreadyExists",
+                              "message": "it is there already"});
+        return whole(409, &conflict);
+    }
+    let answer = placed(&mut world, &target, &mut object, 201);
+    drop(world);
+    changed.send_replace(());
+    answer
+}
+
+/// What is applied stands in place of what was there: nobody else owns any of its fields here.
+fn applied(
+    world: &Mutex<World>,
+    changed: &watch::Sender<()>,
+    target: &Target,
+    sent: &[u8],
+) -> Response<Body> {
+    let mut object: Value = serde_json::from_slice(sent).unwrap();
+    let answer = placed(&mut world.lock().unwrap(), target, &mut object, 200);
+    changed.send_replace(());
+    answer
+}
+
+fn placed(world: &mut World, target: &Target, object: &mut Value, code: u16) -> Response<Body> {
+    world.version += 1;
+    let (version, key) = (world.version, target.key());
+    let metadata = object["metadata"].as_object_mut().unwrap();
+    metadata.insert("namespace".to_owned(), key.2.clone().into());
+    metadata.insert("resourceVersion".to_owned(), version.to_string().into());
+    metadata.entry("uid").or_insert_with(|| format!("uid-{version}").into());
+    let before = world.objects.insert(key.clone(), object.clone());
+    world.history.push(Happened { version, key, before, after: Some(object.clone()) });
+    whole(code, object)
 }
 
 fn listed(world: &World, target: &Target, query: &BTreeMap<String, String>) -> Response<Body> {
