@@ -34,6 +34,7 @@ pub mod bookinfo;
 pub mod bpf;
 pub mod cgroup;
 pub mod clients;
+pub mod cluster;
 mod controller;
 mod counted;
 mod eventually;

@@ -1,4 +1,4 @@
-//! `cargo xtask`: builds, demo, tests, benchmarks, profiles, lint and clean-up of this workspace.
+//! `cargo xtask`: builds, demo, tests, benchmarks, profiles, clusters, images, lint and clean-up of this workspace.
 //!
 //! One module per subcommand, each with `Options` and `run`. A subcommand looks first for what it needs, installs it
 //! where it may (root on Debian) or says what to install, and runs again in seconds when nothing changed. It never
@@ -9,11 +9,14 @@ mod bench;
 mod build_ebpf;
 mod clean;
 mod clients;
+mod cluster;
 mod command;
 mod demo;
 mod dist;
 mod fuzz;
+mod image;
 mod lint;
+mod oci;
 mod profile;
 mod progress;
 mod setup;
@@ -27,7 +30,7 @@ use clap::{Parser, Subcommand};
 use crate::progress::Reported;
 use crate::setup::Missing;
 
-/// Builds, demo, tests, benchmarks, profiles, lint and clean-up of this workspace.
+/// Builds, demo, tests, benchmarks, profiles, clusters, images, lint and clean-up of this workspace.
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask", after_help = EXIT_CODES)]
 struct Cli {
@@ -56,6 +59,10 @@ enum Command {
     Dist(dist::Options),
     /// Draws a flame graph of the agents under the load of a benchmark (root)
     Profile(profile::Options),
+    /// Runs a Kubernetes cluster of several nodes on this machine (root)
+    Cluster(cluster::Options),
+    /// Builds the image of mesh-agent and meshctl as an OCI archive, without a container daemon
+    Image(image::Options),
     /// Removes what tests, demos and benchmarks may have left on this machine
     Clean(clean::Options),
 }
@@ -70,6 +77,8 @@ fn main() -> ExitCode {
         Command::Bench(options) => bench::run(&options),
         Command::Dist(options) => dist::run(&options),
         Command::Profile(options) => profile::run(&options),
+        Command::Cluster(options) => cluster::run(&options),
+        Command::Image(options) => image::run(&options),
         Command::Clean(options) => clean::run(&options),
     };
     match done {

@@ -93,6 +93,30 @@ pub const SERVERS: [Package; 5] = [
     Package { name: "python3-aiosmtpd", sign: Sign::File("/usr/lib/python3/dist-packages/aiosmtpd") },
 ];
 
+/// What a Kubernetes cluster on this machine stands on, besides containerd and what is built.
+pub const CLUSTER: [Package; 10] = [
+    Package { name: "containernetworking-plugins", sign: Sign::File("/usr/lib/cni/ptp") },
+    Package { name: "nftables", sign: Sign::Program("nft") },
+    Package { name: "iptables", sign: Sign::Program("iptables") },
+    Package { name: "conntrack", sign: Sign::Program("conntrack") },
+    Package { name: "iproute2", sign: Sign::Program("ip") },
+    Package { name: "kmod", sign: Sign::Program("modprobe") },
+    Package { name: "openssl", sign: Sign::Program("openssl") },
+    Package { name: "busybox-static", sign: Sign::File("/bin/busybox") },
+    Package { name: "curl", sign: Sign::Program("curl") },
+    Package { name: "ca-certificates", sign: Sign::File("/etc/ssl/certs/ca-certificates.crt") },
+];
+
+/// What starts containers. Not installed where others have put the same programs: the packages exclude one another.
+pub const CONTAINERS: [Package; 2] = [
+    Package { name: "containerd", sign: Sign::Program("containerd") },
+    Package { name: "runc", sign: Sign::Program("runc") },
+];
+
+/// What an image with certificates is made from.
+pub const AUTHORITIES: [Package; 1] =
+    [Package { name: "ca-certificates", sign: Sign::File("/etc/ssl/certs/ca-certificates.crt") }];
+
 /// What builds the lab's gRPC client, where no other Go is in PATH.
 pub const GO: [Package; 1] = [Package { name: "golang-go", sign: Sign::Program("go") }];
 
@@ -265,6 +289,11 @@ impl Sign {
             Self::File(path) => Path::new(path).exists(),
         }
     }
+}
+
+/// Those of the packages whose sign is not seen, whoever put it there.
+pub fn unseen(wanted: &[Package]) -> Vec<Package> {
+    wanted.iter().filter(|package| !package.sign.seen()).copied().collect()
 }
 
 /// Whether a program of this name can be started.

@@ -1,4 +1,5 @@
-//! `cargo xtask test`: the unit, direct and lab tests, and the residue check.
+//! `cargo xtask test`: the unit, direct and lab tests, and the residue check; `cargo xtask test cluster`: those that need
+//! a Kubernetes cluster, which it starts and ends.
 //!
 //! The lab runs as root only; for other users it is skipped, and the summary says so. All tests run even when some
 //! fail; the last line sums up in the format of libtest. The pure parts are tested below, the whole by `.ci/run`.
@@ -9,10 +10,11 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
-use clap::Args;
+use clap::{Args, Subcommand};
 
 use crate::build_ebpf;
 use crate::clients;
+use crate::cluster;
 use crate::command::{kept, shown, watched};
 use crate::progress::{Progress, Reported};
 use crate::setup;
@@ -23,12 +25,37 @@ const LAB_THREADS: &str = "4";
 
 const BPFFS: &str = "/sys/fs/bpf";
 
+/// The target of `tests/tests` that needs a cluster, and is left out without one.
+const CLUSTER_TARGET: &str = "cluster";
+
 /// What is tested.
 #[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct Options {
+    #[command(subcommand)]
+    suite: Option<Suite>,
     /// Only the tests that need no root: those of the default members
     #[arg(long)]
     unit: bool,
+    /// Only tests whose name contains this
+    filter: Option<String>,
+    #[command(flatten)]
+    ebpf: build_ebpf::Options,
+}
+
+#[derive(Debug, Subcommand)]
+enum Suite {
+    /// Starts a Kubernetes cluster, runs the tests that need one, and proves that it leaves nothing behind (root)
+    Cluster(ClusterOptions),
+}
+
+#[derive(Debug, Args)]
+struct ClusterOptions {
+    #[command(flatten)]
+    wanted: cluster::Wanted,
+    /// Leave the cluster running
+    #[arg(long)]
+    keep: bool,
     /// Only tests whose name contains this
     filter: Option<String>,
     #[command(flatten)]
@@ -39,8 +66,11 @@ pub struct Options {
 pub fn run(options: &Options) -> Result<()> {
     let mut progress = Progress::start();
     let mut totals = Totals::default();
-    let result =
-        steps(options, &mut progress, &mut totals).and_then(|()| totals.check(options.filter.as_deref()));
+    let (result, filter) = match &options.suite {
+        None => (steps(options, &mut progress, &mut totals), &options.filter),
+        Some(Suite::Cluster(options)) => (on_cluster(options, &mut progress, &mut totals), &options.filter),
+    };
+    let result = result.and_then(|()| totals.check(filter.as_deref()));
     println!("\n{}\n", progress.table());
     if totals.binaries == 0 {
         return result;
@@ -99,6 +129,34 @@ fn steps(options: &Options, progress: &mut Progress, totals: &mut Totals) -> Res
     if failed.is_empty() { Ok(()) } else { bail!("{}", failed.join("\n       ")) }
 }
 
+/// The cluster up, the tests, the cluster down: the last also when one of them failed, unless it is to be kept.
+fn on_cluster(options: &ClusterOptions, progress: &mut Progress, totals: &mut Totals) -> Result<()> {
+    setup::packages(progress, &setup::BUILD, "the build")?;
+    build_ebpf::build(progress, &options.ebpf)?;
+    progress.step("build programs and tests", || {
+        let mut cargo = workspace::cargo();
+        cargo.arg("build").args(HOST_PACKAGES).args(["--locked", "--bins", "--test", CLUSTER_TARGET]);
+        shown(&mut cargo)
+    })?;
+    let tested = cluster::up(progress, options.wanted).and_then(|()| {
+        for archive in progress.step("images of tests", cluster::images::of_tests)? {
+            cluster::load(progress, &archive)?;
+        }
+        progress.step("cluster tests", || {
+            let mut cargo = workspace::cargo();
+            cluster::environment(&mut cargo);
+            cargo.args(["test", "--locked"]).args(HOST_PACKAGES).args(["--test", CLUSTER_TARGET]);
+            cargo.args(options.filter.as_deref()).env("MESH_REQUIRE_CLUSTER", "1");
+            watch(cargo, totals)
+        })
+    });
+    if options.keep {
+        return tested;
+    }
+    let ended = cluster::down(progress);
+    tested.and(ended)
+}
+
 fn build_everything(progress: &mut Progress) -> Result<()> {
     progress.step("build programs and tests", || {
         shown(workspace::cargo().arg("build").args(HOST_PACKAGES).args(["--locked", "--bins", "--tests"]))
@@ -106,7 +164,7 @@ fn build_everything(progress: &mut Progress) -> Result<()> {
 }
 
 fn lab(options: &Options, progress: &mut Progress, totals: &mut Totals) -> Result<()> {
-    let targets = targets(&workspace::root().join("tests/tests"))?;
+    let targets = without_cluster(&targets(&workspace::root().join("tests/tests"))?);
     if targets.is_empty() {
         progress.skip("lab tests", "tests/tests holds none");
         return Ok(());
@@ -140,6 +198,10 @@ fn run_tests(selection: &[String], harness: &[&str], options: &Options, totals: 
         // Without it, a lab test that lacks something skips; here that is a failure.
         cargo.env("MESH_REQUIRE_LAB", "1");
     }
+    watch(cargo, totals)
+}
+
+fn watch(mut cargo: Command, totals: &mut Totals) -> Result<()> {
     watched(&mut cargo, |line| {
         println!("{line}");
         totals.add(line);
@@ -162,6 +224,12 @@ fn targets(dir: &Path) -> Result<Vec<String>> {
     }
     names.sort();
     Ok(names.into_iter().flat_map(|name| ["--test".to_owned(), name]).collect())
+}
+
+/// What [`targets`] found, but for the one that needs a cluster.
+fn without_cluster(targets: &[String]) -> Vec<String> {
+    let pairs = targets.chunks(2).filter(|pair| pair.last().is_some_and(|name| name != CLUSTER_TARGET));
+    pairs.flatten().cloned().collect()
 }
 
 /// Mounts the BPF file system, where the agent pins its maps and links, unless it is mounted.
@@ -290,6 +358,16 @@ mod tests {
         assert!(!has_bpffs(
             "30 23 0:27 / /sys/fs/bpf rw - tmpfs tmpfs rw\n30 23 0:27 / /mnt rw - bpf bpf rw\n"
         ));
+    }
+
+    #[test]
+    fn the_lab_does_not_need_a_cluster() -> Result<()> {
+        let all = targets(&workspace::root().join("tests/tests"))?;
+        let lab = without_cluster(&all);
+        assert_eq!(all.len(), lab.len() + 2);
+        assert!(!lab.iter().any(|name| name == CLUSTER_TARGET), "{lab:?}");
+        assert!(lab.windows(2).any(|pair| pair == ["--test", "bookinfo"]), "{lab:?}");
+        Ok(())
     }
 
     #[test]

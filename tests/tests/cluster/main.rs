@@ -1,0 +1,5 @@
+//! What holds on a real cluster of two nodes, which `cargo xtask test cluster` gives; `cargo xtask test` leaves it out.
+
+mod api_server;
+mod bookinfo;
+mod nodes;
