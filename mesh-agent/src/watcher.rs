@@ -1,11 +1,11 @@
-//! Tells when something in a directory changed, through inotify.
+//! Tells when something in a directory changed, or in others that belong to it, through inotify.
 //!
 //! Promises to notice every change of its entries, and that the directory itself was taken away and came back; and to tell of
 //! a file that is complete within milliseconds, of one that is still being written once that has ended. Which entries it names
 //! is where to look, not what has changed: the reader compares. Tested below and in `source/tests.rs`.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     ffi::{OsStr, OsString},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
@@ -53,7 +53,7 @@ pub(crate) enum Seen {
     Anything,
 }
 
-/// Watches one directory.
+/// Watches one directory, and what is found to belong to it.
 #[derive(Debug)]
 pub(crate) struct Watcher {
     dir: PathBuf,
@@ -68,10 +68,15 @@ pub(crate) struct Watcher {
 #[derive(Debug)]
 struct Watched {
     /// Device and inode: the same path may come to be another directory.
-    identity: (u64, u64),
+    identity: Identity,
+    /// The others, each as it was when it was last looked for.
+    others: BTreeMap<PathBuf, Identity>,
     /// Watches until dropped.
-    _watcher: RecommendedWatcher,
+    watcher: RecommendedWatcher,
 }
+
+/// Device and inode.
+type Identity = (u64, u64);
 
 /// What has happened and was not told yet.
 #[derive(Debug, Clone)]
@@ -137,9 +142,40 @@ impl Watcher {
         }
         true
     }
+
+    /// Watches these directories besides, as far as they are there, and no others any more; what happens in one is told as
+    /// [`Seen::Anything`]. Whether one is watched now that was not, so that it may have changed before.
+    pub fn follow(&mut self, wanted: BTreeSet<PathBuf>) -> bool {
+        let Some(Watched { identity: own, others, watcher }) = &mut self.watched else { return false };
+        let mut new = false;
+        let found = |dir: PathBuf| identity(&dir).filter(|found| found != own).map(|found| (dir, found));
+        let wanted: BTreeMap<PathBuf, Identity> = wanted.into_iter().filter_map(found).collect();
+        others.retain(|dir, was| {
+            let stays = wanted.get(dir) == Some(was);
+            if !stays {
+                // Gone by itself, where the directory has.
+                let _ = watcher.unwatch(dir);
+            }
+            stays
+        });
+        for (dir, identity) in wanted {
+            // One directory has one watch, by whatever names.
+            if others.values().any(|other| *other == identity) {
+                continue;
+            }
+            match watcher.watch(&dir, RecursiveMode::NonRecursive) {
+                Ok(()) => {
+                    others.insert(dir, identity);
+                    new = true;
+                }
+                Err(error) => tracing::warn!("cannot watch {}: {error}", dir.display()),
+            }
+        }
+        new
+    }
 }
 
-fn identity(dir: &Path) -> Option<(u64, u64)> {
+fn identity(dir: &Path) -> Option<Identity> {
     let meta = std::fs::metadata(dir).ok().filter(std::fs::Metadata::is_dir)?;
     Some((meta.dev(), meta.ino()))
 }
@@ -150,8 +186,10 @@ impl Events {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether more may be to come: of files elsewhere nobody knows what belongs together.
     fn is_half(&self) -> bool {
-        !self.waiting().half.is_empty()
+        let waiting = self.waiting();
+        waiting.anything || !waiting.half.is_empty()
     }
 
     fn take(&self) -> Seen {
@@ -203,7 +241,7 @@ fn watch(dir: &Path, events: Events) -> anyhow::Result<Watched> {
         let hint = "is fs.inotify.max_user_instances or max_user_watches used up?";
         anyhow::Error::new(error).context(format!("cannot watch {} ({hint})", dir.display()))
     })?;
-    Ok(Watched { identity, _watcher: watcher })
+    Ok(Watched { identity, others: BTreeMap::new(), watcher })
 }
 
 /// Whether a file is as whoever writes it wants it: closed after it was written, or moved here.

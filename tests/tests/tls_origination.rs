@@ -4,7 +4,11 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Result, ensure};
-use lab::{Pair, Pod, apps, metric, peer, pki::Authority, require_root};
+use lab::{
+    Pair, Pod, apps, metric, peer,
+    pki::{Authority, put},
+    require_root,
+};
 use rcgen::{CertificateParams, Issuer, KeyPair};
 use rustls::{
     RootCertStore, ServerConfig,
@@ -26,6 +30,9 @@ const ECHO: u16 = 9000;
 const TLS_APP: u16 = 8443;
 const TLS_ECHO: u16 = 9443;
 
+/// Serial number of every certificate made here.
+const SERIAL: u64 = 7;
+
 const HTTP: u16 = 80;
 const HTTP2: u16 = 81;
 const TCP: u16 = 82;
@@ -34,7 +41,9 @@ const TCP: u16 = 82;
 fn leaf(authority: &Authority, name: &str) -> Result<(String, String)> {
     let issuer = Issuer::from_ca_cert_pem(&authority.certificate, KeyPair::from_pem(&authority.key)?)?;
     let key = KeyPair::generate()?;
-    let certificate = CertificateParams::new(vec![name.to_owned()])?.signed_by(&key, &issuer)?;
+    let mut params = CertificateParams::new(vec![name.to_owned()])?;
+    params.serial_number = Some(SERIAL.into());
+    let certificate = params.signed_by(&key, &issuer)?;
     Ok((certificate.pem(), key.serialize_pem()))
 }
 
@@ -254,5 +263,72 @@ async fn where_tls_is_asked_for_nothing_is_said_in_the_clear() -> Result<()> {
     let metrics = pair.agent_a.metrics().await?;
     let count = |policy| metric(&metrics, "istio_requests_total", &secured(policy));
     ensure!((count("mutual_tls") - 3.0).abs() < f64::EPSILON && count("none") < 0.5, "{metrics}");
+    pair.finish().await
+}
+
+#[tokio::test]
+async fn certificates_in_files_are_followed_and_what_is_revoked_is_refused() -> Result<()> {
+    if !require_root()? {
+        return Ok(());
+    }
+    let pair = Pair::new("originatefile").await?;
+    let (root, other) = (Authority::root("server")?, Authority::root("other")?);
+    let pod = outside(&pair).await?;
+    let front = Front::start(&pod, &[(TLS_APP, APP)], &leaf(&root, "shop.example")?, &other)?;
+    let service = pair.lab.service("out").selector("app", "out").port("http", HTTP, TLS_APP).apply()?;
+    let certs = pair.lab.config_dir().join("certs");
+    std::fs::create_dir(&certs)?;
+    let shown = leaf(&other, "client.example")?;
+    let none = root.revokes::<&str>(&[])?;
+    for (name, content) in [
+        ("ca.pem", &root.certificate),
+        ("client.pem", &shown.0),
+        ("client.key", &shown.1),
+        ("crl.pem", &none),
+    ] {
+        put(&certs.join(name), content)?;
+    }
+    let files = "mode: MUTUAL, sni: shop.example, clientCertificate: certs/client.pem, privateKey: certs/client.key, \
+                 caCertificates: certs/ca.pem, caCrl: certs/crl.pem";
+    pair.apply("rule.yaml", &rule("out", files)).await?;
+    let status =
+        async || Ok::<_, anyhow::Error>(pair.client.http_get(&service.url(HTTP, "/"), &[]).await?.status);
+    ensure!(status().await? == 200);
+    let name = Some("shop.example".to_owned());
+    let of_client = (name, Some("http/1.1".to_owned()), true);
+    ensure!(front.seen() == std::slice::from_ref(&of_client));
+
+    // What comes into a file later holds for what is asked next, over a new connection.
+    let steps = [
+        ("ca.pem", other.certificate.clone(), 502),
+        ("ca.pem", root.certificate.clone(), 200),
+        ("crl.pem", root.revokes(&["08"])?, 200),
+        ("crl.pem", root.revokes(&["07"])?, 502),
+        ("crl.pem", none.clone(), 200),
+        ("client.key", other.key.clone(), 502),
+        ("client.key", shown.1.clone(), 200),
+    ];
+    for (name, content, expected) in steps {
+        put(&certs.join(name), &content)?;
+        pair.settled().await?;
+        let status = status().await?;
+        ensure!(status == expected, "{name}: {status}");
+        let seen = front.seen();
+        ensure!(expected == 502 || seen == std::slice::from_ref(&of_client), "{name}: {seen:?}");
+    }
+
+    // What is not there, or not in the directory, is said, and nothing is asked of anybody.
+    std::fs::remove_file(certs.join("crl.pem"))?;
+    pair.settled().await?;
+    ensure!(status().await? == 502);
+    let problems = pair.agent_a.config_dump().await?["problems"].to_string();
+    ensure!(problems.contains("certs/crl.pem") && problems.contains("is not there"), "{problems}");
+    pair.apply("rule.yaml", &rule("out", "mode: SIMPLE, sni: shop.example, caCertificates: /etc/hosts"))
+        .await?;
+    ensure!(status().await? == 502);
+    let problems = pair.agent_a.config_dump().await?["problems"].to_string();
+    ensure!(problems.contains("is not inside"), "{problems}");
+    drop(front);
+    std::fs::remove_dir_all(&certs)?;
     pair.finish().await
 }

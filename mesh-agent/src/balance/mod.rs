@@ -232,6 +232,7 @@ mod tests {
             tls: crate::state::snapshot::Origination::Plaintext,
             limits_connections: false,
             retry_budget: crate::state::defaults::RETRY_BUDGET,
+            proxy_protocol: None,
             standby: crate::state::snapshot::Standby::default(),
             state: Arc::new(ClusterState::default()),
         }

@@ -104,6 +104,7 @@ fn snapshot(port: &Port) -> Snapshot {
         tls: crate::state::snapshot::Origination::Plaintext,
         limits_connections: port.limited,
         retry_budget: defaults::RETRY_BUDGET,
+        proxy_protocol: None,
         standby: crate::state::snapshot::Standby::default(),
         state: Arc::default(),
     };

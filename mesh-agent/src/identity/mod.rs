@@ -42,7 +42,7 @@ pub use spiffe::{SpiffeId, SpiffeIdError};
 pub use state_dir::CaError;
 pub(crate) use state_dir::{prepare_dir, publish, write_over};
 pub use trust::Trust;
-pub(crate) use trust::{Usage, Withdrawn};
+pub(crate) use trust::{Usage, Withdrawn, for_rustls};
 pub use verify::certified_identity;
 pub(crate) use verify::{PeerRefusal, expected_identity, single_identity};
 pub use workload::WorkloadIdentity;

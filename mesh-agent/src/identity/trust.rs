@@ -224,7 +224,7 @@ impl<'a> Chain<'a> {
 }
 
 /// The same for rustls, which answers the peer with an alert that fits.
-pub(super) fn for_rustls(error: webpki::Error) -> rustls::Error {
+pub(crate) fn for_rustls(error: webpki::Error) -> rustls::Error {
     use webpki::Error as E;
     match error {
         E::BadDer | E::BadDerTime | E::TrailingData(_) => CertificateError::BadEncoding.into(),

@@ -29,6 +29,8 @@ pub(super) struct Errand<'a> {
     protocol: Protocol,
     /// Whom it is shown to come from.
     client: SocketAddr,
+    /// What that one has dialled; `None`: it is the agent's own affair.
+    dialled: Option<SocketAddr>,
     /// What the pod has in use of the cluster, where that is limited.
     usage: Option<Arc<Usage>>,
 }
@@ -57,7 +59,12 @@ impl<'a> Errand<'a> {
         protocol: Protocol,
         client: SocketAddr,
     ) -> Self {
-        Self { mesh, pod, cluster, protocol, client, usage: None }
+        Self { mesh, pod, cluster, protocol, client, dialled: None, usage: None }
+    }
+
+    /// The same, on behalf of a client who has dialled this.
+    pub fn for_client(self, dialled: SocketAddr) -> Self {
+        Self { dialled: Some(dialled), ..self }
     }
 
     /// The same, which counts as a request of the pod.
@@ -122,12 +129,13 @@ impl<'a> Errand<'a> {
         way: &Way,
         request: Request<Body>,
     ) -> Result<(Response<Body>, Lease)> {
+        let kept = Kept::of(self.cluster, self.usage.as_ref());
         let destination = Destination {
             address: endpoint.address,
             via: &way.via,
             protocol: self.protocol,
             connect_timeout: self.cluster.connect_timeout,
-            kept: Kept::of(self.cluster, self.usage.as_ref()),
+            kept: self.dialled.map_or(kept, |dialled| kept.on_behalf(self.client, dialled)),
             flow: None,
         };
         let nobody: Arc<dyn Inform> = Arc::new(Nobody);

@@ -352,13 +352,15 @@ async fn send_to_app(
     protocol: Protocol,
 ) -> Result<(Response<Body>, Lease)> {
     let via = Via::Local(Arc::clone(&inbound.pod));
+    // As in Istio, the rule that everybody sees holds for the last part of the way too.
+    let kept = exchange.cluster.as_ref().map_or(Kept::FREELY, |cluster| Kept::of(cluster, None));
     let to = Destination {
         address: app,
         via: &via,
         protocol,
         connect_timeout: APP_CONNECT_TIMEOUT,
-        // As in Istio, the rule that everybody sees holds for the last part of the way too.
-        kept: exchange.cluster.as_ref().map_or(Kept::FREELY, |cluster| Kept::of(cluster, None)),
+        // But of the client the app is told what the client's agent has it told.
+        kept: Kept { introduces: request.extensions().get().copied(), ..kept },
         flow: None,
     };
     inbound.pod.send_to_app(&to, request, inbound.ends.client, &exchange.client.inform).await
@@ -369,7 +371,7 @@ pub(super) async fn hand_over(
     _permit: &Permit,
     app: SocketAddr,
 ) -> Result<tokio::net::TcpStream> {
-    inbound.pod.open_app(app, inbound.ends.client, APP_CONNECT_TIMEOUT).await
+    inbound.pod.open_app(app, inbound.ends.client, APP_CONNECT_TIMEOUT, None).await
 }
 
 async fn plaintext_connection(mesh: Arc<Mesh>, pod: Arc<Pod>, captured: Captured) -> Result<()> {

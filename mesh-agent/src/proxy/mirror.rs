@@ -98,7 +98,7 @@ async fn one(
 ) -> Result<()> {
     let cluster = super::serving(mesh, cluster, || pod.workload());
     let protocol = super::http::upstream_protocol(cluster, super::http::version_of(&request), grpc);
-    let errand = Errand::new(mesh, pod, cluster, protocol, client).counted();
+    let errand = Errand::new(mesh, pod, cluster, protocol, client).for_client(dialled).counted();
     let _place = errand.place().await?;
     let mut chosen = errand.choose(&request, &[], Some(dialled))?;
     let endpoint = Arc::clone(&chosen.endpoint);

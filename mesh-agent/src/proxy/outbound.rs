@@ -294,6 +294,7 @@ impl Outbound {
         };
         let endpoint = Arc::clone(&chosen.endpoint);
         let (timeout, kept) = (cluster.connect_timeout, Kept::of(cluster, None));
+        let kept = kept.on_behalf(self.shown, self.dialled());
         let opened = self.open_endpoint(Arc::clone(&endpoint), timeout, kept).await;
         health::timed(Some(&mut chosen), &opened);
         health::learn(&self.mesh.reporter, cluster, &endpoint, || health::of_opened(&opened));
@@ -353,7 +354,8 @@ impl Outbound {
             return Err(Error::new(Kind::Denied, "bytes are read at the node of the pod they are for"));
         };
         Box::pin(self.pod.pass(to)).await?;
-        let (near, far) = tokio::io::duplex(PIPE);
+        let (mut near, far) = tokio::io::duplex(PIPE);
+        upstream::introduce(&mut near, to).await?;
         let ends = Ends { client: self.shown, original_dst: to.address, endpoint: 0 };
         let (mesh, source) = (Arc::clone(&self.mesh), self.source.identity.clone());
         let inbound = Arc::new(Inbound::new(mesh, Arc::clone(pod), ends, source));

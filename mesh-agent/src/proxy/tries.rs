@@ -101,6 +101,9 @@ pub(super) struct UnderWay {
 
 impl UnderWay {
     fn request(cluster: &Arc<Cluster>) -> Self {
+        if let Some(interval) = cluster.retry_budget.interval {
+            cluster.state.recent.get_or_init(Box::default).first_try(interval);
+        }
         Self::counted(cluster, |cluster| &cluster.state.active)
     }
 
@@ -109,9 +112,14 @@ impl UnderWay {
         let retry = Self::counted(cluster, |cluster| &cluster.state.retrying);
         let state = &cluster.state;
         let retrying = state.retrying.load(Ordering::Relaxed);
+        let budget = &cluster.retry_budget;
+        if let Some(interval) = budget.interval {
+            let recent = state.recent.get_or_init(Box::default);
+            return recent.retry(budget, interval, retrying).then_some(retry);
+        }
         // A share of the requests that are no retries: measured by all of them, a fifth would become a quarter.
         let first_tries = state.active.load(Ordering::Relaxed).saturating_sub(retrying);
-        (retrying <= cluster.retry_budget.limit(first_tries)).then_some(retry)
+        (retrying <= budget.limit(first_tries)).then_some(retry)
     }
 
     /// A copy for a mirror; `None` when there are too many already: a slow mirror is none of the request's trouble.
@@ -352,7 +360,7 @@ async fn one(
         via: &via,
         protocol,
         connect_timeout: cluster.connect_timeout,
-        kept: Kept::of(cluster, usage.as_ref()),
+        kept: Kept::of(cluster, usage.as_ref()).on_behalf(outbound.shown, outbound.dialled()),
         // In a pass within the node nobody else knows what the app's connection is for.
         flow: matches!(via, Via::Local(_)).then_some(&passed),
     };

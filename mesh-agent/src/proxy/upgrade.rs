@@ -89,7 +89,7 @@ async fn one(
         via: &via,
         protocol: http::upgrade_protocol(cluster, exchange.client.version),
         connect_timeout: cluster.connect_timeout,
-        kept: Kept::of(cluster, None),
+        kept: Kept::of(cluster, None).on_behalf(outbound.shown, outbound.dialled()),
         flow: None,
     };
     let asking = pin!(outbound.pod.switch(&permit, &destination, request, wanted, outbound.shown));

@@ -62,6 +62,7 @@ pub fn cluster(name: &str) -> Arc<Cluster> {
         tls: crate::state::snapshot::Origination::Plaintext,
         limits_connections: false,
         retry_budget: defaults::RETRY_BUDGET,
+        proxy_protocol: None,
         standby: crate::state::snapshot::Standby::default(),
         state: Arc::default(),
     })

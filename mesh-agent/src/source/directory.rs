@@ -3,7 +3,8 @@
 //! Promises that a file or object that becomes invalid keeps its last good state, that a deleted file's objects go,
 //! and that there is one object per kind, namespace and name: the first file (by name) that has it; and that of what has
 //! changed only the files are read that say so, and only the objects checked that are written otherwise. Objects of kinds
-//! that are none of the mesh's business are passed over. Tested in `tests.rs` beside it.
+//! that are none of the mesh's business are passed over. What objects name as files is `named.rs`'s to read. Tested in
+//! `tests.rs` beside it.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, btree_map::Entry},
@@ -14,7 +15,10 @@ use std::{
 
 use anyhow::Context;
 
-use super::file::{File, Held, Outcome, problem};
+use super::{
+    file::{File, Held, Outcome, problem},
+    named::Named,
+};
 use crate::state::{
     Problem,
     compile::Change,
@@ -37,6 +41,9 @@ pub enum Look {
 pub struct Directory {
     dir: PathBuf,
     files: BTreeMap<PathBuf, File>,
+    /// What the objects name as files; and which.
+    named: Named,
+    names: BTreeSet<Arc<str>>,
     /// Objects that several files have.
     contested: BTreeSet<ObjectKey>,
     /// Which of them.
@@ -51,7 +58,8 @@ impl Directory {
     /// Nothing read yet.
     pub fn new(dir: PathBuf) -> Self {
         let (files, contested, contests) = (BTreeMap::new(), BTreeSet::new(), Vec::new());
-        Self { dir, files, contested, contests, has_links: false, problem: None }
+        let (named, names) = (Named::default(), BTreeSet::new());
+        Self { dir, files, named, names, contested, contests, has_links: false, problem: None }
     }
 
     /// Whether the directory can be listed.
@@ -74,7 +82,19 @@ impl Directory {
             }
             _ => self.read_all(*look == Look::Everything, &mut touched),
         }
-        self.changes(touched, objects)
+        if !touched.is_empty() {
+            self.names = self.files.values().flat_map(|file| &file.names).cloned().collect();
+        }
+        let mut changes = self.changes(touched, objects);
+        if self.problem.is_none() {
+            changes.extend(self.named.read(&self.dir, &self.names, *look == Look::Everything));
+        }
+        changes
+    }
+
+    /// Directories, besides this one, where a change may be one of the configuration.
+    pub fn places(&self) -> BTreeSet<PathBuf> {
+        self.named.places(&self.dir)
     }
 
     fn read_all(&mut self, whole: bool, touched: &mut Vec<Touched>) {
@@ -144,7 +164,7 @@ impl Directory {
 
     /// All objects; and which several files have.
     fn merge(&mut self) -> Objects {
-        let mut objects = Objects::new();
+        let mut objects: Objects = self.named.objects().collect();
         self.contested.clear();
         self.contests.clear();
         for (path, file) in &self.files {

@@ -45,6 +45,8 @@ pub(super) struct File {
     pub problems: Vec<Problem>,
     /// Kinds of its objects that were passed over.
     pub foreign: BTreeSet<String>,
+    /// Files that its objects name.
+    pub names: BTreeSet<Arc<str>>,
 }
 
 /// An object of a file.
@@ -60,7 +62,7 @@ pub(super) struct Held {
 
 /// How a file looks from outside: a change of its content shows in it, but for one right after another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Looks {
+pub(super) struct Looks {
     identity: (u64, u64),
     len: u64,
     modified: (i64, i64),
@@ -68,13 +70,18 @@ struct Looks {
 }
 
 impl Looks {
-    fn of(meta: &Metadata) -> Self {
+    pub fn of(meta: &Metadata) -> Self {
         Self {
             identity: (meta.dev(), meta.ino()),
             len: meta.len(),
             modified: (meta.mtime(), meta.mtime_nsec()),
             changed: (meta.ctime(), meta.ctime_nsec()),
         }
+    }
+
+    /// The same, where a change that comes after this look will show.
+    pub fn settled(self) -> Option<Self> {
+        self.tells(SystemTime::now()).then_some(self)
     }
 
     /// Whether a change that comes now is seen by the time it leaves: clocks of files are coarse, and some file systems
@@ -109,7 +116,7 @@ impl File {
         if !whole && looks.is_some() && self.looks == looks {
             return Outcome::Same;
         }
-        self.looks = looks.filter(|looks| looks.tells(SystemTime::now()));
+        self.looks = looks.and_then(Looks::settled);
         self.is_link =
             std::fs::symlink_metadata(path).is_ok_and(|meta| meta.is_symlink() || meta.nlink() > 1);
         let content = match content(path) {
@@ -206,6 +213,11 @@ impl File {
             }
         }
         fresh.shrink_to_fit();
+        let rules = fresh.iter().filter_map(|held| match &held.object.resource {
+            Resource::DestinationRule(rule) => Some(rule),
+            _ => None,
+        });
+        self.names = rules.flat_map(|rule| rule.files()).cloned().collect();
         self.objects = fresh;
     }
 }

@@ -10,6 +10,7 @@ mod file;
 mod in_force;
 pub mod key_sets;
 pub(crate) mod kubernetes;
+mod named;
 mod sandboxes;
 #[cfg(test)]
 mod tests;
@@ -79,16 +80,19 @@ pub struct Counts {
 /// When the directory cannot be read or watched. Broken manifests are no error: they are problems.
 pub async fn directory(dir: PathBuf, settings: Settings) -> anyhow::Result<Source> {
     // Watched before it is read: what changes in between is read twice rather than never.
-    let watcher =
+    let mut watcher =
         Watcher::new(dir.clone(), Pace::EachFile).with_context(|| format!("--config {}", dir.display()))?;
     let mut state = State {
         directory: Directory::new(dir.clone()),
         in_force: InForce::new(settings),
         foreign: BTreeSet::new(),
     };
-    state = tokio::task::spawn_blocking(move || state.load().map(|()| state))
-        .await?
-        .with_context(|| format!("--config {}", dir.display()))?;
+    let loading = tokio::task::spawn_blocking(move || {
+        state.load()?;
+        state.follow(&mut watcher);
+        anyhow::Ok((state, watcher))
+    });
+    let (state, watcher) = loading.await?.with_context(|| format!("--config {}", dir.display()))?;
     let (followed, source) = state.in_force.follow();
     tokio::spawn(run(state, watcher, source.reread.clone(), followed));
     Ok(source)
@@ -108,6 +112,7 @@ async fn run(mut state: State, mut watcher: Watcher, reread: Reread, followed: F
         let reloaded = tokio::task::spawn_blocking(move || {
             let look = if watcher.renew() { Look::Anything } else { look };
             state.reload(&look);
+            state.follow(&mut watcher);
             (state, watcher)
         });
         match reloaded.await {
@@ -150,5 +155,12 @@ impl State {
             }
         }
         self.in_force.take(changes, self.directory.problems());
+    }
+
+    /// Watches wherever the configuration is now. What has changed before that shows in another look.
+    fn follow(&mut self, watcher: &mut Watcher) {
+        if watcher.follow(self.directory.places()) {
+            self.reload(&Look::Anything);
+        }
     }
 }

@@ -15,6 +15,7 @@ use crate::state::{
     snapshot::RouteAction,
 };
 
+mod named;
 mod policies;
 
 const HOST: &str = "a.default.svc.cluster.local";

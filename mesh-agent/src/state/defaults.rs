@@ -51,7 +51,7 @@ pub const HEADER_DELAY: Duration = Duration::from_hours(1);
 /// Where no rule has a `retryBudget`: one request in five, and at least ten at a time (Linkerd: ten a second), so that a
 /// service with few clients can always have a failing replica hidden.
 pub const RETRY_BUDGET: RetryBudget =
-    RetryBudget { percent: Percentage(20 * Percentage::PERCENT), min_concurrency: 10 };
+    RetryBudget { percent: Percentage(20 * Percentage::PERCENT), min_concurrency: 10, interval: None };
 
 /// `retryBudget.minRetryConcurrency` where a rule has a budget without it (Istio).
 pub const MIN_RETRY_CONCURRENCY: u32 = 3;

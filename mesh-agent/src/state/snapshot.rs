@@ -47,7 +47,7 @@ pub use self::authorization::{
 pub use self::by_client::{ByClient, Layout, Traits, Wanted, rank};
 pub use self::capture::{CapturePolicy, Exclusions, PortRange, WhenAgentIsDown};
 pub use self::client_tls::{ClientCertificate, ClientTls, Origination, TlsTerms};
-pub use self::cluster::{Balancing, Cluster, ClusterState, Endpoint, EndpointState, Standby};
+pub use self::cluster::{Balancing, Cluster, ClusterState, Endpoint, EndpointState, ProxyProtocol, Standby};
 pub use self::connection_pool::{ClusterId, ConnectionPool, Idle, Pings, TcpKeepalive};
 pub use self::external::{BodyInCheck, CheckProtocol, HttpCheck, Provider};
 pub use self::guard::{
@@ -67,7 +67,7 @@ pub use self::mesh::PathNormalization;
 pub use self::outlier::{Health, OutlierDetection, Statuses};
 pub use self::probes::{ProbePort, ProbeRequest};
 pub use self::request_authentication::{AppliedTokens, ClaimPath, Location, TokenRule, Tokens};
-pub use self::retry::{RetryBudget, RetryOn, RetryPolicy};
+pub use self::retry::{Recent, RetryBudget, RetryOn, RetryPolicy};
 pub use self::shared_map::{Changed, SharedMap};
 pub use self::spread::{Group, Level, MOST_LEVELS, Spread, Warmup};
 pub use self::stream::{SniHost, StreamMatch, StreamRoute, Subnet};

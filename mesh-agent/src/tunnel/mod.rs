@@ -7,6 +7,7 @@
 
 mod client;
 mod failure;
+mod introduction;
 mod native;
 mod pool;
 mod serve;
@@ -16,6 +17,7 @@ mod settings;
 mod tests;
 
 pub use client::{MeshConnection, connect, connect_tunnels};
+pub use introduction::Introduction;
 pub use native::{
     MESH_APP_PROTOCOL, MESH_PORT, is_refusal, may_be_of_connection, note_refusal, strip_mesh_headers,
     tell_failure,

@@ -12,7 +12,7 @@ use http::{
     uri::{Authority, PathAndQuery, Scheme},
 };
 
-use super::settings::OWN_PORTS;
+use super::{introduction::Introduction, settings::OWN_PORTS};
 use crate::{
     body::Body,
     error::{Error, Kind, Result},
@@ -26,6 +26,9 @@ pub const MESH_APP_PROTOCOL: HeaderName = HeaderName::from_static("mesh-app-prot
 
 /// In a response that the peer's agent makes in the place of the app's: why there is none (a word of [`Kind`]).
 pub const MESH_FAILURE: HeaderName = HeaderName::from_static("mesh-failure");
+
+/// In a request: whom the app is to be told that its connection is for ([`Introduction`]).
+pub const MESH_INTRODUCES: HeaderName = HeaderName::from_static("mesh-introduces");
 
 const HTTP1: &str = "http/1.1";
 const HTTP2: &str = "h2";
@@ -54,6 +57,7 @@ pub fn strip_mesh_headers(headers: &mut HeaderMap) {
     headers.remove(MESH_APP_PROTOCOL);
     headers.remove(MESH_FAILURE);
     headers.remove(MESH_REFUSAL);
+    headers.remove(MESH_INTRODUCES);
 }
 
 /// Failures to get a response of the app that the source is told of: what its retries ask for.
@@ -172,6 +176,10 @@ pub(super) fn to_wire(
     strip_hop_by_hop(&mut parts.headers);
     parts.headers.insert(MESH_PORT, destination.port().into());
     parts.headers.insert(MESH_APP_PROTOCOL, HeaderValue::from_static(app));
+    match parts.extensions.remove::<Introduction>() {
+        Some(introduction) => drop(parts.headers.insert(MESH_INTRODUCES, introduction.to_header())),
+        None => drop(parts.headers.remove(MESH_INTRODUCES)),
+    }
     *request = Request::from_parts(parts, body);
     Ok(request)
 }
@@ -185,6 +193,11 @@ fn authority(host: Option<&HeaderValue>, destination: SocketAddr) -> Result<Auth
     Authority::try_from(bytes).map_err(|error| {
         Error::new(Kind::BadRequest, format!("the Host header {host:?} is not a host: {error}"))
     })
+}
+
+/// Whom the app is to be told that its connection is for.
+pub(super) fn introduced(headers: &HeaderMap) -> Result<Option<Introduction>> {
+    single(headers, &MESH_INTRODUCES)?.map(Introduction::from_header).transpose()
 }
 
 /// Port and protocol of a native request, its headers stripped; `None` for a stream without them.
@@ -250,6 +263,7 @@ mod tests {
             .header(UPGRADE, "websocket")
             .header(TRANSFER_ENCODING, "chunked")
             .header(MESH_PORT, "22")
+            .header(MESH_INTRODUCES, "v1 1.1.1.1:1 2.2.2.2:2")
             .body(Body::Empty)?;
         let wire = to_wire(Box::new(request), APP, Protocol::Http1)?;
         assert_eq!(wire.uri().to_string(), "http://reviews:9080/a?b=c");
@@ -264,6 +278,21 @@ mod tests {
             ("x-kept", Some("2")),
         ];
         assert_eq!(names, expected);
+        Ok(())
+    }
+
+    #[test]
+    fn whom_the_app_is_told_of_arrives_and_goes_no_further() -> TestResult {
+        let ends = Some((SocketAddr::from(([10, 0, 0, 5], 51000)), SocketAddr::from(([10, 96, 0, 1], 80))));
+        let introduction = Introduction { version: crate::state::snapshot::ProxyProtocol::V2, ends };
+        let mut request = Request::get("/x").header(HOST, "a").body(Body::Empty)?;
+        request.extensions_mut().insert(introduction);
+        let mut wire = to_wire(Box::new(request), APP, Protocol::Http1)?;
+        assert_eq!(introduced(wire.headers())?, Some(introduction));
+        assert!(from_wire(wire.headers_mut())?.is_some());
+        assert_eq!(introduced(wire.headers())?, None);
+        wire.headers_mut().insert(MESH_INTRODUCES, HeaderValue::from_static("v1 somebody"));
+        assert!(introduced(wire.headers()).is_err());
         Ok(())
     }
 

@@ -130,10 +130,16 @@ where
 /// Tells native requests from tunnels and checks either against the pod's addresses.
 fn classify(mut request: Request<Body>, stream: ServerStream, wire: Wire, pod_ips: &[IpAddr]) -> MeshStream {
     // Taken out on either wire: the app never sees them, and on HBONE they mean nothing.
+    let introduced = native::introduced(request.headers());
     let native = native::from_wire(request.headers_mut());
     if wire == Wire::MeshH2 {
         match native {
             Ok(Some((port, protocol))) => {
+                match introduced {
+                    Ok(None) => {}
+                    Ok(Some(introduction)) => drop(request.extensions_mut().insert(introduction)),
+                    Err(error) => return MeshStream::Neither { error, stream },
+                }
                 let request = Box::new(request);
                 return MeshStream::Http { request, port, protocol, stream };
             }

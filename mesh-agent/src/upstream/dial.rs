@@ -8,6 +8,7 @@ use std::{
 
 use socket2::SockRef;
 use tokio::{
+    io::AsyncWriteExt as _,
     net::TcpStream,
     time::{Instant, sleep, timeout, timeout_at},
 };
@@ -18,7 +19,7 @@ use crate::{
     error::{Error, Kind, Result},
     report::FlowGuard,
     state::snapshot::{ClientTls, Protocol, TcpKeepalive},
-    tunnel::MESH_TLS_PORT,
+    tunnel::{Introduction, MESH_TLS_PORT},
 };
 
 /// Pause between two tries to reach a pod whose agent does not listen in it yet.
@@ -39,6 +40,8 @@ pub struct Dial<'a> {
     pub keepalive: Option<TcpKeepalive>,
     /// What is begun on it before anything is said.
     pub tls: Option<&'a ClientTls>,
+    /// Whom the other end is told of, before everything else.
+    pub introduces: Option<Introduction>,
     /// Begins the facts of the connection, where the app's end has some.
     pub flow: Option<&'a BeginFlow<'a>>,
 }
@@ -115,9 +118,13 @@ impl Dial<'_> {
     }
 
     async fn try_once(&self) -> io::Result<TcpStream> {
-        match self.as_client {
-            Some(client) => self.net.dial_app(self.to, client).await,
-            None => self.net.dial(self.to).await,
+        let mut stream = match self.as_client {
+            Some(client) => self.net.dial_app(self.to, client).await?,
+            None => self.net.dial(self.to).await?,
+        };
+        if let Some(introduction) = &self.introduces {
+            stream.write_all(&introduction.bytes()).await?;
         }
+        Ok(stream)
     }
 }

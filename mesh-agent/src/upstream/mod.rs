@@ -23,7 +23,10 @@ mod usage;
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use http::{Request, Response};
-use tokio::net::TcpStream;
+use tokio::{
+    io::{AsyncWrite, AsyncWriteExt as _},
+    net::TcpStream,
+};
 
 pub use self::{
     dial::Dial,
@@ -40,7 +43,7 @@ use crate::{
     policy::Permit,
     report::{FlowGuard, Security},
     state::snapshot::{Cluster, ClusterId, ConnectionPool, Endpoint, Origination, Protocol, Workload},
-    tunnel::{MESH_TLS_PORT, MeshConnection, PoolKey, Wire},
+    tunnel::{Introduction, MESH_TLS_PORT, MeshConnection, PoolKey, Wire},
 };
 
 /// How an endpoint is reached.
@@ -128,18 +131,35 @@ pub struct Kept<'a> {
     pub tls: &'a Origination,
     /// What the client's pod has in use of the cluster, where that is limited.
     pub usage: Option<&'a Arc<Usage>>,
+    /// Whom the app is told of first of all (`proxyProtocol`).
+    pub introduces: Option<Introduction>,
 }
 
 impl<'a> Kept<'a> {
     /// Under no rule.
-    pub const FREELY: Self =
-        Self { pool: &ConnectionPool::UNLIMITED, cluster: None, tls: &Origination::Plaintext, usage: None };
+    pub const FREELY: Self = Self {
+        pool: &ConnectionPool::UNLIMITED,
+        cluster: None,
+        tls: &Origination::Plaintext,
+        usage: None,
+        introduces: None,
+    };
 
-    /// As the rule of a cluster says.
+    /// As the rule of a cluster says; for nobody but the agent itself.
     pub fn of(cluster: &'a Cluster, usage: Option<&'a Arc<Usage>>) -> Self {
         let ruled = cluster.pool != ConnectionPool::UNLIMITED;
         let cluster_id = ruled.then_some(cluster.state.id);
-        Self { pool: &cluster.pool, cluster: cluster_id, tls: &cluster.tls, usage }
+        let introduces = cluster.proxy_protocol.map(|version| Introduction { version, ends: None });
+        Self { pool: &cluster.pool, cluster: cluster_id, tls: &cluster.tls, usage, introduces }
+    }
+
+    /// The same, for a client, who has dialled this.
+    #[must_use]
+    pub fn on_behalf(mut self, client: SocketAddr, dialled: SocketAddr) -> Self {
+        if let Some(introduction) = &mut self.introduces {
+            introduction.ends = Some((client, dialled));
+        }
+        self
     }
 }
 
@@ -164,6 +184,9 @@ impl Pod {
             }
             Via::Mesh(workload) => {
                 let timeout = to.connect_timeout;
+                if let Some(introduction) = to.kept.introduces {
+                    request.extensions_mut().insert(introduction);
+                }
                 let connection = self.mesh_connection(workload, to.address, Wire::MeshH2, timeout).await?;
                 if connection.wire == Wire::Hbone {
                     // Its agent sees bytes only.
@@ -178,7 +201,8 @@ impl Pod {
                 let dial = self.dial_plain(to)?;
                 let tls = dial.tls.map(|tls| tls.id);
                 let shard = Key::shard(&to.kept);
-                let key = Key { to: to.address, client: None, cluster: to.kept.cluster, tls, shard };
+                let (cluster, introduces) = (to.kept.cluster, to.kept.introduces);
+                let key = Key { to: to.address, client: None, cluster, tls, introduces, shard };
                 bring_in_form(&mut request, to.protocol);
                 if tls.is_some() {
                     message::over_tls(request.uri_mut());
@@ -198,7 +222,8 @@ impl Pod {
     ) -> Result<(Response<Body>, Lease)> {
         bring_in_form(&mut request, to.protocol);
         let (client_ip, cluster, shard) = (Some(client.ip()), to.kept.cluster, Key::shard(&to.kept));
-        let key = Key { to: to.address, client: client_ip, cluster, tls: None, shard };
+        let introduces = to.kept.introduces;
+        let key = Key { to: to.address, client: client_ip, cluster, tls: None, introduces, shard };
         let (net, timeout) = (self.net(), to.connect_timeout);
         let dial = Dial {
             net,
@@ -207,6 +232,7 @@ impl Pod {
             timeout,
             keepalive: None,
             tls: None,
+            introduces,
             flow: to.flow,
         };
         self.apps.send(key, to.protocol, request, inform, &dial, to.kept).await
@@ -223,7 +249,8 @@ impl Pod {
         match to.via {
             Via::Local(pod) => {
                 self.carried(pod, to.address.ip(), timeout).await?;
-                Ok(UpstreamStream::Tcp(pod.open_app(to.address, client, timeout).await?))
+                let introduces = to.kept.introduces;
+                Ok(UpstreamStream::Tcp(pod.open_app(to.address, client, timeout, introduces).await?))
             }
             Via::Mesh(workload) => {
                 let mut tries = 1;
@@ -232,7 +259,11 @@ impl Pod {
                     match connection.open_tunnel(to.address, client).await {
                         // Its agent was leaving at that moment, and has not looked at it.
                         Err(error) if error.kind == Kind::RefusedStream && tries < TUNNEL_TRIES => tries += 1,
-                        opened => return opened.map(UpstreamStream::Tunnel),
+                        opened => {
+                            let mut stream = UpstreamStream::Tunnel(opened?);
+                            introduce(&mut stream, to).await?;
+                            return Ok(stream);
+                        }
                     }
                 }
             }
@@ -262,6 +293,7 @@ impl Pod {
             timeout: to.connect_timeout,
             keepalive: to.kept.pool.keepalive,
             tls,
+            introduces: to.kept.introduces,
             flow: None,
         })
     }
@@ -283,9 +315,12 @@ impl Pod {
         app: SocketAddr,
         client: SocketAddr,
         timeout: Duration,
+        introduces: Option<Introduction>,
     ) -> Result<TcpStream> {
         let (net, as_client) = (self.net(), Some(client));
-        Dial { net, to: app, as_client, timeout, keepalive: None, tls: None, flow: None }.connect().await
+        let dial =
+            Dial { net, to: app, as_client, timeout, keepalive: None, tls: None, introduces, flow: None };
+        dial.connect().await
     }
 
     async fn mesh_connection(
@@ -308,11 +343,21 @@ impl Pod {
         }
         let net = self.net();
         let (to, as_client, keepalive) = (destination, None, None);
-        let dial = Dial { net, to, as_client, timeout, keepalive, tls: None, flow: None };
+        let (tls, introduces, flow) = (None, None, None);
+        let dial = Dial { net, to, as_client, timeout, keepalive, tls, introduces, flow };
         let joining = || self.transitions.joining_until(workload);
         // Boxed: rare, and every request would have to make room for it.
         Box::pin(self.tunnels.get(&key, self.identity(), dial.connect_once_it_listens(joining))).await
     }
+}
+
+/// Tells the app at the other end of a fresh byte stream whom it is for, where it is to be told.
+pub(crate) async fn introduce(stream: &mut (impl AsyncWrite + Unpin), to: &Destination<'_>) -> Result<()> {
+    let Some(introduction) = to.kept.introduces else { return Ok(()) };
+    let written = stream.write_all(&introduction.bytes()).await;
+    let failed =
+        |error| Error::new(Kind::ConnectFailure, format!("{} has closed at once: {error}", to.address));
+    written.map_err(failed)
 }
 
 fn bring_in_form(request: &mut Request<Body>, protocol: Protocol) {

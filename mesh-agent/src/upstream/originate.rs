@@ -1,28 +1,36 @@
 //! TLS that the agent begins towards endpoints outside the mesh, as the `tls` of their rule says.
 //!
 //! Promises: where a rule asks for TLS nothing is sent in the clear, whatever fails; the server proves the name that it is
-//! asked for by, or one of `subjectAltNames`, unless the rule says that anybody is believed. Tested below, and in the lab
+//! asked for by, or one of `subjectAltNames`, unless the rule says that anybody is believed; and where there are lists of what
+//! is revoked, nobody is believed of whom they do not say that he is not. Tested below, and in the lab
 //! (`tests/tests/tls_origination.rs`).
 
-use std::sync::Arc;
+use std::{io, sync::Arc};
 
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
     client::{
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
-        verify_server_cert_signed_by_trust_anchor, verify_server_name,
+        verify_server_name,
     },
     crypto::{CryptoProvider, aws_lc_rs::default_provider, verify_tls13_signature},
     server::ParsedCertificate,
 };
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject as _};
+use rustls_pki_types::{
+    CertificateDer, CertificateRevocationListDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject as _,
+};
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsConnector, client::TlsStream};
+use webpki::{
+    CertRevocationList, EndEntityCert, ExpirationPolicy, KeyUsage, OwnedCertRevocationList,
+    RevocationOptionsBuilder,
+};
 use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
 
 use crate::{
     copy::Socket,
     error::{Error, Kind, Result},
+    identity::for_rustls,
     state::snapshot::{ClientTls, Protocol, TlsTerms},
 };
 
@@ -45,7 +53,7 @@ pub(super) async fn handshake(
     let name = ServerName::try_from(server.to_string()).map_err(|error| failed(error.to_string()))?;
     let connector = TlsConnector::from(Arc::clone(config));
     let stream =
-        connector.connect(name, Socket::new(stream)).await.map_err(|error| failed(error.to_string()))?;
+        connector.connect(name, Socket::new(stream)).await.map_err(|error| failed(reason(&error)))?;
     // A server that knows no ALPN speaks HTTP/1.1.
     if protocol == Protocol::Http2 && stream.get_ref().1.alpn_protocol() != alpn {
         return Err(failed("it does not speak HTTP/2 (ALPN)".to_owned()));
@@ -53,9 +61,30 @@ pub(super) async fn handshake(
     Ok(stream)
 }
 
+/// Why a handshake has failed: of what the lists say in their own words.
+fn reason(error: &io::Error) -> String {
+    let cause = error.get_ref().and_then(|cause| cause.downcast_ref::<rustls::Error>());
+    let Some(rustls::Error::InvalidCertificate(why)) = cause else { return error.to_string() };
+    match why {
+        CertificateError::Revoked => {
+            "its certificate, or one above it, is revoked (caCrl, ca.crl)".to_owned()
+        }
+        CertificateError::UnknownRevocationStatus => {
+            "of an authority of its certificate there is no list of what it has revoked (caCrl, ca.crl)"
+                .to_owned()
+        }
+        CertificateError::ExpiredRevocationList | CertificateError::ExpiredRevocationListContext { .. } => {
+            format!("the list of what its authority has revoked is out of date (caCrl, ca.crl): {error}")
+        }
+        _ => error.to_string(),
+    }
+}
+
 fn config(terms: &TlsTerms, alpn: Option<&[u8]>) -> std::result::Result<ClientConfig, String> {
     let provider = Arc::new(default_provider());
-    let verifier = Verifier { roots: roots(terms)?, terms: terms.clone(), provider: Arc::clone(&provider) };
+    let revoked = terms.revoked.as_deref().map(lists).transpose()?.unwrap_or_default();
+    let verifier =
+        Verifier { roots: roots(terms)?, revoked, terms: terms.clone(), provider: Arc::clone(&provider) };
     let config = ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .map_err(|error| error.to_string())?
@@ -87,7 +116,9 @@ fn roots(terms: &TlsTerms) -> std::result::Result<RootCertStore, String> {
         None => {
             roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
             if roots.is_empty() {
-                return Err("the system has no roots; name some by credentialName".to_owned());
+                return Err(
+                    "the system has no roots; name some by credentialName or caCertificates".to_owned()
+                );
             }
         }
     }
@@ -100,15 +131,54 @@ fn certificates(pem: &[u8]) -> std::result::Result<Vec<CertificateDer<'static>>,
     if certificates.is_empty() { Err("there is no certificate".to_owned()) } else { Ok(certificates) }
 }
 
+/// The lists of what is revoked. One that says nothing of anybody would be taken for one that does.
+fn lists(pem: &[u8]) -> std::result::Result<Vec<CertRevocationList<'static>>, String> {
+    let mut lists = Vec::new();
+    for der in CertificateRevocationListDer::pem_slice_iter(pem) {
+        let list = der.map_err(|error| error.to_string());
+        let list =
+            list.and_then(|der| OwnedCertRevocationList::from_der(&der).map_err(|error| error.to_string()));
+        lists.push(list.map_err(|why| format!("the lists of what is revoked: {why}"))?.into());
+    }
+    if lists.is_empty() {
+        return Err("the lists of what is revoked: there is no list (`X509 CRL`)".to_owned());
+    }
+    Ok(lists)
+}
+
 /// Whom a rule believes.
 #[derive(Debug)]
 struct Verifier {
     roots: RootCertStore,
+    /// Lists of what is revoked; none: nobody is asked.
+    revoked: Vec<CertRevocationList<'static>>,
     terms: TlsTerms,
     provider: Arc<CryptoProvider>,
 }
 
 impl Verifier {
+    /// Whether an authority stands behind a certificate, and has not revoked it. As in Envoy, where there are lists every
+    /// authority up to the root has to have one, that is not out of date.
+    fn chain(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> std::result::Result<(), rustls::Error> {
+        let leaf = EndEntityCert::try_from(leaf).map_err(for_rustls)?;
+        let lists: Vec<&CertRevocationList<'_>> = self.revoked.iter().collect();
+        // Fails without lists alone.
+        let asked = RevocationOptionsBuilder::new(&lists).ok();
+        let asked = asked.map(|asked| asked.with_expiration_policy(ExpirationPolicy::Enforce).build());
+        let algorithms = self.provider.signature_verification_algorithms.all;
+        let (roots, usage) = (&self.roots.roots, KeyUsage::server_auth());
+        let verified = leaf.verify_for_usage(algorithms, roots, intermediates, now, usage, asked, None);
+        verified.map(drop).map_err(|error| match error {
+            webpki::Error::UnknownRevocationStatus => CertificateError::UnknownRevocationStatus.into(),
+            error => for_rustls(error),
+        })
+    }
+
     /// Whether a certificate has this name: of a host (exact, or by the certificate's own wildcard), an address, or a URI.
     fn has(leaf: &CertificateDer<'_>, parsed: &ParsedCertificate<'_>, name: &str) -> bool {
         if let Ok(name) = ServerName::try_from(name)
@@ -135,8 +205,7 @@ impl ServerCertVerifier for Verifier {
             return Ok(ServerCertVerified::assertion());
         }
         let parsed = ParsedCertificate::try_from(leaf)?;
-        let algorithms = self.provider.signature_verification_algorithms.all;
-        verify_server_cert_signed_by_trust_anchor(&parsed, &self.roots, intermediates, now, algorithms)?;
+        self.chain(leaf, intermediates, now)?;
         if self.terms.names.is_empty() {
             verify_server_name(&parsed, server)?;
         } else if !self.terms.names.iter().any(|name| Self::has(leaf, &parsed, name)) {

@@ -214,7 +214,8 @@ impl Pod {
         client: SocketAddr,
         inform: &Arc<dyn Inform>,
     ) -> Result<(Response<Body>, Lease)> {
-        let stream = connection.open_tunnel(to.address, client).await?;
+        let mut stream = connection.open_tunnel(to.address, client).await?;
+        super::introduce(&mut stream, to).await?;
         bring_in_form(&mut request, to.protocol);
         super::pool::send_on_new(stream, to.address, to.protocol, *request, inform).await
     }

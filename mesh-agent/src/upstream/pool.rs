@@ -38,7 +38,7 @@ use crate::{
     error::{Error, Kind, Result},
     http2,
     state::snapshot::{ClusterId, Protocol},
-    tunnel::strip_mesh_headers,
+    tunnel::{Introduction, strip_mesh_headers},
     workers::Shard,
 };
 
@@ -63,6 +63,8 @@ pub struct Key {
     pub cluster: Option<ClusterId>,
     /// Over which TLS.
     pub tls: Option<ClusterId>,
+    /// For which client, where the app is told of it by the connection: as in Envoy, for one connection of a client.
+    pub introduces: Option<Introduction>,
     /// By whom.
     pub shard: Shard,
 }

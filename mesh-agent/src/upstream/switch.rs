@@ -154,7 +154,7 @@ impl Pod {
         wanted: &Switch,
         client: SocketAddr,
     ) -> Result<Switched> {
-        let stream = self.open_app(to.address, client, to.connect_timeout).await?;
+        let stream = self.open_app(to.address, client, to.connect_timeout, to.kept.introduces).await?;
         ask(UpstreamStream::Tcp(stream), to, request, wanted).await
     }
 }

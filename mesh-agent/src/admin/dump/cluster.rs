@@ -35,7 +35,12 @@ pub(super) fn cluster(c: &Cluster) -> Value {
         "connect_timeout_ms": ms(c.connect_timeout),
         "tls": originates(&c.tls),
         "connection_pool": (c.pool != ConnectionPool::UNLIMITED).then(|| pool(&c.pool)),
-        "retry_budget": { "percent": percent(c.retry_budget.percent), "min": c.retry_budget.min_concurrency },
+        "retry_budget": {
+            "percent": percent(c.retry_budget.percent),
+            "min": c.retry_budget.min_concurrency,
+            "interval_ms": c.retry_budget.interval.map(ms),
+        },
+        "proxy_protocol": c.proxy_protocol.map(|version| format!("{version:?}")),
         "endpoints": endpoints.collect::<Vec<_>>(),
     });
     policies::add_to_cluster(&mut value, c);
@@ -51,7 +56,8 @@ fn originates(tls: &Origination) -> Value {
         Origination::Tls(tls) => json!({
             "server": *tls.terms.server,
             "names": tls.terms.names.iter().map(|name| &**name).collect::<Vec<_>>(),
-            "roots": if tls.terms.anybody { "anybody" } else if tls.terms.roots.is_some() { "secret" } else { "system" },
+            "roots": if tls.terms.anybody { "anybody" } else if tls.terms.roots.is_some() { "named" } else { "system" },
+            "asks_what_is_revoked": tls.terms.revoked.is_some(),
             "shows_certificate": tls.terms.shows.is_some(),
         }),
     }

@@ -46,6 +46,7 @@ fn reviews() -> Cluster {
         tls: crate::state::snapshot::Origination::Plaintext,
         limits_connections: false,
         retry_budget: crate::state::defaults::RETRY_BUDGET,
+        proxy_protocol: None,
         standby: crate::state::snapshot::Standby::default(),
         state: Arc::default(),
     }
@@ -108,7 +109,8 @@ fn a_route_is_shown_with_all_that_decides() {
                     "http2_keep_alive": null,
                 },
                 "outlier_detection": null, "tls": "plaintext", "levels": [], "levels_by_client": null, "warmup": null,
-                "view": null, "retry_budget": {"percent": 20.0, "min": 10},
+                "view": null, "retry_budget": {"percent": 20.0, "min": 10, "interval_ms": null},
+                "proxy_protocol": null,
             }},
             {"weight": 50, "request_headers": null, "response_headers": null,
                 "missing": "subset v9 does not exist"},

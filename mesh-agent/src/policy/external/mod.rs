@@ -21,7 +21,7 @@ use crate::state::snapshot::{BodyInCheck, CheckProtocol, Provider, Workload};
 pub(super) const PARTIAL_BODY: HeaderName = HeaderName::from_static("x-envoy-auth-partial-body");
 
 /// Headers by which a message is framed, sent and routed: an authorizer's own, never the message's in question.
-const FRAMING: [HeaderName; 11] = [
+const FRAMING: [HeaderName; 12] = [
     header::CONNECTION,
     header::CONTENT_LENGTH,
     header::HOST,
@@ -33,6 +33,7 @@ const FRAMING: [HeaderName; 11] = [
     // Between agents.
     HeaderName::from_static("mesh-app-protocol"),
     HeaderName::from_static("mesh-failure"),
+    HeaderName::from_static("mesh-introduces"),
     HeaderName::from_static("mesh-port"),
 ];
 

@@ -1,4 +1,5 @@
-//! What the `tls` of a rule comes to: Secrets are looked up, in the rule's own namespace, and what is not there is said.
+//! What the `tls` of a rule comes to: Secrets are looked up, in the rule's own namespace, and files, where the source has
+//! read any; what is not there is said.
 //!
 //! Promises that a rule which asks for TLS never comes to plaintext. Tested in `tests/client_tls.rs`.
 
@@ -10,7 +11,7 @@ use crate::state::{
         ObjectKey, Objects, Resource,
         client_tls::{Credential, Terms, Tls},
         destination_rule::{Blocks, DestinationRule, TrafficPolicy},
-        of_kind,
+        file_key, of_kind,
     },
     snapshot::{ClientCertificate, ClientTls, Origination, TlsTerms},
 };
@@ -32,13 +33,14 @@ pub(super) fn originate(
     };
     let credential = match credential(objects, namespace, terms, shows) {
         Ok(credential) => credential,
-        Err(why) => return Origination::Broken(why.into()),
+        Err((_, why)) => return Origination::Broken(why.into()),
     };
     let shown = credential.certificate.zip(credential.key).filter(|_| shows);
     let terms = TlsTerms {
         server: terms.sni.as_deref().map_or_else(|| Arc::clone(host), Arc::from),
         names: terms.names.iter().map(|name| name.as_str().into()).collect(),
         roots: credential.roots,
+        revoked: credential.revoked,
         anybody: terms.anybody,
         shows: shown.map(|(chain, key)| ClientCertificate { chain, key }),
     };
@@ -71,9 +73,43 @@ fn roots_alone(name: &str) -> String {
     format!("{name}-cacert")
 }
 
-/// What the named Secret has, and that of the same name with `-cacert` behind (Istio's, for roots alone).
-fn credential(objects: &Objects, namespace: &str, terms: &Terms, shows: bool) -> Result<Credential, String> {
-    let Some(name) = &terms.credential else { return Ok(Credential::default()) };
+/// What is named and not there: the field, and a sentence.
+type Missing = (&'static str, String);
+
+/// What the rule names for TLS.
+fn credential(objects: &Objects, namespace: &str, terms: &Terms, shows: bool) -> Result<Credential, Missing> {
+    match &terms.credential {
+        Some(name) => secret(objects, namespace, name, shows).map_err(|why| ("credentialName", why)),
+        None => files(objects, terms, shows),
+    }
+}
+
+/// What the named files have. Without `MUTUAL` a certificate of the client's is not asked for (as in Istio).
+fn files(objects: &Objects, terms: &Terms, shows: bool) -> Result<Credential, Missing> {
+    let mut found = Credential::default();
+    for (field, path) in terms.files.named() {
+        let place = match field {
+            "clientCertificate" | "privateKey" if !shows => continue,
+            "clientCertificate" => &mut found.certificate,
+            "privateKey" => &mut found.key,
+            "caCertificates" => &mut found.roots,
+            _ => &mut found.revoked,
+        };
+        match objects.get(&file_key(path)).map(|object| &object.resource) {
+            Some(Resource::File(Ok(bytes))) => *place = Some(Arc::clone(bytes)),
+            Some(Resource::File(Err(why))) => return Err((field, why.clone())),
+            _ => {
+                let why = "files are read where the configuration is a directory; put what is in it into a Secret, and \
+                           name that by credentialName";
+                return Err((field, why.to_owned()));
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// What the named Secret has, and that of the same name with `-cacert` behind (Istio's, for what is believed).
+fn secret(objects: &Objects, namespace: &str, name: &str, shows: bool) -> Result<Credential, String> {
     let find = |name: &str| match objects.get(&ObjectKey::new("Secret", namespace, name)).map(|o| &o.resource)
     {
         Some(Resource::Secret(credential)) => Some(Credential::clone(credential)),
@@ -84,14 +120,15 @@ fn credential(objects: &Objects, namespace: &str, terms: &Terms, shows: bool) ->
         return Err(format!("there is no Secret {namespace}/{name}"));
     }
     let found = found.unwrap_or_default();
-    let roots = roots.and_then(|secret| secret.roots).or(found.roots);
+    let apart = roots.unwrap_or_default();
+    let (roots, revoked) = (apart.roots.or(found.roots), apart.revoked.or(found.revoked));
     if shows && (found.certificate.is_none() || found.key.is_none()) {
         return Err(format!("Secret {namespace}/{name} has no certificate and key (tls.crt, tls.key)"));
     }
     if !shows && roots.is_none() {
         return Err(format!("Secret {namespace}/{name} has no certificate of an authority (ca.crt)"));
     }
-    Ok(Credential { roots, ..found })
+    Ok(Credential { roots, revoked, ..found })
 }
 
 /// Says what of a rule's `tls` is not there, and where it does not hold.
@@ -108,10 +145,11 @@ pub(super) fn report(
         Some((format!("spec.subsets[{i}].trafficPolicy"), subset.policy.as_ref()?))
     });
     for (field, tls) in top.chain(subsets).flat_map(|(field, policy)| written(&field, policy)) {
-        if let Tls::Simple(terms) | Tls::Mutual(terms) = tls
-            && let Err(why) = credential(objects, &rule.namespace, terms, matches!(tls, Tls::Mutual(_)))
+        let shows = matches!(tls, Tls::Mutual(_));
+        if let Some(terms) = tls.terms()
+            && let Err((of, why)) = credential(objects, &rule.namespace, terms, shows)
         {
-            problems.add(&key, &format!("{field}.credentialName"), why);
+            problems.add(&key, &format!("{field}.{of}"), why);
         }
         let enrolled = || {
             let ports = services.covered_by(host).flat_map(|service| &service.ports);

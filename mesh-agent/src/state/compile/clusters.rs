@@ -145,7 +145,7 @@ impl<'a, 'p> Clusters<'a, 'p> {
         let known = checks.is_some().then_some(known);
         let LaidOut { endpoints, spread, balancing, hash, limits_connections } =
             recipe.lay_out(&port.candidates, before, self.place, known);
-        let Policy { connect_timeout, pool, outlier, retry_budget, .. } = &recipe.policy;
+        let Policy { connect_timeout, pool, outlier, retry_budget, proxy_protocol, .. } = &recipe.policy;
         let cluster = Arc::new(Cluster {
             name,
             host: Arc::clone(&service.host),
@@ -165,6 +165,7 @@ impl<'a, 'p> Clusters<'a, 'p> {
             tls,
             limits_connections,
             retry_budget: *retry_budget,
+            proxy_protocol: *proxy_protocol,
             standby: Standby { checks, fallbacks: Vec::new() },
             state: before.map(|before| Arc::clone(&before.state)).unwrap_or_default(),
         });

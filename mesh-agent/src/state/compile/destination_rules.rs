@@ -21,7 +21,9 @@ use crate::state::{
         load_balancer::{Balancer, Choice},
         of_kind,
     },
-    snapshot::{Balancing, ConnectionPool, Origination, OutlierDetection, RetryBudget, Visibility},
+    snapshot::{
+        Balancing, ConnectionPool, Origination, OutlierDetection, ProxyProtocol, RetryBudget, Visibility,
+    },
 };
 
 /// All rules of one host in one namespace that a client sees, as one.
@@ -53,6 +55,8 @@ pub(super) struct Policy {
     pub limits_connections: bool,
     /// How many tries may be retries.
     pub retry_budget: RetryBudget,
+    /// How apps are told of the client.
+    pub proxy_protocol: Option<ProxyProtocol>,
 }
 
 impl<'a> Merged<'a> {
@@ -84,7 +88,7 @@ pub(super) fn policy(
 ) -> Policy {
     let layers = [merged.and_then(|merged| merged.policy), subset.and_then(|subset| subset.policy.as_ref())];
     let mut blocks = Blocks::default();
-    let mut retry_budget = None;
+    let (mut retry_budget, mut proxy_protocol) = (None, None);
     for layer in layers.into_iter().flatten() {
         blocks = match layer.ports.get(&port) {
             Some(of_port) => of_port.clone(),
@@ -96,6 +100,7 @@ pub(super) fn policy(
             },
         };
         retry_budget = layer.retry_budget.or(retry_budget);
+        proxy_protocol = layer.proxy_protocol.or(proxy_protocol);
     }
     let balancer = blocks.balancer.unwrap_or_default();
     let choice = match (balancer.choice.clone(), merged.is_some_and(|merged| merged.by_latency)) {
@@ -112,6 +117,7 @@ pub(super) fn policy(
     Policy {
         limits_connections: limits_connections
             || blocks.tls.is_some()
+            || proxy_protocol.is_some()
             || blocks.outlier.is_some()
             || balancer.warmup.is_some()
             || !matches!(
@@ -125,6 +131,7 @@ pub(super) fn policy(
         outlier: blocks.outlier,
         tls: blocks.tls,
         retry_budget: retry_budget.unwrap_or(defaults::RETRY_BUDGET),
+        proxy_protocol,
     }
 }
 

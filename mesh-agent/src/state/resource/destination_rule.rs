@@ -12,6 +12,7 @@ use super::{
     ObjectKey,
     client_tls::{self, Tls},
     connection_pool::{self, Pool},
+    duration::IstioDuration,
     export_to,
     field::{Checked, FieldError, NotYet, item, under},
     load_balancer::{self, Balancer, Choice},
@@ -20,7 +21,7 @@ use super::{
 };
 use crate::state::{
     defaults,
-    snapshot::{Balancing, OutlierDetection, Percentage, RetryBudget, Visibility},
+    snapshot::{Balancing, OutlierDetection, Percentage, ProxyProtocol, RetryBudget, Visibility},
 };
 
 /// A `DestinationRule`.
@@ -64,6 +65,19 @@ pub struct TrafficPolicy {
     pub ports: BTreeMap<u16, Blocks>,
     /// `retryBudget`.
     pub retry_budget: Option<RetryBudget>,
+    /// `proxyProtocol`.
+    pub proxy_protocol: Option<ProxyProtocol>,
+}
+
+impl DestinationRule {
+    /// Paths of the files that it names.
+    pub fn files(&self) -> impl Iterator<Item = &Arc<str>> {
+        let policies =
+            self.policy.iter().chain(self.subsets.iter().filter_map(|subset| subset.policy.as_ref()));
+        let blocks = policies.flat_map(|policy| policy.ports.values().chain([&policy.blocks]));
+        let terms = blocks.filter_map(|blocks| blocks.tls.as_ref()?.terms());
+        terms.flat_map(|terms| terms.files.named()).map(|(_, path)| path)
+    }
 }
 
 /// What a port may have of its own.
@@ -117,9 +131,23 @@ struct WirePolicy {
     port_level_settings: Vec<WirePort>,
     #[serde(rename = "tunnel")]
     _tunnel: Option<NotYet>,
-    #[serde(rename = "proxyProtocol")]
-    _proxy_protocol: Option<NotYet>,
+    proxy_protocol: Option<WireProxyProtocol>,
     retry_budget: Option<WireBudget>,
+}
+
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WireProxyProtocol {
+    #[serde(default)]
+    version: WireVersion,
+}
+
+/// The first is Istio's default.
+#[derive(Debug, Clone, Copy, Default, Deserialize)]
+enum WireVersion {
+    #[default]
+    V1,
+    V2,
 }
 
 #[derive(Debug, Deserialize)]
@@ -143,6 +171,7 @@ struct WirePortNumber {
 struct WireBudget {
     percent: Option<f64>,
     min_retry_concurrency: Option<u32>,
+    budget_interval: Option<IstioDuration>,
 }
 
 /// Checks the `spec` of a `DestinationRule`.
@@ -192,7 +221,11 @@ impl WirePolicy {
         }
         let retry_budget =
             self.retry_budget.map(WireBudget::check).transpose().map_err(under("retryBudget"))?;
-        Ok(TrafficPolicy { blocks, ports, retry_budget })
+        let proxy_protocol = self.proxy_protocol.map(|written| match written.version {
+            WireVersion::V1 => ProxyProtocol::V1,
+            WireVersion::V2 => ProxyProtocol::V2,
+        });
+        Ok(TrafficPolicy { blocks, ports, retry_budget, proxy_protocol })
     }
 }
 
@@ -238,13 +271,19 @@ impl WireBudget {
             }
         };
         let min_concurrency = self.min_retry_concurrency.unwrap_or(defaults::MIN_RETRY_CONCURRENCY);
-        Ok(RetryBudget { percent, min_concurrency })
+        // 0 is Istio's default: nothing but what is under way counts.
+        let interval = self.budget_interval.filter(|interval| !interval.0.is_zero());
+        let interval =
+            interval.map(|interval| interval.at_least_a_millisecond("budgetInterval")).transpose()?;
+        Ok(RetryBudget { percent, min_concurrency, interval })
     }
 }
 
 #[cfg(test)]
 #[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
+    use std::time::Duration;
+
     use serde_json::json;
 
     use super::*;
@@ -261,6 +300,12 @@ mod tests {
             (json!({"host": "a b"}), "host", "not a domain name"),
             (json!({"host": "a", "subset": []}), "subset", "unknown field"),
             (json!({"host": "a", "exportTo": ["*", "."]}), "exportTo", "both public"),
+            (
+                policy(json!({"proxyProtocol": {"version": "V3"}})),
+                "trafficPolicy.proxyProtocol.version",
+                "unknown variant",
+            ),
+            (policy(json!({"tunnel": {}})), "trafficPolicy.tunnel", "not supported yet"),
             (json!({"host": "a", "workloadSelector": {}}), "workloadSelector", "not supported yet"),
             (json!({"host": "a", "subsets": [{"labels": {}}]}), "subsets[0]", "missing field `name`"),
             (
@@ -313,6 +358,16 @@ mod tests {
                 "0..100",
             ),
             (
+                json!({"host": "a", "trafficPolicy": {"retryBudget": {"budgetInterval": 10}}}),
+                "trafficPolicy.retryBudget.budgetInterval",
+                "expected a string",
+            ),
+            (
+                json!({"host": "a", "trafficPolicy": {"retryBudget": {"budgetInterval": "10us"}}}),
+                "trafficPolicy.retryBudget.budgetInterval",
+                "greater than 1ms",
+            ),
+            (
                 json!({"host": "a", "trafficPolicy": {"retryBudget": {"minRetryConcurrency": -1}}}),
                 "trafficPolicy.retryBudget.minRetryConcurrency",
                 "invalid value",
@@ -331,13 +386,36 @@ mod tests {
     }
 
     #[test]
+    fn versions_of_the_proxy_protocol_are_read() {
+        let table = [
+            (json!({}), Some(ProxyProtocol::V1)),
+            (json!({"version": "V1"}), Some(ProxyProtocol::V1)),
+            (json!({"version": "V2"}), Some(ProxyProtocol::V2)),
+            (json!(null), None),
+        ];
+        for (written, expected) in table {
+            let rule = read(&json!({"host": "a", "trafficPolicy": {"proxyProtocol": written}})).unwrap();
+            assert_eq!(rule.policy.unwrap().proxy_protocol, expected, "{written}");
+        }
+    }
+
+    #[test]
     fn retry_budgets_are_read() {
-        let budget = |percent, min_concurrency| RetryBudget { percent: Percentage(percent), min_concurrency };
+        let budget = |percent, min_concurrency| RetryBudget {
+            percent: Percentage(percent),
+            min_concurrency,
+            interval: None,
+        };
+        let within =
+            |millis| RetryBudget { interval: Some(Duration::from_millis(millis)), ..budget(200_000, 3) };
         let table = [
             (json!({}), budget(200_000, 3)),
             (json!({"percent": 12.5}), budget(125_000, 3)),
             (json!({"percent": 0, "minRetryConcurrency": 0}), budget(0, 0)),
             (json!({"minRetryConcurrency": 10}), budget(200_000, 10)),
+            (json!({"budgetInterval": "0s"}), budget(200_000, 3)),
+            (json!({"budgetInterval": "10s"}), within(10_000)),
+            (json!({"budgetInterval": "1ms"}), within(1)),
         ];
         for (written, expected) in table {
             let rule = read(&json!({"host": "a", "trafficPolicy": {"retryBudget": written}})).unwrap();

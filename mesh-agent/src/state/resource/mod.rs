@@ -71,6 +71,11 @@ impl ObjectKey {
     }
 }
 
+/// Which object a named file is: there is none of this kind in manifests.
+pub fn file_key(path: &str) -> ObjectKey {
+    ObjectKey::new("File", "", path)
+}
+
 impl fmt::Display for ObjectKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &*self.namespace {
@@ -148,6 +153,8 @@ pub enum Resource {
     Secret(Box<Credential>),
     /// The mesh's own `ServicePolicy`.
     ServicePolicy(Box<ServicePolicy>),
+    /// A file that an object names by its path, in place of a Secret: what is in it, or why it was not read.
+    File(Result<Arc<[u8]>, String>),
     /// A kind that belongs in manifests and that nothing is compiled from yet: `ServiceAccount`, `ConfigMap`. It was checked, and its content is not kept.
     Accepted,
 }

@@ -56,6 +56,8 @@ pub struct TlsTerms {
     pub names: Vec<Arc<str>>,
     /// Certificates of authorities, in PEM; `None`: the system's.
     pub roots: Option<Arc<[u8]>>,
+    /// Lists of what these authorities have revoked, in PEM; `None`: nothing is asked of any.
+    pub revoked: Option<Arc<[u8]>>,
     /// `insecureSkipVerify`: whoever answers is believed.
     pub anybody: bool,
     /// Certificate and key that are shown, in PEM.

@@ -6,7 +6,7 @@
 use std::{
     net::SocketAddr,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicU32, AtomicU64},
     },
     time::Duration,
@@ -16,7 +16,7 @@ use tokio::time::Instant;
 
 use super::{
     Checked, ClusterId, ConnectionPool, ConsistentHash, Health, Latency, Locality, Origination,
-    OutlierDetection, Protocol, RetryBudget, Spread, Use, Workload,
+    OutlierDetection, Protocol, Recent, RetryBudget, Spread, Use, Workload,
 };
 
 /// The endpoints of one (service, port, subset) and how to choose among them. A clone shares the state.
@@ -58,6 +58,8 @@ pub struct Cluster {
     pub limits_connections: bool,
     /// How many tries may be retries at a time.
     pub retry_budget: RetryBudget,
+    /// `proxyProtocol`: how apps are told of the client.
+    pub proxy_protocol: Option<ProxyProtocol>,
     /// What a `ServicePolicy` has for the case that endpoints fail.
     pub standby: Standby,
     /// Carried over from the snapshot before.
@@ -85,12 +87,23 @@ pub struct ClusterState {
     pub active: AtomicU32,
     /// Those of them that are retries.
     pub retrying: AtomicU32,
+    /// What was begun lately, where its budget is one of an interval.
+    pub recent: OnceLock<Box<Recent>>,
     /// Copies of requests under way to it as a mirror.
     pub mirroring: AtomicU32,
     /// Endpoints that are ejected.
     pub ejected: AtomicU32,
     /// Endpoints that get nothing, ejected or found unhealthy.
     pub away: AtomicU32,
+}
+
+/// How apps are told of the client at the start of a connection: the version of the PROXY protocol.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ProxyProtocol {
+    /// A line of text.
+    V1,
+    /// Binary.
+    V2,
 }
 
 /// How endpoints are chosen.

@@ -1,6 +1,8 @@
 //! Whom a rule believes and whom not, by handshakes on loopback.
 
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair, SanType};
+use rcgen::{
+    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair, SanType, SerialNumber,
+};
 use rustls::{ServerConfig, server::WebPkiClientVerifier};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -8,14 +10,25 @@ use tokio::{
 };
 use tokio_rustls::TlsAcceptor;
 
+use time::{Duration, OffsetDateTime};
+
 use super::*;
-use crate::state::snapshot::ClientCertificate;
+use crate::{identity::pki::list, state::snapshot::ClientCertificate};
+
+/// Serial number of every certificate that is made here.
+const SERIAL: &[u8] = &[7];
 
 type Issuer = CertifiedIssuer<'static, KeyPair>;
 
 fn authority() -> Issuer {
+    authority_named("authority")
+}
+
+/// Lists are told from one another by the names of their authorities.
+fn authority_named(name: &str) -> Issuer {
     let mut params = CertificateParams::default();
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    params.distinguished_name.push(DnType::CommonName, name);
     CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap()
 }
 
@@ -23,6 +36,7 @@ fn authority() -> Issuer {
 fn certified(issuer: &Issuer, names: Vec<SanType>) -> ClientCertificate {
     let mut params = CertificateParams::default();
     params.subject_alt_names = names;
+    params.serial_number = Some(SerialNumber::from_slice(SERIAL));
     let key = KeyPair::generate().unwrap();
     let certificate = params.signed_by(&key, issuer).unwrap();
     let bytes = |pem: String| Arc::from(pem.into_bytes());
@@ -35,6 +49,7 @@ fn terms(root: &Issuer) -> TlsTerms {
         server: "a.example".into(),
         names: Vec::new(),
         roots: Some(Arc::from(root.pem().into_bytes())),
+        revoked: None,
         anybody: false,
         shows: None,
     }
@@ -117,6 +132,44 @@ async fn the_server_has_to_be_whom_the_rule_means() {
 }
 
 #[tokio::test]
+async fn whom_an_authority_has_revoked_is_not_believed() {
+    let (root, other) = (authority_named("root"), authority_named("other"));
+    let server = server(&root, None, &[]);
+    let tomorrow = OffsetDateTime::now_utc() + Duration::DAY;
+    let lists = |lists: &[(&Issuer, &[&[u8]], OffsetDateTime)]| {
+        let pem = |(issuer, serials, next): &(&Issuer, &[&[u8]], OffsetDateTime)| {
+            list(&***issuer, serials, *next).unwrap().pem().unwrap()
+        };
+        let text: String = lists.iter().map(pem).collect();
+        TlsTerms { revoked: Some(Arc::from(text.into_bytes())), ..terms(&root) }
+    };
+    let yesterday = OffsetDateTime::now_utc() - Duration::DAY;
+    let table = [
+        ("others are", lists(&[(&root, &[&[8]], tomorrow)]), None),
+        ("it is", lists(&[(&root, &[&[8], SERIAL], tomorrow)]), Some("is revoked (caCrl")),
+        (
+            "one of several lists",
+            lists(&[(&other, &[], tomorrow), (&root, &[SERIAL], tomorrow)]),
+            Some("is revoked"),
+        ),
+        ("its authority says nothing", lists(&[(&other, &[], tomorrow)]), Some("there is no list")),
+        ("nor anything new", lists(&[(&root, &[], yesterday)]), Some("out of date")),
+        ("anybody is believed", TlsTerms { anybody: true, ..lists(&[(&root, &[SERIAL], tomorrow)]) }, None),
+    ];
+    for (what, terms, expected) in table {
+        let came = understand(&server, terms, Protocol::Http1).await;
+        match (came, expected) {
+            (Ok(()), None) => {}
+            (Err(error), Some(text)) => {
+                assert_eq!(error.kind, Kind::TlsFailure, "{what}");
+                assert!(error.detail.contains(text), "{what}: {error}");
+            }
+            (came, _) => panic!("{what}: {came:?}"),
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_client_shows_what_the_rule_names() {
     let (root, clients) = (authority(), authority());
     let server = server(&root, Some(&clients), &[]);
@@ -153,6 +206,7 @@ async fn what_cannot_be_read_is_said() {
     let table = [
         (TlsTerms { roots: bytes("nothing"), ..terms(&root) }, "the roots: there is no certificate"),
         (TlsTerms { shows: Some(bad), ..terms(&root) }, "the client's key"),
+        (TlsTerms { revoked: bytes("nothing"), ..terms(&root) }, "revoked: there is no list"),
     ];
     for (terms, expected) in table {
         let error = understand(&server, terms, Protocol::Http1).await.unwrap_err();

@@ -17,7 +17,7 @@ type TestResult = std::result::Result<(), Box<dyn std::error::Error + Send + Syn
 
 fn key(port: u16, cluster: ClusterId) -> Key {
     let to = SocketAddr::from(([10, 0, 0, 1], port));
-    Key { to, client: None, cluster: Some(cluster), tls: None, shard: Shard::SHARED }
+    Key { to, client: None, cluster: Some(cluster), tls: None, introduces: None, shard: Shard::SHARED }
 }
 
 /// A connection that has had so many requests, and its far end.

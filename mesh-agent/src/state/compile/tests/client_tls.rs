@@ -1,12 +1,15 @@
 //! What `tls` comes to, and that it is never less than the rule says.
 
 use super::*;
-use crate::state::snapshot::Origination;
+use crate::state::{
+    resource::{Object, Resource, file_key},
+    snapshot::Origination,
+};
 
 const SECRETS: &str = "---
 {apiVersion: v1, kind: Secret, metadata: {name: full}, stringData: {tls.crt: one, tls.key: two, ca.crt: six}}
 ---
-{apiVersion: v1, kind: Secret, metadata: {name: roots-cacert}, stringData: {cacert: six}}
+{apiVersion: v1, kind: Secret, metadata: {name: roots-cacert}, stringData: {cacert: six, ca.crl: ten}}
 ---
 {apiVersion: v1, kind: Secret, metadata: {name: password}, stringData: {password: secret}}
 ";
@@ -40,7 +43,74 @@ fn every_mode_comes_to_what_it_says() {
         panic!("TLS")
     };
     assert_eq!((&*tls.terms.server, tls.terms.roots.as_deref()), (A, Some(&b"six"[..])));
+    assert_eq!(tls.terms.revoked.as_deref(), Some(&b"ten"[..]));
     assert!(tls.terms.shows.is_none());
+}
+
+/// Compiles a rule in a mesh whose source has read these files.
+fn with_files(
+    tls: &str,
+    files: &[(&str, Result<&str, &str>)],
+    before: Option<&Snapshot>,
+) -> (Snapshot, Vec<Problem>) {
+    let (mut objects, refused) = read_text(&text(tls));
+    assert_eq!(refused, [], "{tls}");
+    for (path, content) in files {
+        let content = content.map(|text| Arc::from(text.as_bytes())).map_err(str::to_owned);
+        let object = Arc::new(Object { file: (*path).into(), resource: Resource::File(content) });
+        objects.insert(file_key(path), object);
+    }
+    compile(&objects, before, &settings())
+}
+
+#[test]
+fn files_come_in_the_place_of_a_secret() {
+    let written = "clientCertificate: a, privateKey: b, caCertificates: c, caCrl: d";
+    let mutual = format!("mode: MUTUAL, {written}");
+    let files = [("a", Ok("one")), ("b", Ok("two")), ("c", Ok("six")), ("d", Ok("ten"))];
+    let (before, problems) = with_files(&mutual, &files, None);
+    assert_eq!(problems, []);
+    let Origination::Tls(tls) = of(&before) else { panic!("{:?}", of(&before)) };
+    let shows = tls.terms.shows.as_ref().unwrap();
+    assert_eq!((&*shows.chain, &*shows.key), (&b"one"[..], &b"two"[..]));
+    let believed = (tls.terms.roots.as_deref(), tls.terms.revoked.as_deref());
+    assert_eq!(believed, (Some(&b"six"[..]), Some(&b"ten"[..])));
+
+    // What they say later holds for new connections, and for none that are there.
+    let Origination::Tls(same) = of(&with_files(&mutual, &files, Some(&before)).0) else { panic!("TLS") };
+    assert!(Arc::ptr_eq(&same, &tls));
+    let renewed = [("a", Ok("new")), ("b", Ok("two")), ("c", Ok("six")), ("d", Ok("ten"))];
+    let Origination::Tls(other) = of(&with_files(&mutual, &renewed, Some(&before)).0) else { panic!("TLS") };
+    assert!(other.id != tls.id && &*other.terms.shows.as_ref().unwrap().chain == b"new");
+
+    // Without MUTUAL nothing is shown, nor asked for.
+    let simple = format!("mode: SIMPLE, {written}");
+    let (snapshot, problems) = with_files(&simple, &[("c", Ok("six")), ("d", Ok("ten"))], None);
+    assert_eq!(problems, []);
+    assert!(matches!(of(&snapshot), Origination::Tls(tls) if tls.terms.shows.is_none()));
+}
+
+#[test]
+fn files_that_are_not_there_come_to_no_connection() {
+    let gone = [("c", Err("the file is not there"))];
+    let table: [(&str, &[(&str, Result<&str, &str>)], &str, &str); 3] = [
+        // Where nobody reads files: in a cluster.
+        ("mode: SIMPLE, caCertificates: c", &[], "tls.caCertificates", "name that by credentialName"),
+        ("mode: SIMPLE, caCrl: c", &gone, "tls.caCrl", "is not there"),
+        (
+            "mode: MUTUAL, clientCertificate: a, privateKey: c",
+            &[("a", Ok("one"))],
+            "tls.privateKey",
+            "directory",
+        ),
+    ];
+    for (tls, files, field, expected) in table {
+        let (snapshot, problems) = with_files(tls, files, None);
+        assert_problems(&problems, &[expected]);
+        assert!(texts(&problems)[0].contains(field), "{problems:?}");
+        let Origination::Broken(why) = of(&snapshot) else { panic!("{tls}: {:?}", of(&snapshot)) };
+        assert!(why.contains(expected), "{why}");
+    }
 }
 
 #[test]
