@@ -412,7 +412,7 @@ pub(super) mod tests {
         let workload = Workload {
             namespace: text("default"),
             name: text(name),
-            ips: vec![IpAddr::V4(Ipv4Addr::new(10, 0, 0, ip))],
+            ips: vec![[10, 0, 0, ip].into()],
             node: Some(text("a")),
             identity: SpiffeId {
                 trust_domain: text("cluster.local"),
@@ -420,6 +420,7 @@ pub(super) mod tests {
                 service_account: text(name),
             },
             labels: [(text("version"), text(version))].into(),
+            view: None,
             enrolled: true,
             netns: Some("/run/netns/x".into()),
             announced: false,

@@ -1,5 +1,5 @@
 //! Who gets a request: the near replicas as long as they serve, then those that stand in; shares by place and by weight; the
-//! replica that answers soonest; or whoever the client has dialled.
+//! replica that answers soonest and does not refuse; what rules for some clients say; or whoever the client has dialled.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -215,6 +215,117 @@ async fn weights_are_kept_and_the_slow_replica_is_spared() -> Result<()> {
     let latency = [("endpoint", &*slow.at(8080).to_string())];
     let metrics = pair.agent_a.metrics().await?;
     ensure!(metric(&metrics, "mesh_endpoint_latency_seconds", &latency) > 0.0, "{metrics}");
+    pair.finish().await
+}
+
+/// The replica that answers 503 is the first to answer.
+#[tokio::test]
+async fn who_refuses_fast_does_not_attract_what_is_chosen_by_latency() -> Result<()> {
+    if !require_root()? {
+        return Ok(());
+    }
+    let pair = Pair::new("refusing").await?;
+    let mut slower = Vec::new();
+    for name in ["one", "two"] {
+        let pod = pair.b.pod(name).label("app", "web").start().await?;
+        let serving = pod.serve(apps::http(8080).arg("--delay-ms=30")).await?;
+        pod.enrolled().await?;
+        slower.push((pod, serving));
+    }
+    let failing = pair.b.pod("failing").label("app", "web").start().await?;
+    let _serving = failing.serve(apps::http(8080).arg("--status=503")).await?;
+    failing.enrolled().await?;
+    let service = pair.lab.service("web").selector("app", "web").port("http", 80, 8080).apply()?;
+    let by_latency = rule("").replace(
+        "namespace: default}",
+        "namespace: default, annotations: {mesh.io/load-balancer: PEAK_EWMA}}",
+    );
+    pair.apply("rule.yaml", &by_latency).await?;
+    pair.apply("route.yaml", &route("attempts: 0")).await?;
+    let url = service.url(80, "/");
+    let tally = pair.client.get(&url).many(200, 2, None).await?;
+    let failed = tally.statuses.get(&503).copied().unwrap_or_default();
+    ensure!((1..=10).contains(&failed), "{tally:?}");
+    pair.finish().await
+}
+
+/// Two clients of one node and namespace, of which a rule selects one.
+#[tokio::test]
+async fn a_rule_with_a_workload_selector_is_for_those_that_it_selects() -> Result<()> {
+    if !require_root()? {
+        return Ok(());
+    }
+    let pair = Pair::new("selector").await?;
+    let mut replicas = Vec::new();
+    for version in ["v1", "v2"] {
+        let pod = pair.b.pod(version).label("app", "web").label("version", version).start().await?;
+        let serving = pod.serve(apps::http(8080)).await?;
+        pod.enrolled().await?;
+        replicas.push((pod, serving));
+    }
+    let batch = pair.a.pod("batch").label("role", "batch").start().await?;
+    batch.enrolled().await?;
+    let service = pair.lab.service("web").selector("app", "web").port("http", 80, 8080).apply()?;
+    let subset = |name: &str, selector: &str, version: &str| {
+        format!(
+            "{{apiVersion: networking.istio.io/v1, kind: DestinationRule, metadata: {{name: {name}, namespace: default}}, \
+             spec: {{host: web{selector}, subsets: [{{name: own, labels: {{version: {version}}}}}]}}}}"
+        )
+    };
+    pair.apply("all.yaml", &subset("all", "", "v1")).await?;
+    let selector = ", workloadSelector: {matchLabels: {role: batch}}";
+    pair.apply("batch.yaml", &subset("batch", selector, "v2")).await?;
+    let route = route("attempts: 0").replace("{host: web}", "{host: web, subset: own}");
+    pair.apply("route.yaml", &route).await?;
+    let url = service.url(80, "/");
+    let only = |pod: &str| BTreeMap::from([(pod.to_owned(), 10)]);
+    ensure!(answered(&pair.client, &url, 10, 1).await? == only("v1"));
+    ensure!(answered(&batch, &url, 10, 1).await? == only("v2"));
+    let table = pair.agent_a.meshctl(&["config", "endpoints"]).await?;
+    ensure!(table.contains("default/role=batch"), "{table}");
+    // It selects somebody else from now on.
+    pair.apply("batch.yaml", &subset("batch", &selector.replace("role: batch", "role: other"), "v2")).await?;
+    ensure!(answered(&batch, &url, 10, 1).await? == only("v1"));
+    pair.finish().await
+}
+
+/// Half of the client's workload is on its node, and a quarter of the endpoints are: half of its requests stay.
+#[tokio::test]
+async fn what_a_zone_has_room_for_stays_in_it() -> Result<()> {
+    if !require_root()? {
+        return Ok(());
+    }
+    let pair = Pair::new("zones").await?;
+    for (node, zone) in [("a", "z1"), ("b", "z2")] {
+        let object = format!(
+            "{{apiVersion: v1, kind: Node, metadata: {{name: {node}, labels: {{topology.kubernetes.io/region: r1, \
+             topology.kubernetes.io/zone: {zone}}}}}}}"
+        );
+        pair.lab.apply(&format!("node-{node}.yaml"), &object)?;
+    }
+    let mut kept = vec![replica(&pair.a, "near", "web").await?];
+    for name in ["far1", "far2", "far3"] {
+        kept.push(replica(&pair.b, name, "web").await?);
+    }
+    // Two pods of one workload, which is told by the hash in their names.
+    let hash = "pod-template-hash";
+    let client = pair.a.pod("shop-77-a").label(hash, "77").start().await?;
+    let _other = pair.b.pod("shop-77-b").label(hash, "77").start().await?;
+    client.enrolled().await?;
+    let service = pair.lab.service("web").selector("app", "web").port("http", 80, 8080).apply()?;
+    pair.apply("rule.yaml", &rule("loadBalancer: {zoneAwareLbSetting: {minClusterSize: 4}}")).await?;
+    pair.apply("route.yaml", &route("attempts: 0")).await?;
+    let url = service.url(80, "/");
+    let pods = answered(&client, &url, 400, 2).await?;
+    let near = pods.get("near").copied().unwrap_or_default();
+    // Half of 400, give or take 3.3 standard deviations of 10: wrong once in a thousand times.
+    ensure!((167..=233).contains(&near) && pods.len() == 4, "{pods:?}");
+    // With the same number of endpoints as there are pods of the workload in each zone, all of them do.
+    for (pod, _) in kept.drain(2..) {
+        pod.remove().await?;
+    }
+    pair.apply("rule.yaml", &rule("loadBalancer: {zoneAwareLbSetting: {minClusterSize: 2}}")).await?;
+    ensure!(answered(&client, &url, 50, 2).await? == BTreeMap::from([("near".to_owned(), 50)]));
     pair.finish().await
 }
 

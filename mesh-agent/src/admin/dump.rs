@@ -53,7 +53,7 @@ fn key_sets(snapshot: &Snapshot) -> BTreeMap<&str, Option<usize>> {
 }
 
 fn workload(w: &Workload) -> Value {
-    json!({
+    let mut value = json!({
         "namespace": *w.namespace,
         "name": *w.name,
         "ips": w.ips,
@@ -69,7 +69,11 @@ fn workload(w: &Workload) -> Value {
         "workload_name": *w.workload_name,
         "canonical_service": *w.canonical_service,
         "canonical_revision": *w.canonical_revision,
-    })
+    });
+    if let Some(view) = &w.view {
+        value["view"] = json!(**view);
+    }
+    value
 }
 
 /// Whether a pod takes plaintext, on which ports it is otherwise, and who says so.

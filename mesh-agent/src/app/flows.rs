@@ -95,7 +95,7 @@ fn labels(record: &FlowRecord, snapshot: &Snapshot, pods: &PodsByCookie, mesh: &
     };
     let cluster = source.and_then(|source| {
         let service = snapshot.service_at(dialled.ip(), &source.namespace)?;
-        Some(Arc::clone(&service.port_for(&source.namespace, dialled.port())?.cluster))
+        Some(Arc::clone(&service.port_for(source.view(), dialled.port())?.cluster))
     });
     TcpLabels {
         side: Side::Source,

@@ -11,7 +11,7 @@ use crate::state::{
     defaults,
     snapshot::{
         Balancing, ByClient, Cluster, ConsistentHash, Endpoint, EndpointState, Group, HashKey, HashTable,
-        Level, Spread, Traits, Wanted, Warmup, hash_of,
+        Level, Locality, Origin, Spread, Traits, Wanted, Warmup, ZoneRule, Zones, hash_of,
     },
 };
 
@@ -292,6 +292,109 @@ async fn who_has_come_lately_gets_a_part_that_grows() {
         ..cluster(Balancing::LeastRequest, 3)
     };
     assert_shares("all new", &counts(&all_new), &shares(&all_new, &[(0, 1.0), (1, 1.0), (2, 1.0)]));
+}
+
+/// Endpoints in zones of one region; of each zone, how many there are.
+fn zoned(balancing: Balancing, counts: &[usize], own: usize) -> Cluster {
+    let place = |zone: usize| Locality::parse(&format!("r/z{zone}"));
+    let places: Vec<Locality> =
+        counts.iter().enumerate().flat_map(|(zone, count)| vec![place(zone); *count]).collect();
+    let even = cluster(balancing, places.len() as u8);
+    let at = |(one, locality): (&Arc<Endpoint>, Locality)| {
+        Arc::new(Endpoint { locality, ..Endpoint::alone(one.address, None) })
+    };
+    let endpoints: Vec<_> = even.endpoints.iter().zip(places).map(at).collect();
+    let zones = Zones::of_first(&ZoneRule { own: place(own), least: 6 }, &[], &endpoints);
+    let spread = Arc::new(Spread { zones, ..Spread::default() });
+    Cluster { endpoints, spread, outlier: Some(defaults::OUTLIER_DETECTION), ..even }
+}
+
+/// What each zone gets of clients in this zone.
+fn from_zone(cluster: &Cluster, origin: &Origin) -> BTreeMap<String, usize> {
+    let mut found = BTreeMap::new();
+    for _ in 0..CHOICES {
+        let wish = Wish { origin: Some(origin), ..Wish::default() };
+        let chosen = choose(cluster, &wish).unwrap();
+        *found.entry(chosen.endpoint.locality.zone.to_string()).or_default() += 1;
+    }
+    found
+}
+
+fn origin(counts: &[usize]) -> Origin {
+    let mut origin = Origin::default();
+    for (zone, count) in counts.iter().enumerate() {
+        (0..*count).for_each(|_| origin.add(&Locality::parse(&format!("r/z{zone}"))));
+    }
+    origin
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_zone_has_room_for_stays_there() {
+    fastrand::seed(19);
+    let z = |shares: &[f64]| -> Vec<(String, f64)> {
+        shares.iter().enumerate().map(|(zone, share)| (format!("z{zone}"), *share)).collect()
+    };
+    for balancing in [AT_RANDOM.as_slice(), &[Balancing::RoundRobin]].concat() {
+        // Half of the clients are here, and a quarter of the endpoints: half of what they send stays.
+        let cluster = zoned(balancing, &[2, 6], 0);
+        let found = from_zone(&cluster, &origin(&[4, 4]));
+        assert_shares(&format!("{balancing:?}, half"), &found, &z(&[50.0, 50.0]));
+        // From the other zone all of it does.
+        let found = from_zone(&zoned(balancing, &[2, 6], 1), &origin(&[4, 4]));
+        assert_eq!(found, BTreeMap::from([("z1".to_owned(), CHOICES)]), "{balancing:?}");
+        // What does not stay goes where there is room: of the other two, one has as many clients as endpoints.
+        let found = from_zone(&zoned(balancing, &[2, 4, 6], 0), &origin(&[6, 4, 2]));
+        let stays = 100.0 / 3.0;
+        let wanted = [("z0".to_owned(), stays), ("z2".to_owned(), 100.0 - stays)];
+        assert_shares(&format!("{balancing:?}, room"), &found, &wanted);
+        // With an endpoint of three ejected here, less stays: two of eight are here, and half of the clients.
+        let cluster = zoned(balancing, &[3, 6], 0);
+        eject(&cluster, [0]);
+        let found = from_zone(&cluster, &origin(&[1, 1]));
+        assert_shares(&format!("{balancing:?}, ejected"), &found, &z(&[50.0, 50.0]));
+        // Nobody is left here; or too few are left at all: all others are used alike.
+        eject(&cluster, [1, 2]);
+        assert_eq!(from_zone(&cluster, &origin(&[1, 1])), BTreeMap::from([("z1".to_owned(), CHOICES)]));
+        let few = zoned(balancing, &[2, 3], 0);
+        let found = from_zone(&few, &origin(&[1, 1]));
+        assert_shares(&format!("{balancing:?}, few"), &found, &z(&[2.0, 3.0]));
+    }
+}
+
+/// What zone-aware routing is for: each endpoint gets as much as any other, wherever the clients are, and what can stay does.
+#[tokio::test(start_paused = true)]
+async fn endpoints_of_all_zones_get_the_same_from_the_clients_of_all_zones() {
+    fastrand::seed(23);
+    let (endpoints, clients) = ([2_usize, 3, 5], [5_usize, 3, 2]);
+    let mut found: BTreeMap<SocketAddr, usize> = BTreeMap::new();
+    let (mut stayed, mut all) = (0, 0);
+    for (zone, pods) in clients.iter().enumerate() {
+        let cluster = zoned(Balancing::Random, &endpoints, zone);
+        let origin = origin(&clients);
+        for _ in 0..pods * 4_000 {
+            let chosen = choose(&cluster, &Wish { origin: Some(&origin), ..Wish::default() }).unwrap();
+            *found.entry(chosen.endpoint.address).or_default() += 1;
+            stayed += usize::from(*chosen.endpoint.locality.zone == *format!("z{zone}"));
+            all += 1;
+        }
+    }
+    let wanted: Vec<_> = found.keys().map(|address| (*address, 1.0)).collect();
+    assert_eq!(wanted.len(), 10);
+    assert_shares("each endpoint", &found, &wanted);
+    // Two tenths, three tenths, two tenths: as much as there is room for in each client's zone.
+    let kept = BTreeMap::from([("stayed", stayed), ("left", all - stayed)]);
+    assert_shares("kept", &kept, &[("stayed", 0.7), ("left", 0.3)]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_has_tried_all_of_its_zone_goes_elsewhere() {
+    let cluster = zoned(Balancing::LeastRequest, &[2, 6], 1);
+    let tried: Vec<SocketAddr> = cluster.endpoints[2..].iter().map(|one| one.address).collect();
+    let origin = origin(&[1, 1]);
+    for _ in 0..100 {
+        let wish = Wish { tried: &tried, origin: Some(&origin), ..Wish::default() };
+        assert_eq!(&*choose(&cluster, &wish).unwrap().endpoint.locality.zone, "z0");
+    }
 }
 
 /// Weights hold among very many endpoints as they do among few.

@@ -12,7 +12,7 @@ use crate::state::snapshot::{Endpoint, Group, Level, MOST_LEVELS};
 const OVERPROVISIONING: u64 = 140;
 
 /// The whole of what is shared out.
-const WHOLE: u64 = 10_000;
+pub(super) const WHOLE: u64 = 10_000;
 
 /// The levels that earlier tries of a request went to.
 ///
@@ -97,6 +97,11 @@ impl<'a> Left<'a> {
 
     /// One of a level: of the group that the choice falls on, by its share and by how much of it is available.
     fn in_level(self, level: &'a Level, index: usize, hash: Option<u64>) -> Option<&'a Arc<Endpoint>> {
+        if index == 0
+            && let Some(near) = self.in_zone()
+        {
+            return Some(near);
+        }
         let all = &self.cluster.endpoints;
         let places = |group| Places::of(all, group);
         let group = match &*level.groups {

@@ -30,7 +30,7 @@ pub use self::{
     hash::{Keyed, key},
     levels::Visited,
 };
-use crate::state::snapshot::{Balancing, Cluster, ConsistentHash, Endpoint, FAILURE, Level};
+use crate::state::snapshot::{Balancing, Cluster, ConsistentHash, Endpoint, Group, Level, Origin, Zones};
 
 /// A chosen endpoint; counts as in flight until dropped.
 #[derive(Debug)]
@@ -68,8 +68,7 @@ impl Chosen {
     pub fn failed(&mut self) {
         if let Some(asked) = self.asked.take() {
             let now = Instant::now();
-            let took = now.saturating_duration_since(asked).max(FAILURE);
-            self.endpoint.state.latency.answered(now, took);
+            self.endpoint.state.latency.failed(now, now.saturating_duration_since(asked));
         }
     }
 }
@@ -96,6 +95,8 @@ pub struct Wish<'a> {
     pub visited: Visited,
     /// Labels of the client's pod; asked for where the cluster's levels depend on them.
     pub labels: Option<&'a BTreeMap<Arc<str>, Arc<str>>>,
+    /// Where the pods of its workload are; asked for where the cluster prefers a client's own zone.
+    pub origin: Option<&'a Origin>,
 }
 
 /// Chooses an endpoint, avoiding those tried before and those that are ejected or unhealthy. `None` when there is no endpoint that may be
@@ -107,13 +108,16 @@ pub fn choose(cluster: &Cluster, wish: &Wish<'_>) -> Option<Chosen> {
     let now = Instant::now();
     let by_client = cluster.spread.by_client.as_ref().zip(wish.labels);
     let layout = by_client.map(|(by_client, labels)| by_client.layout(labels, &cluster.endpoints));
-    let (levels, hash) = match &layout {
-        Some(layout) => (&*layout.levels, layout.hash.as_ref()),
-        None => (&*cluster.spread.levels, cluster.hash.as_ref()),
+    let (levels, hash, zones) = match &layout {
+        Some(layout) => (&*layout.levels, layout.hash.as_ref(), layout.zones.as_ref()),
+        None => (&*cluster.spread.levels, cluster.hash.as_ref(), cluster.spread.zones.as_ref()),
     };
-    let left = Left { cluster, levels, hash, tried: wish.tried, spare_away: spares_away(cluster), now };
+    let zones = zones.zip(wish.origin);
+    let spare_away = spares_away(cluster);
+    let left = Left { cluster, levels, hash, zones, tried: wish.tried, spare_away, now };
     let (endpoint, level) = if levels.is_empty() {
-        (left.among(&Places::all(&cluster.endpoints), 0, wish.hash)?, 0)
+        let near = left.in_zone();
+        (near.or_else(|| left.among(&Places::all(&cluster.endpoints), 0, wish.hash))?, 0)
     } else {
         left.by_level(wish)?
     };
@@ -158,6 +162,8 @@ struct Left<'a> {
     cluster: &'a Cluster,
     levels: &'a [Level],
     hash: Option<&'a ConsistentHash>,
+    /// The zones of the first level, and where the client's workload is.
+    zones: Option<(&'a Zones, &'a Origin)>,
     tried: &'a [SocketAddr],
     /// Whether those that are ejected or unhealthy get nothing.
     spare_away: bool,
@@ -172,6 +178,26 @@ impl<'a> Left<'a> {
 
     fn allows(&self, endpoint: &Endpoint) -> bool {
         self.is_available(endpoint) && !self.tried.contains(&endpoint.address)
+    }
+
+    /// One of the zone that the choice falls on, where zones are looked at. Not while there are so few that all of them are used,
+    /// and not for who has tried all of it.
+    fn in_zone(&self) -> Option<&'a Arc<Endpoint>> {
+        let (zones, origin) = self.zones?;
+        if may_be_away(self.cluster) && !self.spare_away {
+            return None;
+        }
+        let places = |group| Places::of(&self.cluster.endpoints, group);
+        let available = |group: &'a Group| {
+            group.available(self.now, || {
+                places(group).iter().filter(|endpoint| self.is_available(endpoint)).count()
+            })
+        };
+        let tosses = (fastrand::u64(..levels::WHOLE), fastrand::u64(..levels::WHOLE));
+        let group = zones.pick(origin, tosses, available)?;
+        let places = places(group);
+        let is_left = self.tried.is_empty() || places.iter().any(|endpoint| self.allows(endpoint));
+        is_left.then(|| self.among(&places, 0, None)).flatten()
     }
 
     /// One of these places, which are of this level.

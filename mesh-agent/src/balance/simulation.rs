@@ -1,4 +1,4 @@
-//! Requests that come and go on a paused clock, to replicas of which one is slow or has stopped answering.
+//! Requests that come and go on a paused clock, to replicas of which one is slow, has stopped answering, or refuses.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 use std::{cmp::Reverse, collections::BinaryHeap, net::SocketAddr, time::Duration};
@@ -21,6 +21,8 @@ enum First {
     AsTheOthers,
     Takes(Duration),
     Stalls,
+    /// Refuses, a millisecond after it was asked.
+    Fails,
 }
 
 struct Seen {
@@ -40,12 +42,25 @@ impl Seen {
     }
 }
 
-/// Five to fifteen milliseconds.
-fn healthy() -> Duration {
-    Duration::from_micros(fastrand::u64(5_000..15_000))
+/// What becomes of a request in the end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum End {
+    Answered,
+    Failed,
+    GivenUp,
+}
+
+/// Half as long to one and a half times as long as this.
+fn around(time: Duration) -> Duration {
+    time.mul_f64(0.5 + fastrand::f64())
 }
 
 async fn run(balancing: Balancing, first: First) -> Seen {
+    run_at(balancing, first, Duration::from_millis(10)).await
+}
+
+/// `healthy`: how long the others take on average.
+async fn run_at(balancing: Balancing, first: First, healthy: Duration) -> Seen {
     fastrand::seed(17);
     let cluster = cluster(balancing, REPLICAS);
     let first_address = cluster.endpoints[0].address;
@@ -57,13 +72,13 @@ async fn run(balancing: Balancing, first: First) -> Seen {
         next += BETWEEN.mul_f64(-(1.0 - fastrand::f64()).ln());
         open.until(next).await;
         let (address, takes) = open.ask(&cluster, |address| match first {
-            _ if address != first_address => healthy(),
-            First::AsTheOthers => healthy(),
-            First::Takes(time) => time,
-            First::Stalls => Duration::MAX,
+            First::Takes(time) if address == first_address => (time, End::Answered),
+            First::Stalls if address == first_address => (PATIENCE, End::GivenUp),
+            First::Fails if address == first_address => (Duration::from_millis(1), End::Failed),
+            _ => (around(healthy), End::Answered),
         });
         seen.first += usize::from(address == first_address);
-        seen.took.push(takes.min(PATIENCE));
+        seen.took.push(takes);
     }
     seen.took.sort_unstable();
     seen
@@ -71,33 +86,38 @@ async fn run(balancing: Balancing, first: First) -> Seen {
 
 /// Requests under way.
 struct Open {
-    /// When each ends, whether it is answered then, and its number.
-    ends: BinaryHeap<Reverse<(Instant, bool, usize)>>,
+    /// When and how each ends, and its number.
+    ends: BinaryHeap<Reverse<(Instant, End, usize)>>,
     chosen: Vec<Option<Chosen>>,
 }
 
 impl Open {
     async fn until(&mut self, then: Instant) {
-        while let Some(Reverse((end, answered, number))) = self.ends.peek().copied() {
+        while let Some(Reverse((end, how, number))) = self.ends.peek().copied() {
             if end > then {
                 break;
             }
             self.ends.pop();
             advance(end.saturating_duration_since(Instant::now())).await;
             let mut chosen = self.chosen[number].take().unwrap();
-            if answered {
-                chosen.answered();
+            match how {
+                End::Answered => chosen.answered(),
+                End::Failed => chosen.failed(),
+                End::GivenUp => {}
             }
         }
         advance(then.saturating_duration_since(Instant::now())).await;
     }
 
-    fn ask(&mut self, cluster: &Cluster, takes: impl Fn(SocketAddr) -> Duration) -> (SocketAddr, Duration) {
+    fn ask(
+        &mut self,
+        cluster: &Cluster,
+        fate: impl Fn(SocketAddr) -> (Duration, End),
+    ) -> (SocketAddr, Duration) {
         let chosen = choose(cluster, &Wish::default()).unwrap();
         let address = chosen.endpoint.address;
-        let takes = takes(address);
-        let end = Instant::now() + takes.min(PATIENCE);
-        self.ends.push(Reverse((end, takes < PATIENCE, self.chosen.len())));
+        let (takes, how) = fate(address);
+        self.ends.push(Reverse((Instant::now() + takes, how, self.chosen.len())));
         self.chosen.push(Some(chosen));
         (address, takes)
     }
@@ -136,6 +156,20 @@ async fn one_that_stalls_does_not_double_the_slowest_hundredth() {
         PATIENCE,
         "whoever does not look waits"
     );
+}
+
+/// The fastest answer of all is a refusal.
+#[tokio::test(start_paused = true)]
+async fn one_that_refuses_at_once_attracts_nothing() {
+    // Where all take long, failing is worse than that still.
+    for (healthy, most) in [(10, 0.01), (2_000, 0.03)] {
+        let healthy = Duration::from_millis(healthy);
+        let share = run_at(Balancing::PeakEwma, First::Fails, healthy).await.share_of_first();
+        assert!(share < most, "{share}, where the others take {healthy:?}");
+        assert!(share > 0.0, "it would never be known to be well again");
+    }
+    // Whoever looks at what is in flight alone sends it most of all.
+    assert!(run(Balancing::LeastRequest, First::Fails).await.share_of_first() > 0.1);
 }
 
 #[tokio::test(start_paused = true)]

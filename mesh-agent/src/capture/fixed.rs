@@ -111,6 +111,7 @@ pub(super) mod tests {
             node: None,
             identity,
             labels: BTreeMap::new(),
+            view: None,
             enrolled: true,
             netns: None,
             announced: false,

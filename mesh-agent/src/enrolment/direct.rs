@@ -169,8 +169,7 @@ impl Followed {
 }
 
 fn ports<'a>(service: &'a Service, client: &Workload) -> impl Iterator<Item = &'a ServicePort> {
-    let ports = service.views.get(&client.namespace).unwrap_or(&service.ports);
-    ports.iter().filter(|port| direct::port(port).is_ok())
+    service.ports_for(client.view()).iter().filter(|port| direct::port(port).is_ok())
 }
 
 /// The service's addresses of its endpoints' family: the kernel sends a socket to no other.
@@ -201,7 +200,7 @@ fn forbidden(snapshot: &Snapshot, local: &Local, open: &OpenDirect) -> Option<Be
         return Some(because);
     }
     let service = snapshot.service_at(open.dialled.ip(), &client.namespace)?;
-    direct::port(service.port_for(&client.namespace, open.dialled.port())?).err()
+    direct::port(service.port_for(client.view(), open.dialled.port())?).err()
 }
 
 #[cfg(test)]

@@ -43,6 +43,7 @@ fn workload(name: &str, ip: &str, no_direct: bool) -> Arc<Workload> {
             service_account: text(name),
         },
         labels: BTreeMap::new(),
+        view: None,
         enrolled: true,
         netns: None,
         announced: false,

@@ -238,7 +238,7 @@ impl Asked<'_> {
         let errand = Errand::new(self.mesh, self.pod, &self.port.cluster, protocol, self.client());
         let (way, _standing) = errand.way(self.target, &mut request, What::Request).await?;
         let (response, lease) = errand.send(self.target, &way, request).await?;
-        let refused = tunnel::is_refusal(&response);
+        let refused = tunnel::refusal(&response).is_some();
         let (head, body) = response.into_parts();
         let mut answer = Answer { refused, headers: head.headers, body: bytes::Bytes::new() };
         if let Ok(read) = Limited::new(body, LARGEST_ANSWER).collect().await {

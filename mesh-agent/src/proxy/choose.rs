@@ -25,8 +25,14 @@ pub(super) fn endpoint(
     if let (Balancing::Passthrough, Some(dialled)) = (cluster.balancing, dialled) {
         return passed(mesh, cluster, dialled);
     }
-    let own = cluster.spread.by_client.is_some().then(|| pod.workload());
-    let wish = Wish { labels: own.as_ref().map(|own| &own.labels), ..*wish };
+    let spread = &cluster.spread;
+    let own = (spread.by_client.is_some() || spread.zones.is_some()).then(|| pod.workload());
+    let origin = own.as_ref().filter(|_| spread.asks_for_origin()).and_then(|own| {
+        let key = (Arc::clone(&own.namespace), Arc::clone(&own.workload_name));
+        mesh.snapshot().origins.get(&key).cloned()
+    });
+    let labels = own.as_ref().map(|own| &own.labels);
+    let wish = Wish { labels, origin: origin.as_deref(), ..*wish };
     balance::choose(cluster, &wish).ok_or_else(|| none(cluster, "has no healthy endpoint"))
 }
 

@@ -174,7 +174,7 @@ async fn call(
     let Provider { host, port, .. } = provider;
     let snapshot = mesh.snapshot();
     let service = snapshot.services.get(host).ok_or_else(|| format!("there is no service {host}"))?;
-    let port = service.port_for(&pod.workload().namespace, *port);
+    let port = service.port_for(pod.workload().view(), *port);
     let cluster = &port.ok_or_else(|| format!("service {host} has no port {}", provider.port))?.cluster;
     let (check, question) = check.into_parts();
     let mut tried = Vec::new();
@@ -210,7 +210,7 @@ async fn one(
     tried.push(endpoint.address);
     let (way, _) = errand.way(&endpoint, &mut request, What::Question).await?;
     let sent = errand.send(&endpoint, &way, request).await;
-    health::timed(Some(&mut chosen), &sent);
+    health::timed(Some(&mut chosen), health::pace_of_sent(&sent));
     let (response, lease) = sent?;
     let (head, body) = response.into_parts();
     let read = Limited::new(body, LARGEST_ANSWER).collect().await;

@@ -5,7 +5,7 @@ use std::{
     sync::Arc,
 };
 
-use http::Response;
+use http::{Response, StatusCode};
 use tokio::{
     sync::watch,
     time::{Instant, sleep_until},
@@ -16,10 +16,10 @@ use crate::{
         Chosen,
         outlier::{self, Outcome},
     },
-    error::{Kind, Result, http_of},
+    error::{Error, Kind, Result, http_of},
     report::Reporter,
     state::snapshot::{Cluster, Endpoint, OutlierDetection, Service, SharedMap, Snapshot},
-    tunnel,
+    tunnel::{self, Refusal},
     upstream::{Switched, retry},
 };
 
@@ -39,14 +39,68 @@ pub(super) fn learn(
     }
 }
 
-/// How long it took is learnt, where the result is the endpoint's own.
-pub(super) fn timed<T>(chosen: Option<&mut Chosen>, result: &Result<T>) {
-    let Some(chosen) = chosen else { return };
-    match result {
-        Ok(_) => chosen.answered(),
-        Err(error) if is_the_endpoints(error.kind) => chosen.failed(),
-        Err(_) => {}
+/// What came of a request or connection, as far as it tells how soon the endpoint does what it is asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Pace {
+    /// As soon as this.
+    Answered,
+    /// Not at all, however soon that was known: it has failed, or its pod has more to do than it may. Whoever took that for
+    /// a fast answer would send it even more.
+    Failed,
+    /// It was not asked.
+    Unknown,
+}
+
+/// How long it took is learnt, where what came of it is the endpoint's own.
+pub(super) fn timed(chosen: Option<&mut Chosen>, pace: Pace) {
+    match (chosen, pace) {
+        (Some(chosen), Pace::Answered) => chosen.answered(),
+        (Some(chosen), Pace::Failed) => chosen.failed(),
+        (Some(_), Pace::Unknown) | (None, _) => {}
     }
+}
+
+/// What an error tells of the pace.
+pub(super) fn pace_of_error(error: &Error) -> Pace {
+    let is_busy = matches!(error.kind, Kind::Overload | Kind::ConcurrencyLimit | Kind::RateLimited);
+    if is_busy || is_the_endpoints(error.kind) { Pace::Failed } else { Pace::Unknown }
+}
+
+/// What opaque bytes tell of it: how soon their connection came about.
+pub(super) fn pace_of_opened<T>(result: &Result<T>) -> Pace {
+    result.as_ref().map_or_else(pace_of_error, |_| Pace::Answered)
+}
+
+/// What a request for another protocol tells of it.
+pub(super) fn pace_of_switched(result: &Result<Switched>) -> Pace {
+    match result {
+        Ok(Switched::Answered(response)) => pace_of_response(response),
+        result => pace_of_opened(result),
+    }
+}
+
+/// What a request tells of it.
+pub(super) fn pace_of_try<B>(result: &Result<Response<B>>) -> Pace {
+    result.as_ref().map_or_else(pace_of_error, pace_of_response)
+}
+
+/// The same, with the connection it came on.
+pub(super) fn pace_of_sent<B, L>(result: &Result<(Response<B>, L)>) -> Pace {
+    result.as_ref().map_or_else(pace_of_error, |(response, _)| pace_of_response(response))
+}
+
+fn pace_of_response<B>(response: &Response<B>) -> Pace {
+    match tunnel::refusal(response) {
+        Some(Refusal::Busy) => Pace::Failed,
+        Some(Refusal::Policy) => Pace::Unknown,
+        None if status_of(response).is_server_error() => Pace::Failed,
+        None => Pace::Answered,
+    }
+}
+
+/// A gRPC status that stands in the head counts as the HTTP status that it means, as in Envoy.
+fn status_of<B>(response: &Response<B>) -> StatusCode {
+    retry::grpc_status(response.headers()).map_or(response.status(), http_of)
 }
 
 /// What opaque bytes tell: whether their connection came about.
@@ -60,22 +114,18 @@ pub(super) fn of_opened<T>(result: &Result<T>) -> Option<Outcome> {
 /// What a request for another protocol tells.
 pub(super) fn of_switched(result: &Result<Switched>) -> Option<Outcome> {
     match result {
-        Ok(Switched::Answered(response)) if tunnel::is_refusal(response) => None,
+        Ok(Switched::Answered(response)) if tunnel::refusal(response).is_some() => None,
         Ok(Switched::Answered(response)) => Some(Outcome::Answered(response.status().as_u16())),
         result => of_opened(result),
     }
 }
 
-/// What a request tells. A gRPC status that stands in the head counts as the HTTP status that it means, as in Envoy. What the
-/// agent of the endpoint's node has refused says nothing of the endpoint, which was not asked: policies, rate limits.
+/// What a request tells. What the agent of the endpoint's node has refused says nothing of the endpoint, which was not asked:
+/// policies, rate limits.
 pub(super) fn of_try<B>(result: &Result<Response<B>>) -> Option<Outcome> {
     match result {
-        Ok(response) if tunnel::is_refusal(response) => None,
-        Ok(response) => {
-            let grpc = retry::grpc_status(response.headers());
-            let status = grpc.map_or(response.status(), http_of);
-            Some(Outcome::Answered(status.as_u16()))
-        }
+        Ok(response) if tunnel::refusal(response).is_some() => None,
+        Ok(response) => Some(Outcome::Answered(status_of(response).as_u16())),
         result @ Err(_) => of_opened(result),
     }
 }
@@ -190,7 +240,6 @@ mod tests {
 
     use super::*;
     use crate::{
-        error::Error,
         report::samples,
         state::{
             defaults,
@@ -287,5 +336,47 @@ mod tests {
         let failed = |kind| of_try::<()>(&Err(Error::new(kind, "")));
         assert_eq!(failed(Kind::UpstreamReset), Some(Outcome::Failed));
         assert_eq!((failed(Kind::RateLimited), failed(Kind::Denied)), (None, None));
+    }
+
+    #[test]
+    fn what_fails_fast_is_not_fast() {
+        let answered = |status: u16| {
+            let mut response = Response::new(());
+            *response.status_mut() = StatusCode::from_u16(status).unwrap_or_default();
+            response
+        };
+        let with = |mut response: Response<()>, name: &'static str, value: &'static str| {
+            response.headers_mut().insert(name, HeaderValue::from_static(value));
+            response
+        };
+        let refused = |kind| {
+            let mut response = answered(403);
+            tunnel::tell_failure(response.headers_mut(), kind);
+            tunnel::note_refusal(&mut response);
+            response
+        };
+        let failed = |kind| Err(Error::new(kind, ""));
+        let table = [
+            (Ok(answered(200)), Pace::Answered),
+            (Ok(answered(404)), Pace::Answered),
+            (Ok(answered(429)), Pace::Answered),
+            (Ok(answered(500)), Pace::Failed),
+            (Ok(answered(503)), Pace::Failed),
+            (Ok(with(answered(200), "grpc-status", "0")), Pace::Answered),
+            (Ok(with(answered(200), "grpc-status", "5")), Pace::Answered),
+            (Ok(with(answered(200), "grpc-status", "14")), Pace::Failed),
+            (Ok(refused(Kind::Denied)), Pace::Unknown),
+            (Ok(refused(Kind::RateLimited)), Pace::Failed),
+            (failed(Kind::Overload), Pace::Failed),
+            (failed(Kind::ConcurrencyLimit), Pace::Failed),
+            (failed(Kind::RateLimited), Pace::Failed),
+            (failed(Kind::ConnectFailure), Pace::Failed),
+            (failed(Kind::Timeout), Pace::Failed),
+            (failed(Kind::Denied), Pace::Unknown),
+            (failed(Kind::DownstreamReset), Pace::Unknown),
+        ];
+        for (result, pace) in table {
+            assert_eq!(pace_of_try(&result), pace, "{result:?}");
+        }
     }
 }

@@ -164,7 +164,7 @@ fn routes(
     let snapshot = outbound.mesh.snapshot();
     let known = exchange.cluster.as_ref().and_then(|cluster| {
         let service = snapshot.services.get(&cluster.host)?;
-        service.port_for(&workload.namespace, cluster.port)
+        service.port_for(workload.view(), cluster.port)
     });
     let known = known.ok_or_else(|| Error::new(Kind::NoRoute, "the service is no longer there"))?;
     Ok((known.port, Arc::clone(&known.routes)))

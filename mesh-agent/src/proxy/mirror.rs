@@ -105,7 +105,7 @@ async fn one(
     let (way, mut standing) = errand.way(&endpoint, &mut request, What::Request).await?;
     let sending = async {
         let sent = errand.send(&endpoint, &way, request).await;
-        health::timed(Some(&mut chosen), &sent);
+        health::timed(Some(&mut chosen), health::pace_of_sent(&sent));
         let (response, lease) = sent?;
         // Read to its end, so that the connection can be used again.
         let mut body = response.into_body();

@@ -122,7 +122,7 @@ impl Outbound {
 
     async fn course(self: &Arc<Self>, client: TcpStream) -> Result<Course> {
         let snapshot = self.mesh.snapshot();
-        match resolve(&snapshot, &self.pod.workload().namespace, self.ends)? {
+        match resolve(&snapshot, &self.pod.workload(), self.ends)? {
             Resolved::Service(port) => self.to_service(Prefixed::new(client), port).await,
             Resolved::Pod(workload) => self.to_address(client, Some(workload)).await,
             Resolved::Unknown => self.to_address(client, None).await,
@@ -296,7 +296,7 @@ impl Outbound {
         let (timeout, kept) = (cluster.connect_timeout, Kept::of(cluster, None));
         let kept = kept.on_behalf(self.shown, self.dialled());
         let opened = self.open_endpoint(Arc::clone(&endpoint), timeout, kept).await;
-        health::timed(Some(&mut chosen), &opened);
+        health::timed(Some(&mut chosen), health::pace_of_opened(&opened));
         health::learn(&self.mesh.reporter, cluster, &endpoint, || health::of_opened(&opened));
         let in_use = InUse { _chosen: Some(chosen), _place: place };
         opened.map(|opened| Opened { _in_use: in_use, ..opened })

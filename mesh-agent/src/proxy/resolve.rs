@@ -35,10 +35,10 @@ pub(super) struct ServicePort {
 }
 
 /// A known service address with an unknown port is refused; it is never passed on.
-pub(super) fn resolve(snapshot: &Snapshot, namespace: &str, ends: Ends) -> Result<Resolved> {
+pub(super) fn resolve(snapshot: &Snapshot, client: &Workload, ends: Ends) -> Result<Resolved> {
     let (ip, port) = (ends.original_dst.ip(), ends.original_dst.port());
-    if let Some(service) = snapshot.service_at(ip, namespace) {
-        let Some(port) = service.port_for(namespace, port) else {
+    if let Some(service) = snapshot.service_at(ip, &client.namespace) {
+        let Some(port) = service.port_for(client.view(), port) else {
             let text = format!("service {} has no port {port}", service.host);
             return Err(Error::new(Kind::NoHealthyUpstream, text));
         };

@@ -316,8 +316,17 @@ pub(super) async fn pick_in_time(
     limit: Option<Instant>,
 ) -> Result<Picked> {
     let activity = Arc::clone(&exchange.client.activity);
-    let picking = pin!(pick(outbound, exchange, cluster, request, tried));
-    in_time(outbound, &activity, &"an external authorizer", limit, picking).await
+    let picked = {
+        let picking = pin!(pick(outbound, exchange, cluster, request, tried));
+        in_time(outbound, &activity, &"an external authorizer", limit, picking).await
+    };
+    if let Err(error) = &picked
+        && error.kind != Kind::Timeout
+    {
+        // A pod of this node may have too much to do already; time that an authorizer took is none of the endpoint's.
+        health::timed(exchange.chosen.as_mut(), health::pace_of_error(error));
+    }
+    picked
 }
 
 /// Takes a place among what the cluster's `connectionPool` allows, within the time that there is, and notes it in the
@@ -372,7 +381,7 @@ async fn one(
         exchange.lease = Some(lease);
         response
     });
-    health::timed(exchange.chosen.as_mut(), &result);
+    health::timed(exchange.chosen.as_mut(), health::pace_of_try(&result));
     health::learn(&outbound.mesh.reporter, cluster, &endpoint, || health::of_try(&result));
     result
 }

@@ -96,7 +96,7 @@ async fn one(
     let activity = &exchange.client.activity;
     let asking = pin!(tries::in_time(outbound, activity, &endpoint.address, exchange.deadline, asking));
     let asked = unless_cut(exchange.standing.as_mut(), asking).await;
-    health::timed(exchange.chosen.as_mut(), &asked);
+    health::timed(exchange.chosen.as_mut(), health::pace_of_switched(&asked));
     health::learn(&outbound.mesh.reporter, cluster, &endpoint, || health::of_switched(&asked));
     match asked? {
         Switched::Answered(response) => Ok(Made::Response(response)),

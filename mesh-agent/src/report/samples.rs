@@ -29,6 +29,7 @@ pub fn workload(name: &str, host: u8) -> Arc<Workload> {
         node: Some("node-a".into()),
         identity: identity(name),
         labels: BTreeMap::from(labels),
+        view: None,
         enrolled: true,
         netns: None,
         announced: false,

@@ -33,6 +33,7 @@ fn source() -> Workload {
             service_account: "client".into(),
         },
         labels: BTreeMap::from([("app".into(), "client".into())]),
+        view: None,
         enrolled: true,
         netns: None,
         announced: false,

@@ -172,3 +172,6 @@ pub const ADAPTIVE_CONCURRENCY: ConcurrencyRule = ConcurrencyRule {
     jitter_percent: 15,
     buffer_percent: 25,
 };
+
+/// `zoneAwareLbSetting.minClusterSize`: Envoy's `min_cluster_size`.
+pub const ZONE_AWARE_CLUSTER_SIZE: u32 = 6;

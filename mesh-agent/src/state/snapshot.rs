@@ -38,6 +38,7 @@ mod shared_map;
 mod spread;
 mod stream;
 mod weights;
+mod zones;
 
 pub use self::authentication::{Authentication, Mtls, MtlsMode};
 pub use self::authorization::{
@@ -61,7 +62,7 @@ pub use self::http::{
     UnmatchedPreflights, WeightedBackend,
 };
 pub use self::key_set::{KeySet, Keys, RemoteKeys};
-pub use self::latency::{FAILURE, Latency};
+pub use self::latency::Latency;
 pub use self::locality::Locality;
 pub use self::mesh::PathNormalization;
 pub use self::outlier::{Health, OutlierDetection, Statuses};
@@ -72,6 +73,7 @@ pub use self::shared_map::{Changed, SharedMap};
 pub use self::spread::{Group, Level, MOST_LEVELS, Spread, Warmup};
 pub use self::stream::{SniHost, StreamMatch, StreamRoute, Subnet};
 pub use self::weights::Weights;
+pub use self::zones::{Origin, ZoneRule, Zones};
 
 /// Everything the path needs to know, at one revision of the configuration.
 /// A copy shares all of it.
@@ -93,6 +95,8 @@ pub struct Snapshot {
     pub guards: SharedMap<SocketAddr, Arc<Guard>>,
     /// Ports of services whose endpoints are checked, by host name and port.
     pub checked: SharedMap<(Arc<str>, u16), Arc<CheckedPort>>,
+    /// Where the pods of each workload are, by its namespace and name, where a rule wants to know (`zoneAwareLbSetting`).
+    pub origins: SharedMap<(Arc<str>, Arc<str>), Arc<Origin>>,
     /// `pathNormalization` of the mesh-wide settings; `None`: what the agent's flag says.
     pub path_normalization: Option<PathNormalization>,
     /// Namespaces whose label enrols their pods, and of which pods may opt out.
@@ -133,6 +137,9 @@ pub struct Workload {
     pub identity: SpiffeId,
     /// Labels of the pod.
     pub labels: BTreeMap<Arc<str>, Arc<str>>,
+    /// Where rules of its namespace are for pods with its labels (`workloadSelector`): the name of what it sees, which begins
+    /// with its namespace and a slash.
+    pub view: Option<Arc<str>>,
     /// Whether traffic to it travels as mTLS to port 15008 and its own traffic is captured.
     pub enrolled: bool,
     /// Where its network namespace is, if it is of this node: what the annotation `mesh.io/netns` says or, in a cluster, where
@@ -157,6 +164,13 @@ pub struct Workload {
     pub canonical_revision: Arc<str>,
 }
 
+impl Workload {
+    /// By what name it sees services: see [`Service::ports_for`].
+    pub fn view(&self) -> &str {
+        self.view.as_deref().unwrap_or(&self.namespace)
+    }
+}
+
 /// A Service with its routes.
 #[derive(Debug)]
 pub struct Service {
@@ -172,15 +186,20 @@ pub struct Service {
     pub visible: Visibility,
     /// Its ports, as clients of all namespaces see them that `views` does not name.
     pub ports: Vec<ServicePort>,
-    /// Its ports for clients of those namespaces for which other rules hold.
+    /// Its ports for clients of those namespaces for which other rules hold, or for those of their pods that rules select.
     pub views: HashMap<Arc<str>, Vec<ServicePort>>,
 }
 
 impl Service {
-    /// The port with this number, as a client of this namespace sees it.
-    pub fn port_for(&self, namespace: &str, port: u16) -> Option<&ServicePort> {
-        let ports = self.views.get(namespace).unwrap_or(&self.ports);
-        ports.iter().find(|p| p.port == port)
+    /// Its ports, as a client sees them by the name of its namespace or its own ([`Workload::view`]).
+    pub fn ports_for(&self, view: &str) -> &[ServicePort] {
+        let of_namespace = || self.views.get(view.split_once('/')?.0);
+        self.views.get(view).or_else(of_namespace).unwrap_or(&self.ports)
+    }
+
+    /// The port with this number, as a client sees it.
+    pub fn port_for(&self, view: &str, port: u16) -> Option<&ServicePort> {
+        self.ports_for(view).iter().find(|p| p.port == port)
     }
 
     /// Every cluster that it leads to, whoever looks; those that are led to in several ways, several times.

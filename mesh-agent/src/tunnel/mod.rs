@@ -19,7 +19,7 @@ mod tests;
 pub use client::{MeshConnection, connect, connect_tunnels};
 pub use introduction::Introduction;
 pub use native::{
-    MESH_APP_PROTOCOL, MESH_PORT, is_refusal, may_be_of_connection, note_refusal, strip_mesh_headers,
+    MESH_APP_PROTOCOL, MESH_PORT, Refusal, may_be_of_connection, note_refusal, refusal, strip_mesh_headers,
     tell_failure,
 };
 pub use pool::{Pool, PoolKey};

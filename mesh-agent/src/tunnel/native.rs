@@ -81,20 +81,26 @@ pub fn tell_failure(headers: &mut HeaderMap, kind: Kind) {
     }
 }
 
-/// The peer's agent has refused to ask the app.
-#[derive(Debug, Clone, Copy)]
-struct Refusal;
+/// Why the peer's agent has refused to ask the app.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// It may not be asked, or not by this client.
+    Policy,
+    /// Its pod is asked too much already: a rate limit.
+    Busy,
+}
 
 /// Keeps what a mesh peer says of its response, before its headers are taken out.
 pub fn note_refusal<B>(response: &mut Response<B>) {
-    if response.headers().contains_key(MESH_REFUSAL) {
-        response.extensions_mut().insert(Refusal);
+    if let Some(word) = response.headers().get(MESH_REFUSAL) {
+        let is_busy = word.as_bytes() == Kind::RateLimited.row().word.as_bytes();
+        response.extensions_mut().insert(if is_busy { Refusal::Busy } else { Refusal::Policy });
     }
 }
 
-/// Whether a response is not the app's, which was not asked: by the word of the peer's agent.
-pub fn is_refusal<B>(response: &Response<B>) -> bool {
-    response.extensions().get::<Refusal>().is_some()
+/// Why a response is not the app's, which was not asked: by the word of the peer's agent.
+pub fn refusal<B>(response: &Response<B>) -> Option<Refusal> {
+    response.extensions().get().copied()
 }
 
 /// The failure that a response of the peer's agent stands for.
@@ -332,10 +338,13 @@ mod tests {
         assert_eq!(told_failure(&headers), None);
         let mut response = Response::new(());
         note_refusal(&mut response);
-        assert!(!is_refusal(&response));
+        assert_eq!(refusal(&response), None);
         response.headers_mut().clone_from(&headers);
         note_refusal(&mut response);
-        assert!(is_refusal(&response));
+        assert_eq!(refusal(&response), Some(Refusal::Policy));
+        tell_failure(response.headers_mut(), Kind::RateLimited);
+        note_refusal(&mut response);
+        assert_eq!(refusal(&response), Some(Refusal::Busy));
         strip_mesh_headers(&mut headers);
         assert!(headers.is_empty());
         tell_failure(&mut headers, Kind::Timeout);

@@ -107,6 +107,7 @@ mod tests {
                 service_account: text(account),
             },
             labels: std::collections::BTreeMap::new(),
+            view: None,
             enrolled,
             netns: None,
             announced: false,

@@ -330,6 +330,7 @@ pub fn workload_as(netns: PathBuf, ips: &[&str], capture: CapturePolicy) -> Resu
             service_account: "default".into(),
         },
         labels: BTreeMap::new(),
+        view: None,
         enrolled: true,
         netns: Some(netns),
         capture,

@@ -6,8 +6,8 @@ use serde_json::{Value, json};
 
 use super::{ms, percent, policies};
 use crate::state::snapshot::{
-    ByClient, Cluster, ConnectionPool, ConsistentHash, Group, HashKey, Idle, Level, Origination,
-    OutlierDetection, Warmup,
+    ByClient, Cluster, ConnectionPool, ConsistentHash, Group, HashKey, Idle, Level, Locality, Origination,
+    OutlierDetection, Warmup, Zones,
 };
 
 pub(super) fn cluster(c: &Cluster) -> Value {
@@ -43,6 +43,9 @@ pub(super) fn cluster(c: &Cluster) -> Value {
         "proxy_protocol": c.proxy_protocol.map(|version| format!("{version:?}")),
         "endpoints": endpoints.collect::<Vec<_>>(),
     });
+    if let Some(found) = &c.spread.zones {
+        value["zones"] = zones(c, found);
+    }
     policies::add_to_cluster(&mut value, c);
     value
 }
@@ -97,6 +100,16 @@ fn level(c: &Cluster, level: &Level) -> Value {
         json!({ "share": group.share, "endpoints": endpoints })
     };
     level.groups.iter().map(group).collect()
+}
+
+/// The zones of the first level, the clients' own first.
+fn zones(c: &Cluster, zones: &Zones) -> Value {
+    let addresses = |group: &Group| {
+        let places = (0..group.len(c.endpoints.len())).filter_map(|place| group.index(place));
+        places.filter_map(|index| Some(c.endpoints.get(index)?.address)).collect::<Vec<_>>()
+    };
+    let one = |(zone, group): &(Locality, Group)| json!({ "zone": zone.to_string(), "endpoints": addresses(group) });
+    zones.iter().map(one).collect()
 }
 
 /// For those client pods that have asked, by their labels.

@@ -183,6 +183,7 @@ fn a_pod_of_two_addresses_is_shown_once_and_order_is_fixed() {
                 service_account: name.into(),
             },
             labels: BTreeMap::new(),
+            view: None,
             enrolled: false,
             netns: None,
             announced: false,

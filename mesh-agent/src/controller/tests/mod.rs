@@ -44,6 +44,7 @@ fn pod(name: &str, node: &str, ip: [u8; 4]) -> Outcome<Workload> {
         node: Some(node.into()),
         identity: format!("spiffe://cluster.local/ns/default/sa/{name}").parse()?,
         labels: [].into(),
+        view: None,
         enrolled: true,
         netns: None,
         announced: false,

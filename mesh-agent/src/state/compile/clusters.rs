@@ -7,6 +7,7 @@
 use std::{collections::HashMap, net::SocketAddr, sync::Arc};
 
 use super::{
+    clients::Client,
     destination_rules::{self, DestinationRules, Merged, Policy},
     locality::Localities,
     mesh_config::MeshSettings,
@@ -90,9 +91,9 @@ impl<'a, 'p> Clusters<'a, 'p> {
         &mut self,
         service: &Definition<'a>,
         port: &PortDefinition<'a>,
-        client: Option<&str>,
+        client: Option<Client<'_>>,
     ) -> Arc<Cluster> {
-        let client = client.filter(|client| self.views.is_special(&service.host, client));
+        let client = client.and_then(|client| self.views.of_endpoints(&service.host, client));
         let merged = self.rules.find(client, &service.host, &service.key.namespace);
         self.with_fallbacks(service, port, client, merged.as_ref(), None)
     }
@@ -103,9 +104,9 @@ impl<'a, 'p> Clusters<'a, 'p> {
         service: &Definition<'a>,
         port: &PortDefinition<'a>,
         subset: &str,
-        client: Option<&str>,
+        client: Option<Client<'_>>,
     ) -> Option<Arc<Cluster>> {
-        let client = client.filter(|client| self.views.is_special(&service.host, client));
+        let client = client.and_then(|client| self.views.of_endpoints(&service.host, client));
         let merged = self.rules.find(client, &service.host, &service.key.namespace)?;
         let subset = merged.subset(subset)?;
         Some(self.with_fallbacks(service, port, client, Some(&merged), Some(subset)))
@@ -115,13 +116,13 @@ impl<'a, 'p> Clusters<'a, 'p> {
         &mut self,
         service: &Definition<'a>,
         port: &PortDefinition<'a>,
-        client: Option<&str>,
+        client: Option<Client<'_>>,
         merged: Option<&Merged<'a>>,
         subset: Option<&Subset>,
     ) -> Arc<Cluster> {
         let subset_name = subset.map_or("", |subset| &subset.name);
         let name: Arc<str> = format!("outbound|{}|{subset_name}|{}", port.port, service.host).into();
-        let view: Option<Arc<str>> = client.map(Arc::from);
+        let view: Option<Arc<str>> = client.map(|client| client.name.into());
         let key = (Arc::clone(&name), view.clone());
         if let Some(made) = self.plain.get(&key) {
             return Arc::clone(made);
@@ -181,7 +182,7 @@ impl<'a, 'p> Clusters<'a, 'p> {
         &mut self,
         service: &Definition<'a>,
         port: &PortDefinition<'a>,
-        client: Option<&str>,
+        client: Option<Client<'_>>,
         merged: Option<&Merged<'a>>,
         subset: Option<&Subset>,
     ) -> Arc<Cluster> {
@@ -220,7 +221,7 @@ impl<'a, 'p> Clusters<'a, 'p> {
         &mut self,
         service: &Definition<'a>,
         dialled: u16,
-        client: Option<&str>,
+        client: Option<Client<'_>>,
         to: &FallbackTo,
     ) -> Result<Arc<Cluster>, (&'static str, String)> {
         let host = to.host.as_ref().map(|host| resolve(host, &service.key.namespace));
@@ -228,8 +229,8 @@ impl<'a, 'p> Clusters<'a, 'p> {
         let Some(target) = other.unwrap_or_else(|| self.definitions.get(&service.host)) else {
             return Err(("host", format!("no Service has the host {}", host.unwrap_or_default())));
         };
-        let seen =
-            client.map_or(target.visible == Visibility::Everywhere, |client| target.visible.to(client));
+        let seen = client
+            .map_or(target.visible == Visibility::Everywhere, |client| target.visible.to(client.namespace));
         if host.is_some() && !seen {
             return Err(("host", format!("{} is not exported to all who would be led there", target.key)));
         }
@@ -241,7 +242,7 @@ impl<'a, 'p> Clusters<'a, 'p> {
         let Some(port) = target.port(number) else {
             return Err(("port", format!("{} has no TCP port {number}", target.key)));
         };
-        let client = client.filter(|client| self.views.is_special(&target.host, client));
+        let client = client.and_then(|client| self.views.of_endpoints(&target.host, client));
         let merged = self.rules.find(client, &target.host, &target.key.namespace);
         let Some(name) = &to.subset else {
             return Ok(self.make(target, port, client, merged.as_ref(), None));

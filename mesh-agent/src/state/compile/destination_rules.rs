@@ -1,8 +1,9 @@
 //! Which `DestinationRule` holds for a service.
 //!
 //! Istio looks in the client's namespace, then in the service's, then in the root namespace, and takes the most
-//! specific host of the first that has any; of the other namespaces only what is exported to the client. Tested in
-//! `tests.rs` beside it and by `tests/routing_cases.rs`.
+//! specific host of the first that has any; of the other namespaces only what is exported to the client. A rule with a
+//! `workloadSelector` is there for the pods of its own namespace alone that it selects, and for them it comes before those
+//! without. Tested in `tests.rs` and `tests/workload_selector.rs` beside it and by `tests/routing_cases.rs`.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -10,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Problems, Settings, client_tls, hosts::Hosts, resolve, services::Definitions};
+use super::{Problems, Settings, client_tls, clients::Client, hosts::Hosts, resolve, services::Definitions};
 use crate::state::{
     defaults,
     resource::{
@@ -179,13 +180,15 @@ impl<'a> DestinationRules<'a> {
             let host = resolve(&rule.host, &rule.namespace);
             report(rule, &host, services, problems);
             client_tls::report(rule, &host, objects, services, problems);
-            let named = rule.visible.named().iter().map(|client| (&**client, false));
-            let own = (&*rule.namespace, true);
-            index.special.entry(host.clone()).extend(named.chain([own]).map(|(client, own)| Special {
-                owner: &rule.namespace,
-                client,
-                own,
-            }));
+            if rule.selector.is_none() {
+                let named = rule.visible.named().iter().map(|client| (&**client, false));
+                let own = (&*rule.namespace, true);
+                index.special.entry(host.clone()).extend(named.chain([own]).map(|(client, own)| Special {
+                    owner: &rule.namespace,
+                    client,
+                    own,
+                }));
+            }
             index.by_namespace.entry(&rule.namespace).or_default().entry(host).push(rule);
         }
         index
@@ -217,19 +220,35 @@ impl<'a> DestinationRules<'a> {
         all.filter(|special| counts(special)).map(|special| special.client).collect()
     }
 
-    /// The rule for a service: Istio's three steps. Without a client's namespace, what everybody sees.
-    pub fn find(&self, client: Option<&str>, host: &str, namespace: &str) -> Option<Merged<'a>> {
+    /// Whether a rule about this host selects these clients.
+    pub fn select(&self, client: Client<'_>, host: &str) -> bool {
+        let covering = self.by_namespace.get(client.namespace).map(|hosts| hosts.covering(host));
+        let mut selectors =
+            covering.into_iter().flatten().flatten().filter_map(|rule| rule.selector.as_ref());
+        selectors.any(|selector| client.is_selected(selector))
+    }
+
+    /// The rule for a service: Istio's three steps. Without a client, what everybody sees.
+    pub fn find(&self, client: Option<Client<'_>>, host: &str, namespace: &str) -> Option<Merged<'a>> {
         let root = self.root;
-        let own = client.and_then(|client| {
+        let is_for = |rule: &DestinationRule| match (&rule.selector, client) {
+            (None, _) => true,
+            (Some(_), None) => false,
+            (Some(selector), Some(client)) => {
+                *rule.namespace == *client.namespace && client.is_selected(selector)
+            }
+        };
+        let own = client.and_then(|Client { namespace: client, .. }| {
             // In the root namespace are rules for everybody, which must not come before those of the services.
-            self.first(client, host, |rule| client != root || is_private(rule), |_| true)
+            self.first(client, host, |rule| is_for(rule) && (client != root || is_private(rule)), |_| true)
         });
         let sees = |rule: &DestinationRule| match client {
-            Some(client) => rule.visible.to(client),
+            Some(client) => rule.visible.to(client.namespace),
             None => rule.visible == Visibility::Everywhere,
         };
-        own.or_else(|| self.first(namespace, host, |rule| !is_private(rule), sees))
-            .or_else(|| self.first(root, host, |rule| !is_private(rule), sees))
+        let counts = |rule: &DestinationRule| is_for(rule) && !is_private(rule);
+        own.or_else(|| self.first(namespace, host, counts, sees))
+            .or_else(|| self.first(root, host, counts, sees))
     }
 
     /// Of the rules of one namespace that count, those of the most specific host, as far as they are seen.
@@ -242,8 +261,11 @@ impl<'a> DestinationRules<'a> {
     ) -> Option<Merged<'a>> {
         let mut covering = self.by_namespace.get(namespace)?.covering(host);
         let rules = covering.find(|rules| rules.iter().any(|rule| counts(rule)))?;
+        let counting = || rules.iter().copied().filter(|rule| counts(rule) && sees(rule));
+        // One that selects the client comes before all that are for whoever looks, and is one with those that select the same.
+        let selector = counting().find_map(|rule| rule.selector.as_ref());
         let mut merged: Option<Merged<'a>> = None;
-        for rule in rules.iter().filter(|rule| counts(rule) && sees(rule)) {
+        for rule in counting().filter(|rule| rule.selector.as_ref() == selector) {
             merged.get_or_insert_default().add(rule);
         }
         merged

@@ -3,7 +3,9 @@
 //! One that does not exist becomes a backend that answers 503, and a problem that names it; the other routes stand.
 //! Tested in `tests.rs` beside it.
 
-use super::{Problems, clusters::Clusters, resolve, services::Definition, virtual_services::key_of};
+use super::{
+    Problems, clients::Client, clusters::Clusters, resolve, services::Definition, virtual_services::key_of,
+};
 use crate::state::{
     resource::virtual_service::{Target, VirtualService},
     snapshot::{Backend, Visibility},
@@ -15,8 +17,8 @@ pub(super) struct Destinations<'c, 'a, 'p, 'o> {
     pub clusters: &'c mut Clusters<'a, 'p>,
     /// What is wrong.
     pub problems: &'c mut Problems<'o>,
-    /// Namespace of the clients, where it is one with a view of its own.
-    pub client: Option<&'c str>,
+    /// Whose, where they have a view of their own.
+    pub client: Option<Client<'c>>,
 }
 
 /// Where a destination is written.
@@ -97,14 +99,19 @@ impl Destinations<'_, '_, '_, '_> {
 
     fn sees(&self, service: &Definition<'_>) -> bool {
         match self.client {
-            Some(client) => service.visible.to(client),
+            Some(client) => service.visible.to(client.namespace),
             None => service.visible == Visibility::Everywhere,
         }
     }
 
     fn clients(&self) -> String {
         match self.client {
-            Some(client) => format!("clients of the namespace {client}"),
+            Some(client) => match client.name.split_once('/') {
+                Some((namespace, labels)) => {
+                    format!("clients of the namespace {namespace} with the labels {labels}")
+                }
+                None => format!("clients of the namespace {}", client.namespace),
+            },
             None => "clients of all namespaces".to_owned(),
         }
     }

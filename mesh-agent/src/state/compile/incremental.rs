@@ -15,6 +15,7 @@ use super::{
     endpoints::{Backing, Candidate, Slices, port_number, selects},
     locality::Localities,
     mesh_config::MeshSettings,
+    origins,
     pod_changes::{ChangedPods, PodChange, PodChanges},
     renewal::{Changed, Renewal},
     services::host_name,
@@ -163,6 +164,10 @@ impl Compiled {
             services.extend(self.services_of(&changed));
         }
         let localities = Localities::index(&self.objects, &settings);
+        let mut origins = self.snapshot.origins.clone();
+        if self.kept.counts_origins {
+            origins::follow(&mut origins, (&self.objects, &settings), &pods, &localities);
+        }
         let mut new = Changed::default();
         for name in &services {
             let slices = self.slices_of(name);
@@ -186,7 +191,7 @@ impl Compiled {
         let renewal = Renewal::new(&self.snapshot, &self.kept.recipes, (&localities, &mesh), new);
         let (snapshot, shared) = renewal.snapshot(&self.kept);
         self.kept.share(shared);
-        self.snapshot = Arc::new(Snapshot { workloads, ..snapshot });
+        self.snapshot = Arc::new(Snapshot { workloads, origins, ..snapshot });
         let is_found_anew =
             |problem: &Problem| problem.object.as_ref().is_some_and(|object| names.contains(object));
         self.problems.retain(|problem| !is_found_anew(problem));

@@ -14,6 +14,7 @@ use std::{
 use self::{
     authentication::Authentications,
     authorization::Authorizations,
+    clients::{Client, Clients, Selections},
     clusters::Clusters,
     destination_rules::DestinationRules,
     destinations::Destinations,
@@ -30,12 +31,13 @@ use self::{
 use super::{
     Problem, defaults,
     resource::{ObjectKey, Objects},
-    snapshot::{CheckedPort, Cluster, Guard, Service, ServicePort, Snapshot},
+    snapshot::{CheckedPort, Cluster, Guard, Service, ServicePort, SharedMap, Snapshot},
 };
 
 mod authentication;
 mod authorization;
 mod client_tls;
+mod clients;
 mod clusters;
 mod delegates;
 mod destination_rules;
@@ -45,6 +47,7 @@ mod hosts;
 mod incremental;
 mod locality;
 mod mesh_config;
+mod origins;
 mod pod_changes;
 mod protocol;
 mod recipe;
@@ -131,6 +134,8 @@ struct Kept {
     shared: renewal::Shared,
     /// Addresses that several pods have.
     shared_ips: HashSet<IpAddr>,
+    /// Whether it is counted where the pods of workloads are.
+    counts_origins: bool,
 }
 
 impl Kept {
@@ -158,18 +163,20 @@ fn whole(objects: &Objects, previous: Option<&Snapshot>, settings: &Settings) ->
     let rules = DestinationRules::index(objects, settings, &definitions, &mut problems);
     let virtual_services = VirtualServices::index(objects, &definitions, &mut problems);
     let service_policies = ServicePolicies::index(objects, &definitions, &mut problems);
-    let views = Views::index(&definitions, &rules, &pods);
+    let clients = Clients::index(&policies.selections, &pods);
+    let views = Views::index(&definitions, &rules, &clients, &pods);
     let mut clusters =
         Clusters::new(&definitions, &rules, &service_policies, &views, (&localities, &mesh), previous);
     let mut entries = Entries::default();
     for definition in definitions.iter() {
         let mut seen = |client| {
             let mut destinations = Destinations { clusters: &mut clusters, problems: &mut problems, client };
-            ports(&mut destinations, definition, virtual_services.find(&definition.host, client))
+            let namespace = client.map(|client: Client<'_>| client.namespace);
+            ports(&mut destinations, definition, virtual_services.find(&definition.host, namespace))
         };
         let ports = seen(None);
-        let clients = views.of(definition, &virtual_services, &pods);
-        let views = clients.into_iter().map(|client| (client.into(), seen(Some(client)))).collect();
+        let special = views.of(definition, &virtual_services, &pods).into_iter();
+        let views = special.map(|name| (name.into(), seen(Some(views.named(name))))).collect();
         let service = Arc::new(Service {
             host: Arc::clone(&definition.host),
             name: Arc::clone(&definition.key.name),
@@ -188,7 +195,9 @@ fn whole(objects: &Objects, previous: Option<&Snapshot>, settings: &Settings) ->
     for (key, field, message) in clusters.unresolved {
         problems.add(&key, &field, message);
     }
+    let counts_origins = origins::are_asked_for(objects);
     let snapshot = Snapshot {
+        origins: if counts_origins { origins::of_all(&pods, &localities) } else { SharedMap::default() },
         revision: previous.map_or(0, |previous| previous.revision) + 1,
         workloads: pods.workloads,
         services: entries.services.into_iter().collect(),
@@ -205,12 +214,14 @@ fn whole(objects: &Objects, previous: Option<&Snapshot>, settings: &Settings) ->
         users: entries.users,
         shared: entries.shared,
         shared_ips: pods.shared,
+        counts_origins,
     };
     Whole { snapshot, problems: problems.found, kept }
 }
 
-/// Who may come to which pod.
+/// Who may come to which pod, and what selects pods as clients.
 struct Policies<'a> {
+    selections: Selections<'a>,
     authentications: Authentications<'a>,
     authorizations: Authorizations<'a>,
     tokens: TokenRules<'a>,
@@ -225,6 +236,7 @@ impl<'a> Policies<'a> {
         problems: &mut Problems<'_>,
     ) -> Self {
         Self {
+            selections: Selections::index(objects),
             authentications: Authentications::index(objects, settings),
             authorizations: Authorizations::index(objects, settings, mesh, problems),
             tokens: TokenRules::index(objects, previous, settings, problems),

@@ -1,7 +1,7 @@
 //! What changes of pods come to: who they are now, and whose endpoints have to be looked at again.
 //!
-//! Never guesses: where a change concerns other pods too (an address that several have, the first or last pod of a namespace),
-//! it says so, and everything is compiled. Tested in `tests/incremental.rs`.
+//! Never guesses: where a change concerns other pods too (an address that several have, the first or last pod of a namespace,
+//! or of those that rules select), it says so, and everything is compiled. Tested in `tests/incremental.rs`.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
@@ -11,6 +11,7 @@ use std::{
 
 use super::{
     Policies, Problems, Settings,
+    clients::Selections,
     mesh_config::MeshSettings,
     selectors::Labels,
     workloads::{PodEntry, of_entry, running},
@@ -72,7 +73,7 @@ impl<'p> PodChanges<'p> {
         for change in changes {
             let before = self.entry(&change.key, change.before.as_ref(), &mut known);
             let after = self.entry(&change.key, change.after.as_ref(), problems);
-            self.is_alone_to_go(&change.key, before.is_some(), after.is_some())?;
+            self.leaves_views(changes, &change.key, [before.as_ref(), after.as_ref()], &policies.selections)?;
             for ip in before.iter().flat_map(|entry| &entry.ips) {
                 self.take_away(&change.key, *ip, workloads)?;
             }
@@ -114,16 +115,33 @@ impl<'p> PodChanges<'p> {
         running(key, pod, self.settings, problems)
     }
 
-    /// Who looks from a namespace depends on whether there is any pod in it.
-    fn is_alone_to_go(&self, key: &ObjectKey, was: bool, is: bool) -> Option<()> {
+    /// Who looks from a namespace, and as whom, depends on which pods there are in it: `None` where no other pod, one that stays
+    /// as it is, looks as this one did or does.
+    fn leaves_views(
+        &self,
+        changes: &[PodChange],
+        key: &ObjectKey,
+        entries: [Option<&PodEntry<'_>>; 2],
+        selections: &Selections<'_>,
+    ) -> Option<()> {
+        let view = |entry: &PodEntry<'_>| selections.view(&key.namespace, entry.labels());
+        let [was, is] = entries.map(|entry| entry.map(view));
+        if was == is {
+            return Some(());
+        }
         let mut known = Problems::new(self.objects);
-        let mut others = in_namespace(self.objects, "Pod", &key.namespace).filter(|(other, _)| *other != key);
-        let stays = was == is
-            || others.any(|(other, object)| match &object.resource {
-                Resource::Pod(pod) => running(other, pod, self.settings, &mut known).is_some(),
-                _ => false,
-            });
-        stays.then_some(())
+        let others = in_namespace(self.objects, "Pod", &key.namespace)
+            .filter(|(other, _)| changes.iter().all(|change| change.key != **other));
+        let others = others.filter_map(|(other, object)| match &object.resource {
+            Resource::Pod(pod) => running(other, pod, self.settings, &mut known),
+            _ => None,
+        });
+        let others: HashSet<Option<Arc<str>>> = others.map(|entry| view(&entry)).collect();
+        let stays = |view: Option<Arc<str>>| match view {
+            None => !others.is_empty(),
+            view => others.contains(&view),
+        };
+        [was, is].into_iter().flatten().all(stays).then_some(())
     }
 
     fn take_away(

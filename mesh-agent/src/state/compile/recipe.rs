@@ -19,7 +19,7 @@ use super::{
     selectors::Labels,
     spread::{self, Layout, Nearby},
 };
-use crate::state::snapshot::{Balancing, Checked, Cluster, ConsistentHash, Endpoint, Spread};
+use crate::state::snapshot::{Balancing, Checked, Cluster, ConsistentHash, Endpoint, Spread, Zones};
 
 /// For how long an endpoint that has left is known to be ejected: no ejection lasts longer, but by a rule's own word.
 const KNOWN: Duration = Duration::from_mins(5);
@@ -74,7 +74,9 @@ impl Recipe {
         let layout = Layout { localities, mesh: mesh.locality.as_ref(), nearby: self.nearby };
         let levels = layout.levels(&self.policy, &chosen);
         let by_client = layout.by_client(&self.policy, &chosen);
-        let spread = Spread { levels, by_client, warmup: self.policy.balancer.warmup, leaving };
+        let zones = layout.zone_rule(&self.policy);
+        let zones = zones.and_then(|rule| Zones::of_first(&rule, &levels, &endpoints));
+        let spread = Spread { levels, by_client, zones, warmup: self.policy.balancer.warmup, leaving };
         let (balancing, hash) = spread::chooser(&self.policy.choice, &endpoints, &spread);
         // The kernel knows neither levels nor weights that have to hold while connections are open.
         let limits_connections = self.policy.limits_connections || !spread.is_even() || is_checked;

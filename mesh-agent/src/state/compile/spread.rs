@@ -1,8 +1,8 @@
 //! In which levels and groups the endpoints of a cluster are chosen: `localityLbSetting` of the `DestinationRule`, else what the
 //! Service asks for (`trafficDistribution`, hints), else the mesh-wide setting.
 //!
-//! As in Istio, one place stands in for another only where `outlierDetection` says when it has to. Tested in
-//! `tests/locality.rs`.
+//! As in Istio, one place stands in for another only where `outlierDetection` says when it has to; with `zoneAwareLbSetting` the
+//! region comes first in any case. Tested in `tests/locality.rs`.
 
 use std::sync::Arc;
 
@@ -13,7 +13,8 @@ use crate::state::{
         locality::{LocalitySetting, is_of_client},
     },
     snapshot::{
-        Balancing, ByClient, ConsistentHash, Endpoint, Group, Level, Locality, Spread, Traits, Wanted, rank,
+        Balancing, ByClient, ConsistentHash, Endpoint, Group, Level, Locality, Spread, Traits, Wanted,
+        ZoneRule, rank,
     },
 };
 
@@ -53,7 +54,9 @@ impl Layout<'_, '_> {
     pub fn by_client(&self, policy: &Policy, endpoints: &[&Candidate<'_>]) -> Option<ByClient> {
         let own = policy.balancer.locality.as_ref();
         let others_say = own.is_none() && (self.nearby.is_some() || hints(endpoints).is_some());
-        let setting = own.or(self.mesh).filter(|_| policy.outlier.is_some() && !others_say)?;
+        let setting = own
+            .or(self.mesh)
+            .filter(|setting| (policy.outlier.is_some() || setting.zone_aware.is_some()) && !others_say)?;
         let depends = setting.priority.iter().any(|(label, value)| is_of_client(label, value.as_deref()));
         if !depends || setting.disabled || !setting.distribute.is_empty() {
             return None;
@@ -72,7 +75,18 @@ impl Layout<'_, '_> {
             Choice::Hash(key, table) => Some((Arc::clone(key), *table)),
             Choice::Simple(_) => None,
         };
-        Some(ByClient::new(wanted.collect(), endpoints.iter().map(traits).collect(), hash))
+        let by_client = ByClient::new(wanted.collect(), endpoints.iter().map(traits).collect(), hash);
+        Some(by_client.zoned(self.zone_rule(policy)))
+    }
+
+    /// Whether the zone of this node's clients is preferred, and when.
+    pub fn zone_rule(&self, policy: &Policy) -> Option<ZoneRule> {
+        let setting = policy.balancer.locality.as_ref().filter(|setting| !setting.disabled)?;
+        let own = &self.localities.own;
+        // A key stays with its endpoint, wherever that is.
+        let hashes = matches!(policy.choice, Choice::Hash(..));
+        let least = setting.zone_aware.filter(|_| !hashes && !own.zone.is_empty())?;
+        Some(ZoneRule { own: own.clone(), least })
     }
 
     /// `distribute`, where it has something to say to clients of this node.
@@ -92,7 +106,8 @@ impl Layout<'_, '_> {
     ) -> Option<Vec<usize>> {
         let each = |rank: &dyn Fn(&Candidate<'_>) -> usize| endpoints.iter().map(|one| rank(one)).collect();
         if let Some(setting) = own {
-            return outliers.then(|| each(&|one| self.by_setting(setting, one)));
+            let counts = outliers || setting.zone_aware.is_some();
+            return counts.then(|| each(&|one| self.by_setting(setting, one)));
         }
         if let Some(nearby) = self.nearby {
             return (!self.localities.own.is_unknown()).then(|| {
@@ -131,13 +146,16 @@ impl Layout<'_, '_> {
     /// How far an endpoint is, 0 to 4, where places count.
     fn distance(&self, setting: &LocalitySetting, one: &Candidate<'_>) -> usize {
         let own = &self.localities.own;
-        let by_place = setting.priority.is_empty() || !setting.failover.is_empty();
+        let by_zone = setting.zone_aware.is_some();
+        let by_place = by_zone || setting.priority.is_empty() || !setting.failover.is_empty();
         match own.distance(&one.locality) {
             _ if !by_place || own.is_unknown() => 0,
             3 => {
                 let stands_in = setting.failover.iter().find(|(from, _)| **from == *own.region);
                 3 + usize::from(stands_in.is_some_and(|(_, to)| **to != *one.locality.region))
             }
+            // The zones of a region are one level, and which of them gets what is decided by how many there are in each.
+            _ if by_zone => 0,
             near => near,
         }
     }

@@ -16,6 +16,7 @@ mod request_authentication;
 mod service_policies;
 mod streams;
 mod views;
+mod workload_selector;
 mod workloads;
 
 use std::{sync::Arc, sync::atomic::Ordering, time::Duration};

@@ -202,8 +202,9 @@ pub(super) fn of_entry(
     }
     let tokens = policies.tokens.of(key, pod);
     let authentication = Authentication { tokens, ..policies.authentications.of(key, pod) };
+    let view = policies.selections.view(&key.namespace, entry.labels());
     let policies = (policies.authorizations.of(key, pod), authentication);
-    Some(keep(workload(entry, objects, settings, policies, problems), previous))
+    Some(keep(Workload { view, ..workload(entry, objects, settings, policies, problems) }, previous))
 }
 
 /// The entry of a pod whose addresses are its own: not one that has finished and may have given them back.
@@ -306,6 +307,7 @@ fn workload(
             service_account: account.unwrap_or(defaults::SERVICE_ACCOUNT).into(),
         },
         labels: meta.labels.iter().flatten().map(|(k, v)| (k.as_str().into(), v.as_str().into())).collect(),
+        view: None,
         enrolled,
         netns,
         announced: annotation(meta, ENROLLED) == Some(ANNOUNCED),
@@ -386,7 +388,7 @@ fn wants_mesh(entry: &PodEntry<'_>, objects: &Objects, problems: &mut Problems<'
 }
 
 /// The controller's name, with a `ReplicaSet` standing for its Deployment.
-fn workload_name<'p>(meta: &'p ObjectMeta, name: &'p str) -> &'p str {
+pub(super) fn workload_name<'p>(meta: &'p ObjectMeta, name: &'p str) -> &'p str {
     let hash =
         meta.labels.as_ref().and_then(|labels| labels.get(TEMPLATE_HASH)).filter(|hash| !hash.is_empty());
     let owners = meta.owner_references.as_ref();

@@ -200,11 +200,19 @@ enum Target {
 
 /// The labels that pods have to carry; none: all pods.
 pub(super) fn labels_of(selector: Option<WireSelector>) -> Checked<BTreeMap<String, String>> {
-    let labels = selector.and_then(|selector| selector.match_labels).unwrap_or_default();
-    for (label, value) in &labels {
-        check_label(label, value).map_err(entry("selector.matchLabels", label))?;
+    let labels = selector.map(WireSelector::check).transpose().map_err(under("selector"))?;
+    Ok(labels.unwrap_or_default())
+}
+
+impl WireSelector {
+    /// The labels that it asks for.
+    pub(super) fn check(self) -> Checked<BTreeMap<String, String>> {
+        let labels = self.match_labels.unwrap_or_default();
+        for (label, value) in &labels {
+            check_label(label, value).map_err(entry("matchLabels", label))?;
+        }
+        Ok(labels)
     }
-    Ok(labels)
 }
 
 fn check_label(label: &str, value: &str) -> Checked<()> {

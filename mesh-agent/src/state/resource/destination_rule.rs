@@ -10,6 +10,7 @@ use serde::Deserialize;
 
 use super::{
     ObjectKey,
+    authorization_policy::WireSelector,
     client_tls::{self, Tls},
     connection_pool::{self, Pool},
     duration::IstioDuration,
@@ -37,6 +38,9 @@ pub struct DestinationRule {
     pub visible: Visibility,
     /// `spec.host`, as written.
     pub host: String,
+    /// `spec.workloadSelector`: of its namespace, the clients with these labels alone; none of them: all. `None`: it is for
+    /// whoever looks into its namespace.
+    pub selector: Option<BTreeMap<String, String>>,
     /// Whether endpoints are chosen by their latency (annotation `mesh.io/load-balancer: PEAK_EWMA`).
     pub by_latency: bool,
     /// `spec.trafficPolicy`.
@@ -93,6 +97,19 @@ pub struct Blocks {
     pub tls: Option<Tls>,
 }
 
+impl DestinationRule {
+    /// Whether it prefers clients' own zones anywhere (`zoneAwareLbSetting`).
+    pub fn prefers_zones(&self) -> bool {
+        let policies =
+            self.policy.iter().chain(self.subsets.iter().filter_map(|subset| subset.policy.as_ref()));
+        let mut blocks = policies.flat_map(|policy| policy.ports.values().chain([&policy.blocks]));
+        blocks.any(|blocks| {
+            let locality = blocks.balancer.as_ref().and_then(|balancer| balancer.locality.as_ref());
+            locality.is_some_and(|setting| setting.zone_aware.is_some())
+        })
+    }
+}
+
 impl Blocks {
     /// Whether nothing, or the least request, is asked for.
     pub(super) fn may_be_by_latency(&self) -> bool {
@@ -108,8 +125,7 @@ struct Wire {
     traffic_policy: Option<WirePolicy>,
     subsets: Option<Vec<WireSubset>>,
     export_to: Option<Vec<String>>,
-    #[serde(rename = "workloadSelector")]
-    _workload_selector: Option<NotYet>,
+    workload_selector: Option<WireSelector>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -183,6 +199,8 @@ pub(super) fn check(
     let wire: Wire = super::field::deserialize(spec)?;
     let visible = export_to::check(&key.namespace, wire.export_to.as_deref())?;
     check_host(&wire.host).map_err(under("host"))?;
+    let selector = wire.workload_selector.map(WireSelector::check).transpose();
+    let selector = selector.map_err(under("workloadSelector"))?;
     let policy = wire.traffic_policy.map(WirePolicy::check).transpose().map_err(under("trafficPolicy"))?;
     let mut subsets: Vec<Subset> = Vec::new();
     for (i, subset) in wire.subsets.unwrap_or_default().into_iter().enumerate() {
@@ -191,7 +209,8 @@ pub(super) fn check(
     let (namespace, name) = (Arc::clone(&key.namespace), Arc::clone(&key.name));
     // The annotation is no part of the spec.
     let by_latency = false;
-    Ok(DestinationRule { namespace, name, created, visible, host: wire.host, by_latency, policy, subsets })
+    let host = wire.host;
+    Ok(DestinationRule { namespace, name, created, visible, host, selector, by_latency, policy, subsets })
 }
 
 impl WireSubset {
@@ -306,7 +325,16 @@ mod tests {
                 "unknown variant",
             ),
             (policy(json!({"tunnel": {}})), "trafficPolicy.tunnel", "not supported yet"),
-            (json!({"host": "a", "workloadSelector": {}}), "workloadSelector", "not supported yet"),
+            (
+                json!({"host": "a", "workloadSelector": {"matchLabels": {"app": "a*"}}}),
+                "workloadSelector.matchLabels.app",
+                "wildcards",
+            ),
+            (
+                json!({"host": "a", "workloadSelector": {"labels": {"app": "a"}}}),
+                "workloadSelector.labels",
+                "unknown field",
+            ),
             (json!({"host": "a", "subsets": [{"labels": {}}]}), "subsets[0]", "missing field `name`"),
             (
                 json!({"host": "a", "subsets": [{"name": "v1"}, {"name": "v1"}]}),

@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use super::{
     duration::IstioDuration,
-    field::{Checked, FieldError, NotYet, item, under},
+    field::{Checked, FieldError, item, under},
     locality::{self, LocalitySetting},
     string_match::header_name,
 };
@@ -22,7 +22,7 @@ use crate::state::{
 pub struct Balancer {
     /// `simple` or `consistentHash`; `None` where it says neither, or `UNSPECIFIED`.
     pub choice: Option<Choice>,
-    /// `localityLbSetting`.
+    /// `localityLbSetting`, or `zoneAwareLbSetting`.
     pub locality: Option<Arc<LocalitySetting>>,
     /// `warmup`, or the older `warmupDurationSecs`.
     pub warmup: Option<Warmup>,
@@ -43,13 +43,12 @@ pub(super) struct Wire {
     simple: Option<Simple>,
     consistent_hash: Option<WireHash>,
     locality_lb_setting: Option<locality::Wire>,
-    #[serde(rename = "zoneAwareLbSetting")]
-    _zone_aware_lb_setting: Option<NotYet>,
+    zone_aware_lb_setting: Option<locality::WireZones>,
     warmup: Option<WireWarmup>,
     /// Deprecated in favour of `warmup.duration`.
     warmup_duration_secs: Option<IstioDuration>,
-    #[serde(rename = "backendUtilization")]
-    _backend_utilization: Option<NotYet>,
+    /// Weights by load reports in responses (ORCA), which are not read here.
+    backend_utilization: Option<serde::de::IgnoredAny>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -132,6 +131,11 @@ pub fn by_latency(annotations: &BTreeMap<String, String>) -> Checked<bool> {
 
 impl Wire {
     pub(super) fn check(self) -> Checked<Balancer> {
+        if self.backend_utilization.is_some() {
+            let message = "is not supported yet: load reports in responses (ORCA, endpoint-load-metrics) are not read; \
+                           simple: LEAST_REQUEST or the annotation mesh.io/load-balancer: PEAK_EWMA go by load";
+            return Err(FieldError::new("backendUtilization", message));
+        }
         let choice = match (self.simple, self.consistent_hash) {
             (Some(_), Some(_)) => {
                 return Err(FieldError::new("", "only one of simple and consistentHash may be set"));
@@ -153,7 +157,15 @@ impl Wire {
             return Err(FieldError::new(field, "is for LEAST_REQUEST and ROUND_ROBIN alone"));
         }
         let locality = self.locality_lb_setting.map(locality::Wire::check).transpose();
-        let locality = locality.map_err(under("localityLbSetting"))?.map(Arc::new);
+        let locality = locality.map_err(under("localityLbSetting"))?;
+        let zones = self.zone_aware_lb_setting.map(locality::WireZones::check).transpose();
+        let locality = match (locality, zones.map_err(under("zoneAwareLbSetting"))?) {
+            (Some(_), Some(_)) => {
+                let message = "only one of localityLbSetting and zoneAwareLbSetting may be set";
+                return Err(FieldError::new("zoneAwareLbSetting", message));
+            }
+            (one, other) => one.or(other).map(Arc::new),
+        };
         Ok(Balancer { choice, locality, warmup })
     }
 }
@@ -401,7 +413,13 @@ mod tests {
                 "localityLbSetting.failover[0].to",
                 "itself",
             ),
-            (json!({"zoneAwareLbSetting": {}}), "zoneAwareLbSetting", "not supported yet"),
+            (
+                json!({"zoneAwareLbSetting": {"failoverPriority": ["topology.kubernetes.io/zone"]}}),
+                "zoneAwareLbSetting.failoverPriority[0]",
+                "sees to itself",
+            ),
+            (json!({"localityLbSetting": {}, "zoneAwareLbSetting": {}}), "zoneAwareLbSetting", "only one of"),
+            (json!({"backendUtilization": {}}), "backendUtilization", "load reports"),
             (json!({"simple": "RANDOM", "consistentHash": {"useSourceIp": true}}), "", "only one of"),
             (json!({"consistentHash": {}}), "consistentHash", "exactly one of"),
             (json!({"consistentHash": {"useSourceIp": false}}), "consistentHash", "exactly one of"),

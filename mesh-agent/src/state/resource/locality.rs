@@ -1,4 +1,5 @@
-//! `localityLbSetting`, of a `DestinationRule` and of the mesh-wide settings: shares by locality, or who stands in for whom.
+//! `localityLbSetting`, of a `DestinationRule` and of the mesh-wide settings: shares by locality, or who stands in for whom;
+//! and `zoneAwareLbSetting` of a `DestinationRule`.
 //!
 //! Tested by the tables below.
 
@@ -7,7 +8,7 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 
 use super::field::{Checked, FieldError, entry, item, under};
-use crate::state::snapshot::Locality;
+use crate::state::{defaults, snapshot::Locality};
 
 /// `topology.kubernetes.io/region`.
 pub const REGION: &str = "topology.kubernetes.io/region";
@@ -22,7 +23,7 @@ pub const HOSTNAME: &str = "kubernetes.io/hostname";
 const OF_A_NODE: [&str; 6] =
     [REGION, ZONE, SUBZONE, HOSTNAME, "topology.istio.io/network", "topology.istio.io/cluster"];
 
-/// A `localityLbSetting`.
+/// A `localityLbSetting`, or a `zoneAwareLbSetting`.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct LocalitySetting {
     /// `enabled: false`: it does nothing.
@@ -31,6 +32,8 @@ pub struct LocalitySetting {
     pub distribute: Vec<(Locality, Vec<(Locality, u32)>)>,
     /// `failover`: of clients in a region, the region that comes before other ones.
     pub failover: Vec<(String, String)>,
+    /// That it is a `zoneAwareLbSetting`: its `minClusterSize`.
+    pub zone_aware: Option<u32>,
     /// `failoverPriority`: labels that an endpoint has to have in common with the client, the most important first; with a
     /// value where the client's own is not meant.
     pub priority: Vec<(String, Option<String>)>,
@@ -88,7 +91,36 @@ impl Wire {
             distribute: distribute.collect::<Checked<_>>()?,
             failover: failover.collect::<Checked<_>>()?,
             priority,
+            zone_aware: None,
         })
+    }
+}
+
+/// A `zoneAwareLbSetting`.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct WireZones {
+    enabled: Option<bool>,
+    #[serde(default)]
+    failover: Vec<WireFailover>,
+    #[serde(default)]
+    failover_priority: Vec<String>,
+    min_cluster_size: Option<u32>,
+}
+
+impl WireZones {
+    pub(super) fn check(self) -> Checked<LocalitySetting> {
+        let Self { enabled, failover, failover_priority, min_cluster_size } = self;
+        for (i, label) in failover_priority.iter().enumerate() {
+            let label = label.split_once('=').map_or(&**label, |(label, _)| label);
+            if [REGION, ZONE, SUBZONE].contains(&label) {
+                let message = format!("{label} is what zone-aware routing sees to itself");
+                return Err(item("failoverPriority", i)(FieldError::new("", message)));
+            }
+        }
+        let setting = Wire { enabled, distribute: Vec::new(), failover, failover_priority }.check()?;
+        let least = min_cluster_size.unwrap_or(defaults::ZONE_AWARE_CLUSTER_SIZE);
+        Ok(LocalitySetting { zone_aware: Some(least), ..setting })
     }
 }
 
@@ -224,6 +256,29 @@ mod tests {
             (json!({"failoverPriority": ["=a"]}), "failoverPriority[0]", "not the name"),
             (json!({"zones": []}), "zones", "unknown field"),
         ];
+        let zones = |value: &Value| crate::state::resource::field::deserialize::<WireZones>(value)?.check();
+        let of_zones = [
+            (json!({"distribute": []}), "distribute", "unknown field"),
+            (json!({"minClusterSize": -1}), "minClusterSize", "invalid value"),
+            (json!({"failover": [{"from": "a", "to": "a"}]}), "failover[0].to", "itself"),
+            (json!({"failoverPriority": ["app", ZONE]}), "failoverPriority[1]", "sees to itself"),
+            (
+                json!({"failoverPriority": ["topology.kubernetes.io/region=r"]}),
+                "failoverPriority[0]",
+                "sees to itself",
+            ),
+        ];
+        for (written, field, message) in of_zones {
+            let error = zones(&written).unwrap_err();
+            assert_eq!(error.field, field, "{written}");
+            assert!(error.message.contains(message), "{written}: {}", error.message);
+        }
+        assert_eq!(zones(&json!({})).unwrap().zone_aware, Some(6));
+        let written = json!({"enabled": false, "minClusterSize": 2, "failoverPriority": ["app"],
+            "failover": [{"from": "a", "to": "b"}]});
+        let setting = zones(&written).unwrap();
+        assert!(setting.disabled && setting.zone_aware == Some(2));
+        assert_eq!(setting.failover, [("a".to_owned(), "b".to_owned())]);
         for (written, field, message) in table {
             let error = read(&written).unwrap_err();
             assert_eq!(error.field, field, "{written}");

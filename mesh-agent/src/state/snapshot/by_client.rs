@@ -8,7 +8,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use arc_swap::ArcSwap;
 
-use super::{ConsistentHash, Endpoint, HashKey, HashTable, Level};
+use super::{ConsistentHash, Endpoint, HashKey, HashTable, Level, ZoneRule, Zones};
 
 /// Layouts that are kept of a cluster. More than pods on a node as a rule; with more, the oldest are made anew.
 const MOST_LAYOUTS: usize = 256;
@@ -37,6 +37,7 @@ pub struct ByClient {
     wanted: Box<[Wanted]>,
     endpoints: Box<[Traits]>,
     hash: Option<(Arc<HashKey>, HashTable)>,
+    zones: Option<ZoneRule>,
     layouts: ArcSwap<Vec<Arc<Layout>>>,
 }
 
@@ -49,6 +50,8 @@ pub struct Layout {
     pub levels: Box<[Level]>,
     /// As `Cluster::hash`.
     pub hash: Option<ConsistentHash>,
+    /// As `Spread::zones`.
+    pub zones: Option<Zones>,
 }
 
 impl ByClient {
@@ -58,7 +61,17 @@ impl ByClient {
         endpoints: Box<[Traits]>,
         hash: Option<(Arc<HashKey>, HashTable)>,
     ) -> Self {
-        Self { wanted, endpoints, hash, layouts: ArcSwap::default() }
+        Self { wanted, endpoints, hash, zones: None, layouts: ArcSwap::default() }
+    }
+
+    /// The same, with a client's own zone preferred.
+    pub fn zoned(self, zones: Option<ZoneRule>) -> Self {
+        Self { zones, ..self }
+    }
+
+    /// As `Spread::asks_for_origin`.
+    pub(super) fn asks_for_origin(&self) -> bool {
+        self.zones.is_some()
     }
 
     /// The layout for a pod with these labels; `endpoints`: those of the cluster.
@@ -102,7 +115,10 @@ impl ByClient {
 
     /// The endpoints' availability has changed.
     pub(super) fn changed(&self) {
-        self.layouts.load().iter().flat_map(|layout| &layout.levels).for_each(Level::changed);
+        for layout in self.layouts.load().iter() {
+            layout.levels.iter().for_each(Level::changed);
+            layout.zones.iter().for_each(Zones::changed);
+        }
     }
 
     fn make(&self, values: Box<[Arc<str>]>, endpoints: &[Arc<Endpoint>]) -> Layout {
@@ -121,7 +137,8 @@ impl ByClient {
         let levels = Level::by_rank(&ranks, &weights);
         let hash = self.hash.as_ref();
         let hash = hash.map(|(key, table)| ConsistentHash::over(Arc::clone(key), *table, endpoints, &levels));
-        Layout { values, levels, hash }
+        let zones = self.zones.as_ref().and_then(|rule| Zones::of_first(rule, &levels, endpoints));
+        Layout { values, levels, hash, zones }
     }
 }
 

@@ -17,8 +17,13 @@ pub const DECAY: Duration = Duration::from_secs(10);
 /// What is assumed of an endpoint that has never answered, and has something to answer (Linkerd's default).
 pub const UNKNOWN: Duration = Duration::from_millis(30);
 
-/// What a failure counts as, at least: one that comes fast must not pass for a fast answer.
+/// What a failure counts as, at least: one that comes fast must not pass for a fast answer (the shortest penalty of Linkerd's
+/// circuit breaker).
 pub const FAILURE: Duration = Duration::from_secs(1);
+
+/// What a failure counts as, at most, unless it took even longer. More than any service is worth waiting for, times what is in
+/// flight at each of the others: one that fails at once has nothing in flight.
+pub const MOST_FAILURE: Duration = Duration::from_hours(1);
 
 /// What is known of an endpoint's latency.
 #[derive(Debug)]
@@ -60,6 +65,18 @@ impl Latency {
         self.waiting.fetch_sub(1, Relaxed);
         self.heard.store(self.nanos(now), Relaxed);
         self.observe(now, took, false);
+    }
+
+    /// It has failed after this time, which is twice as bad as what was known of it: where all take long, a second would be
+    /// an invitation. Of failures that were under way together one counts so.
+    pub fn failed(&self, now: Instant, took: Duration) {
+        self.waiting.fetch_sub(1, Relaxed);
+        self.heard.store(self.nanos(now), Relaxed);
+        let average = self.average(now).unwrap_or_default();
+        let since = Duration::from_nanos(self.nanos(now).saturating_sub(self.changed.load(Relaxed)));
+        let times = if since >= took { 2 } else { 1 };
+        let penalty = average.saturating_mul(times).clamp(FAILURE, MOST_FAILURE);
+        self.observe(now, took.max(penalty).max(average), false);
     }
 
     /// Nobody waits for the answer any more, which would have taken this time at least.
@@ -202,6 +219,33 @@ mod tests {
         latency.asked(Instant::now());
         latency.given_up(Instant::now(), ms(1));
         near(&latency, 2.0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_failure_is_never_better_than_what_was_known() {
+        let fail = |latency: &Latency, took| {
+            latency.asked(Instant::now());
+            latency.failed(Instant::now(), took);
+        };
+        let latency = Latency::default();
+        fail(&latency, ms(1));
+        near(&latency, 1.0);
+        answer(&latency, ms(5_000));
+        advance(ms(1)).await;
+        fail(&latency, ms(1));
+        near(&latency, 2.0 * 5.0 * (-0.0001_f64).exp());
+        // Others that were under way at the same time.
+        for _ in 0..100 {
+            fail(&latency, ms(1));
+        }
+        near(&latency, 2.0 * 5.0 * (-0.0001_f64).exp());
+        for _ in 0..10 {
+            advance(ms(1)).await;
+            fail(&latency, ms(1));
+        }
+        near(&latency, 3_600.0);
+        fail(&latency, ms(7_200_000));
+        near(&latency, 7_200.0);
     }
 
     #[tokio::test(start_paused = true)]

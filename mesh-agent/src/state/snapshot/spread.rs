@@ -15,7 +15,7 @@ use std::{
 
 use tokio::time::Instant;
 
-use super::{ByClient, Endpoint, Placed, Weights};
+use super::{ByClient, Endpoint, Placed, Weights, Zones};
 
 /// The most levels of a cluster; what would be beyond is in the last one.
 pub const MOST_LEVELS: usize = 16;
@@ -33,6 +33,8 @@ pub struct Spread {
     pub levels: Box<[Level]>,
     /// For clients whose own labels matter, in the place of these levels, which are for who has none of those labels.
     pub by_client: Option<ByClient>,
+    /// The zones of the first level, where a client's own is preferred (`zoneAwareLbSetting`).
+    pub zones: Option<Zones>,
     /// Endpoints that have come lately get less (`loadBalancer.warmup`).
     pub warmup: Option<Warmup>,
     /// Endpoints that have left, and had requests or connections in flight or were ejected at that time: they get nothing, and
@@ -44,6 +46,7 @@ impl Spread {
     /// The endpoints' availability has changed.
     pub fn changed(&self) {
         self.levels.iter().for_each(Level::changed);
+        self.zones.iter().for_each(Zones::changed);
         if let Some(by_client) = &self.by_client {
             by_client.changed();
         }
@@ -56,7 +59,12 @@ impl Spread {
 
     /// Whether all endpoints are the same to everybody.
     pub fn is_even(&self) -> bool {
-        self.levels.is_empty() && self.by_client.is_none()
+        self.levels.is_empty() && self.by_client.is_none() && self.zones.is_none()
+    }
+
+    /// Whether a choice depends on where the pods of the client's workload are.
+    pub fn asks_for_origin(&self) -> bool {
+        self.zones.is_some() || self.by_client.as_ref().is_some_and(ByClient::asks_for_origin)
     }
 }
 
@@ -108,6 +116,15 @@ impl Level {
         self.groups.iter().map(|group| group.len(all)).sum()
     }
 
+    /// The indices of its endpoints, of so many of the cluster, in order.
+    pub(super) fn members(&self, all: usize) -> Vec<u32> {
+        let places =
+            |group: &Group| (0..group.len(all)).filter_map(|place| group.index(place)).collect::<Vec<_>>();
+        let mut members: Vec<u32> = self.groups.iter().flat_map(places).map(|index| index as u32).collect();
+        members.sort_unstable();
+        members
+    }
+
     /// Its endpoints, with the shares of their groups in their weights.
     pub(super) fn placed(&self, endpoints: &[Arc<Endpoint>]) -> Vec<Placed> {
         let mut all = Vec::with_capacity(self.len(endpoints.len()));
@@ -131,9 +148,7 @@ impl Level {
 
     /// The endpoints' availability has changed.
     pub(super) fn changed(&self) {
-        for group in &self.groups {
-            group.due.store(0, Relaxed);
-        }
+        self.groups.iter().for_each(Group::changed);
     }
 }
 
@@ -157,6 +172,11 @@ impl Group {
     pub fn new(share: u32, members: Option<Box<[u32]>>, weights: &[u32]) -> Self {
         let (weights, made) = (Weights::new(weights), Instant::now());
         Self { share, members, weights, made, due: AtomicU64::new(0), available: AtomicU32::new(0) }
+    }
+
+    /// The availability of its endpoints has changed.
+    pub(super) fn changed(&self) {
+        self.due.store(0, Relaxed);
     }
 
     /// How many endpoints it has, of so many of the cluster.

@@ -5,7 +5,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use proptest::prelude::*;
 
 use super::*;
-use crate::state::{resource::Object, snapshot::Endpoint};
+use crate::state::{
+    resource::Object,
+    snapshot::{Endpoint, Zones},
+};
 
 fn slice(name: &str, service: &str, endpoints: &str) -> String {
     format!(
@@ -31,7 +34,9 @@ fn forms() -> Vec<Vec<String>> {
         )
     };
     let pods = (1..4).map(|ip| {
+        let elsewhere = versioned("v1", ip, "").replace("app: a,", "app: a, istio-locality: r.y,");
         vec![
+            elsewhere,
             versioned("v1", ip, ""),
             versioned("v2", ip, ", annotations: {mesh.io/weight: '3'}"),
             versioned("v1", ip, ", annotations: {mesh.io/weight: '2'}"),
@@ -75,6 +80,14 @@ fn forms() -> Vec<Vec<String>> {
         istio(
             "DestinationRule default/a",
             "{host: a, exportTo: [other], subsets: [{name: v1, labels: {version: v1}}]}",
+        ),
+        istio(
+            "DestinationRule default/a",
+            "{host: a, workloadSelector: {matchLabels: {version: v2}}, trafficPolicy: {loadBalancer: {simple: RANDOM}}}",
+        ),
+        istio(
+            "DestinationRule default/a",
+            "{host: a, trafficPolicy: {loadBalancer: {zoneAwareLbSetting: {minClusterSize: 1}}}}",
         ),
     ];
     let to = |host: &str| format!("{{destination: {{host: {host}, port: {{number: 80}}}}}}");
@@ -146,10 +159,13 @@ fn said(snapshot: &Snapshot) -> BTreeMap<String, String> {
         let levels = spread.levels.iter().map(|level| level.groups.iter().map(group).collect::<Vec<_>>());
         let levels: Vec<_> = levels.collect();
         let fallbacks: Vec<_> = standby.fallbacks.iter().map(|one| &one.name).collect();
+        let zones =
+            spread.zones.iter().flat_map(Zones::iter).map(|(zone, one)| format!("{zone} {}", group(one)));
+        let zones: Vec<String> = zones.collect();
         said.insert(
             format!("{key:?}"),
             format!(
-                "{endpoints:?} {levels:?} {:?} {balancing:?} {:?} {outlier:?} {limits_connections} {} {fallbacks:?}",
+                "{endpoints:?} {levels:?} {zones:?} {:?} {balancing:?} {:?} {outlier:?} {limits_connections} {} {fallbacks:?}",
                 spread.warmup,
                 hash.is_some(),
                 standby.checks.is_some()
@@ -185,6 +201,7 @@ fn said(snapshot: &Snapshot) -> BTreeMap<String, String> {
     said.extend(
         snapshot.checked.iter().map(|(key, port)| (format!("check {key:?}"), port.cluster.name.to_string())),
     );
+    said.extend(snapshot.origins.iter().map(|(key, origin)| (format!("origin {key:?}"), origin.sorted())));
     said.extend(snapshot.guards.keys().map(|at| (format!("guard {at}"), String::new())));
     said
 }

@@ -1,5 +1,7 @@
 //! Where endpoints are, and in which levels and shares they are chosen for clients of node `here`.
 
+use std::collections::BTreeMap;
+
 use super::*;
 use crate::state::snapshot::Locality;
 
@@ -335,4 +337,66 @@ async fn who_left_while_it_was_ejected_is_known_for_five_minutes() {
         let (back, _) = compile(&read(&all), Some(&before), &here());
         assert_eq!(Arc::ptr_eq(&whole(&back).endpoints[2].state, &ejected.state), known, "{minutes}");
     }
+}
+
+/// The zones of the first level, with the last numbers of their endpoints' addresses.
+fn zones(cluster: &Cluster) -> Vec<String> {
+    let zones = cluster.spread.zones.iter().flat_map(crate::state::snapshot::Zones::iter);
+    let zone = |(zone, group): &(Locality, crate::state::snapshot::Group)| {
+        let places = (0..group.len(0)).filter_map(|place| group.index(place));
+        let last = places.map(|index| cluster.endpoints[index].address.ip().to_string());
+        let last: Vec<String> = last.map(|ip| ip.rsplit('.').next().unwrap().to_owned()).collect();
+        format!("{zone}: {}", last.join(" "))
+    };
+    zones.map(zone).collect()
+}
+
+#[test]
+fn zones_of_the_region_are_one_level_and_other_regions_stand_in() {
+    let zone_aware = |setting: &str| format!("loadBalancer: {{zoneAwareLbSetting: {setting}}}");
+    // No outlier detection is needed for the region to come first.
+    let cluster = by_policy(&zone_aware("{}"), "");
+    assert_eq!(levels(&cluster), ["1 2 3", "4 5"]);
+    assert_eq!(zones(&cluster), ["r1/z1: 1 2", "r1/z2: 3"]);
+    assert!(cluster.limits_connections, "the kernel does not know of them");
+    let failover = by_policy(&zone_aware("{failover: [{from: r1, to: r3}]}"), "");
+    assert_eq!(levels(&failover), ["1 2 3", "5", "4"]);
+    // Labels first, and the region within what has them in common.
+    let priority = by_policy(&zone_aware("{failoverPriority: ['version=v1']}"), "");
+    assert_eq!(levels(&priority), ["1 3", "5", "2", "4"]);
+    assert_eq!(zones(&priority), ["r1/z1: 1", "r1/z2: 3"]);
+    let of_client = by_policy(&zone_aware("{failoverPriority: [version]}"), "");
+    let labels = BTreeMap::from([("version".into(), "v1".into())]);
+    let layout = of_client.spread.by_client.as_ref().unwrap().layout(&labels, &of_client.endpoints);
+    assert!(layout.zones.is_some() && of_client.spread.asks_for_origin());
+    assert_eq!(shown(&of_client, &layout.levels), ["1 3", "5", "2", "4"]);
+    // Whoever is told not to, or has a key to keep.
+    assert_eq!(zones(&by_policy(&zone_aware("{enabled: false}"), "")), [""; 0]);
+    let hashes = "loadBalancer: {consistentHash: {useSourceIp: true}, zoneAwareLbSetting: {}}";
+    assert_eq!(zones(&by_policy(hashes, "")), [""; 0]);
+    // A rule that says nothing of zones goes by the mesh-wide setting, and one that does not.
+    let mesh = "---\n{apiVersion: v1, kind: ConfigMap, metadata: {name: mesh, namespace: istio-system}, \
+                data: {mesh: 'localityLbSetting: {failover: [{from: r1, to: r3}]}'}}\n";
+    let outliers = format!("{}, {OUTLIERS}", zone_aware("{}"));
+    assert_eq!(levels(&by_policy(&outliers, mesh)), ["1 2 3", "4 5"]);
+}
+
+#[test]
+fn where_the_pods_of_a_workload_are_is_counted_where_a_rule_asks() {
+    let rule = "{host: a, subsets: [{name: v1, labels: {version: v1}, trafficPolicy: {portLevelSettings: \
+                [{port: {number: 80}, loadBalancer: {zoneAwareLbSetting: {}}}]}}]}";
+    let base = service("default", "a", "{port: 80}") + REST;
+    let of_web = |text: String| {
+        text.replace("name: p", "name: web-77-")
+            .replace("labels: {app: a", "labels: {app: web, pod-template-hash: '77'")
+    };
+    let clients = of_web(on("here", 6, "") + &on("beside", 7, "") + &on("far", 8, ""));
+    let unready = of_web(on("far", 9, ""))
+        .replace("status: {", "status: {conditions: [{type: Ready, status: 'False'}], ");
+    let text = base + &clients + &unready;
+    assert!(snapshot(&text).0.origins.is_empty(), "nobody asks");
+    let (snapshot, problems) = snapshot(&(text + &istio("DestinationRule default/a", rule)));
+    assert_eq!(problems, []);
+    let origin = snapshot.origins.get(&("default".into(), "web".into())).map(|origin| origin.sorted());
+    assert_eq!(origin.as_deref(), Some("r1/z1: 2, r2/z3: 1"));
 }
