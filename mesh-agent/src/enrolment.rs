@@ -399,7 +399,6 @@ impl Enrolment {
 
 #[cfg(test)]
 pub(super) mod tests {
-    use std::net::Ipv4Addr;
 
     use super::*;
     use crate::{

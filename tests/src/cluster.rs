@@ -83,6 +83,23 @@ impl Cluster {
         Ok(())
     }
 
+    /// The image of the mesh, of the programs that the tests were built with.
+    pub fn mesh_image() -> Result<String> {
+        std::env::var("MESH_CLUSTER_IMAGE").context("MESH_CLUSTER_IMAGE: `cargo xtask test cluster` says it")
+    }
+
+    /// What helm says, with the administrator's rights.
+    pub fn helm(arguments: &[&str]) -> Result<String> {
+        let helm = std::env::var_os("MESH_CLUSTER_HELM");
+        let mut command =
+            Command::new(helm.context("MESH_CLUSTER_HELM: `cargo xtask test cluster` says it")?);
+        let output = command.args(arguments).output().context("starting helm")?;
+        if !output.status.success() {
+            bail!("{command:?}: {}", String::from_utf8_lossy(&output.stderr).trim());
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
     /// The image of [`Namespace::client`].
     pub fn client_image(&self) -> &str {
         &self.client

@@ -11,6 +11,7 @@ use clap::Args;
 
 use crate::build_ebpf;
 use crate::command::{answer, shown};
+use crate::dist;
 use crate::oci::Image;
 use crate::progress::Progress;
 use crate::setup;
@@ -34,6 +35,9 @@ pub struct Options {
     /// The debug build, which takes less time
     #[arg(long)]
     debug: bool,
+    /// The programs that are shipped, built as `cargo xtask dist` does
+    #[arg(long, conflicts_with = "debug")]
+    dist: bool,
     #[command(flatten)]
     ebpf: build_ebpf::Options,
 }
@@ -50,17 +54,21 @@ fn build(progress: &mut Progress, options: &Options) -> Result<PathBuf> {
     setup::packages(progress, &setup::BUILD, "the build")?;
     setup::packages(progress, &setup::AUTHORITIES, "the image")?;
     build_ebpf::build(progress, &options.ebpf)?;
-    progress.step("build programs", || {
-        let mut cargo = workspace::cargo();
-        // The packages of every other build, so that nothing is compiled with other features for this one alone.
-        cargo.arg("build").args(HOST_PACKAGES).arg("--locked");
-        cargo.args(PROGRAMS.iter().flat_map(|program| ["--bin", program]));
-        cargo.args((!options.debug).then_some("--release"));
-        shown(&mut cargo)
-    })?;
+    let programs = if options.debug {
+        workspace::debug_program
+    } else if options.dist {
+        dist::program_path
+    } else {
+        workspace::release_program
+    };
+    if options.dist {
+        dist::build(progress, &dist::Options::default())?;
+    } else {
+        programs_of_cargo(progress, options)?;
+    }
     let archive = options.out.clone().unwrap_or_else(|| workspace::target_dir().join("image/mesh-agent.tar"));
     progress.step(&format!("image {NAME}"), || {
-        let image = image(options.debug)?;
+        let image = image(programs)?;
         println!("    {}", image.write(NAME, &archive)?);
         if let Some(root) = &options.root {
             image.unpack(root)?;
@@ -69,11 +77,28 @@ fn build(progress: &mut Progress, options: &Options) -> Result<PathBuf> {
     })
 }
 
-fn image(debug: bool) -> Result<Image> {
+/// The image of the debug build as it is, for tests.
+pub fn of_debug_build() -> Result<PathBuf> {
+    let archive = workspace::target_dir().join("image/mesh-agent-debug.tar");
+    image(workspace::debug_program)?.write(NAME, &archive)?;
+    Ok(archive)
+}
+
+fn programs_of_cargo(progress: &mut Progress, options: &Options) -> Result<()> {
+    progress.step("build programs", || {
+        let mut cargo = workspace::cargo();
+        // The packages of every other build, so that nothing is compiled with other features for this one alone.
+        cargo.arg("build").args(HOST_PACKAGES).arg("--locked");
+        cargo.args(PROGRAMS.iter().flat_map(|program| ["--bin", program]));
+        cargo.args((!options.debug).then_some("--release"));
+        shown(&mut cargo)
+    })
+}
+
+fn image(programs: fn(&str) -> PathBuf) -> Result<Image> {
     let mut image = Image::minimal();
     for name in PROGRAMS {
-        let program = if debug { workspace::debug_program(name) } else { workspace::release_program(name) };
-        image.program(&format!("usr/local/bin/{name}"), &program)?;
+        image.program(&format!("usr/local/bin/{name}"), &programs(name))?;
     }
     image.authorities();
     image.entrypoint = vec![format!("/usr/local/bin/{}", PROGRAMS[0])];

@@ -7,34 +7,56 @@
 
 use std::time::Duration;
 
-use futures_util::future::join_all;
+use futures_util::{StreamExt as _, future::join_all};
 use k8s_openapi::api::apps::v1::DaemonSet;
-use kube::{Api, Client};
-use tokio::time::timeout;
+use kube::{Api, Client, runtime::watcher::watch_object};
+use tokio::{
+    sync::watch,
+    time::{sleep, timeout},
+};
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::{config::DaemonSetName, proxy::Mesh};
 
 /// How long the API server may take to answer: what waits for the end of this process waits longer.
 const ANSWER: Duration = Duration::from_secs(5);
 
+/// Pause before the API server is asked again after it has failed.
+const AGAIN: Duration = Duration::from_secs(5);
+
 /// Who can say it.
-#[derive(Clone)]
-pub(super) struct Removal {
-    /// `None`: nobody comes after this agent.
-    asked: Option<(Client, DaemonSetName)>,
+#[derive(Debug)]
+pub(super) struct Removal(Option<Followed>);
+
+/// A DaemonSet, followed from the start: what is uninstalled loses the right to ask together with it.
+#[derive(Debug)]
+struct Followed {
+    sets: Api<DaemonSet>,
+    name: DaemonSetName,
+    /// Whether it is being deleted, or gone, as far as was told.
+    deleted: watch::Receiver<bool>,
+    _task: AbortOnDropHandle<()>,
 }
 
 impl Removal {
+    /// Without a client or a name nobody comes after this agent.
     pub fn new(client: Option<Client>, daemon_set: Option<DaemonSetName>) -> Self {
-        Self { asked: client.zip(daemon_set) }
+        Self(client.zip(daemon_set).map(|(client, name)| {
+            let sets: Api<DaemonSet> = Api::namespaced(client, &name.namespace);
+            let (told, deleted) = watch::channel(false);
+            let task = tokio::spawn(follow(sets.clone(), name.name.clone(), told));
+            Followed { sets, name, deleted, _task: AbortOnDropHandle::new(task) }
+        }))
     }
 
     /// Whether it goes for good.
     pub async fn is_for_good(&self) -> bool {
-        let Some((client, name)) = &self.asked else { return true };
-        let sets: Api<DaemonSet> = Api::namespaced(client.clone(), &name.namespace);
+        let Some(Followed { sets, name, deleted, .. }) = &self.0 else { return true };
+        if *deleted.borrow() {
+            return true;
+        }
         match timeout(ANSWER, sets.get_opt(&name.name)).await {
-            Ok(Ok(set)) => set.is_none_or(|set| set.metadata.deletion_timestamp.is_some()),
+            Ok(Ok(set)) => is_deleted(set.as_ref()),
             Ok(Err(error)) => {
                 tracing::warn!(
                     "DaemonSet {name} cannot be looked at ({error}); the next agent finds all as it is"
@@ -43,11 +65,25 @@ impl Removal {
             }
             Err(_) => {
                 tracing::warn!(
-                    "nobody says whether DaemonSet {name} is being deleted; the next agent finds all as it is"
+                    "nobody says whether DaemonSet {name} is deleted; the next agent finds all as it is"
                 );
                 false
             }
         }
+    }
+}
+
+fn is_deleted(set: Option<&DaemonSet>) -> bool {
+    set.is_none_or(|set| set.metadata.deletion_timestamp.is_some())
+}
+
+async fn follow(sets: Api<DaemonSet>, name: String, told: watch::Sender<bool>) {
+    loop {
+        let mut seen = std::pin::pin!(watch_object(sets.clone(), &name));
+        while let Some(Ok(set)) = seen.next().await {
+            told.send_replace(is_deleted(set.as_ref()));
+        }
+        sleep(AGAIN).await;
     }
 }
 
@@ -85,6 +121,24 @@ mod tests {
         fake.delete("apps", "daemonsets", "mesh-system", "mesh-agent");
         assert!(removal.is_for_good().await);
         fake.stop().await;
-        assert!(!removal.is_for_good().await, "nobody has said so");
+        assert!(
+            !Removal::new(Some(fake.cluster().client()), Some(name())).is_for_good().await,
+            "nobody has said so"
+        );
+    }
+
+    #[tokio::test]
+    async fn what_was_told_holds_when_nobody_may_ask_any_more() {
+        let fake = Fake::start().await;
+        let set = json!({"metadata": {"name": "mesh-agent", "namespace": "mesh-system"},
+                         "spec": {"selector": {}, "template": {}}});
+        fake.put("apps", "daemonsets", set);
+        let removal = Removal::new(Some(fake.cluster().client()), Some(name()));
+        let mut deleted = removal.0.as_ref().unwrap().deleted.clone();
+        deleted.changed().await.unwrap();
+        fake.delete("apps", "daemonsets", "mesh-system", "mesh-agent");
+        deleted.wait_for(|deleted| *deleted).await.unwrap();
+        fake.forbid("daemonsets", true);
+        assert!(removal.is_for_good().await);
     }
 }

@@ -15,7 +15,7 @@ pub mod jwks;
 pub mod key_sets;
 mod pods;
 mod rate_limit;
-pub mod root_config_map;
+pub(crate) mod root_config_map;
 mod serve;
 mod server_certificate;
 #[cfg(test)]

@@ -26,7 +26,7 @@ const FILE: &str = "root-cert.pem";
 const AGAIN: Duration = Duration::from_secs(2);
 
 /// Keeps it as it has to be. Ends never.
-pub async fn publish(client: Client, ca: Arc<EmbeddedCa>) {
+pub(crate) async fn publish(client: Client, ca: Arc<EmbeddedCa>) {
     let maps: Api<ConfigMap> = Api::default_namespaced(client);
     let mut roots = ca.other_roots_than("").await;
     loop {

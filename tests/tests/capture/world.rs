@@ -332,6 +332,7 @@ pub fn workload_as(netns: PathBuf, ips: &[&str], capture: CapturePolicy) -> Resu
         labels: BTreeMap::new(),
         view: None,
         enrolled: true,
+        announced: false,
         netns: Some(netns),
         capture,
         authorization: Arc::default(),

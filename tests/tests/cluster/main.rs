@@ -2,4 +2,5 @@
 
 mod api_server;
 mod bookinfo;
+mod mesh;
 mod nodes;

@@ -42,7 +42,8 @@ pub fn load(progress: &mut Progress) -> Result<()> {
     setup::packages_at_rest(progress, &setup::PROXIES, "the load")
 }
 
-fn program(name: &str) -> PathBuf {
+/// Where a program is, whether it is there or not.
+pub fn program(name: &str) -> PathBuf {
     workspace::tools_dir().join("bin").join(name)
 }
 
@@ -59,26 +60,30 @@ pub fn remember(name: &str, version: &str) -> Result<()> {
 }
 
 fn fortio(progress: &mut Progress) -> Result<()> {
-    if is_there("fortio", FORTIO) {
+    of_go(progress, "fortio", FORTIO, "fortio.org/fortio", ".")
+}
+
+/// Builds a program of a Go module below `target/tools`, unless it is there in this version. `package`: where in the module.
+pub fn of_go(progress: &mut Progress, name: &str, version: &str, module: &str, package: &str) -> Result<()> {
+    if is_there(name, version) {
         return Ok(());
     }
     if !setup::in_path("go") {
-        setup::packages(progress, &setup::GO, "fortio")?;
+        setup::packages(progress, &setup::GO, name)?;
     }
-    progress.step(&format!("go build fortio {FORTIO} into target/tools (once, some minutes)"), || {
+    progress.step(&format!("go build {name} {version} into target/tools (once, some minutes)"), || {
+        fs::create_dir_all(workspace::tools_dir().join("bin")).context("cannot create target/tools/bin")?;
         let mut fetch = go();
-        fetch.args(["mod", "download", "-modcacherw", &format!("fortio.org/fortio@v{FORTIO}")]);
+        fetch.args(["mod", "download", "-modcacherw", &format!("{module}@v{version}")]);
         kept(fetch)?;
         // From inside the module its own sums hold for everything it needs.
         let mut build = go();
-        build.current_dir(go_dir().join(format!("pkg/mod/fortio.org/fortio@v{FORTIO}")));
-        build
-            .args(["build", "-mod=readonly", "-modcacherw", "-trimpath", "-o"])
-            .arg(program("fortio"))
-            .arg(".");
+        build.current_dir(go_dir().join(format!("pkg/mod/{module}@v{version}")));
+        build.args(["build", "-mod=readonly", "-modcacherw", "-trimpath", "-o"]);
+        build.arg(program(name)).arg(package);
         kept(build)?;
         forget_go()?;
-        remember("fortio", FORTIO)
+        remember(name, version)
     })
 }
 

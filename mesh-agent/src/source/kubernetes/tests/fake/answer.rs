@@ -58,7 +58,7 @@ impl Target {
 
     /// Whether the kind is there.
     fn is_served(&self, world: &World) -> bool {
-        let built_in = self.group.is_empty() || self.group.ends_with(".k8s.io");
+        let built_in = self.group.is_empty() || self.group == "apps" || self.group.ends_with(".k8s.io");
         built_in
             || world.served.get(&self.api_version()).is_some_and(|plurals| plurals.contains(&self.plural))
     }
