@@ -156,7 +156,7 @@ mod tests {
     fn policy(action: &str) -> Value {
         json!({
             "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy", "metadata": {"name": "p"},
-            "spec": {"action": action},
+            "spec": {"action": action, "rules": [{}]},
         })
     }
 

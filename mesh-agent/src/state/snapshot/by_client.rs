@@ -65,6 +65,7 @@ impl ByClient {
     }
 
     /// The same, with a client's own zone preferred.
+    #[must_use]
     pub fn zoned(self, zones: Option<ZoneRule>) -> Self {
         Self { zones, ..self }
     }
