@@ -52,7 +52,7 @@ mod tests {
     #[tokio::test]
     async fn the_answer_is_that_of_the_agent_behind_the_socket() {
         let dir = tempfile::tempdir().unwrap();
-        let config = ReadyConfig { ready_socket: dir.path().join("ready.sock") };
+        let config = ReadyConfig { ready_socket: dir.path().join("own/ready.sock") };
         let asked = |config: ReadyConfig| {
             tokio::task::spawn_blocking(move || {
                 let mut said = Vec::new();

@@ -20,7 +20,8 @@ use zeroize::Zeroizing;
 
 use crate::identity::{EmbeddedCa, write_over};
 
-/// The files of an authority, by their names in the Secret; the chain is there only for an intermediate.
+/// The files of an authority, by their names in the Secret; roots and chain are there only for one that is no root itself, or
+/// while roots change.
 const FILES: [&str; 4] = ["ca-cert.pem", "ca-key.pem", "root-cert.pem", "cert-chain.pem"];
 
 /// Pause before the API server is asked again after it has failed.
@@ -104,7 +105,7 @@ impl AuthoritySecret {
     fn take(&self, secret: &Secret) -> Result<()> {
         let held = secret.data.as_ref();
         let of = |name: &str| held.and_then(|data| data.get(name)).map(|ByteString(bytes)| bytes);
-        for name in &FILES[..3] {
+        for name in &FILES[..2] {
             ensure!(of(name).is_some_and(|bytes| !bytes.is_empty()), "it has no {name}");
         }
         // As `EmbeddedCa::open` would make it.
@@ -232,7 +233,7 @@ mod tests {
         let replica = Replica::of(&fake);
         replica.secret.settle().await.unwrap();
         let publishing = tokio::spawn(root_config_map::publish(fake.cluster().client(), replica.ca()));
-        let roots = String::from_utf8(replica.file("root-cert.pem")).unwrap();
+        let roots = replica.ca().other_roots_than("").await;
         let published = |fake: &Fake| {
             let map = fake.get("configmaps", "default", root_config_map::NAME);
             map.is_some_and(|map| map["data"]["root-cert.pem"] == roots)

@@ -14,7 +14,7 @@ use tokio::sync::watch;
 
 use crate::{
     identity::SpiffeId,
-    state::snapshot::{SharedMap, Snapshot, Workload},
+    state::snapshot::{SharedMap, Snapshot, Starting, Workload},
 };
 
 /// How long a request waits for the configuration to know of its pod: an agent may have read of it a moment earlier.
@@ -32,6 +32,7 @@ pub(super) struct Pods {
 struct Index {
     /// What it is made of.
     workloads: SharedMap<IpAddr, Arc<Workload>>,
+    starting: SharedMap<(Arc<str>, Arc<str>), Arc<Starting>>,
     by_node: HashMap<Arc<str>, HashSet<SpiffeId>>,
 }
 
@@ -43,7 +44,10 @@ impl Index {
                 by_node.entry(Arc::clone(node)).or_default().insert(pod.identity.clone());
             }
         }
-        Self { workloads: snapshot.workloads.clone(), by_node }
+        for Starting { node, identity } in snapshot.starting.values().map(|pod| &**pod) {
+            by_node.entry(Arc::clone(node)).or_default().insert(identity.clone());
+        }
+        Self { workloads: snapshot.workloads.clone(), starting: snapshot.starting.clone(), by_node }
     }
 }
 
@@ -62,7 +66,7 @@ impl Pods {
 
     fn runs_in(&self, snapshot: &Snapshot, id: &SpiffeId, node: &str) -> bool {
         let mut index = self.index.load();
-        if !index.workloads.is_same(&snapshot.workloads) {
+        if !index.workloads.is_same(&snapshot.workloads) || !index.starting.is_same(&snapshot.starting) {
             self.index.store(Arc::new(Index::of(snapshot)));
             index = self.index.load();
         }

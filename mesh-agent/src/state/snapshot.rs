@@ -84,6 +84,8 @@ pub struct Snapshot {
     /// Pods by each of their addresses. Pods of the host network are not in here: their address is not theirs
     /// alone.
     pub workloads: SharedMap<IpAddr, Arc<Workload>>,
+    /// For who certifies the agents of a cluster: pods that have a node and no address yet, by namespace and name.
+    pub starting: SharedMap<(Arc<str>, Arc<str>), Arc<Starting>>,
     /// Services by fully qualified host name, for example `reviews.default.svc.cluster.local`.
     pub services: SharedMap<Arc<str>, Arc<Service>>,
     /// Services by each of their cluster addresses.
@@ -120,6 +122,15 @@ impl Snapshot {
     pub fn workload_at(&self, ip: IpAddr) -> Option<&Arc<Workload>> {
         self.workloads.get(&ip)
     }
+}
+
+/// A pod that is to be in the mesh, and waits for that to start.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Starting {
+    /// `spec.nodeName`.
+    pub node: Arc<str>,
+    /// The identity its service account gives it.
+    pub identity: SpiffeId,
 }
 
 /// A pod as the mesh sees it.

@@ -19,7 +19,7 @@ use super::{
     pod_changes::{ChangedPods, PodChange, PodChanges},
     renewal::{Changed, Renewal},
     services::host_name,
-    whole,
+    starting, whole,
     workloads::Pods,
 };
 use crate::state::{
@@ -164,6 +164,8 @@ impl Compiled {
             services.extend(self.services_of(&changed));
         }
         let localities = Localities::index(&self.objects, &settings);
+        let mut starting = self.snapshot.starting.clone();
+        starting::follow(&mut starting, (&self.objects, &settings), &pods);
         let mut origins = self.snapshot.origins.clone();
         if self.kept.counts_origins {
             origins::follow(&mut origins, (&self.objects, &settings), &pods, &localities);
@@ -191,7 +193,7 @@ impl Compiled {
         let renewal = Renewal::new(&self.snapshot, &self.kept.recipes, (&localities, &mesh), new);
         let (snapshot, shared) = renewal.snapshot(&self.kept);
         self.kept.share(shared);
-        self.snapshot = Arc::new(Snapshot { workloads, origins, ..snapshot });
+        self.snapshot = Arc::new(Snapshot { workloads, starting, origins, ..snapshot });
         let is_found_anew =
             |problem: &Problem| problem.object.as_ref().is_some_and(|object| names.contains(object));
         self.problems.retain(|problem| !is_found_anew(problem));

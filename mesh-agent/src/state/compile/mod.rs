@@ -58,6 +58,7 @@ mod selectors;
 mod service_policies;
 mod services;
 mod spread;
+mod starting;
 mod streams;
 #[cfg(test)]
 mod tests;
@@ -206,6 +207,7 @@ fn whole(objects: &Objects, previous: Option<&Snapshot>, settings: &Settings) ->
         guards: entries.guards.into_iter().collect(),
         checked: entries.checked.into_iter().collect(),
         path_normalization: mesh.path_normalization,
+        starting: starting::of_all(objects, settings),
         enrolling: Arc::new(workloads::enrolling(objects)),
         key_sets: std::mem::take(&mut policies.tokens.key_sets),
     };

@@ -14,6 +14,7 @@ mod locality;
 mod mesh_config;
 mod request_authentication;
 mod service_policies;
+mod starting;
 mod streams;
 mod views;
 mod workload_selector;

@@ -250,7 +250,7 @@ fn usable(ip: IpAddr) -> bool {
     !ip.is_unspecified() && !ip.is_loopback() && !ip.is_multicast()
 }
 
-fn host_network(pod: &Pod) -> bool {
+pub(super) fn host_network(pod: &Pod) -> bool {
     pod.spec.as_ref().and_then(|spec| spec.host_network).unwrap_or(false)
 }
 
@@ -289,8 +289,6 @@ fn workload(
         problems.add(entry.key, &format!("metadata.annotations.{NETNS}"), message);
         enrolled = false;
     }
-    let spec = entry.pod.spec.as_ref();
-    let account = spec.and_then(|spec| spec.service_account_name.as_deref()).filter(|name| !name.is_empty());
     let workload_name = workload_name(meta, &entry.key.name);
     let first =
         |names: [&str; 3]| names.into_iter().find_map(|name| label(name).filter(|value| !value.is_empty()));
@@ -301,11 +299,7 @@ fn workload(
         name: Arc::clone(&entry.key.name),
         ips: entry.ips.clone(),
         node: entry.node().map(Arc::from),
-        identity: SpiffeId {
-            trust_domain: Arc::clone(&settings.trust_domain),
-            namespace: Arc::clone(&entry.key.namespace),
-            service_account: account.unwrap_or(defaults::SERVICE_ACCOUNT).into(),
-        },
+        identity: identity(entry, settings),
         labels: meta.labels.iter().flatten().map(|(k, v)| (k.as_str().into(), v.as_str().into())).collect(),
         view: None,
         enrolled,
@@ -336,6 +330,17 @@ fn is_uid(uid: &str) -> bool {
     !uid.is_empty() && uid.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
 }
 
+/// The identity that its service account gives it.
+pub(super) fn identity(entry: &PodEntry<'_>, settings: &Settings) -> SpiffeId {
+    let spec = entry.pod.spec.as_ref();
+    let account = spec.and_then(|spec| spec.service_account_name.as_deref()).filter(|name| !name.is_empty());
+    SpiffeId {
+        trust_domain: Arc::clone(&settings.trust_domain),
+        namespace: Arc::clone(&entry.key.namespace),
+        service_account: account.unwrap_or(defaults::SERVICE_ACCOUNT).into(),
+    }
+}
+
 /// What it asks of its capture, and what the kubelet may ask of it.
 fn capture(entry: &PodEntry<'_>, enrolled: bool, problems: &mut Problems<'_>) -> CapturePolicy {
     // Checked when the pod was read.
@@ -364,7 +369,7 @@ pub(super) fn enrolling(objects: &Objects) -> BTreeSet<Arc<str>> {
 }
 
 /// The pod's own label decides, else its namespace's.
-fn wants_mesh(entry: &PodEntry<'_>, objects: &Objects, problems: &mut Problems<'_>) -> bool {
+pub(super) fn wants_mesh(entry: &PodEntry<'_>, objects: &Objects, problems: &mut Problems<'_>) -> bool {
     let mode =
         |meta: &ObjectMeta| meta.labels.as_ref().and_then(|labels| labels.get(DATAPLANE_MODE)).cloned();
     let namespace_key = ObjectKey::new("Namespace", "", &entry.key.namespace);

@@ -313,8 +313,9 @@ fn line(kind: &str, object: &Value) -> String {
 }
 
 fn status(code: u16, message: &str) -> Response<Body> {
-    let status =
-        json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "message": message, "code": code});
+    let reason = if code == 404 { "NotFound" } else { "" };
+    let status = json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "message": message, "code": code,
+                        "reason": reason});
     whole(code, &status)
 }
 
