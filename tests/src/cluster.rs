@@ -74,13 +74,23 @@ impl Cluster {
         self.xtask("start", component)
     }
 
+    /// What a shell on the node itself says to a script.
+    pub fn on_node(&self, node: &str, script: &str) -> Result<String> {
+        let number = node.trim_start_matches(|other: char| !other.is_ascii_digit());
+        self.asked(&["enter", number, "sh", "-c", script])
+    }
+
     fn xtask(&self, action: &str, component: &str) -> Result<()> {
+        self.asked(&[action, component]).map(|_| ())
+    }
+
+    fn asked(&self, arguments: &[&str]) -> Result<String> {
         let mut command = Command::new(&self.xtask);
-        let output = command.args(["cluster", action, component]).output().context("starting xtask")?;
+        let output = command.arg("cluster").args(arguments).output().context("starting xtask")?;
         if !output.status.success() {
             bail!("{command:?}: {}", String::from_utf8_lossy(&output.stderr));
         }
-        Ok(())
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
     /// The image of the mesh, of the programs that the tests were built with.

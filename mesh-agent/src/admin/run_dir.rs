@@ -162,8 +162,7 @@ pub fn clean_run_dir(run_dir: &Path) -> io::Result<()> {
     for entry in &entries {
         let (name, kind) = (entry.file_name(), entry.file_type()?);
         let ours = match name.to_str() {
-            Some(SOCKET_NAME | HANDOVER_SOCKET | "handover.sock.new") => kind.is_socket(),
-            Some(CNI_SOCKET) => kind.is_socket(),
+            Some(SOCKET_NAME | CNI_SOCKET | HANDOVER_SOCKET | "handover.sock.new") => kind.is_socket(),
             Some(BPF_DIR_NOTE | MADE | CNI_NAMESPACES | CNI_INSTALLED) => kind.is_file(),
             Some(METRICS | NETNS_DIR) => kind.is_dir(),
             _ => false,

@@ -43,6 +43,7 @@ fn ask(socket: &std::path::Path) -> io::Result<String> {
 }
 
 #[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
     use tokio_util::sync::CancellationToken;
 

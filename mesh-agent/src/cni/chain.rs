@@ -67,6 +67,7 @@ fn is_ours(plugin: &Value) -> bool {
 }
 
 #[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
     use super::*;
 

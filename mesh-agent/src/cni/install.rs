@@ -277,6 +277,7 @@ impl Installation {
 }
 
 #[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
     use tempfile::TempDir;
 

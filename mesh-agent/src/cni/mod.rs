@@ -158,6 +158,7 @@ fn put(path: &Path, contents: &[u8], mode: u32) -> io::Result<()> {
 }
 
 #[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
     use std::os::unix::fs::PermissionsExt as _;
 

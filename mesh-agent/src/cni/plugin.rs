@@ -105,7 +105,6 @@ fn add(conf: &NetConf, sandbox: Sandbox) -> Result<(), Failure> {
     }
     let request = request(Verb::Add, sandbox, conf);
     match ask_one_that_returns(conf, &request) {
-        Ok(Answer::Enrolled | Answer::NotEnrolled | Answer::Noted) => Ok(()),
         Ok(Answer::Refused(reason)) => Err(Failure::new(
             Code::TryAgain,
             format!("{}/{} is not enrolled: {reason}", request.namespace, request.pod),
@@ -118,7 +117,7 @@ fn add(conf: &NetConf, sandbox: Sandbox) -> Result<(), Failure> {
                 conf.socket.display()
             ),
         )),
-        Err(_) => Ok(()),
+        Ok(Answer::Enrolled | Answer::NotEnrolled | Answer::Noted) | Err(_) => Ok(()),
     }
 }
 
@@ -187,6 +186,7 @@ fn not_there(socket: &Path, error: &io::Error) -> String {
 }
 
 #[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
     use std::{
         io::{BufRead as _, BufReader},

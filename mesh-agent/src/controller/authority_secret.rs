@@ -85,12 +85,7 @@ impl AuthoritySecret {
                             tracing::error!("Secret {}: {error:#}; the authority stays as it was", self.name);
                         }
                     }
-                    Ok(None) => match self.create().await {
-                        Ok(()) => {
-                            tracing::warn!("Secret {} was deleted; it is back with the same key", self.name)
-                        }
-                        Err(error) => tracing::error!("Secret {} is gone: {error}", self.name),
-                    },
+                    Ok(None) => self.put_back().await,
                     Err(error) => {
                         tracing::warn!("Secret {} cannot be followed: {error}; it is tried again", self.name);
                         break;
@@ -98,6 +93,13 @@ impl AuthoritySecret {
                 }
             }
             tokio::time::sleep(AGAIN).await;
+        }
+    }
+
+    async fn put_back(&self) {
+        match self.create().await {
+            Ok(()) => tracing::warn!("Secret {} was deleted; it is back with the same key", self.name),
+            Err(error) => tracing::error!("Secret {} is gone: {error}", self.name),
         }
     }
 

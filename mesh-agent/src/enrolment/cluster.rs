@@ -66,6 +66,6 @@ pub(super) async fn told(cluster: Option<&mut InCluster>) {
         None => false,
     };
     if !is_told {
-        std::future::pending().await
+        std::future::pending::<()>().await;
     }
 }

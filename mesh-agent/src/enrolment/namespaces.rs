@@ -89,7 +89,7 @@ impl Namespaces {
             match self.link(&uid, &file) {
                 Ok(()) => drop(self.found.insert(uid, Found { _file: file, witness })),
                 Err(error) => {
-                    tracing::warn!(dir = %self.dir.display(), %error, "cannot keep a network namespace")
+                    tracing::warn!(dir = %self.dir.display(), %error, "cannot keep a network namespace");
                 }
             }
         }

@@ -6,7 +6,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::{Result, ensure};
 use lab::cluster::Cluster;
 
-const SERVICE: &str = "
+/// A server of some bytes, behind a service.
+pub const SERVICE: &str = "
 apiVersion: v1
 kind: Pod
 metadata:
@@ -33,7 +34,7 @@ spec:
 ";
 
 /// Each line: when the request was sent, in seconds since 1970, and the status of its answer.
-const LOAD: &str = "while [ ! -e /tmp/stop ]; do \
+pub const LOAD: &str = "while [ ! -e /tmp/stop ]; do \
                     date +%s | tr '\\n' ' '; \
                     curl -s -o /dev/null -w '%{http_code}\\n' http://server/passwd; \
                     done > /tmp/answers 2>&1 &";

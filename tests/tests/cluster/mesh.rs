@@ -6,6 +6,8 @@ use std::{collections::BTreeSet, path::PathBuf};
 use anyhow::{Context as _, Result, ensure};
 use lab::cluster::{Cluster, Namespace};
 
+use crate::api_server::{LOAD, SERVICE};
+
 const SYSTEM: &str = "mesh-system";
 /// All answers of one version of three by chance: (1/3)^20, some 3 in 10^10.
 const REQUESTS: usize = 20;
@@ -40,6 +42,22 @@ impl<'c> Mesh<'c> {
         Cluster::helm(&arguments)?;
         mesh.ready()?;
         Ok(mesh)
+    }
+
+    /// Changes what every agent is started with, so that each is replaced.
+    fn replace_agents(&self) -> Result<()> {
+        let set = "node.extraEnv[0].name=REPLACED,node.extraEnv[0].value=once";
+        Cluster::helm(&[
+            "upgrade",
+            "mesh",
+            &chart()?,
+            "--namespace",
+            SYSTEM,
+            "--reuse-values",
+            "--set",
+            set,
+        ])?;
+        self.ready()
     }
 
     /// Waits until the controller and every node's agent are ready.
@@ -147,8 +165,50 @@ fn bookinfo_is_routed_between_nodes_over_mutual_tls_and_nothing_is_left() -> Res
     let left = enrolled(&namespace)?;
     ensure!(left.is_empty(), "{left:?} still say that they are in the mesh");
     for node in cluster.nodes()? {
+        let left = "ls /run/mesh; ls -d /sys/fs/bpf/mesh /opt/cni/bin/mesh-cni 2>/dev/null; grep -l mesh-cni /etc/cni/net.d/*; true";
+        let left = cluster.on_node(&node, left)?;
+        ensure!(left.trim().is_empty(), "on {node}: {left}");
+    }
+    for node in cluster.nodes()? {
         let seen = versions(&namespace, &format!("client-{node}"), "jason")?;
         ensure!(seen.len() > 1, "a route of the mesh still holds: {seen:?}");
     }
     Ok(())
+}
+
+#[test]
+fn agents_are_replaced_under_load_and_no_request_fails() -> Result<()> {
+    let Some(cluster) = Cluster::alone()? else { return Ok(()) };
+    let mesh = Mesh::install(&cluster)?;
+    let namespace = cluster.namespace("replaced")?;
+    cluster.kubectl(["label", "namespace", "replaced", "mesh.io/dataplane-mode=node"])?;
+    let replaced = (|| {
+        namespace.apply(&SERVICE.replace("@IMAGE@", cluster.client_image()))?;
+        namespace.kubectl(&["wait", "--for=condition=Ready", "pod/server", "--timeout=120s"])?;
+        let nodes = cluster.nodes()?;
+        for node in &nodes {
+            namespace.client(node, node)?;
+            let first = "until curl -sf -o /dev/null --max-time 5 http://server/passwd; do :; done";
+            namespace.exec(node, &["timeout", "60", "sh", "-c", first])?;
+            namespace.exec(node, &["sh", "-c", LOAD])?;
+        }
+        let before = mesh.agents()?;
+        mesh.replace_agents()?;
+        for node in &nodes {
+            namespace.exec(node, &["touch", "/tmp/stop"])?;
+            let answers = namespace.exec(node, &["cat", "/tmp/answers"])?;
+            // The last line may not be whole yet.
+            let whole = answers.rsplit_once('\n').map_or("", |(whole, _)| whole);
+            let statuses: Vec<_> = whole.lines().filter_map(|line| line.split_once(' ')).collect();
+            let failed = statuses.iter().filter(|(_, status)| *status != "200").count();
+            ensure!(failed == 0 && statuses.len() > 100, "{failed} of {} of {node} failed", statuses.len());
+        }
+        let now = mesh.agents()?;
+        ensure!(
+            nodes.len() <= now.iter().filter(|agent| !before.contains(agent)).count(),
+            "{before:?} then {now:?}"
+        );
+        Ok(())
+    })();
+    replaced.with_context(|| mesh.said())
 }

@@ -48,7 +48,7 @@ use super::{
 use crate::state::compile::{Change, Settings};
 
 /// How long the first list of everything may take: an agent that knows only a part of the policies must not serve.
-const FIRST_LISTS: Duration = Duration::from_secs(60);
+const FIRST_LISTS: Duration = Duration::from_mins(1);
 
 /// How long the first list of the Secrets that are named may take. What is not there by then is a problem of the rule.
 const FIRST_SECRETS: Duration = Duration::from_secs(5);

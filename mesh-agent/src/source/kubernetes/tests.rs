@@ -85,7 +85,7 @@ fn endpoints(snapshot: &Snapshot, name: &str) -> Vec<String> {
 fn named_routes(snapshot: &Snapshot) -> usize {
     let service = snapshot.services.values().next();
     service
-        .map_or(0, |service| service.ports[0].routes.iter().filter(|route| route.name.ends_with("r")).count())
+        .map_or(0, |service| service.ports[0].routes.iter().filter(|route| route.name.ends_with('r')).count())
 }
 
 async fn until_names(source: &mut Source, expected: &[&str]) {

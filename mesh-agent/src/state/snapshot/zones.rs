@@ -190,8 +190,10 @@ mod tests {
 
     #[test]
     fn what_stays_follows_from_clients_and_endpoints() {
+        /// Clients and endpoints by zone, and what a client of the first zone sends where.
+        type Row<'t> = (&'t [usize], &'t [usize], Option<Vec<usize>>);
         let some = |shares: &[usize]| Some(shares.to_vec());
-        let table: [(&[usize], &[usize], Option<Vec<usize>>); 9] = [
+        let table: [Row<'_>; 9] = [
             // As many of both everywhere, or more endpoints here than clients: all stays.
             (&[3, 3], &[2, 2], some(&[100, 0])),
             (&[6, 2], &[1, 1], some(&[100, 0])),

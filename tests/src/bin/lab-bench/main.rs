@@ -55,7 +55,7 @@ struct Cli {
     /// Whether it works at all: one short round in a small world, no figures to rely on
     #[arg(long)]
     quick: bool,
-    /// Say that the agents are those of `cargo xtask dist` (MESH_AGENT_BIN names them)
+    /// Say that the agents are those of `cargo xtask dist` (`MESH_AGENT_BIN` names them)
     #[arg(long)]
     dist: bool,
     /// Where NAME.json goes, one for each suite

@@ -92,8 +92,10 @@ fn files_come_in_the_place_of_a_secret() {
 
 #[test]
 fn files_that_are_not_there_come_to_no_connection() {
+    /// The fields, what is in the files they name, the field that is wrong, and why.
+    type Row<'t> = (&'t str, &'t [(&'t str, Result<&'t str, &'t str>)], &'t str, &'t str);
     let gone = [("c", Err("the file is not there"))];
-    let table: [(&str, &[(&str, Result<&str, &str>)], &str, &str); 3] = [
+    let table: [Row<'_>; 3] = [
         // Where nobody reads files: in a cluster.
         ("mode: SIMPLE, caCertificates: c", &[], "tls.caCertificates", "name that by credentialName"),
         ("mode: SIMPLE, caCrl: c", &gone, "tls.caCrl", "is not there"),

@@ -22,7 +22,7 @@ fn rule(head: &str, labels: Option<&str>, timeout: u32, more: &str) -> String {
     istio(&format!("DestinationRule {head}"), &spec)
 }
 
-fn seen_by<'s>(snapshot: &'s Snapshot, last: u8) -> &'s Arc<Cluster> {
+fn seen_by(snapshot: &Snapshot, last: u8) -> &Arc<Cluster> {
     let client = &snapshot.workloads[&IpAddr::from([10, 0, 9, last])];
     &snapshot.services[A].port_for(client.view(), 80).unwrap().cluster
 }

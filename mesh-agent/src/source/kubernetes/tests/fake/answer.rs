@@ -82,7 +82,7 @@ pub(super) async fn answer(
     request: Request<Incoming>,
 ) -> Result<Response<Body>, Infallible> {
     let (head, body) = request.into_parts();
-    let sent = body.collect().await.map(|body| body.to_bytes()).unwrap_or_default();
+    let sent = body.collect().await.map(http_body_util::Collected::to_bytes).unwrap_or_default();
     let query = head.uri.query().unwrap_or_default().to_owned();
     let query: BTreeMap<String, String> = query
         .split('&')
