@@ -26,6 +26,10 @@ use std::{
 
 use anyhow::{Context as _, Result, anyhow};
 use arc_swap::ArcSwap;
+use nix::sys::signal::{
+    SigSet,
+    Signal::{SIGHUP, SIGINT, SIGTERM},
+};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::watch,
@@ -56,6 +60,7 @@ use crate::{
     enrolment::{Announcer, Ended, Enrolment, Namespaces, put_in_force},
     handover::{self, Door, Offered, Place},
     identity::Authority,
+    overload::Overload,
     proxy::{Mesh, checks::check_endpoints, health::watch_endpoints},
     report::Reporter,
     source::{Cluster, Sandboxes, Source, key_sets},
@@ -90,6 +95,7 @@ pub fn node(config: NodeConfig, log: &str) -> Result<()> {
         return Err(NotStarted("capturing traffic takes root".to_owned()).into());
     }
     capture::keep_little();
+    Signals::hold().context("holding signals back")?;
     // What watches, enrols and reports; connections have threads of their own.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(run_node(config, &from, log_level))
@@ -117,12 +123,25 @@ struct Signals {
 }
 
 impl Signals {
+    /// To be called before there is a second thread. A signal that comes between here and [`Self::register`] waits: the runtime
+    /// takes note of one a moment before anybody can be told of it.
+    fn hold() -> nix::Result<()> {
+        Self::all().thread_block()
+    }
+
+    /// On the thread that called [`Self::hold`], which from here on is the one that signals interrupt.
     fn register() -> io::Result<Self> {
-        Ok(Self {
+        let registered = Self {
             hangup: signal(SignalKind::hangup())?,
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
-        })
+        };
+        Self::all().thread_unblock()?;
+        Ok(registered)
+    }
+
+    fn all() -> SigSet {
+        [SIGHUP, SIGTERM, SIGINT].into_iter().collect()
     }
 
     /// SIGHUP reads the configuration again; SIGTERM and SIGINT end the agent.
@@ -259,19 +278,7 @@ async fn serve_pods(
     let Parts { begun, authority, reporter, capture, workers } = parts;
     let Begun { source, cluster, mut run_dir, listeners, before } = begun;
     let (memory, overload) = overload::measure(&config.overload)?;
-    let mesh = Arc::new(Mesh {
-        node: config.node.as_str().into(),
-        snapshot: ArcSwap::new(Arc::clone(&source.snapshots.borrow())),
-        pods: LocalPods::default(),
-        reporter: Arc::clone(&reporter),
-        limits: config.http,
-        path_normalization: config.path_normalization,
-        direct: config.direct,
-        endpoints: capture.endpoints(),
-        overload: Arc::clone(&overload),
-        carrier_interval: config.carrier_interval,
-        workers,
-    });
+    let mesh = mesh(config, &source, &capture, (Arc::clone(&reporter), overload, workers));
     overload::watch(memory, &mesh, &config.overload).context("watching memory")?;
     let snapshots = put_in_force(Arc::clone(&mesh), source.snapshots.clone());
     let drain = Drain::default();
@@ -290,14 +297,7 @@ async fn serve_pods(
     {
         return Ok(());
     }
-    let (certified, following) = (Arc::clone(&authority), snapshots.clone());
-    let connect = move || {
-        let certified = Arc::clone(&certified);
-        async move { certified.call().await }
-    };
-    tokio::spawn(key_sets::run(connect, following));
-    tokio::spawn(check_endpoints(Arc::clone(&mesh), snapshots.clone()));
-    tokio::spawn(watch_endpoints(Arc::clone(&reporter), snapshots.clone()));
+    follow(&mesh, &authority, &snapshots);
     tokio::spawn(report_flows(capture.closed_flows()?, Arc::clone(&mesh)));
     drop(capture);
     let door = open_door(&listeners, &run_dir, config)?;
@@ -349,6 +349,39 @@ async fn serve_pods(
         leaving.until_nothing_is_open(config.handover_deadline, signals).await;
     }
     Ok(())
+}
+
+fn mesh(
+    config: &NodeConfig,
+    source: &Source,
+    capture: &Capture,
+    (reporter, overload, workers): (Arc<Reporter>, Arc<Overload>, Workers),
+) -> Arc<Mesh> {
+    Arc::new(Mesh {
+        node: config.node.as_str().into(),
+        snapshot: ArcSwap::new(Arc::clone(&source.snapshots.borrow())),
+        pods: LocalPods::default(),
+        reporter,
+        limits: config.http,
+        path_normalization: config.path_normalization,
+        direct: config.direct,
+        endpoints: capture.endpoints(),
+        overload,
+        carrier_interval: config.carrier_interval,
+        workers,
+    })
+}
+
+/// Starts what follows the configuration beside the enrolment: key sets, health checks, figures of endpoints.
+fn follow(mesh: &Arc<Mesh>, authority: &Arc<Authority>, snapshots: &watch::Receiver<Arc<Snapshot>>) {
+    let certified = Arc::clone(authority);
+    let connect = move || {
+        let certified = Arc::clone(&certified);
+        async move { certified.call().await }
+    };
+    tokio::spawn(key_sets::run(connect, snapshots.clone()));
+    tokio::spawn(check_endpoints(Arc::clone(mesh), snapshots.clone()));
+    tokio::spawn(watch_endpoints(Arc::clone(&mesh.reporter), snapshots.clone()));
 }
 
 /// Ends the process as a crash would, with everything in the kernel as it is: the next agent of the node takes it over, and

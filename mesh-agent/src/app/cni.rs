@@ -126,7 +126,6 @@ fn same_namespace(held: &Path, told: &Path) -> bool {
 #[derive(Debug)]
 pub(super) struct Plugin {
     places: Places,
-    never: Vec<String>,
     keep_file: KeepFile,
     tasks: Vec<JoinHandle<()>>,
 }
@@ -152,15 +151,14 @@ impl Plugin {
         );
         let serving = serve(socket, move |request| enrolling.clone().answer(request));
         // What it names is there before the plugin is.
-        let never = config.cni.cni_never.clone();
-        let mut installation = Installation::new(places.clone(), &never)?;
+        let mut installation = Installation::new(places.clone(), &config.cni.cni_never)?;
         let keeping = async move {
             if let Err(error) = installation.keep().await {
                 tracing::error!("pods may start without waiting for their enrolment: {error:#}");
             }
         };
         let tasks = vec![tokio::spawn(namespaces), tokio::spawn(serving), tokio::spawn(keeping)];
-        Ok(Some(Self { places, never, keep_file, tasks }))
+        Ok(Some(Self { places, keep_file, tasks }))
     }
 
     /// Ends it here. `remove`: on the node too; otherwise another agent serves it, now or later, and until then pods of
@@ -175,8 +173,8 @@ impl Plugin {
             return;
         }
         let namespaces = self.places.run_dir.join(NAMESPACES_NAME);
-        let removed = Installation::new(self.places, &self.never).and_then(Installation::remove);
-        if let Err(error) = removed {
+        let left = Installation::left_in(&self.places.run_dir);
+        if let Err(error) = left.and_then(|left| left.map_or(Ok(()), Installation::remove)) {
             tracing::error!("the CNI plugin is not removed from this node: {error:#}");
         }
         let _ = std::fs::remove_file(namespaces);

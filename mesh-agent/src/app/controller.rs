@@ -27,6 +27,7 @@ use crate::{
 pub fn controller(config: ControllerConfig, log: &str) -> Result<()> {
     start_log(log)?;
     let from = From::find(&config.source, Cluster::is_around(), "controller")?;
+    Signals::hold().context("holding signals back")?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(run(config, &from))
 }
