@@ -145,7 +145,8 @@ fn connections_of_a_pod(most: usize) -> usize {
     if share == 0 { most } else { most.min(share) }
 }
 
-fn namespace_id(path: &Path) -> Option<(u64, u64)> {
+/// Which namespace a path leads to: its device and inode.
+pub(crate) fn namespace_id(path: &Path) -> Option<(u64, u64)> {
     std::fs::metadata(path).ok().map(|meta| (meta.dev(), meta.ino()))
 }
 

@@ -97,14 +97,14 @@ pub const SERVERS: [Package; 5] = [
 pub const CLUSTER: [Package; 10] = [
     Package { name: "containernetworking-plugins", sign: Sign::File("/usr/lib/cni/ptp") },
     Package { name: "nftables", sign: Sign::Program("nft") },
-    Package { name: "iptables", sign: Sign::Program("iptables") },
+    IPTABLES[0],
     Package { name: "conntrack", sign: Sign::Program("conntrack") },
-    Package { name: "iproute2", sign: Sign::Program("ip") },
+    LAB[0],
     Package { name: "kmod", sign: Sign::Program("modprobe") },
     Package { name: "openssl", sign: Sign::Program("openssl") },
     Package { name: "busybox-static", sign: Sign::File("/bin/busybox") },
     Package { name: "curl", sign: Sign::Program("curl") },
-    Package { name: "ca-certificates", sign: Sign::File("/etc/ssl/certs/ca-certificates.crt") },
+    AUTHORITIES[0],
 ];
 
 /// What starts containers. Not installed where others have put the same programs: the packages exclude one another.

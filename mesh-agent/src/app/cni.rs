@@ -1,12 +1,6 @@
 //! What the CNI plugin of this node is told: whether a pod is enrolled, by what the configuration and the enrolment say.
 
-use std::{
-    collections::BTreeSet,
-    os::unix::fs::MetadataExt as _,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::BTreeSet, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result};
 use tokio::{sync::watch, task::JoinHandle, time::timeout};
@@ -19,7 +13,7 @@ use crate::{
         serve::serve,
     },
     config::NodeConfig,
-    enrolment::Failing,
+    enrolment::{Failing, namespace_id},
     proxy::Mesh,
     source::{Sandbox, Sandboxes},
     state::snapshot::{Snapshot, Workload},
@@ -103,8 +97,8 @@ impl Enrolling {
         let pod = pods.get(&PodName::from(&**workload)).filter(|pod| !pod.net().is_passed_by())?;
         // One of the same name may have been here before, as those of a StatefulSet have.
         let held = pod.workload();
-        let same = same_namespace(held.netns.as_deref()?, request.netns.as_deref()?);
-        same.then_some(Answer::Enrolled)
+        let [held, told] = [&held.netns, &request.netns].map(|path| namespace_id(path.as_deref()?));
+        (held.is_some() && held == told).then_some(Answer::Enrolled)
     }
 
     fn not_yet(&self, request: &Request) -> Answer {
@@ -115,11 +109,6 @@ impl Enrolling {
             "the agent of this node has not heard of it from the API server, or is still at work on it";
         Answer::Refused(reason.unwrap_or_else(|| unknown.to_owned()))
     }
-}
-
-fn same_namespace(held: &Path, told: &Path) -> bool {
-    let id = |path: &Path| std::fs::metadata(path).ok().map(|meta| (meta.dev(), meta.ino()));
-    held == told || id(held).is_some_and(|held| Some(held) == id(told))
 }
 
 /// The plugin on this node, for as long as the agent runs.
@@ -134,11 +123,10 @@ impl Plugin {
     /// Listens for plugins, and installs ours; `None` where the flags ask for none.
     pub fn start(config: &NodeConfig, run_dir: &RunDir, enrolling: Enrolling) -> Result<Option<Self>> {
         let Some(programs) = config.cni.cni_bin_dir.clone() else { return Ok(None) };
-        let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf());
         let places = Places {
             programs,
             configurations: config.cni.cni_conf_dir.clone(),
-            run_dir: absolute(run_dir.path()),
+            run_dir: std::path::absolute(run_dir.path()).context("--run-dir")?,
         };
         let path = places.run_dir.join(SOCKET_NAME);
         let socket = Socket::put(&path).with_context(|| format!("listening on {}", path.display()))?;
@@ -199,7 +187,9 @@ async fn keep_namespaces(
         if left.as_ref() != Some(&now) {
             match now.write(&path) {
                 Ok(()) => left = Some(now),
-                Err(error) => tracing::error!("cannot write {}: {error}", path.display()),
+                Err(error) => {
+                    tracing::error!("what CNI plugins go by without an agent is not up to date: {error:#}");
+                }
             }
         }
         let ended = tokio::select! {

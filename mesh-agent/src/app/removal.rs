@@ -5,24 +5,21 @@
 //! (`mesh.io/when-agent-is-down`). Whoever cannot be asked has not said that it goes: what is left behind by mistake
 //! `mesh-agent clean` removes, what is removed by mistake lets pods talk in the clear. Tested below.
 
-use std::time::Duration;
+use std::{pin::pin, time::Duration};
 
 use futures_util::{StreamExt as _, future::join_all};
 use k8s_openapi::api::apps::v1::DaemonSet;
-use kube::{Api, Client, runtime::watcher::watch_object};
-use tokio::{
-    sync::watch,
-    time::{sleep, timeout},
+use kube::{
+    Api, Client,
+    runtime::{WatchStreamExt as _, watcher::watch_object},
 };
+use tokio::{sync::watch, time::timeout};
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::{config::DaemonSetName, proxy::Mesh};
 
 /// How long the API server may take to answer: what waits for the end of this process waits longer.
 const ANSWER: Duration = Duration::from_secs(5);
-
-/// Pause before the API server is asked again after it has failed.
-const AGAIN: Duration = Duration::from_secs(5);
 
 /// Who can say it.
 #[derive(Debug)]
@@ -78,12 +75,11 @@ fn is_deleted(set: Option<&DaemonSet>) -> bool {
 }
 
 async fn follow(sets: Api<DaemonSet>, name: String, told: watch::Sender<bool>) {
-    loop {
-        let mut seen = std::pin::pin!(watch_object(sets.clone(), &name));
-        while let Some(Ok(set)) = seen.next().await {
+    let mut seen = pin!(watch_object(sets, &name).default_backoff());
+    while let Some(news) = seen.next().await {
+        if let Ok(set) = news {
             told.send_replace(is_deleted(set.as_ref()));
         }
-        sleep(AGAIN).await;
     }
 }
 
@@ -111,7 +107,7 @@ mod tests {
         let fake = Fake::start().await;
         let removal = Removal::new(Some(fake.cluster().client()), Some(name()));
         let set = |deleted: Option<&str>| {
-            json!({"metadata": {"name": "mesh-agent", "namespace": "mesh-system", "deletionTimestamp": deleted},
+            json!({"kind": "DaemonSet", "metadata": {"name": "mesh-agent", "namespace": "mesh-system", "deletionTimestamp": deleted},
                    "spec": {"selector": {}, "template": {}}})
         };
         fake.put("apps", "daemonsets", set(None));
@@ -130,7 +126,7 @@ mod tests {
     #[tokio::test]
     async fn what_was_told_holds_when_nobody_may_ask_any_more() {
         let fake = Fake::start().await;
-        let set = json!({"metadata": {"name": "mesh-agent", "namespace": "mesh-system"},
+        let set = json!({"kind": "DaemonSet", "metadata": {"name": "mesh-agent", "namespace": "mesh-system"},
                          "spec": {"selector": {}, "template": {}}});
         fake.put("apps", "daemonsets", set);
         let removal = Removal::new(Some(fake.cluster().client()), Some(name()));

@@ -19,10 +19,12 @@ use serde_json::{Value, json};
 use super::{
     PLUGIN,
     chain::{self, NoChain},
-    put,
 };
-use crate::admin::CNI_INSTALLED;
-use crate::watcher::{Pace, Watcher};
+use crate::{
+    admin::CNI_INSTALLED,
+    identity::write_over,
+    watcher::{Pace, Watcher},
+};
 
 /// The list we make where the runtime's first choice is a single plugin. It sorts before names that begin with digits, as
 /// those of runtimes do: they take the first by name.
@@ -112,14 +114,9 @@ impl Installation {
     /// The files outside of the run directory that it is in.
     pub fn files(&self) -> Vec<PathBuf> {
         let program = Some(self.places.programs.join(PLUGIN)).filter(|path| path.exists());
-        let chained = |path: &PathBuf| {
-            let conf =
-                fs::read_to_string(path).ok().and_then(|text| serde_json::from_str::<Value>(&text).ok());
-            conf.as_ref().and_then(chain::without).is_some()
-        };
         let names = self.names().unwrap_or_default().into_iter();
         let paths = names.map(|name| self.places.configurations.join(name));
-        program.into_iter().chain(paths.filter(chained)).collect()
+        program.into_iter().chain(paths.filter(|path| without_us(path).is_some())).collect()
     }
 
     /// Follows the directory of configurations; ends never.
@@ -143,8 +140,7 @@ impl Installation {
         if fs::read(&program).is_ok_and(|there| there == contents) {
             return Ok(());
         }
-        put(&program, &contents, 0o755)
-            .with_context(|| format!("--cni-bin-dir: writing {}", program.display()))
+        write_over(&program, 0o755, &contents).context("--cni-bin-dir")
     }
 
     /// Brings the chain up to date; what fails is logged once.
@@ -240,9 +236,7 @@ impl Installation {
     /// Gives a file back as it was before us, where we are in it.
     fn restore(&mut self, name: &str) -> Result<()> {
         let path = self.places.configurations.join(name);
-        let Ok(text) = fs::read_to_string(&path) else { return Ok(()) };
-        let conf = serde_json::from_str::<Value>(&text).ok();
-        let Some(without) = conf.as_ref().and_then(chain::without) else { return Ok(()) };
+        let Some(without) = without_us(&path) else { return Ok(()) };
         let original = self.originals.remove(name);
         let same =
             original.filter(|text| serde_json::from_str::<Value>(text).ok().as_ref() == Some(&without));
@@ -265,15 +259,20 @@ impl Installation {
         let Places { programs, configurations, run_dir } = self.places.clone();
         let record = Record { programs, configurations, originals: self.originals.clone() };
         let path = run_dir.join(CNI_INSTALLED);
-        put(&path, serde_json::to_string(&record)?.as_bytes(), 0o600)
-            .with_context(|| format!("writing {}", path.display()))
+        Ok(write_over(&path, 0o600, serde_json::to_string(&record)?.as_bytes())?)
     }
 
     fn write(&self, name: &str, text: &str) -> Result<()> {
         let path = self.places.configurations.join(name);
         let mode = fs::metadata(&path).map_or(0o644, |meta| meta.permissions().mode() & 0o777);
-        put(&path, text.as_bytes(), mode).with_context(|| format!("writing {}", path.display()))
+        Ok(write_over(&path, mode, text.as_bytes())?)
     }
+}
+
+/// The list in this file without our entry; `None`: it has none, or is no list.
+fn without_us(path: &Path) -> Option<Value> {
+    let text = fs::read_to_string(path).ok()?;
+    chain::without(&serde_json::from_str(&text).ok()?)
 }
 
 #[cfg(test)]

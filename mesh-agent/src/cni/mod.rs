@@ -26,6 +26,8 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
+use crate::identity::write_over;
+
 pub use crate::admin::{CNI_NAMESPACES as NAMESPACES_NAME, CNI_SOCKET as SOCKET_NAME};
 
 /// The plugin's type, which is the name of its program in the runtime's directory of plugins.
@@ -111,8 +113,8 @@ impl Namespaces {
     ///
     /// # Errors
     /// The file cannot be written.
-    pub fn write(&self, path: &Path) -> io::Result<()> {
-        put(path, serde_json::to_string(self)?.as_bytes(), 0o600)
+    pub fn write(&self, path: &Path) -> anyhow::Result<()> {
+        Ok(write_over(path, 0o600, serde_json::to_string(self)?.as_bytes())?)
     }
 }
 
@@ -133,28 +135,6 @@ pub fn ask(socket: &Path, request: &Request, patience: Duration) -> io::Result<A
         return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the agent hung up"));
     }
     serde_json::from_str(&answer).map_err(io::Error::other)
-}
-
-/// Writes a file beside its place and moves it there: whoever reads it finds the old one or the new one.
-fn put(path: &Path, contents: &[u8], mode: u32) -> io::Result<()> {
-    use std::os::unix::fs::OpenOptionsExt as _;
-
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    // A leading dot, and no suffix that a runtime would take for a configuration.
-    let beside = path.with_file_name(format!(".{name}.{}.mesh-tmp", std::process::id()));
-    let written = (|| {
-        let _ = std::fs::remove_file(&beside);
-        let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&beside)?;
-        file.write_all(contents)?;
-        // The mask of the process is not the file's owner's wish.
-        file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(mode))?;
-        file.sync_all()?;
-        std::fs::rename(&beside, path)
-    })();
-    if written.is_err() {
-        let _ = std::fs::remove_file(&beside);
-    }
-    written
 }
 
 #[cfg(test)]

@@ -146,8 +146,9 @@ mod tests {
     fn conf(rest: &Value) -> Result<NetConf, Failure> {
         let mut conf = json!({"cniVersion": "1.0.0", "name": "net", "type": "mesh-cni",
             "socket": "/run/mesh/a/cni.sock", "namespaces": "/run/mesh/a/cni-namespaces.json"});
-        let (Some(fields), Some(more)) = (conf.as_object_mut(), rest.as_object()) else { unreachable!() };
-        fields.extend(more.clone());
+        for (field, value) in rest.as_object().into_iter().flatten() {
+            conf[field] = value.clone();
+        }
         NetConf::parse(conf.to_string().as_bytes())
     }
 

@@ -9,23 +9,24 @@ use std::{
     collections::BTreeMap,
     fs, io,
     path::{Path, PathBuf},
-    time::Duration,
+    pin::pin,
 };
 
 use anyhow::{Context as _, Result, ensure};
 use futures_util::StreamExt as _;
 use k8s_openapi::{ByteString, api::core::v1::Secret, apimachinery::pkg::apis::meta::v1::ObjectMeta};
-use kube::{Api, Client, api::PostParams, runtime::watcher::watch_object};
+use kube::{
+    Api, Client,
+    api::PostParams,
+    runtime::{WatchStreamExt as _, watcher::watch_object},
+};
 use zeroize::Zeroizing;
 
-use crate::identity::{EmbeddedCa, write_over};
+use crate::identity::{CERTIFICATE, CHAIN, EmbeddedCa, KEY, ROOTS, prepare_dir, write_over};
 
 /// The files of an authority, by their names in the Secret; roots and chain are there only for one that is no root itself, or
 /// while roots change.
-const FILES: [&str; 4] = ["ca-cert.pem", "ca-key.pem", "root-cert.pem", "cert-chain.pem"];
-
-/// Pause before the API server is asked again after it has failed.
-const AGAIN: Duration = Duration::from_secs(2);
+const FILES: [&str; 4] = [CERTIFICATE, KEY, ROOTS, CHAIN];
 
 /// Who makes what is made here, for people who find it.
 const MANAGER: (&str, &str) = ("app.kubernetes.io/managed-by", "mesh-controller");
@@ -76,23 +77,19 @@ impl AuthoritySecret {
 
     /// Follows the Secret: what replaces it is in the directory, which whoever signs follows. Ends never.
     pub async fn follow(self) {
-        loop {
-            let mut seen = std::pin::pin!(watch_object(self.secrets.clone(), &self.name));
-            while let Some(news) = seen.next().await {
-                match news {
-                    Ok(Some(secret)) => {
-                        if let Err(error) = self.take(&secret) {
-                            tracing::error!("Secret {}: {error:#}; the authority stays as it was", self.name);
-                        }
-                    }
-                    Ok(None) => self.put_back().await,
-                    Err(error) => {
-                        tracing::warn!("Secret {} cannot be followed: {error}; it is tried again", self.name);
-                        break;
+        let mut seen = pin!(watch_object(self.secrets.clone(), &self.name).default_backoff());
+        while let Some(news) = seen.next().await {
+            match news {
+                Ok(Some(secret)) => {
+                    if let Err(error) = self.take(&secret) {
+                        tracing::error!("Secret {}: {error:#}; the authority stays as it was", self.name);
                     }
                 }
+                Ok(None) => self.put_back().await,
+                Err(error) => {
+                    tracing::warn!("Secret {} cannot be followed: {error}; it is tried again", self.name);
+                }
             }
-            tokio::time::sleep(AGAIN).await;
         }
     }
 
@@ -111,7 +108,7 @@ impl AuthoritySecret {
             ensure!(of(name).is_some_and(|bytes| !bytes.is_empty()), "it has no {name}");
         }
         // As `EmbeddedCa::open` would make it.
-        crate::identity::prepare_dir(&self.dir)?;
+        prepare_dir(&self.dir)?;
         for name in FILES {
             let path = self.dir.join(name);
             match of(name) {

@@ -3,26 +3,23 @@
 //! Promises that it holds what the authority says now, within moments of a change; and that it is there again when somebody
 //! takes it away. Roots are no secret. Tested in `authority_secret.rs`.
 
-use std::{sync::Arc, time::Duration};
+use std::{pin::pin, sync::Arc, time::Duration};
 
 use futures_util::StreamExt as _;
 use k8s_openapi::api::core::v1::ConfigMap;
 use kube::{
     Api, Client,
     api::{Patch, PatchParams},
-    runtime::watcher::watch_object,
+    runtime::{WatchStreamExt as _, watcher::watch_object},
 };
 use serde_json::json;
 
-use crate::identity::EmbeddedCa;
+use crate::identity::{EmbeddedCa, ROOTS};
 
 /// Its name, which agents' pods know.
 pub const NAME: &str = "mesh-ca-root";
 
-/// The file it becomes.
-const FILE: &str = "root-cert.pem";
-
-/// Pause before the API server is asked again after it has failed.
+/// Pause before the API server is asked to take it again, after it has refused.
 const AGAIN: Duration = Duration::from_secs(2);
 
 /// Keeps it as it has to be. Ends never.
@@ -42,9 +39,9 @@ pub(crate) async fn publish(client: Client, ca: Arc<EmbeddedCa>) {
     }
 }
 
-/// Until somebody else has changed it, or taken it away, or nobody knows.
+/// Until somebody else has changed it, or taken it away.
 async fn until_changed(maps: &Api<ConfigMap>, roots: &str) {
-    let mut seen = std::pin::pin!(watch_object(maps.clone(), NAME));
+    let mut seen = pin!(watch_object(maps.clone(), NAME).default_backoff());
     while let Some(news) = seen.next().await {
         match news {
             Ok(Some(map)) if holds(&map, roots) => {}
@@ -52,16 +49,13 @@ async fn until_changed(maps: &Api<ConfigMap>, roots: &str) {
                 tracing::warn!("ConfigMap {NAME} was changed or deleted by somebody else; it is put right");
                 return;
             }
-            Err(error) => {
-                tracing::debug!(%error, "ConfigMap {NAME} cannot be followed; it is written again");
-                return tokio::time::sleep(AGAIN).await;
-            }
+            Err(error) => tracing::warn!("ConfigMap {NAME} cannot be followed: {error}; it is tried again"),
         }
     }
 }
 
 fn holds(map: &ConfigMap, roots: &str) -> bool {
-    map.data.as_ref().and_then(|data| data.get(FILE)).is_some_and(|held| held == roots)
+    map.data.as_ref().and_then(|data| data.get(ROOTS)).is_some_and(|held| held == roots)
 }
 
 async fn apply(maps: &Api<ConfigMap>, roots: &str) -> Result<(), kube::Error> {
@@ -69,7 +63,7 @@ async fn apply(maps: &Api<ConfigMap>, roots: &str) -> Result<(), kube::Error> {
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": {"name": NAME, "labels": {"app.kubernetes.io/managed-by": "mesh-controller"}},
-        "data": {FILE: roots},
+        "data": {ROOTS: roots},
     });
     maps.patch(NAME, &PatchParams::apply("mesh-controller").force(), &Patch::Apply(map)).await.map(|_| ())
 }

@@ -15,12 +15,14 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::{
     Api, Client,
     api::{Patch, PatchParams},
+    runtime::utils::Backoff as _,
 };
 use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::{
+    source::Retry,
     state::{
         compile::{ANNOUNCED, ENROLLED},
         snapshot::{Snapshot, Workload},
@@ -45,7 +47,14 @@ impl Announcer {
     /// For the pods of this node. Says nothing before it is told which are in the mesh.
     pub fn start(client: Client, node: Arc<str>, snapshots: watch::Receiver<Arc<Snapshot>>) -> Self {
         let (enrolled, told) = watch::channel(None);
-        let task = Task { client, node, snapshots, told, written: HashMap::new(), retry: RETRY.0 };
+        let task = Task {
+            client,
+            node,
+            snapshots,
+            told,
+            written: HashMap::new(),
+            retry: Retry::new(RETRY.0, RETRY.1),
+        };
         Self { enrolled, _task: AbortOnDropHandle::new(tokio::spawn(task.run())) }
     }
 
@@ -68,19 +77,22 @@ struct Task {
     told: watch::Receiver<Option<Arc<HashSet<PodName>>>>,
     /// What was written and has not come back yet.
     written: HashMap<PodName, bool>,
-    retry: Duration,
+    retry: Retry,
 }
 
 impl Task {
     async fn run(mut self) {
         loop {
             let all_well = self.write().await;
-            let retry = self.retry;
-            self.retry = if all_well { RETRY.0 } else { (retry * 2).min(RETRY.1) };
+            if all_well {
+                self.retry.reset();
+            }
+            // It has no end.
+            let retry = self.retry.next().unwrap_or(RETRY.1);
             tokio::select! {
                 changed = self.snapshots.changed() => if changed.is_err() { return },
                 changed = self.told.changed() => if changed.is_err() { return },
-                () = tokio::time::sleep(retry.mul_f64(1.0 + fastrand::f64())), if !all_well => {}
+                () = tokio::time::sleep(retry), if !all_well => {}
             }
         }
     }

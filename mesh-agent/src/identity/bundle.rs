@@ -21,10 +21,10 @@ use super::{
     trust::{CLOCK_SKEW, Chain, Root, Roots, Trust, Usage},
 };
 
-pub(super) const KEY: &str = "ca-key.pem";
-pub(super) const CERTIFICATE: &str = "ca-cert.pem";
-pub(super) const CHAIN: &str = "cert-chain.pem";
-pub(super) const ROOTS: &str = "root-cert.pem";
+pub(crate) const KEY: &str = "ca-key.pem";
+pub(crate) const CERTIFICATE: &str = "ca-cert.pem";
+pub(crate) const CHAIN: &str = "cert-chain.pem";
+pub(crate) const ROOTS: &str = "root-cert.pem";
 
 /// Most certificates between a leaf and its root.
 const LONGEST_CHAIN: usize = 8;

@@ -31,6 +31,7 @@ mod workload;
 mod workload_api;
 
 pub use authority::{Authority, AuthorityInfo};
+pub(crate) use bundle::{CERTIFICATE, CHAIN, KEY, ROOTS};
 pub(crate) use ca::EmbeddedCa;
 pub use ca::{CertificateInfo, LeafPolicy};
 pub(crate) use issue::{Issued, IssuedServer};

@@ -10,7 +10,7 @@ use std::{
     ffi::OsString,
     fs::{self, DirBuilder, File, OpenOptions},
     io::{self, Read, Write},
-    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt as _},
     path::{Path, PathBuf},
 };
 
@@ -318,7 +318,12 @@ pub(crate) fn write_over(path: &Path, mode: u32, contents: &[u8]) -> Result<(), 
         .create_new(true)
         .mode(mode)
         .open(&temporary)
-        .and_then(|mut file| file.write_all(contents).and_then(|()| file.sync_all()))
+        .and_then(|mut file| {
+            file.write_all(contents)?;
+            // The mask of the process may have taken some of it.
+            file.set_permissions(fs::Permissions::from_mode(mode))?;
+            file.sync_all()
+        })
         .and_then(|()| fs::rename(&temporary, path));
     if written.is_err() {
         // It may not have been made at all.
@@ -329,7 +334,7 @@ pub(crate) fn write_over(path: &Path, mode: u32, contents: &[u8]) -> Result<(), 
 
 #[cfg(test)]
 mod tests {
-    use std::{os::unix::fs::PermissionsExt, sync::Barrier, thread};
+    use std::{sync::Barrier, thread};
 
     use super::*;
 

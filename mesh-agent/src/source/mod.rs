@@ -35,6 +35,7 @@ use crate::{
 
 pub use directory::read_text;
 pub use file::read_documents;
+pub(crate) use kubernetes::Retry;
 pub use kubernetes::{Cluster, kubernetes};
 pub use sandboxes::{ByUid, Sandbox, Sandboxes};
 

@@ -33,18 +33,24 @@ fn bookinfo_answers_through_names_and_service_addresses() -> Result<()> {
             ensure!(page.contains("The Comedy of Errors"), "{client} asks {host}: {page}");
             ensure!(!page.contains("not available"), "nothing is missing on the page: {page}");
         }
-        let seen = versions(&namespace, &client)?;
+        let seen = versions(&namespace, &client, "somebody", REQUESTS)?;
         assert_eq!(seen.iter().map(String::as_str).collect::<Vec<_>>(), ["v1", "v2", "v3"], "from {client}");
     }
     Ok(())
 }
 
-/// Which versions of the reviews answered; every request has to succeed.
-fn versions(namespace: &Namespace, client: &str) -> Result<BTreeSet<String>> {
-    let one =
-        "curl -sSf -o /dev/null -w '%header{x-bookinfo-reviews}\\n' http://productpage:9080/productpage";
-    let script = format!("for i in $(seq {REQUESTS}); do {one} || exit 1; done");
+/// Which versions of the reviews answered so many requests of this user; every one has to succeed.
+pub fn versions(
+    namespace: &Namespace,
+    client: &str,
+    user: &str,
+    requests: usize,
+) -> Result<BTreeSet<String>> {
+    let one = format!(
+        "curl -sSf -o /dev/null -H 'end-user: {user}' -w '%header{{x-bookinfo-reviews}}\\n' http://productpage:9080/productpage"
+    );
+    let script = format!("for i in $(seq {requests}); do {one} || exit 1; done");
     let said = namespace.exec(client, &["sh", "-c", &script])?;
-    assert_eq!(said.lines().count(), REQUESTS);
+    ensure!(said.lines().count() == requests, "{said}");
     Ok(said.lines().map(str::to_owned).collect())
 }

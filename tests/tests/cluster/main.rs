@@ -2,5 +2,6 @@
 
 mod api_server;
 mod bookinfo;
+mod load;
 mod mesh;
 mod nodes;

@@ -6,7 +6,7 @@ use std::{collections::BTreeSet, path::PathBuf};
 use anyhow::{Context as _, Result, ensure};
 use lab::cluster::{Cluster, Namespace};
 
-use crate::api_server::{LOAD, SERVICE};
+use crate::{bookinfo::versions, load};
 
 const SYSTEM: &str = "mesh-system";
 /// All answers of one version of three by chance: (1/3)^20, some 3 in 10^10.
@@ -105,17 +105,6 @@ impl Drop for Mesh<'_> {
     }
 }
 
-/// Which versions of the reviews answered; every request has to succeed.
-fn versions(namespace: &Namespace, client: &str, user: &str) -> Result<BTreeSet<String>> {
-    let one = format!(
-        "curl -sSf -o /dev/null -H 'end-user: {user}' -w '%header{{x-bookinfo-reviews}}\\n' http://productpage:9080/productpage"
-    );
-    let script = format!("for i in $(seq {REQUESTS}); do {one} || exit 1; done");
-    let said = namespace.exec(client, &["sh", "-c", &script])?;
-    ensure!(said.lines().count() == REQUESTS, "{said}");
-    Ok(said.lines().map(str::to_owned).collect())
-}
-
 /// The pods of a namespace that their agents have said to be in the mesh.
 fn enrolled(namespace: &Namespace) -> Result<BTreeSet<String>> {
     let pods = namespace.get(&["pods"])?;
@@ -146,9 +135,9 @@ fn bookinfo_is_routed_between_nodes_over_mutual_tls_and_nothing_is_left() -> Res
         ensure!(is_in.len() == all, "{is_in:?} of {all} pods are in the mesh");
         for node in &nodes {
             let client = format!("client-{node}");
-            let jason = versions(&namespace, &client, "jason")?;
+            let jason = versions(&namespace, &client, "jason", REQUESTS)?;
             ensure!(jason == BTreeSet::from(["v2".to_owned()]), "{client} as jason: {jason:?}");
-            let others = versions(&namespace, &client, "somebody")?;
+            let others = versions(&namespace, &client, "somebody", REQUESTS)?;
             ensure!(others == BTreeSet::from(["v3".to_owned()]), "{client} as somebody: {others:?}");
         }
         // Requests have come to the pods of either node as mutual TLS.
@@ -170,7 +159,7 @@ fn bookinfo_is_routed_between_nodes_over_mutual_tls_and_nothing_is_left() -> Res
         ensure!(left.trim().is_empty(), "on {node}: {left}");
     }
     for node in cluster.nodes()? {
-        let seen = versions(&namespace, &format!("client-{node}"), "jason")?;
+        let seen = versions(&namespace, &format!("client-{node}"), "jason", REQUESTS)?;
         ensure!(seen.len() > 1, "a route of the mesh still holds: {seen:?}");
     }
     Ok(())
@@ -183,25 +172,13 @@ fn agents_are_replaced_under_load_and_no_request_fails() -> Result<()> {
     let namespace = cluster.namespace("replaced")?;
     cluster.kubectl(["label", "namespace", "replaced", "mesh.io/dataplane-mode=node"])?;
     let replaced = (|| {
-        namespace.apply(&SERVICE.replace("@IMAGE@", cluster.client_image()))?;
-        namespace.kubectl(&["wait", "--for=condition=Ready", "pod/server", "--timeout=120s"])?;
-        let nodes = cluster.nodes()?;
-        for node in &nodes {
-            namespace.client(node, node)?;
-            let first = "until curl -sf -o /dev/null --max-time 5 http://server/passwd; do :; done";
-            namespace.exec(node, &["timeout", "60", "sh", "-c", first])?;
-            namespace.exec(node, &["sh", "-c", LOAD])?;
-        }
+        let nodes = load::begin(&cluster, &namespace)?;
         let before = mesh.agents()?;
         mesh.replace_agents()?;
         for node in &nodes {
-            namespace.exec(node, &["touch", "/tmp/stop"])?;
-            let answers = namespace.exec(node, &["cat", "/tmp/answers"])?;
-            // The last line may not be whole yet.
-            let whole = answers.rsplit_once('\n').map_or("", |(whole, _)| whole);
-            let statuses: Vec<_> = whole.lines().filter_map(|line| line.split_once(' ')).collect();
-            let failed = statuses.iter().filter(|(_, status)| *status != "200").count();
-            ensure!(failed == 0 && statuses.len() > 100, "{failed} of {} of {node} failed", statuses.len());
+            let answers = load::end(&namespace, node)?;
+            let failed = answers.iter().filter(|(_, status)| status != "200").count();
+            ensure!(failed == 0 && answers.len() > 100, "{failed} of {} of {node} failed", answers.len());
         }
         let now = mesh.agents()?;
         ensure!(

@@ -45,7 +45,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     // around the path
     ("admin", &["balance", "capture", "identity", "source", "upstream"]),
     ("handover", &["admin", "capture"]),
-    ("cni", &["admin"]),
+    ("cni", &["admin", "identity::write_over"]),
     ("source", &[]),
     ("controller", &["identity", "source"]),
     ("ctl", &["admin", "capture::inspect"]),

@@ -32,6 +32,7 @@ use tokio::{
 use tokio_util::task::AbortOnDropHandle;
 
 pub use self::access::Cluster;
+pub(crate) use self::watch::Retry;
 use self::{
     definitions::Definitions,
     kinds::{BUILT_IN, CONFIG_MAP, Kind, POD},
@@ -39,7 +40,7 @@ use self::{
     prune::Detail,
     secrets::Secrets,
     start::Starter,
-    watch::{Retry, Told, Watch, WatchId, What},
+    watch::{Told, Watch, WatchId, What},
 };
 use super::{
     ByUid, Reread, Sandboxes, Source,

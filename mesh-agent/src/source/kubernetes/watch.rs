@@ -208,7 +208,7 @@ pub(super) fn reason(error: &watcher::Error) -> String {
 
 /// How long it is waited before the next try.
 #[derive(Debug, Clone)]
-pub(super) struct Retry {
+pub struct Retry {
     least: Duration,
     most: Duration,
     next: Duration,

@@ -269,25 +269,18 @@ fn event(happened: &Happened, target: &Target, selector: &str, bookmarks: bool) 
 /// A merge patch of one object.
 fn patch(world: &Mutex<World>, changed: &watch::Sender<()>, target: &Target, sent: &[u8]) -> Response<Body> {
     let patch: Value = serde_json::from_slice(sent).unwrap();
-    let (namespace, name) =
-        (target.namespace.clone().unwrap_or_default(), target.name.clone().unwrap_or_default());
     let mut world = world.lock().unwrap();
-    let key = (target.group.clone(), target.plural.clone(), namespace, name);
-    let Some(before) = world.objects.get(&key).cloned() else { return status(404, "not found") };
+    let Some(before) = world.objects.get(&target.key()).cloned() else { return status(404, "not found") };
     let uid = &patch["metadata"]["uid"];
     if !uid.is_null() && *uid != before["metadata"]["uid"] {
         return status(409, "the UID in the precondition does not match");
     }
-    let mut after = before.clone();
+    let mut after = before;
     merge(&mut after, &patch);
-    world.version += 1;
-    let version = world.version;
-    after["metadata"]["resourceVersion"] = version.to_string().into();
-    world.objects.insert(key.clone(), after.clone());
-    world.history.push(Happened { version, key, before: Some(before), after: Some(after.clone()) });
+    let answer = placed(&mut world, target, &mut after, 200);
     drop(world);
     changed.send_replace(());
-    whole(200, &after)
+    answer
 }
 
 fn merge(into: &mut Value, patch: &Value) {
