@@ -20,6 +20,10 @@ enum Is {
 
 /// The slice of service `web`.
 fn slice(endpoints: &[(&Pod, Is)]) -> String {
+    numbered_slice(0, endpoints)
+}
+
+fn numbered_slice(change: usize, endpoints: &[(&Pod, Is)]) -> String {
     let endpoint = |(pod, is): &(&Pod, Is)| {
         let (ready, terminating) = match is {
             Is::Ready => (true, false),
@@ -36,7 +40,7 @@ fn slice(endpoints: &[(&Pod, Is)]) -> String {
     let endpoints: Vec<String> = endpoints.iter().filter_map(endpoint).collect();
     format!(
         "{{apiVersion: discovery.k8s.io/v1, kind: EndpointSlice, addressType: IPv4, metadata: {{name: web, \
-         namespace: default, labels: {{kubernetes.io/service-name: web}}}}, ports: [{{name: http, port: 8080}}], \
+         namespace: default, labels: {{kubernetes.io/service-name: web}}, annotations: {{change: '{change}'}}}}, ports: [{{name: http, port: 8080}}], \
          endpoints: [{}]}}",
         endpoints.join(", ")
     )
@@ -135,7 +139,8 @@ async fn a_thousand_changes_a_second_fail_no_request_and_cost_a_bounded_part_of_
         millisecond.tick().await;
         let mut now = all.clone();
         now[change % 4].1 = if change % 8 < 4 { Is::Terminating } else { Is::Gone };
-        pair.lab.apply("slice.yaml", &slice(&now))?;
+        // Each is another one: whoever looks once in a while may find what comes round as it was before.
+        pair.lab.apply("slice.yaml", &numbered_slice(change, &now))?;
     }
     let (took, used) = (begun.elapsed(), follower.cpu_time()?.saturating_sub(used));
     println!("{CHANGES} changes in {took:?}; an agent that follows them used {used:?}");
