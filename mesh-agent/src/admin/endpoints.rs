@@ -28,6 +28,9 @@ pub struct EndpointView {
     pub locality: String,
     /// Its share, among those of the others of its group.
     pub weight: u32,
+    /// What it gets of its turns is proportional to this, by its own word (`backendUtilization`): requests a second for each
+    /// whole of itself that it uses.
+    pub reported_weight: Option<f64>,
     /// The level it is chosen from, 0 being the best; none for an endpoint that gets nothing.
     pub level: Option<usize>,
     /// The level that clients with these labels choose it from, where that depends on them: of those that have asked.
@@ -92,6 +95,7 @@ fn view(
         workload: one.workload.as_ref().map(|pod| format!("{}/{}", pod.namespace, pod.name)),
         locality: one.locality.to_string(),
         weight: one.weight,
+        reported_weight: cluster.reported_weight(one, now),
         level,
         level_by_client: BTreeMap::new(),
         health: health.to_owned(),
@@ -156,6 +160,7 @@ mod tests {
             workload: Some("default/a-10-0-0-1".into()),
             locality: "r".into(),
             weight: 3,
+            reported_weight: None,
             level: Some(0),
             level_by_client: BTreeMap::new(),
             health: "ejected".into(),

@@ -11,7 +11,7 @@ use crate::state::{
     defaults,
     snapshot::{
         Balancing, ByClient, Cluster, ConsistentHash, Endpoint, EndpointState, Group, HashKey, HashTable,
-        Level, Locality, Origin, Spread, Traits, Wanted, Warmup, ZoneRule, Zones, hash_of,
+        Level, Locality, Origin, Spread, Traits, UtilizationRule, Wanted, Warmup, ZoneRule, Zones, hash_of,
     },
 };
 
@@ -292,6 +292,37 @@ async fn who_has_come_lately_gets_a_part_that_grows() {
         ..cluster(Balancing::LeastRequest, 3)
     };
     assert_shares("all new", &counts(&all_new), &shares(&all_new, &[(0, 1.0), (1, 1.0), (2, 1.0)]));
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_says_it_is_busy_gets_less() {
+    let rule = Arc::new(UtilizationRule { blackout: Duration::ZERO, ..defaults::backend_utilization() });
+    let spread = Arc::new(Spread { utilization: Some(Arc::clone(&rule)), ..Spread::default() });
+    let cluster = Cluster { spread, ..cluster(Balancing::RoundRobin, 5) };
+    let even: Vec<_> = (0..5).map(|index| (index, 1.0)).collect();
+    let report = |index: usize, weight| {
+        let endpoint: &Endpoint = &cluster.endpoints[index];
+        endpoint.state.reported.report(&rule, Instant::now(), weight);
+    };
+    // One alone tells nothing, nor does what nobody has compared yet.
+    report(0, 1.0);
+    assert_shares("one report", &counts(&cluster), &shares(&cluster, &even));
+    for (index, weight) in [(1, 2.0), (2, 3.0), (3, 6.0)] {
+        report(index, weight);
+    }
+    assert_shares("not yet", &counts(&cluster), &shares(&cluster, &even));
+    // Who has said nothing counts as average.
+    advance(rule.update).await;
+    let wanted = [(0, 1.0), (1, 2.0), (2, 3.0), (3, 6.0), (4, 3.0)];
+    assert_shares("four reports", &counts(&cluster), &shares(&cluster, &wanted));
+    // Who says that it has next to nothing to do does not get everything: the others have a tenth of the average.
+    report(3, 1e9);
+    advance(rule.update).await;
+    let wanted = [(0, 0.1), (1, 0.1), (2, 0.1), (3, 4.0), (4, 1.0)];
+    assert_shares("one far away", &counts(&cluster), &shares(&cluster, &wanted));
+    // Old reports are forgotten.
+    advance(rule.expiration).await;
+    assert_shares("expired", &counts(&cluster), &shares(&cluster, &even));
 }
 
 /// Endpoints in zones of one region; of each zone, how many there are.

@@ -9,10 +9,13 @@ use std::sync::{Arc, atomic::Ordering};
 use tokio::time::Instant;
 
 use super::Left;
-use crate::state::snapshot::{Endpoint, Group};
+use crate::state::snapshot::{Cluster, Endpoint, Group};
 
 /// How often an endpoint is drawn that may turn out not to be allowed, before all of them are looked at.
 const DRAWS: usize = 16;
+
+/// The same, where endpoints get as little as a tenth of their turns by what they say of themselves.
+const DRAWS_BY_UTILIZATION: usize = 64;
 
 /// The endpoints that are chosen from.
 #[derive(Clone, Copy)]
@@ -109,12 +112,13 @@ impl<'a> Left<'a> {
     /// The next in turn; the turns of those that may not be chosen are passed over.
     pub(super) fn in_turn(&self, places: &Places<'a>) -> Option<&'a Arc<Endpoint>> {
         let next = &self.cluster.state.next;
-        let turns = (0..DRAWS).filter_map(|_| places.turn(next.fetch_add(1, Ordering::Relaxed)));
+        let most = if self.cluster.spread.utilization.is_some() { DRAWS_BY_UTILIZATION } else { DRAWS };
+        let turns = (0..most).filter_map(|_| places.turn(next.fetch_add(1, Ordering::Relaxed)));
         self.first_of(turns, None).or_else(|| self.few_are_left(places, None))
     }
 
-    /// The first of these that may be chosen. Those that have come lately are passed over now and then, so that they get less;
-    /// where all of these are, the one that has been there longest.
+    /// The first of these that may be chosen. Those that have come lately or are busy are passed over now and then, so that they
+    /// get less; where all of these are, the one that was the least likely to be.
     fn first_of(
         &self,
         drawn: impl Iterator<Item = &'a Arc<Endpoint>>,
@@ -122,8 +126,7 @@ impl<'a> Left<'a> {
     ) -> Option<&'a Arc<Endpoint>> {
         let mut warmest: Option<(f64, &'a Arc<Endpoint>)> = None;
         for endpoint in drawn.filter(|endpoint| self.allows_beside(endpoint, except)) {
-            let Some(warmup) = &self.cluster.spread.warmup else { return Some(endpoint) };
-            let factor = warmup.factor(endpoint.state.came, self.now);
+            let Some(factor) = self.factor(endpoint) else { return Some(endpoint) };
             if factor >= 1.0 || fastrand::f64() < factor {
                 return Some(endpoint);
             }
@@ -132,6 +135,15 @@ impl<'a> Left<'a> {
             }
         }
         warmest.map(|(_, endpoint)| endpoint)
+    }
+
+    /// How much of its turns an endpoint is to get; `None`: all of them, as everybody.
+    fn factor(&self, endpoint: &Endpoint) -> Option<f64> {
+        let Cluster { spread, endpoints, state, .. } = self.cluster;
+        let warmth = spread.warmup.map(|warmup| warmup.factor(endpoint.state.came, self.now));
+        let Some(rule) = &spread.utilization else { return warmth };
+        let scale = state.scale.get_or_init(Box::default);
+        Some(warmth.unwrap_or(1.0) * scale.factor(rule, self.now, endpoint, endpoints))
     }
 
     fn allows_beside(&self, endpoint: &Arc<Endpoint>, except: Option<&Arc<Endpoint>>) -> bool {

@@ -11,6 +11,7 @@ mod distribution;
 mod draw;
 mod hash;
 mod levels;
+pub mod load_report;
 pub mod outlier;
 #[cfg(test)]
 mod simulation;
@@ -259,6 +260,7 @@ mod tests {
             limits_connections: false,
             retry_budget: crate::state::defaults::RETRY_BUDGET,
             proxy_protocol: None,
+            tunnel: None,
             standby: crate::state::snapshot::Standby::default(),
             state: Arc::new(ClusterState::default()),
         }

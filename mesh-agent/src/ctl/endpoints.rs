@@ -44,13 +44,19 @@ fn rows(endpoints: &[EndpointView]) -> Rows {
             dash(one.workload.clone()),
             dash(Some(one.locality.clone())),
             dash(Some(level(one))),
-            one.weight.to_string(),
+            weight(one),
             format!("{}{}", one.health, since.unwrap_or_default()),
             one.in_flight.to_string(),
             dash(one.latency_ms.map(|ms| format!("{ms:.1}ms"))),
         ]);
     }
     rows
+}
+
+/// Its share, and what it reports of itself.
+fn weight(one: &EndpointView) -> String {
+    let reported = one.reported_weight.map(|weight| format!(" ({weight:.0} reported)"));
+    format!("{}{}", one.weight, reported.unwrap_or_default())
 }
 
 /// The level for everybody, or for each kind of client that has asked.
@@ -75,6 +81,7 @@ mod tests {
             workload: None,
             locality: "r/z".into(),
             weight: 3,
+            reported_weight: Some(412.4),
             level: Some(1),
             level_by_client: [("version=v1".to_owned(), 1), ("version=v2".to_owned(), 0)].into(),
             health: "ejected".into(),
@@ -100,7 +107,7 @@ mod tests {
             "-",
             "r/z",
             "1 for version=v1; 0 for version=v2",
-            "3",
+            "3 (412 reported)",
             "ejected 1m01s",
             "4",
             "12.3ms",

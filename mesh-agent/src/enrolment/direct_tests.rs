@@ -106,6 +106,7 @@ fn snapshot(port: &Port) -> Snapshot {
         limits_connections: port.limited,
         retry_budget: defaults::RETRY_BUDGET,
         proxy_protocol: None,
+        tunnel: None,
         standby: crate::state::snapshot::Standby::default(),
         state: Arc::default(),
     };

@@ -1,5 +1,4 @@
-//! One HTTP request and its response, from the first header to the last byte of the body: what is known of it, and the
-//! guarantee that it is reported exactly once.
+//! One HTTP request and its response, to the last byte of the body: what is known of it, reported exactly once.
 
 use std::{
     net::SocketAddr,
@@ -19,7 +18,7 @@ use http_body::{Body as _, Frame, SizeHint};
 use percent_encoding::{AsciiSet, CONTROLS, percent_encode};
 use tokio::time::{Instant, Sleep};
 
-use super::{Ends, headers, permits::Stands, tries::UnderWay};
+use super::{Ends, headers, health, permits::Stands, tries::UnderWay};
 use crate::{
     balance::{Chosen, Visited},
     body::{Activity, Body, BodyError, Breaking, Inform, Meter},
@@ -422,6 +421,7 @@ impl Reported {
             exchange.response_bytes += data.len() as u64;
         } else if let Some(trailers) = frame.trailers_ref() {
             exchange.grpc_status = retry::grpc_status(trailers).or(exchange.grpc_status);
+            health::learn_load(exchange.cluster.as_deref(), exchange.chosen.as_ref(), trailers);
         }
     }
 }

@@ -5,7 +5,7 @@ use std::{
     sync::Arc,
 };
 
-use http::{Response, StatusCode};
+use http::{HeaderMap, Response, StatusCode};
 use tokio::{
     sync::watch,
     time::{Instant, sleep_until},
@@ -13,7 +13,7 @@ use tokio::{
 
 use crate::{
     balance::{
-        Chosen,
+        Chosen, load_report,
         outlier::{self, Outcome},
     },
     error::{Error, Kind, Result, http_of},
@@ -36,6 +36,16 @@ pub(super) fn learn(
         && let Some(reason) = outlier::learn(cluster, endpoint, outcome)
     {
         reporter.ejected(cluster, endpoint, reason.name());
+    }
+}
+
+/// How busy the endpoint says it is, in the head or the trailers of a response, where the rule asks for that.
+pub(super) fn learn_load(cluster: Option<&Cluster>, chosen: Option<&Chosen>, headers: &HeaderMap) {
+    if let (Some(cluster), Some(chosen)) = (cluster, chosen)
+        && let Some(rule) = &cluster.spread.utilization
+        && let Some(weight) = load_report::weight(headers, rule)
+    {
+        chosen.endpoint.state.reported.report(rule, Instant::now(), weight);
     }
 }
 

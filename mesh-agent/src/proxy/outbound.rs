@@ -295,7 +295,18 @@ impl Outbound {
         let endpoint = Arc::clone(&chosen.endpoint);
         let (timeout, kept) = (cluster.connect_timeout, Kept::of(cluster, None));
         let kept = kept.on_behalf(self.shown, self.dialled());
-        let opened = self.open_endpoint(Arc::clone(&endpoint), timeout, kept).await;
+        let mut opened = self.open_endpoint(Arc::clone(&endpoint), timeout, kept).await;
+        if let Some(tunnel) = &cluster.tunnel {
+            // Boxed: rare, and every connection would have to make room for it.
+            opened = match opened {
+                Ok(found) => {
+                    Box::pin(upstream::through_proxy(found.stream, tunnel, cluster, endpoint.address))
+                        .await
+                        .map(|stream| Opened { stream, ..found })
+                }
+                failed => failed,
+            };
+        }
         health::timed(Some(&mut chosen), health::pace_of_opened(&opened));
         health::learn(&self.mesh.reporter, cluster, &endpoint, || health::of_opened(&opened));
         let in_use = InUse { _chosen: Some(chosen), _place: place };
@@ -320,31 +331,20 @@ impl Outbound {
         };
         // Known even if nothing comes of it.
         self.flow.learn(|facts| learn_end(facts, &endpoint, &via, RequestProtocol::Tcp));
-        let permit = match ruling {
-            Ruling::Permitted(permit) => permit,
-            Ruling::BytesDecide => {
-                let stream = self.open_inspected(&destination, standing).await?;
-                let standing = None;
-                return Ok(Opened {
-                    stream,
-                    endpoint,
-                    via,
-                    received: 0,
-                    standing,
-                    _in_use: InUse::default(),
-                    _flow: None,
-                });
-            }
-        };
         // Boxed: dialling is over soon, copying lasts.
-        let stream = Box::pin(self.pod.open(&permit, &destination, self.shown)).await?;
+        let (stream, is_read, standing) = match ruling {
+            Ruling::Permitted(permit) => {
+                (Box::pin(self.pod.open(&permit, &destination, self.shown)).await?, false, standing)
+            }
+            Ruling::BytesDecide => (self.open_inspected(&destination, standing).await?, true, None),
+        };
         let passed = || {
             let service = self.mesh.snapshot().inbound.get(&endpoint.address).map(|c| Arc::clone(&c.host));
             self.passed_flow(&endpoint, service, RequestProtocol::Tcp)
         };
-        let flow = matches!(via, Via::Local(_)).then(passed).flatten();
+        let flow = (matches!(via, Via::Local(_)) && !is_read).then(passed).flatten();
         let in_use = InUse::default();
-        Ok(Opened { stream, endpoint, via, received: 0, standing, _in_use: in_use, _flow: flow })
+        Ok(Opened { stream, endpoint, via, received: 0, is_read, standing, _in_use: in_use, _flow: flow })
     }
 
     /// The other end of a pass within the node, where the bytes decide what is permitted: what another node's agent does
@@ -410,8 +410,7 @@ impl Outbound {
             endpoint: Some(server.endpoint.address),
         };
         // One pass does the work of both nodes, so it reports as both; where the bytes are read, their reader does.
-        let read = matches!(server.stream, UpstreamStream::Pipe(_));
-        let passed = (matches!(server.via, Via::Local(_)) && !read)
+        let passed = (matches!(server.via, Via::Local(_)) && !server.is_read)
             .then(|| TcpLabels { side: Side::Destination, ..labels.clone() });
         let guards: Vec<_> = [Some(labels), passed]
             .into_iter()
@@ -461,6 +460,8 @@ struct Opened {
     via: Via,
     /// Bytes of the server that were handed on before the copy began.
     received: u64,
+    /// By this agent's own other half, in a pass within the node.
+    is_read: bool,
     /// In a pass within the node.
     standing: Stands,
     _in_use: InUse,

@@ -383,6 +383,9 @@ async fn one(
     });
     health::timed(exchange.chosen.as_mut(), health::pace_of_try(&result));
     health::learn(&outbound.mesh.reporter, cluster, &endpoint, || health::of_try(&result));
+    if let Ok(response) = &result {
+        health::learn_load(Some(cluster), exchange.chosen.as_ref(), response.headers());
+    }
     result
 }
 

@@ -43,6 +43,8 @@ struct Used {
     /// By its checks.
     unhealthy: bool,
     weight: u32,
+    /// By its own load reports.
+    reported: Option<f64>,
 }
 
 /// How many endpoints of a cluster are in which state.
@@ -65,7 +67,7 @@ impl EndpointMetrics {
 impl Reporter {
     /// The configuration whose endpoints are shown, and how many of them may have series of their own:
     /// `mesh_cluster_endpoints`, `mesh_endpoint_in_flight`, `mesh_endpoint_latency_seconds`, `mesh_endpoint_ejected`,
-    /// `mesh_endpoint_unhealthy`, `mesh_endpoint_weight`, `mesh_endpoints_left_out`. Counts once.
+    /// `mesh_endpoint_unhealthy`, `mesh_endpoint_weight`, `mesh_endpoint_reported_weight`, `mesh_endpoints_left_out`. Counts once.
     pub fn show_endpoints(&self, snapshots: watch::Receiver<Arc<Snapshot>>, most: usize) {
         // An `Err` gives back what is there already.
         let _ = self.metrics.endpoints.0.set(Shown { snapshots, most });
@@ -111,6 +113,10 @@ impl Collector for EndpointMetrics {
         let what = "The share of an endpoint, among those of the others of its group";
         let values = series().map(|(labels, used)| (labels, u64::from(used.weight)));
         gauges(&mut encoder, ("mesh_endpoint_weight", what), values)?;
+        let what =
+            "What an endpoint's share is proportional to, by its own load reports (backendUtilization)";
+        let values = series().filter_map(|(labels, used)| Some((labels, used.reported?)));
+        gauges(&mut encoder, ("mesh_endpoint_reported_weight", what), values)?;
         let what = "Endpoints in use without series of their own (--endpoint-metrics)";
         let gauge = ConstGauge::new(left_out as u64);
         let one = encoder.encode_descriptor("mesh_endpoints_left_out", what, None, MetricType::Gauge)?;
@@ -161,7 +167,7 @@ fn look(snapshot: &Snapshot) -> Look<'_> {
             sum.latency = sum.latency.max(used.latency);
             sum.ejected |= used.ejected;
             sum.unhealthy |= used.unhealthy;
-            sum.weight = used.weight;
+            (sum.weight, sum.reported) = (used.weight, used.reported);
         }
     }
     (clusters, all)
@@ -174,7 +180,8 @@ fn use_of(cluster: &Cluster, endpoint: &Endpoint, now: Instant) -> Option<Used> 
     let (ejected, unhealthy) = (is_ejected(cluster, endpoint), is_unhealthy(endpoint));
     let used = latency.is_some() || in_flight > 0 || ejected;
     let latency = latency.unwrap_or_default().as_secs_f64();
-    used.then_some(Used { in_flight, latency, ejected, unhealthy, weight: endpoint.weight })
+    let (weight, reported) = (endpoint.weight, cluster.reported_weight(endpoint, now));
+    used.then_some(Used { in_flight, latency, ejected, unhealthy, weight, reported })
 }
 
 fn is_ejected(cluster: &Cluster, endpoint: &Endpoint) -> bool {

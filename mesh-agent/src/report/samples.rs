@@ -64,6 +64,7 @@ pub fn cluster(name: &str) -> Arc<Cluster> {
         limits_connections: false,
         retry_budget: defaults::RETRY_BUDGET,
         proxy_protocol: None,
+        tunnel: None,
         standby: crate::state::snapshot::Standby::default(),
         state: Arc::default(),
     })

@@ -3,11 +3,13 @@
 //! Promises that nothing else in `state/` invents a number. Tested through the compiled snapshots in
 //! `compile/tests.rs`.
 
-use std::{ops::RangeInclusive, time::Duration};
+use std::{ops::RangeInclusive, sync::Arc, time::Duration};
 
 use http::StatusCode;
 
-use super::snapshot::{ConcurrencyRule, OutlierDetection, Percentage, RetryBudget, RetryOn, RetryPolicy};
+use super::snapshot::{
+    ConcurrencyRule, OutlierDetection, Percentage, RetryBudget, RetryOn, RetryPolicy, UtilizationRule,
+};
 
 /// DNS suffix of service host names: `NAME.NAMESPACE.svc.cluster.local` (Kubernetes' default cluster domain).
 pub const CLUSTER_DOMAIN: &str = "cluster.local";
@@ -108,6 +110,20 @@ pub const MAGLEV_SIZE: u32 = 65_537;
 
 /// Largest table of Maglev (Envoy).
 pub const LARGEST_MAGLEV: u32 = 5_000_011;
+
+/// `loadBalancer.backendUtilization`, where a rule leaves something out (Envoy's `client_side_weighted_round_robin`, gRPC's A58).
+pub fn backend_utilization() -> UtilizationRule {
+    UtilizationRule {
+        blackout: Duration::from_secs(10),
+        expiration: Duration::from_mins(3),
+        update: Duration::from_secs(1),
+        penalty: 1.0,
+        metrics: Arc::default(),
+    }
+}
+
+/// The least `weightUpdatePeriod` (Envoy): less counts as this.
+pub const LEAST_WEIGHT_UPDATE: Duration = Duration::from_millis(100);
 
 /// `outlierDetection`, where a rule has one that leaves something out (Istio, Envoy).
 pub const OUTLIER_DETECTION: OutlierDetection = OutlierDetection {

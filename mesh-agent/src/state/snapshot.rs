@@ -26,6 +26,7 @@ mod guard;
 mod hash;
 mod health_check;
 mod http;
+mod http_tunnel;
 mod key_set;
 mod latency;
 mod locality;
@@ -37,6 +38,7 @@ mod retry;
 mod shared_map;
 mod spread;
 mod stream;
+mod utilization;
 mod weights;
 mod zones;
 
@@ -61,6 +63,7 @@ pub use self::http::{
     PathRewrite, Percentage, Redirect, RedirectPort, RequestMatch, Rewrite, RouteAction, StringMatch,
     UnmatchedPreflights, WeightedBackend,
 };
+pub use self::http_tunnel::{Ask, HttpTunnel};
 pub use self::key_set::{KeySet, Keys, RemoteKeys};
 pub use self::latency::Latency;
 pub use self::locality::Locality;
@@ -72,6 +75,7 @@ pub use self::retry::{Recent, RetryBudget, RetryOn, RetryPolicy};
 pub use self::shared_map::{Changed, SharedMap};
 pub use self::spread::{Group, Level, MOST_LEVELS, Spread, Warmup};
 pub use self::stream::{SniHost, StreamMatch, StreamRoute, Subnet};
+pub use self::utilization::{Metric, Reported, Scale, UtilizationRule};
 pub use self::weights::Weights;
 pub use self::zones::{Origin, ZoneRule, Zones};
 

@@ -12,6 +12,7 @@ pub mod message;
 mod originate;
 mod pod;
 mod pool;
+mod proxied;
 pub mod retry;
 mod slot;
 mod stream;
@@ -32,6 +33,7 @@ pub use self::{
     dial::Dial,
     pod::{Held, LocalPods, Pod, PodLimits, PodName},
     pool::{AGAIN, Key, Lease, Pool},
+    proxied::through_proxy,
     stream::UpstreamStream,
     switch::{Io, Switch, Switched},
     transitions::Transitions,

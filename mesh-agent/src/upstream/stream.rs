@@ -12,6 +12,7 @@ use tokio::{
 };
 use tokio_rustls::client::TlsStream;
 
+use super::switch::Io;
 use crate::{copy::Socket, http2::ByteStream};
 
 /// An open byte stream to an endpoint.
@@ -25,6 +26,8 @@ pub enum UpstreamStream {
     Tunnel(ByteStream),
     /// To this agent's own other half, which reads the bytes before it hands them to the app of a pod.
     Pipe(DuplexStream),
+    /// What a proxy hands on, over any of these.
+    Proxied(Box<dyn Io>),
 }
 
 impl AsyncRead for UpstreamStream {
@@ -38,6 +41,7 @@ impl AsyncRead for UpstreamStream {
             Self::Tls(stream) => Pin::new(&mut **stream).poll_read(cx, buffer),
             Self::Tunnel(stream) => Pin::new(stream).poll_read(cx, buffer),
             Self::Pipe(stream) => Pin::new(stream).poll_read(cx, buffer),
+            Self::Proxied(stream) => Pin::new(stream).poll_read(cx, buffer),
         }
     }
 }
@@ -49,6 +53,7 @@ impl AsyncWrite for UpstreamStream {
             Self::Tls(stream) => Pin::new(&mut **stream).poll_write(cx, data),
             Self::Tunnel(stream) => Pin::new(stream).poll_write(cx, data),
             Self::Pipe(stream) => Pin::new(stream).poll_write(cx, data),
+            Self::Proxied(stream) => Pin::new(stream).poll_write(cx, data),
         }
     }
 
@@ -62,6 +67,7 @@ impl AsyncWrite for UpstreamStream {
             Self::Tls(stream) => Pin::new(&mut **stream).poll_write_vectored(cx, data),
             Self::Tunnel(stream) => Pin::new(stream).poll_write_vectored(cx, data),
             Self::Pipe(stream) => Pin::new(stream).poll_write_vectored(cx, data),
+            Self::Proxied(stream) => Pin::new(stream).poll_write_vectored(cx, data),
         }
     }
 
@@ -71,6 +77,7 @@ impl AsyncWrite for UpstreamStream {
             Self::Tls(stream) => stream.is_write_vectored(),
             Self::Tunnel(stream) => stream.is_write_vectored(),
             Self::Pipe(stream) => stream.is_write_vectored(),
+            Self::Proxied(stream) => stream.is_write_vectored(),
         }
     }
 
@@ -80,6 +87,7 @@ impl AsyncWrite for UpstreamStream {
             Self::Tls(stream) => Pin::new(&mut **stream).poll_flush(cx),
             Self::Tunnel(stream) => Pin::new(stream).poll_flush(cx),
             Self::Pipe(stream) => Pin::new(stream).poll_flush(cx),
+            Self::Proxied(stream) => Pin::new(stream).poll_flush(cx),
         }
     }
 
@@ -89,6 +97,7 @@ impl AsyncWrite for UpstreamStream {
             Self::Tls(stream) => Pin::new(&mut **stream).poll_shutdown(cx),
             Self::Tunnel(stream) => Pin::new(stream).poll_shutdown(cx),
             Self::Pipe(stream) => Pin::new(stream).poll_shutdown(cx),
+            Self::Proxied(stream) => Pin::new(stream).poll_shutdown(cx),
         }
     }
 }

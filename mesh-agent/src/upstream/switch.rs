@@ -4,7 +4,7 @@
 //! are turned into one another where client and endpoint speak different versions of HTTP. Tested below and in the lab
 //! (`tests/tests/http/upgrade.rs`).
 
-use std::net::SocketAddr;
+use std::{fmt::Debug, net::SocketAddr};
 
 use aws_lc_rs::digest::{SHA1_FOR_LEGACY_USE_ONLY, digest};
 use base64::{Engine as _, prelude::BASE64_STANDARD};
@@ -43,8 +43,8 @@ pub enum Switch {
 }
 
 /// Any byte stream.
-pub trait Io: AsyncRead + AsyncWrite + Send + Unpin {}
-impl<T: AsyncRead + AsyncWrite + Send + Unpin> Io for T {}
+pub trait Io: AsyncRead + AsyncWrite + Debug + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Debug + Send + Unpin> Io for T {}
 
 /// What the endpoint said.
 pub enum Switched {
@@ -140,7 +140,7 @@ impl Pod {
         }
         let bytes = Destination { protocol: Protocol::Opaque, ..*to };
         let stream = self.open(permit, &bytes, client).await?;
-        ask(stream, to, Request::from_parts(parts, body), wanted).await
+        ask_on(stream, (to.address, to.protocol), Request::from_parts(parts, body), wanted).await
     }
 
     /// The same, of the app of this pod; it is shown the client's address.
@@ -155,25 +155,26 @@ impl Pod {
         client: SocketAddr,
     ) -> Result<Switched> {
         let stream = self.open_app(to.address, client, to.connect_timeout, to.kept.introduces).await?;
-        ask(UpstreamStream::Tcp(stream), to, request, wanted).await
+        ask_on(UpstreamStream::Tcp(stream), (to.address, to.protocol), request, wanted).await
     }
 }
 
-async fn ask(
+/// Asks whoever is at the other end of a fresh stream, and speaks this protocol.
+pub(super) async fn ask_on(
     stream: UpstreamStream,
-    to: &Destination<'_>,
+    (to, spoken): (SocketAddr, Protocol),
     request: Request<Body>,
     wanted: &Switch,
 ) -> Result<Switched> {
     let (parts, body) = request.into_parts();
-    match to.protocol {
-        Protocol::Http2 if body.is_end_stream() => by_connect(stream, to.address, parts, wanted).await,
+    match spoken {
+        Protocol::Http2 if body.is_end_stream() => by_connect(stream, to, parts, wanted).await,
         Protocol::Http2 => Err(Error::new(
             Kind::BadRequest,
             "a request with a body cannot ask for another protocol over HTTP/2 (RFC 8441 §4)",
         )),
         Protocol::Http1 | Protocol::Opaque => {
-            by_upgrade(stream, to.address, Request::from_parts(parts, body), wanted).await
+            by_upgrade(stream, to, Request::from_parts(parts, body), wanted).await
         }
     }
 }
@@ -268,6 +269,21 @@ async fn by_connect(
     } else {
         message::for_connect(&mut parts);
     }
+    message::for_http2(&mut parts);
+    connect(sender, Request::from_parts(parts, ())).await.map_err(broke)
+}
+
+/// HTTP/2: any request, whose body and whose answer's body are the bytes.
+pub(super) async fn stream_on(
+    stream: UpstreamStream,
+    to: SocketAddr,
+    mut parts: request::Parts,
+) -> Result<Switched> {
+    let broke = |error: h2::Error| connect::h2_failure(&Failed::from(error), to);
+    let (sender, connection) = connect::http2_client().handshake::<_, Bytes>(stream).await.map_err(broke)?;
+    tokio::spawn(async move {
+        let _ = connection.await;
+    });
     message::for_http2(&mut parts);
     connect(sender, Request::from_parts(parts, ())).await.map_err(broke)
 }

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::{ms, percent, policies};
 use crate::state::snapshot::{
     ByClient, Cluster, ConnectionPool, ConsistentHash, Group, HashKey, Idle, Level, Locality, Origination,
-    OutlierDetection, Warmup, Zones,
+    OutlierDetection, UtilizationRule, Warmup, Zones,
 };
 
 pub(super) fn cluster(c: &Cluster) -> Value {
@@ -30,6 +30,7 @@ pub(super) fn cluster(c: &Cluster) -> Value {
         "levels": c.spread.levels.iter().map(|one| level(c, one)).collect::<Vec<_>>(),
         "levels_by_client": c.spread.by_client.as_ref().map(|by_client| levels_by_client(c, by_client)),
         "warmup": c.spread.warmup.map(warmup),
+        "backend_utilization": c.spread.utilization.as_deref().map(utilization),
         "outlier_detection": c.outlier.as_ref().map(outlier),
         "view": c.view.as_deref(),
         "connect_timeout_ms": ms(c.connect_timeout),
@@ -40,6 +41,7 @@ pub(super) fn cluster(c: &Cluster) -> Value {
             "min": c.retry_budget.min_concurrency,
             "interval_ms": c.retry_budget.interval.map(ms),
         },
+        "tunnel": c.tunnel.as_ref().map(ToString::to_string),
         "proxy_protocol": c.proxy_protocol.map(|version| format!("{version:?}")),
         "endpoints": endpoints.collect::<Vec<_>>(),
     });
@@ -117,6 +119,16 @@ fn levels_by_client(c: &Cluster, by_client: &ByClient) -> Value {
     let levels = |levels: &[Level]| levels.iter().map(|one| level(c, one)).collect::<Vec<_>>();
     let layouts = by_client.layouts();
     layouts.into_iter().map(|(labels, layout)| (labels, json!(levels(&layout.levels)))).collect()
+}
+
+fn utilization(rule: &UtilizationRule) -> Value {
+    json!({
+        "blackout_ms": ms(rule.blackout),
+        "expiration_ms": ms(rule.expiration),
+        "update_ms": ms(rule.update),
+        "error_penalty": rule.penalty,
+        "metrics": rule.metrics.iter().map(|metric| format!("{metric:?}")).collect::<Vec<_>>(),
+    })
 }
 
 fn warmup(warmup: Warmup) -> Value {

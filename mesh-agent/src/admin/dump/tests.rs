@@ -47,6 +47,7 @@ fn reviews() -> Cluster {
         limits_connections: false,
         retry_budget: crate::state::defaults::RETRY_BUDGET,
         proxy_protocol: None,
+        tunnel: None,
         standby: crate::state::snapshot::Standby::default(),
         state: Arc::default(),
     }
@@ -109,6 +110,7 @@ fn a_route_is_shown_with_all_that_decides() {
                     "http2_keep_alive": null,
                 },
                 "outlier_detection": null, "tls": "plaintext", "levels": [], "levels_by_client": null, "warmup": null,
+                "backend_utilization": null, "tunnel": null,
                 "view": null, "retry_budget": {"percent": 20.0, "min": 10, "interval_ms": null},
                 "proxy_protocol": null,
             }},

@@ -146,7 +146,8 @@ impl<'a, 'p> Clusters<'a, 'p> {
         let known = checks.is_some().then_some(known);
         let LaidOut { endpoints, spread, balancing, hash, limits_connections } =
             recipe.lay_out(&port.candidates, before, self.place, known);
-        let Policy { connect_timeout, pool, outlier, retry_budget, proxy_protocol, .. } = &recipe.policy;
+        let Policy { connect_timeout, pool, outlier, retry_budget, proxy_protocol, tunnel, .. } =
+            &recipe.policy;
         let cluster = Arc::new(Cluster {
             name,
             host: Arc::clone(&service.host),
@@ -167,6 +168,7 @@ impl<'a, 'p> Clusters<'a, 'p> {
             limits_connections,
             retry_budget: *retry_budget,
             proxy_protocol: *proxy_protocol,
+            tunnel: tunnel.clone(),
             standby: Standby { checks, fallbacks: Vec::new() },
             state: before.map(|before| Arc::clone(&before.state)).unwrap_or_default(),
         });

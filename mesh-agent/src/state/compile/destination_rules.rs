@@ -23,7 +23,8 @@ use crate::state::{
         of_kind,
     },
     snapshot::{
-        Balancing, ConnectionPool, Origination, OutlierDetection, ProxyProtocol, RetryBudget, Visibility,
+        Balancing, ConnectionPool, HttpTunnel, Origination, OutlierDetection, ProxyProtocol, RetryBudget,
+        Visibility,
     },
 };
 
@@ -58,6 +59,8 @@ pub(super) struct Policy {
     pub retry_budget: RetryBudget,
     /// How apps are told of the client.
     pub proxy_protocol: Option<ProxyProtocol>,
+    /// Where endpoints lead on to.
+    pub tunnel: Option<Arc<HttpTunnel>>,
 }
 
 impl<'a> Merged<'a> {
@@ -89,7 +92,7 @@ pub(super) fn policy(
 ) -> Policy {
     let layers = [merged.and_then(|merged| merged.policy), subset.and_then(|subset| subset.policy.as_ref())];
     let mut blocks = Blocks::default();
-    let (mut retry_budget, mut proxy_protocol) = (None, None);
+    let (mut retry_budget, mut proxy_protocol, mut tunnel) = (None, None, None);
     for layer in layers.into_iter().flatten() {
         blocks = match layer.ports.get(&port) {
             Some(of_port) => of_port.clone(),
@@ -102,6 +105,7 @@ pub(super) fn policy(
         };
         retry_budget = layer.retry_budget.or(retry_budget);
         proxy_protocol = layer.proxy_protocol.or(proxy_protocol);
+        tunnel = layer.tunnel.clone().or(tunnel);
     }
     let balancer = blocks.balancer.unwrap_or_default();
     let choice = match (balancer.choice.clone(), merged.is_some_and(|merged| merged.by_latency)) {
@@ -119,8 +123,10 @@ pub(super) fn policy(
         limits_connections: limits_connections
             || blocks.tls.is_some()
             || proxy_protocol.is_some()
+            || tunnel.is_some()
             || blocks.outlier.is_some()
             || balancer.warmup.is_some()
+            || balancer.utilization.is_some()
             || !matches!(
                 choice,
                 Choice::Simple(Balancing::LeastRequest | Balancing::Random | Balancing::RoundRobin)
@@ -133,6 +139,7 @@ pub(super) fn policy(
         tls: blocks.tls,
         retry_budget: retry_budget.unwrap_or(defaults::RETRY_BUDGET),
         proxy_protocol,
+        tunnel,
     }
 }
 

@@ -76,7 +76,9 @@ impl Recipe {
         let by_client = layout.by_client(&self.policy, &chosen);
         let zones = layout.zone_rule(&self.policy);
         let zones = zones.and_then(|rule| Zones::of_first(&rule, &levels, &endpoints));
-        let spread = Spread { levels, by_client, zones, warmup: self.policy.balancer.warmup, leaving };
+        let balancer = &self.policy.balancer;
+        let (warmup, utilization) = (balancer.warmup, balancer.utilization.clone());
+        let spread = Spread { levels, by_client, zones, warmup, utilization, leaving };
         let (balancing, hash) = spread::chooser(&self.policy.choice, &endpoints, &spread);
         // The kernel knows neither levels nor weights that have to hold while connections are open.
         let limits_connections = self.policy.limits_connections || !spread.is_even() || is_checked;

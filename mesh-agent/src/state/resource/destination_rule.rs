@@ -15,14 +15,15 @@ use super::{
     connection_pool::{self, Pool},
     duration::IstioDuration,
     export_to,
-    field::{Checked, FieldError, NotYet, item, under},
+    field::{Checked, FieldError, item, under},
+    http_tunnel,
     load_balancer::{self, Balancer, Choice},
     outlier_detection,
     virtual_service::check_host,
 };
 use crate::state::{
     defaults,
-    snapshot::{Balancing, OutlierDetection, Percentage, ProxyProtocol, RetryBudget, Visibility},
+    snapshot::{Balancing, HttpTunnel, OutlierDetection, Percentage, ProxyProtocol, RetryBudget, Visibility},
 };
 
 /// A `DestinationRule`.
@@ -71,6 +72,8 @@ pub struct TrafficPolicy {
     pub retry_budget: Option<RetryBudget>,
     /// `proxyProtocol`.
     pub proxy_protocol: Option<ProxyProtocol>,
+    /// `tunnel`.
+    pub tunnel: Option<Arc<HttpTunnel>>,
 }
 
 impl DestinationRule {
@@ -145,8 +148,7 @@ struct WirePolicy {
     tls: Option<client_tls::Wire>,
     #[serde(default)]
     port_level_settings: Vec<WirePort>,
-    #[serde(rename = "tunnel")]
-    _tunnel: Option<NotYet>,
+    tunnel: Option<http_tunnel::Wire>,
     proxy_protocol: Option<WireProxyProtocol>,
     retry_budget: Option<WireBudget>,
 }
@@ -244,7 +246,9 @@ impl WirePolicy {
             WireVersion::V1 => ProxyProtocol::V1,
             WireVersion::V2 => ProxyProtocol::V2,
         });
-        Ok(TrafficPolicy { blocks, ports, retry_budget, proxy_protocol })
+        let tunnel = self.tunnel.map(http_tunnel::Wire::check).transpose().map_err(under("tunnel"))?;
+        let tunnel = tunnel.map(Arc::new);
+        Ok(TrafficPolicy { blocks, ports, retry_budget, proxy_protocol, tunnel })
     }
 }
 
@@ -324,7 +328,27 @@ mod tests {
                 "trafficPolicy.proxyProtocol.version",
                 "unknown variant",
             ),
-            (policy(json!({"tunnel": {}})), "trafficPolicy.tunnel", "not supported yet"),
+            (policy(json!({"tunnel": {}})), "trafficPolicy.tunnel", "missing field `targetHost`"),
+            (
+                policy(json!({"tunnel": {"protocol": "GET", "targetHost": "a", "targetPort": 1}})),
+                "trafficPolicy.tunnel.protocol",
+                "unknown variant",
+            ),
+            (
+                policy(json!({"tunnel": {"targetHost": "a", "targetPort": 65536}})),
+                "trafficPolicy.tunnel.targetPort",
+                "range",
+            ),
+            (
+                policy(json!({"tunnel": {"targetHost": "u@a", "targetPort": 1}})),
+                "trafficPolicy.tunnel.targetHost",
+                "neither a host name",
+            ),
+            (
+                policy(json!({"tunnel": {"targetHost": "", "targetPort": 1}})),
+                "trafficPolicy.tunnel.targetHost",
+                "neither a host name",
+            ),
             (
                 json!({"host": "a", "workloadSelector": {"matchLabels": {"app": "a*"}}}),
                 "workloadSelector.matchLabels.app",

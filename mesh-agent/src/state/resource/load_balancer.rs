@@ -11,10 +11,11 @@ use super::{
     field::{Checked, FieldError, item, under},
     locality::{self, LocalitySetting},
     string_match::header_name,
+    utilization,
 };
 use crate::state::{
     defaults,
-    snapshot::{Balancing, HashCookie, HashKey, HashTable, Warmup},
+    snapshot::{Balancing, HashCookie, HashKey, HashTable, UtilizationRule, Warmup},
 };
 
 /// How endpoints are chosen.
@@ -26,6 +27,8 @@ pub struct Balancer {
     pub locality: Option<Arc<LocalitySetting>>,
     /// `warmup`, or the older `warmupDurationSecs`.
     pub warmup: Option<Warmup>,
+    /// `backendUtilization`.
+    pub utilization: Option<Arc<UtilizationRule>>,
 }
 
 /// Whom the choice falls on.
@@ -47,8 +50,7 @@ pub(super) struct Wire {
     warmup: Option<WireWarmup>,
     /// Deprecated in favour of `warmup.duration`.
     warmup_duration_secs: Option<IstioDuration>,
-    /// Weights by load reports in responses (ORCA), which are not read here.
-    backend_utilization: Option<serde::de::IgnoredAny>,
+    backend_utilization: Option<utilization::Wire>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -131,9 +133,10 @@ pub fn by_latency(annotations: &BTreeMap<String, String>) -> Checked<bool> {
 
 impl Wire {
     pub(super) fn check(self) -> Checked<Balancer> {
-        if self.backend_utilization.is_some() {
-            let message = "is not supported yet: load reports in responses (ORCA, endpoint-load-metrics) are not read; \
-                           simple: LEAST_REQUEST or the annotation mesh.io/load-balancer: PEAK_EWMA go by load";
+        let utilization = self.backend_utilization.map(utilization::Wire::check).transpose();
+        let utilization = utilization.map_err(under("backendUtilization"))?.map(Arc::new);
+        if utilization.is_some() && (self.simple.is_some() || self.consistent_hash.is_some()) {
+            let message = "only one of simple, consistentHash and backendUtilization may be set";
             return Err(FieldError::new("backendUtilization", message));
         }
         let choice = match (self.simple, self.consistent_hash) {
@@ -141,6 +144,8 @@ impl Wire {
                 return Err(FieldError::new("", "only one of simple and consistentHash may be set"));
             }
             (None, Some(hash)) => Some(hash.check().map_err(under("consistentHash"))?),
+            // In turn, as in Envoy, but that turns are passed over.
+            (None, None) if utilization.is_some() => Some(Choice::Simple(Balancing::RoundRobin)),
             (simple, None) => simple.and_then(Simple::balancing).map(Choice::Simple),
         };
         let (field, warmup) = match (self.warmup, self.warmup_duration_secs) {
@@ -166,7 +171,7 @@ impl Wire {
             }
             (one, other) => one.or(other).map(Arc::new),
         };
-        Ok(Balancer { choice, locality, warmup })
+        Ok(Balancer { choice, locality, warmup, utilization })
     }
 }
 
@@ -419,7 +424,11 @@ mod tests {
                 "sees to itself",
             ),
             (json!({"localityLbSetting": {}, "zoneAwareLbSetting": {}}), "zoneAwareLbSetting", "only one of"),
-            (json!({"backendUtilization": {}}), "backendUtilization", "load reports"),
+            (
+                json!({"backendUtilization": {}, "simple": "RANDOM"}),
+                "backendUtilization",
+                "only one of simple, consistentHash and backendUtilization",
+            ),
             (json!({"simple": "RANDOM", "consistentHash": {"useSourceIp": true}}), "", "only one of"),
             (json!({"consistentHash": {}}), "consistentHash", "exactly one of"),
             (json!({"consistentHash": {"useSourceIp": false}}), "consistentHash", "exactly one of"),

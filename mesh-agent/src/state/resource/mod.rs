@@ -37,6 +37,7 @@ pub mod endpoint_slice;
 pub mod export_to;
 pub mod field;
 mod headers;
+mod http_tunnel;
 pub mod load_balancer;
 pub mod locality;
 pub mod mesh_config;
@@ -48,6 +49,7 @@ pub mod request_authentication;
 pub mod service;
 pub mod service_policy;
 mod string_match;
+mod utilization;
 pub mod virtual_service;
 
 #[cfg(test)]

@@ -15,8 +15,8 @@ use std::{
 use tokio::time::Instant;
 
 use super::{
-    Checked, ClusterId, ConnectionPool, ConsistentHash, Health, Latency, Locality, Origination,
-    OutlierDetection, Protocol, Recent, RetryBudget, Spread, Use, Workload,
+    Checked, ClusterId, ConnectionPool, ConsistentHash, Health, HttpTunnel, Latency, Locality, Origination,
+    OutlierDetection, Protocol, Recent, Reported, RetryBudget, Scale, Spread, Use, Workload,
 };
 
 /// The endpoints of one (service, port, subset) and how to choose among them. A clone shares the state.
@@ -60,6 +60,8 @@ pub struct Cluster {
     pub retry_budget: RetryBudget,
     /// `proxyProtocol`: how apps are told of the client.
     pub proxy_protocol: Option<ProxyProtocol>,
+    /// `tunnel`: where its endpoints lead on to, for what is not HTTP.
+    pub tunnel: Option<Arc<HttpTunnel>>,
     /// What a `ServicePolicy` has for the case that endpoints fail.
     pub standby: Standby,
     /// Carried over from the snapshot before.
@@ -83,6 +85,8 @@ pub struct ClusterState {
     pub id: ClusterId,
     /// Position of round robin.
     pub next: AtomicU64,
+    /// How busy endpoints are by their own word, all together, where a rule asks for that.
+    pub scale: OnceLock<Box<Scale>>,
     /// Requests under way from this agent, retries among them.
     pub active: AtomicU32,
     /// Those of them that are retries.
@@ -148,6 +152,8 @@ pub struct EndpointState {
     pub health: Health,
     /// How long it takes to answer.
     pub latency: Latency,
+    /// How busy it says it is, where a rule asks for that.
+    pub reported: Reported,
     /// When it came.
     pub came: Instant,
 }
@@ -159,8 +165,17 @@ impl Default for EndpointState {
             in_flight: AtomicU32::new(0),
             health: Health::default(),
             latency: Latency::default(),
+            reported: Reported::default(),
             came: Instant::now(),
         }
+    }
+}
+
+impl Cluster {
+    /// What an endpoint's share is proportional to by its own word, where a rule asks for that (`backendUtilization`): requests a
+    /// second for each whole of itself that it uses.
+    pub fn reported_weight(&self, endpoint: &Endpoint, now: Instant) -> Option<f64> {
+        endpoint.state.reported.weight(self.spread.utilization.as_ref()?, now)
     }
 }
 

@@ -15,7 +15,7 @@ use std::{
 
 use tokio::time::Instant;
 
-use super::{ByClient, Endpoint, Placed, Weights, Zones};
+use super::{ByClient, Endpoint, Placed, UtilizationRule, Weights, Zones};
 
 /// The most levels of a cluster; what would be beyond is in the last one.
 pub const MOST_LEVELS: usize = 16;
@@ -37,6 +37,8 @@ pub struct Spread {
     pub zones: Option<Zones>,
     /// Endpoints that have come lately get less (`loadBalancer.warmup`).
     pub warmup: Option<Warmup>,
+    /// Endpoints that say they are busy get less (`loadBalancer.backendUtilization`).
+    pub utilization: Option<Arc<UtilizationRule>>,
     /// Endpoints that have left, and had requests or connections in flight or were ejected at that time: they get nothing, and
     /// are known again should they come back.
     pub leaving: Vec<Arc<Endpoint>>,

@@ -1,0 +1,179 @@
+//! `tunnel` of a DestinationRule: bytes go through the endpoint, an HTTP proxy, to the rule's target, once the proxy has agreed;
+//! wherever the proxy is, and however it is asked.
+
+use std::{
+    convert::Infallible,
+    net::{Ipv4Addr, SocketAddr},
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use anyhow::{Result, ensure};
+use futures_util::TryStreamExt as _;
+use http_body_util::{BodyDataStream, BodyExt as _, Either, Empty, StreamBody};
+use hyper::{
+    Method, Request, Response, StatusCode, Version,
+    body::{Bytes, Frame, Incoming},
+    service::service_fn,
+};
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo},
+    server::conn::auto,
+};
+use lab::{
+    Pair, Pod,
+    apps::{self, RawEnd},
+    eventually, peer, require_root,
+};
+use tokio::{io::copy_bidirectional, net::TcpListener, net::TcpStream, task::JoinSet};
+use tokio_util::io::{ReaderStream, StreamReader};
+
+const ECHO: u16 = 9000;
+const PROXY: u16 = 3128;
+const TCP: u16 = 80;
+
+/// Who has these as targets is refused.
+const REFUSED: &str = "refused.example:1";
+const TARGET: &str = "target.example:7000";
+
+/// Method, target and version.
+type Asked = (Method, String, Version);
+
+/// An HTTP proxy in a pod, whose targets are all the echo of that pod.
+struct Proxy {
+    asked: Arc<Mutex<Vec<Asked>>>,
+    _serving: JoinSet<()>,
+}
+
+impl Proxy {
+    fn start(pod: &Pod) -> Result<Self> {
+        let listener = pod.netns().inside(|| Ok(std::net::TcpListener::bind(("0.0.0.0", PROXY))?))?;
+        listener.set_nonblocking(true)?;
+        let listener = TcpListener::from_std(listener)?;
+        let asked = Arc::<Mutex<Vec<Asked>>>::default();
+        let (pod, told) = (pod.clone(), Arc::clone(&asked));
+        let mut serving = JoinSet::new();
+        serving.spawn(async move {
+            let mut connections = JoinSet::new();
+            while let Ok((stream, _)) = listener.accept().await {
+                connections.spawn(serve(stream, pod.clone(), Arc::clone(&told)));
+            }
+        });
+        Ok(Self { asked, _serving: serving })
+    }
+
+    /// Everything since the last time.
+    fn asked(&self) -> Vec<Asked> {
+        std::mem::take(&mut self.asked.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+async fn serve(stream: TcpStream, pod: Pod, told: Arc<Mutex<Vec<Asked>>>) {
+    let answer = service_fn(move |request| {
+        let answer = answer(request, &pod, &told);
+        async move { Ok::<_, Infallible>(answer) }
+    });
+    // What is wrong with one shows at the client, whose bytes do not come back.
+    let _ = auto::Builder::new(TokioExecutor::new())
+        .serve_connection_with_upgrades(TokioIo::new(stream), answer)
+        .await;
+}
+
+type Answer = Response<Either<Empty<Bytes>, http_body_util::combinators::BoxBody<Bytes, std::io::Error>>>;
+
+fn answer(mut request: Request<Incoming>, pod: &Pod, told: &Mutex<Vec<Asked>>) -> Answer {
+    let host = request.headers().get("host").and_then(|host| host.to_str().ok());
+    let target =
+        request.uri().authority().map_or_else(|| host.unwrap_or_default().to_owned(), ToString::to_string);
+    let is_refused = target == REFUSED;
+    let asked = (request.method().clone(), target, request.version());
+    told.lock().unwrap_or_else(PoisonError::into_inner).push(asked);
+    let echo = peer::dial(pod, SocketAddr::from((Ipv4Addr::LOCALHOST, ECHO)));
+    let (false, Ok(mut echo)) = (is_refused, echo) else {
+        let mut refusal = Response::new(Either::Left(Empty::new()));
+        *refusal.status_mut() = StatusCode::FORBIDDEN;
+        return refusal;
+    };
+    if request.method() == Method::CONNECT {
+        tokio::spawn(async move {
+            if let Ok(bytes) = hyper::upgrade::on(&mut request).await {
+                let _ = copy_bidirectional(&mut TokioIo::new(bytes), &mut echo).await;
+            }
+        });
+        return Response::new(Either::Left(Empty::new()));
+    }
+    let (back, mut to) = echo.into_split();
+    tokio::spawn(async move {
+        let body = BodyDataStream::new(request.into_body()).map_err(std::io::Error::other);
+        tokio::io::copy(&mut StreamReader::new(body), &mut to).await
+    });
+    let body = StreamBody::new(ReaderStream::new(back).map_ok(Frame::data));
+    Response::new(Either::Right(body.boxed()))
+}
+
+fn rule(host: &str, ask: &str, target: &str, version: Version) -> String {
+    let (name, port) = target.split_once(':').unwrap_or_default();
+    let upgrade = if version == Version::HTTP_2 { "UPGRADE" } else { "DEFAULT" };
+    format!(
+        "
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {{ name: {host}, namespace: default }}
+spec:
+  host: {host}
+  trafficPolicy:
+    connectionPool: {{ http: {{ h2UpgradePolicy: {upgrade} }} }}
+    tunnel: {{ protocol: {ask}, targetHost: {name}, targetPort: {port} }}
+"
+    )
+}
+
+#[tokio::test]
+async fn bytes_go_through_a_proxy_that_has_agreed() -> Result<()> {
+    if !require_root()? {
+        return Ok(());
+    }
+    let pair = Pair::new("proxied").await?;
+    let out = pair.b.pod("out").label("app", "out").unenrolled().start().await?;
+    let far = pair.b.pod("far").label("app", "far").start().await?;
+    let near = pair.a.pod("near").label("app", "near").start().await?;
+    for (name, pod) in [("out", &out), ("far", &far), ("near", &near)] {
+        pod.serve(apps::tcp_echo(ECHO)).await?;
+        let proxy = Proxy::start(pod)?;
+        let service = pair.lab.service(name).selector("app", name).port("tcp", TCP, PROXY).apply()?;
+        pair.settled().await?;
+        if name != "out" {
+            pod.enrolled().await?;
+        }
+        let at = service.at(TCP);
+        for (ask, method) in [("CONNECT", Method::CONNECT), ("POST", Method::POST)] {
+            for version in [Version::HTTP_11, Version::HTTP_2] {
+                pair.apply("rule.yaml", &rule(name, ask, TARGET, version)).await?;
+                let bytes = pair.client.tcp(at, 300_000, &[]).await?;
+                ensure!(bytes.intact && bytes.received == 300_000, "{name} {ask} {version:?}: {bytes:?}");
+                let asked = proxy.asked();
+                ensure!(asked == [(method.clone(), TARGET.to_owned(), version)], "{name}: {asked:?}");
+
+                pair.apply("rule.yaml", &rule(name, ask, REFUSED, version)).await?;
+                let refused = pair.client.raw(at).send("a").expect("a").run().await?;
+                ensure!(refused.received.0.is_empty(), "{name} {ask} {version:?}: {refused:?}");
+                ensure!(matches!(refused.end, RawEnd::Closed | RawEnd::Reset), "{name}: {refused:?}");
+                let asked = proxy.asked();
+                ensure!(asked == [(method.clone(), REFUSED.to_owned(), version)], "{name}: {asked:?}");
+            }
+        }
+    }
+    says_why_it_is_refused(&pair).await?;
+    pair.finish().await
+}
+
+async fn says_why_it_is_refused(pair: &Pair) -> Result<()> {
+    eventually("the log", async || {
+        let lines = pair.agent_a.access_log();
+        let told = |line: &&String| {
+            line.contains("(POST refused.example:1): it answers 403 Forbidden") && line.contains("flags=UF")
+        };
+        ensure!(lines.iter().any(|line| told(&line)), "{}", lines.join("\n"));
+        Ok(())
+    })
+    .await
+}
