@@ -9,15 +9,15 @@ use super::Ends;
 use crate::{
     error::{Error, Kind, Result},
     route,
-    state::snapshot::{Cluster, Snapshot, StreamRoute, Workload},
+    state::snapshot::{self, Cluster, Snapshot, StreamRoute, Workload},
 };
 
 /// Where a connection goes, by the address that the app dialled.
 #[derive(Debug)]
 pub(super) enum Resolved {
-    /// A port of a service.
+    /// A port of a service, or of a headless one whose endpoint was dialled.
     Service(ServicePort),
-    /// One pod, dialled by its own address.
+    /// One pod, dialled by its own address, of no headless service.
     Pod(Arc<Workload>),
     /// Nothing the mesh knows: passed on untouched (Istio's `ALLOW_ANY`).
     Unknown,
@@ -42,11 +42,20 @@ pub(super) fn resolve(snapshot: &Snapshot, client: &Workload, ends: Ends) -> Res
             let text = format!("service {} has no port {port}", service.host);
             return Err(Error::new(Kind::NoHealthyUpstream, text));
         };
-        let (cluster, streams) = (Arc::clone(&port.cluster), Arc::clone(&port.streams));
-        let routed = port.routes.iter().any(|route| route.origin.starts_with("VirtualService"));
-        return Ok(Resolved::Service(ServicePort { cluster, streams, routed }));
+        return Ok(Resolved::Service(seen(port)));
+    }
+    if let Some((service, port)) = snapshot.headless_at(ends.original_dst, &client.namespace)
+        && let Some(port) = service.port_for(client.view(), port)
+    {
+        return Ok(Resolved::Service(seen(port)));
     }
     Ok(snapshot.workload_at(ip).map_or(Resolved::Unknown, |pod| Resolved::Pod(Arc::clone(pod))))
+}
+
+fn seen(port: &snapshot::ServicePort) -> ServicePort {
+    let (cluster, streams) = (Arc::clone(&port.cluster), Arc::clone(&port.streams));
+    let routed = port.routes.iter().any(|route| route.origin.starts_with("VirtualService"));
+    ServicePort { cluster, streams, routed }
 }
 
 /// The routes that may hold for a client that says nothing.

@@ -97,6 +97,9 @@ pub struct Snapshot {
     /// The service that an app's address belongs to, for what the destination reports; the first by host name where
     /// several share an endpoint.
     pub inbound: SharedMap<SocketAddr, Arc<Cluster>>,
+    /// Host names of headless services by the addresses of their endpoints, which clients dial themselves; the first where
+    /// several share one.
+    pub headless: SharedMap<SocketAddr, Arc<str>>,
     /// What requests to a pod's port are held to, where a `ServicePolicy` says so.
     pub guards: SharedMap<SocketAddr, Arc<Guard>>,
     /// Ports of services whose endpoints are checked, by host name and port.
@@ -120,6 +123,17 @@ impl Snapshot {
     /// The service whose cluster address this is, as far as a client of this namespace may know of it.
     pub fn service_at(&self, ip: IpAddr, namespace: &str) -> Option<&Arc<Service>> {
         self.vips.get(&ip).filter(|service| service.visible.to(namespace))
+    }
+
+    /// The headless service that has this endpoint, and which of its ports leads there, as far as a client of this namespace may
+    /// know of it.
+    pub fn headless_at(&self, at: SocketAddr, namespace: &str) -> Option<(&Arc<Service>, u16)> {
+        let service = self.services.get(self.headless.get(&at)?)?;
+        let has = |port: &&ServicePort| {
+            port.cluster.endpoints.binary_search_by_key(&at, |endpoint| endpoint.address).is_ok()
+        };
+        let port = service.ports.iter().find(has)?.port;
+        service.visible.to(namespace).then_some((service, port))
     }
 
     /// The pod that alone owns this address.
@@ -206,6 +220,11 @@ pub struct Service {
 }
 
 impl Service {
+    /// Whether clients dial its endpoints themselves.
+    pub fn is_headless(&self) -> bool {
+        self.vips.is_empty()
+    }
+
     /// Its ports, as a client sees them by the name of its namespace or its own ([`Workload::view`]).
     pub fn ports_for(&self, view: &str) -> &[ServicePort] {
         let of_namespace = || self.views.get(view.split_once('/')?.0);

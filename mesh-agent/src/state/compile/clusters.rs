@@ -18,8 +18,8 @@ use super::{
     views::Views,
 };
 use crate::state::{
-    resource::{ObjectKey, destination_rule::Subset, service_policy::FallbackTo},
-    snapshot::{Checked, Cluster, Snapshot, Standby, Use, Visibility},
+    resource::{ObjectKey, destination_rule::Subset, load_balancer::Choice, service_policy::FallbackTo},
+    snapshot::{Balancing, Checked, Cluster, Snapshot, Standby, Use, Visibility},
 };
 
 /// Host name and port of a service.
@@ -127,7 +127,11 @@ impl<'a, 'p> Clusters<'a, 'p> {
         if let Some(made) = self.plain.get(&key) {
             return Arc::clone(made);
         }
-        let policy = destination_rules::policy(merged, subset, port.port, service.by_latency);
+        let mut policy = destination_rules::policy(merged, subset, port.port, service.by_latency);
+        if service.headless {
+            // Who dials an endpoint has chosen it.
+            policy.choice = Choice::Simple(Balancing::Passthrough);
+        }
         let port_key = || (Arc::clone(&service.host), port.port);
         let checks = self.policies.of(&service.host, port.port).health_check().is_some();
         let checks = checks.then(|| Arc::clone(self.checks.entry(port_key()).or_default()));
@@ -138,7 +142,8 @@ impl<'a, 'p> Clusters<'a, 'p> {
             policy.tls.as_ref(),
             before.map(|before| &before.tls),
         );
-        let is_plain = merged.is_none() && service.nearby.is_none() && !service.by_latency;
+        let is_plain =
+            !service.headless && merged.is_none() && service.nearby.is_none() && !service.by_latency;
         let labels = subset.map(|subset| subset.labels.clone());
         let recipe = Recipe { labels, policy, nearby: service.nearby };
         let checked = &mut self.checked;

@@ -204,6 +204,7 @@ fn whole(objects: &Objects, previous: Option<&Snapshot>, settings: &Settings) ->
         services: entries.services.into_iter().collect(),
         vips: entries.vips.into_iter().collect(),
         inbound: entries.inbound.into_iter().collect(),
+        headless: entries.headless.into_iter().collect(),
         guards: entries.guards.into_iter().collect(),
         checked: entries.checked.into_iter().collect(),
         path_normalization: mesh.path_normalization,
@@ -268,6 +269,7 @@ struct Entries {
     services: Vec<(Arc<str>, Arc<Service>)>,
     vips: HashMap<IpAddr, Arc<Service>>,
     inbound: HashMap<SocketAddr, Arc<Cluster>>,
+    headless: HashMap<SocketAddr, Arc<str>>,
     guards: HashMap<SocketAddr, Arc<Guard>>,
     checked: HashMap<(Arc<str>, u16), Arc<CheckedPort>>,
     /// As in [`Kept`].
@@ -280,6 +282,9 @@ impl Entries {
     fn enter(&mut self, service: Arc<Service>) {
         for port in &service.ports {
             for endpoint in &port.cluster.endpoints {
+                if service.is_headless() {
+                    self.headless.entry(endpoint.address).or_insert_with(|| Arc::clone(&service.host));
+                }
                 let first = self.inbound.entry(endpoint.address).or_insert_with(|| Arc::clone(&port.cluster));
                 if first.host != service.host {
                     let all = self.shared.entry(endpoint.address).or_default();

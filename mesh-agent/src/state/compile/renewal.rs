@@ -241,6 +241,12 @@ fn enter_address(
         hosts.remove(&service.host);
     }
     let first = hosts.first().and_then(|host| cluster_at(snapshot.services.get(host)?, address));
+    let headless =
+        hosts.iter().find(|host| snapshot.services.get(*host).is_some_and(|one| one.is_headless()));
+    match headless.cloned() {
+        Some(host) => drop(snapshot.headless.insert(address, host)),
+        None => drop(snapshot.headless.remove(&address)),
+    }
     match first {
         Some(cluster) => drop(snapshot.inbound.insert(address, cluster)),
         None => drop(snapshot.inbound.remove(&address)),

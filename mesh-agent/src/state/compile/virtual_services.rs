@@ -67,11 +67,10 @@ impl<'a> VirtualServices<'a> {
     /// Takes the hosts of the next one in.
     fn add(&mut self, service: &VirtualService, services: &Definitions<'_>, problems: &mut Problems<'_>) {
         let key = key_of(service);
-        let (mut used, mut dialled) = (false, false);
+        let mut used = false;
         for (i, host) in service.hosts.iter().enumerate() {
             let host = resolve(host, &service.namespace);
             used |= services.covered_by(&host).next().is_some();
-            dialled |= services.covered_by(&host).any(|service| !service.headless);
             let before = self.by_host.entry(host.clone());
             let hidden =
                 before.iter().find(|other| hides(&self.all[**other].service.visible, &service.visible));
@@ -85,10 +84,6 @@ impl<'a> VirtualServices<'a> {
         }
         if !used {
             let message = "no Service has any of these hosts, so its routes hold for nothing";
-            problems.add(&key, "spec.hosts", message);
-        } else if !dialled {
-            let message = "only headless Services have these hosts: their pods are dialled by their own addresses, for \
-                           which no routes hold";
             problems.add(&key, "spec.hosts", message);
         }
     }

@@ -171,16 +171,32 @@ fn cluster_addresses_and_ports() {
     let seen: Vec<_> = service.ports.iter().map(|port| (port.port, port.protocol)).collect();
     assert_eq!(seen, [(80, Some(Protocol::Http1)), (5432, Some(Protocol::Opaque)), (9000, None)]);
     assert!(snapshot.services["headless.default.svc.cluster.local"].vips.is_empty());
-    // Nothing is routed that is dialled by its pods' addresses, and who writes a route for it is told so.
-    let route = |hosts: &str| {
+}
+
+#[test]
+fn endpoints_of_headless_services_are_dialled_by_their_addresses() {
+    let service = |name: &str, spec: &str| {
         format!(
-            "---\n{{apiVersion: networking.istio.io/v1, kind: VirtualService, metadata: {{name: v}}, \
-             spec: {{hosts: [{hosts}], http: [{{route: [{{destination: {{host: a}}}}]}}]}}}}\n"
+            "---\n{{apiVersion: v1, kind: Service, metadata: {{name: {name}}}, spec: {{{spec}, selector: {{app: a}}}}}}\n"
         )
     };
-    let headless = "VirtualService default/v: spec.hosts: only headless Services have these hosts";
-    assert_problems(&build(&(text.clone() + &route("headless"))).1, &[headless]);
-    assert_problems(&build(&(text + &route("a, headless"))).1, &[]);
+    let rules = "---\n{apiVersion: networking.istio.io/v1, kind: DestinationRule, metadata: {name: b}, spec: {host: b, \
+                 trafficPolicy: {loadBalancer: {simple: ROUND_ROBIN}, connectionPool: {tcp: {maxConnections: 7}}}}}\n";
+    let ports = "ports: [{name: http, port: 80, targetPort: 8080}, {name: tcp, port: 81, targetPort: 9000}]";
+    let text = selecting("clusterIPs: [10.96.0.1], ports: [{name: http, port: 8080}]")
+        + &service("b", &format!("clusterIP: None, {ports}"))
+        + &service("c", &format!("clusterIP: None, {ports}"))
+        + &backing("p", "", "nodeName: n", "podIP: 10.0.0.5")
+        + rules;
+    let (snapshot, problems) = build(&text);
+    assert_eq!(problems, []);
+    let at = |port: u16| {
+        let found = snapshot.headless_at(([10, 0, 0, 5], port).into(), "default");
+        found.map(|(service, port)| (&*service.name, port))
+    };
+    assert_eq!([at(8080), at(9000), at(80)], [Some(("b", 80)), Some(("b", 81)), None]);
+    let cluster = &snapshot.services["b.default.svc.cluster.local"].ports[0].cluster;
+    assert_eq!((cluster.balancing, cluster.pool.connections), (Balancing::Passthrough, Some(7)));
 }
 
 #[test]

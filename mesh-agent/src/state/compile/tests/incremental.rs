@@ -69,6 +69,8 @@ fn forms() -> Vec<Vec<String>> {
             backed(name, number, ""),
             backed(name, number, "trafficDistribution: PreferClose,"),
             backed(name, number, "selector: {app: a},"),
+            backed(name, number, "selector: {app: a},")
+                .replace(&format!("clusterIPs: [10.96.0.{number}]"), "clusterIP: None"),
         ]
     });
     let rules = vec![
@@ -197,6 +199,7 @@ fn said(snapshot: &Snapshot) -> BTreeMap<String, String> {
     }
     said.extend(snapshot.vips.iter().map(|(ip, service)| (ip.to_string(), service.host.to_string())));
     said.extend(snapshot.inbound.iter().map(|(at, cluster)| (at.to_string(), cluster.name.to_string())));
+    said.extend(snapshot.headless.iter().map(|(at, host)| (format!("headless {at}"), host.to_string())));
     said.extend(snapshot.workloads.iter().map(|(ip, pod)| (format!("pod {ip}"), format!("{pod:?}"))));
     said.extend(
         snapshot.checked.iter().map(|(key, port)| (format!("check {key:?}"), port.cluster.name.to_string())),
