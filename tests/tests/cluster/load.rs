@@ -1,25 +1,33 @@
-//! Requests from every node to one server, one after another, while something happens to the cluster.
+//! Requests from every node to one service, one after another, while something happens to the cluster.
 
 use anyhow::{Context as _, Result};
 use lab::cluster::{Cluster, Namespace};
 
-/// A server of some bytes, behind a service.
+/// Servers of some bytes, behind a service. They go on for a moment when they are told to stop, as whoever is behind a balancer
+/// should: others may not have heard of it yet.
 const SERVICE: &str = "
-apiVersion: v1
-kind: Pod
+apiVersion: apps/v1
+kind: Deployment
 metadata:
   name: server
-  labels: { app: server }
 spec:
-  terminationGracePeriodSeconds: 0
-  containers:
-    - name: server
-      image: @IMAGE@
-      imagePullPolicy: Never
-      command: [\"busybox\", \"httpd\", \"-f\", \"-p\", \"8080\", \"-h\", \"/etc\"]
-      readinessProbe:
-        httpGet: { path: /passwd, port: 8080 }
-        periodSeconds: 1
+  replicas: 2
+  selector: { matchLabels: { app: server } }
+  strategy: { rollingUpdate: { maxUnavailable: 0, maxSurge: 1 } }
+  template:
+    metadata:
+      labels: { app: server }
+    spec:
+      terminationGracePeriodSeconds: 5
+      containers:
+        - name: server
+          image: @IMAGE@
+          imagePullPolicy: Never
+          command: [\"busybox\", \"httpd\", \"-f\", \"-p\", \"8080\", \"-h\", \"/etc\"]
+          lifecycle: { preStop: { exec: { command: [\"sleep\", \"3\"] } } }
+          readinessProbe:
+            httpGet: { path: /passwd, port: 8080 }
+            periodSeconds: 1
 ---
 apiVersion: v1
 kind: Service
@@ -36,11 +44,11 @@ const LOAD: &str = "while [ ! -e /tmp/stop ]; do \
                     curl -s -o /dev/null -w '%{http_code}\\n' http://server/passwd; \
                     done > /tmp/answers 2>&1 &";
 
-/// Starts the server, and the load from each node once it has had its first answer, which says that the node knows the service.
+/// Starts the servers, and the load from each node once it has had its first answer, which says that the node knows the service.
 /// The pods that ask are called as their nodes, whose names are returned.
 pub fn begin(cluster: &Cluster, namespace: &Namespace) -> Result<Vec<String>> {
     namespace.apply(&SERVICE.replace("@IMAGE@", cluster.client_image()))?;
-    namespace.kubectl(&["wait", "--for=condition=Ready", "pod/server", "--timeout=120s"])?;
+    namespace.deployed()?;
     let nodes = cluster.nodes()?;
     for node in &nodes {
         namespace.client(node, node)?;
@@ -62,4 +70,12 @@ pub fn end(namespace: &Namespace, node: &str) -> Result<Vec<(u64, String)>> {
         Some((sent.parse().ok()?, status.to_owned()))
     };
     whole.lines().map(|line| read(line).with_context(|| format!("{node} says {line:?}"))).collect()
+}
+
+/// Waits until a node has sent a request at this time or later, in seconds since 1970.
+pub fn goes_on_until(namespace: &Namespace, node: &str, time: u64) -> Result<()> {
+    let script = format!(
+        "until [ \"$(tail -n 1 /tmp/answers | cut -d ' ' -f 1)\" -ge {time} ] 2>/dev/null; do sleep 0.2; done"
+    );
+    namespace.exec(node, &["timeout", "120", "sh", "-c", &script]).map(drop)
 }

@@ -2,6 +2,9 @@
 
 mod api_server;
 mod bookinfo;
+mod failures;
+mod installed;
 mod load;
 mod mesh;
 mod nodes;
+mod workloads;

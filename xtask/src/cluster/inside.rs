@@ -65,6 +65,7 @@ pub fn run(node: Node) -> Result<()> {
         kept(import)?;
     }
     let kubelet = spawn(node, "kubelet", &state::program("kubelet").display().to_string(), &kubelet(node))?;
+    into_service(kubelet, "kubelet")?;
     let proxy = [format!("--config={}", file(node, "kube-proxy.yaml")), "--v=1".into()];
     let proxy = spawn(node, "kube-proxy", &state::program("kube-proxy").display().to_string(), &proxy)?;
     reap(&[("containerd", containerd), ("kubelet", kubelet), ("kube-proxy", proxy)])
@@ -97,6 +98,16 @@ fn spawn(node: Node, name: &str, program: &str, arguments: &[String]) -> Result<
         .spawn()
         .with_context(|| format!("cannot start {name}"))?;
     Ok(Pid::from_raw(child.id().cast_signed()))
+}
+
+/// Gives a process the cgroup that it would have as a service of systemd: what comes from the kubelet is told by that.
+fn into_service(process: Pid, name: &str) -> Result<()> {
+    let root = Path::new(CGROUPS);
+    let root = if has_v2_alone(root) { root.to_owned() } else { root.join("unified") };
+    let cgroup = root.join(format!("system.slice/{name}.service"));
+    fs::create_dir_all(&cgroup).with_context(|| format!("cannot make {}", cgroup.display()))?;
+    fs::write(cgroup.join("cgroup.procs"), process.to_string())
+        .with_context(|| format!("cannot move {name} into {}", cgroup.display()))
 }
 
 fn kubelet(node: Node) -> Vec<String> {
