@@ -104,6 +104,48 @@ async fn whoever_is_dialled_answers_by_the_rules_of_the_service() -> Result<()> 
     pair.finish().await
 }
 
+/// Leads from a service with an address to one without.
+const LEADS_THERE: &str = "
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: { name: front, namespace: default }
+spec: { hosts: [front], http: [{ route: [{ destination: { host: db } }] }] }
+";
+
+#[tokio::test]
+async fn whoever_comes_by_another_service_is_balanced() -> Result<()> {
+    if !require_root()? {
+        return Ok(());
+    }
+    let pair = Pair::new("headless-behind").await?;
+    let far = pair.b.pod("far").label("app", "db").start().await?;
+    let near = pair.a.pod("near").label("app", "db").start().await?;
+    for pod in [&far, &near] {
+        pod.serve(apps::http(APP)).await?;
+    }
+    pair.lab.apply("service.yaml", SERVICE)?;
+    let front = pair.lab.service("front").selector("app", "none").port("http", 80, APP).apply()?;
+    pair.apply("leads.yaml", LEADS_THERE).await?;
+    // One that has no address yet is not headless: its pods are dialled as any other's.
+    let unready =
+        SERVICE.replace("name: db", "name: a-new").replace("  clusterIP: None\n  clusterIPs: [None]\n", "");
+    let unready = unready.replace("targetPort: 8080", "targetPort: 8081");
+    pair.apply("unready.yaml", &unready).await?;
+    for pod in [&far, &near] {
+        pod.enrolled().await?;
+        pod.serve(apps::http(8081)).await?;
+    }
+    let tally = pair.client.get(front.url(80, "/")).many(40, 4, None).await?;
+    ensure!(tally.statuses.get(&200) == Some(&40) && tally.pods.len() == 2, "{tally:?}");
+    for pod in [&far, &near] {
+        for _ in 0..8 {
+            let answer = pair.client.http_get(&format!("http://{}/", pod.at(8081)), &[]).await?;
+            ensure!(answer.status == 200 && answer.pod() == Some(pod.name()), "{answer:?}");
+        }
+    }
+    pair.finish().await
+}
+
 #[tokio::test]
 async fn who_is_no_endpoint_is_a_pod_as_any_other() -> Result<()> {
     if !require_root()? {

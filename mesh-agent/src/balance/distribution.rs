@@ -320,6 +320,15 @@ async fn who_says_it_is_busy_gets_less() {
     advance(rule.update).await;
     let wanted = [(0, 0.1), (1, 0.1), (2, 0.1), (3, 4.0), (4, 1.0)];
     assert_shares("one far away", &counts(&cluster), &shares(&cluster, &wanted));
+    // Who is ejected is nobody's measure.
+    let outlier = Some(defaults::OUTLIER_DETECTION);
+    let cluster = Cluster { outlier, ..cluster };
+    eject(&cluster, [3]);
+    advance(rule.update).await;
+    let wanted = [(0, 1.0), (1, 2.0), (2, 3.0), (4, 2.0)];
+    assert_shares("one ejected", &counts(&cluster), &shares(&cluster, &wanted));
+    cluster.endpoints[3].state.health.give_back();
+    cluster.spread.changed();
     // Old reports are forgotten.
     advance(rule.expiration).await;
     assert_shares("expired", &counts(&cluster), &shares(&cluster, &even));

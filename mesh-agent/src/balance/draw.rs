@@ -143,7 +143,9 @@ impl<'a> Left<'a> {
         let warmth = spread.warmup.map(|warmup| warmup.factor(endpoint.state.came, self.now));
         let Some(rule) = &spread.utilization else { return warmth };
         let scale = state.scale.get_or_init(Box::default);
-        Some(warmth.unwrap_or(1.0) * scale.factor(rule, self.now, endpoint, endpoints))
+        // Who cannot be drawn is nobody's measure.
+        let all = endpoints.iter().map(|one| &**one).filter(|one| self.is_available(one));
+        Some(warmth.unwrap_or(1.0) * scale.factor(rule, self.now, endpoint, all))
     }
 
     fn allows_beside(&self, endpoint: &Arc<Endpoint>, except: Option<&Arc<Endpoint>>) -> bool {

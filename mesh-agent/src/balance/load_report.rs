@@ -23,23 +23,28 @@ const BASE64: GeneralPurpose = GeneralPurpose::new(
         .with_decode_padding_mode(base64::engine::DecodePaddingMode::Indifferent),
 );
 
-/// `xds.data.orca.v3.OrcaLoadReport`, as far as it is used.
+/// `xds.data.orca.v3.OrcaLoadReport`, as far as it is used; its JSON has names in either spelling (ProtoJSON).
 #[derive(Clone, PartialEq, prost::Message, Deserialize)]
 #[serde(default)]
 struct Report {
     #[prost(double, tag = "1")]
+    #[serde(alias = "cpuUtilization")]
     cpu_utilization: f64,
     #[prost(double, tag = "2")]
+    #[serde(alias = "memUtilization")]
     mem_utilization: f64,
     #[prost(map = "string, double", tag = "5")]
     utilization: HashMap<String, f64>,
     #[prost(double, tag = "6")]
+    #[serde(alias = "rpsFractional")]
     rps_fractional: f64,
     #[prost(double, tag = "7")]
     eps: f64,
     #[prost(map = "string, double", tag = "8")]
+    #[serde(alias = "namedMetrics")]
     named_metrics: HashMap<String, f64>,
     #[prost(double, tag = "9")]
+    #[serde(alias = "applicationUtilization")]
     application_utilization: f64,
 }
 
@@ -131,6 +136,7 @@ mod tests {
             (HEADER, "TEXT cpu_utilization=0.5,rps_fractional=100, eps=10"),
             (HEADER, "TEXT cpu=0.5, rps=100, eps=10, unknown=3"),
             (HEADER, r#"JSON {"cpu_utilization": 0.5, "rps_fractional": 100, "eps": 10, "more": 1}"#),
+            (HEADER, r#"JSON {"cpuUtilization": 0.5, "rpsFractional": 100, "eps": 10}"#),
             (HEADER, &format!("BIN {padded}")),
             (BINARY, &padded),
             (BINARY, bare),

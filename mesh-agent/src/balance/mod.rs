@@ -261,6 +261,7 @@ mod tests {
             retry_budget: crate::state::defaults::RETRY_BUDGET,
             proxy_protocol: None,
             tunnel: None,
+            headless: false,
             standby: crate::state::snapshot::Standby::default(),
             state: Arc::new(ClusterState::default()),
         }

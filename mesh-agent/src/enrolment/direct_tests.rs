@@ -107,6 +107,7 @@ fn snapshot(port: &Port) -> Snapshot {
         retry_budget: defaults::RETRY_BUDGET,
         proxy_protocol: None,
         tunnel: None,
+        headless: false,
         standby: crate::state::snapshot::Standby::default(),
         state: Arc::default(),
     };
@@ -119,6 +120,7 @@ fn snapshot(port: &Port) -> Snapshot {
         name: "s".into(),
         namespace: "default".into(),
         vips: ["10.96.0.1", "fd00::1"].iter().filter_map(|ip| ip.parse().ok()).collect(),
+        headless: false,
         visible: crate::state::snapshot::Visibility::Everywhere,
         ports: vec![ServicePort {
             port: 70,

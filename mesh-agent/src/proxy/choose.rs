@@ -1,5 +1,5 @@
 //! Which endpoint: the balancer's choice, or what the client has dialled where nothing is balanced
-//! (`loadBalancer.simple: PASSTHROUGH`).
+//! (`loadBalancer.simple: PASSTHROUGH`), or where it has dialled an endpoint of a headless service.
 //!
 //! Never passes plaintext to a service whose endpoints are in the mesh: whoever answers at the service's own address is not
 //! known, so that is refused. Tested in the lab (`tests/tests/balancing.rs`).
@@ -24,6 +24,11 @@ pub(super) fn endpoint(
 ) -> Result<Chosen> {
     if let (Balancing::Passthrough, Some(dialled)) = (cluster.balancing, dialled) {
         return passed(mesh, cluster, dialled);
+    }
+    if let Some(dialled) = dialled.filter(|_| cluster.headless)
+        && let Some(chosen) = balance::chosen(cluster, dialled)
+    {
+        return Ok(chosen);
     }
     let spread = &cluster.spread;
     let own = (spread.by_client.is_some() || spread.zones.is_some()).then(|| pod.workload());

@@ -271,6 +271,7 @@ mod tests {
             name: "a".into(),
             namespace: "default".into(),
             vips: Vec::new(),
+            headless: false,
             visible: Visibility::Everywhere,
             ports: [port].into(),
             views: HashMap::new(),

@@ -28,14 +28,14 @@ use crate::{
     identity::{Shown, SpiffeId},
     policy::{Permit, Ruling},
     report::{FlowGuard, FlowKey, Peer, RequestProtocol, Security, Side, TcpLabels},
-    state::snapshot::{Protocol, Workload},
+    state::snapshot::{Cluster, Protocol, Workload},
     tunnel::{self, Accepted, MeshStream, Tunnel},
     upstream::{AGAIN, Destination, Kept, Lease, Pod, Via, message},
     workers::Seat,
 };
 
-/// Time for the app inside the pod to accept a connection.
-pub(super) const APP_CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Time for the app inside the pod to accept a connection, where no rule says another (Istio's default).
+const APP_CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Largest future of one connection, bytes.
 const CONNECTION_FUTURE: usize = 12 << 10;
@@ -358,7 +358,7 @@ async fn send_to_app(
         address: app,
         via: &via,
         protocol,
-        connect_timeout: APP_CONNECT_TIMEOUT,
+        connect_timeout: connect_timeout(exchange.cluster.as_deref()),
         // But of the client the app is told what the client's agent has it told.
         kept: Kept { introduces: request.extensions().get().copied(), ..kept },
         flow: None,
@@ -371,7 +371,13 @@ pub(super) async fn hand_over(
     _permit: &Permit,
     app: SocketAddr,
 ) -> Result<tokio::net::TcpStream> {
-    inbound.pod.open_app(app, inbound.ends.client, APP_CONNECT_TIMEOUT, None).await
+    let timeout = connect_timeout(inbound.mesh.snapshot().inbound.get(&app).map(|cluster| &**cluster));
+    inbound.pod.open_app(app, inbound.ends.client, timeout, None).await
+}
+
+/// The rule that everybody sees holds for the last part of the way too.
+pub(super) fn connect_timeout(cluster: Option<&Cluster>) -> Duration {
+    cluster.map_or(APP_CONNECT_TIMEOUT, |cluster| cluster.connect_timeout)
 }
 
 async fn plaintext_connection(mesh: Arc<Mesh>, pod: Arc<Pod>, captured: Captured) -> Result<()> {

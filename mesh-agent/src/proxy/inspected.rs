@@ -223,7 +223,7 @@ async fn switch(
         address: app,
         via: &via,
         protocol: exchange.client.version,
-        connect_timeout: inbound::APP_CONNECT_TIMEOUT,
+        connect_timeout: inbound::connect_timeout(exchange.cluster.as_deref()),
         kept: Kept::FREELY,
         flow: None,
     };

@@ -261,7 +261,7 @@ impl Outbound {
     /// A pod dialled by its own address, or an address that the mesh does not know: bytes, whatever they are.
     async fn to_address(&self, client: TcpStream, workload: Option<Arc<Workload>>) -> Result<Course> {
         let endpoint = Arc::new(Endpoint::alone(self.ends.original_dst, workload));
-        let server = self.open_endpoint(endpoint, CONNECT_TIMEOUT, Kept::FREELY).await?;
+        let server = self.open_endpoint(endpoint, Protocol::Opaque, CONNECT_TIMEOUT, Kept::FREELY).await?;
         Ok(Course::Bytes(Prefixed::new(client), server, None))
     }
 
@@ -295,7 +295,9 @@ impl Outbound {
         let endpoint = Arc::clone(&chosen.endpoint);
         let (timeout, kept) = (cluster.connect_timeout, Kept::of(cluster, None));
         let kept = kept.on_behalf(self.shown, self.dialled());
-        let mut opened = self.open_endpoint(Arc::clone(&endpoint), timeout, kept).await;
+        // A proxy that is to be asked has to speak HTTP, and says so where TLS begins.
+        let protocol = cluster.tunnel.as_ref().map_or(Protocol::Opaque, |_| upstream::spoken(cluster));
+        let mut opened = self.open_endpoint(Arc::clone(&endpoint), protocol, timeout, kept).await;
         if let Some(tunnel) = &cluster.tunnel {
             // Boxed: rare, and every connection would have to make room for it.
             opened = match opened {
@@ -316,19 +318,14 @@ impl Outbound {
     async fn open_endpoint(
         &self,
         endpoint: Arc<Endpoint>,
+        protocol: Protocol,
         connect_timeout: Duration,
         kept: Kept<'_>,
     ) -> Result<Opened> {
         let via = upstream::via(&self.mesh.pods, &self.mesh.node, &endpoint, connect_timeout).await?;
         let (ruling, standing) = permits::connection_to(&self.mesh, self.asks(), &via, &endpoint)?;
-        let destination = Destination {
-            address: endpoint.address,
-            via: &via,
-            protocol: Protocol::Opaque,
-            connect_timeout,
-            kept,
-            flow: None,
-        };
+        let destination =
+            Destination { address: endpoint.address, via: &via, protocol, connect_timeout, kept, flow: None };
         // Known even if nothing comes of it.
         self.flow.learn(|facts| learn_end(facts, &endpoint, &via, RequestProtocol::Tcp));
         // Boxed: dialling is over soon, copying lasts.

@@ -228,6 +228,7 @@ mod tests {
             name: "all".into(),
             namespace: "default".into(),
             vips: Vec::new(),
+            headless: false,
             visible: Visibility::Everywhere,
             ports: clusters.into_iter().map(port).collect(),
             views: HashMap::new(),

@@ -19,6 +19,7 @@ fn snapshot() -> Snapshot {
         name: "reviews".into(),
         namespace: "default".into(),
         vips: vec![vip],
+        headless: false,
         visible: Visibility::Everywhere,
         ports: Vec::new(),
         views: HashMap::new(),

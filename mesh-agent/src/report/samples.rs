@@ -65,6 +65,7 @@ pub fn cluster(name: &str) -> Arc<Cluster> {
         retry_budget: defaults::RETRY_BUDGET,
         proxy_protocol: None,
         tunnel: None,
+        headless: false,
         standby: crate::state::snapshot::Standby::default(),
         state: Arc::default(),
     })

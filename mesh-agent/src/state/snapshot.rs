@@ -211,6 +211,8 @@ pub struct Service {
     pub namespace: Arc<str>,
     /// `spec.clusterIPs`; empty when headless.
     pub vips: Vec<IpAddr>,
+    /// `spec.clusterIP: None`: clients dial its endpoints themselves.
+    pub headless: bool,
     /// Who may know of it.
     pub visible: Visibility,
     /// Its ports, as clients of all namespaces see them that `views` does not name.
@@ -220,11 +222,6 @@ pub struct Service {
 }
 
 impl Service {
-    /// Whether clients dial its endpoints themselves.
-    pub fn is_headless(&self) -> bool {
-        self.vips.is_empty()
-    }
-
     /// Its ports, as a client sees them by the name of its namespace or its own ([`Workload::view`]).
     pub fn ports_for(&self, view: &str) -> &[ServicePort] {
         let of_namespace = || self.views.get(view.split_once('/')?.0);

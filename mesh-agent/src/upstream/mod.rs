@@ -33,7 +33,7 @@ pub use self::{
     dial::Dial,
     pod::{Held, LocalPods, Pod, PodLimits, PodName},
     pool::{AGAIN, Key, Lease, Pool},
-    proxied::through_proxy,
+    proxied::{spoken, through_proxy},
     stream::UpstreamStream,
     switch::{Io, Switch, Switched},
     transitions::Transitions,

@@ -54,8 +54,8 @@ fn refused(proxy: SocketAddr, tunnel: &HttpTunnel, why: &str) -> Error {
     Error::new(Kind::ConnectFailure, format!("no tunnel through {proxy} ({tunnel}): {why}"))
 }
 
-/// HTTP/1.1, as in Istio, unless the rule asks for HTTP/2 (`h2UpgradePolicy: UPGRADE`).
-fn spoken(cluster: &Cluster) -> Protocol {
+/// What the proxies are spoken to in: HTTP/1.1, as in Istio, unless the rule asks for HTTP/2 (`h2UpgradePolicy: UPGRADE`).
+pub fn spoken(cluster: &Cluster) -> Protocol {
     if cluster.pool.upgrade { Protocol::Http2 } else { Protocol::Http1 }
 }
 
@@ -67,7 +67,7 @@ async fn by_connect(
     tunnel: &HttpTunnel,
     (proxy, spoken): (SocketAddr, Protocol),
 ) -> Result<Asked> {
-    let request = request(tunnel, Body::Empty);
+    let request = request(tunnel, Scheme::HTTP, Body::Empty);
     let switched = switch::ask_on(stream, (proxy, spoken), request, &Switch::Connect).await?;
     Ok(match switched {
         Switched::Agreed(_, bytes) => Ok(bytes),
@@ -76,11 +76,11 @@ async fn by_connect(
 }
 
 /// The request, before it is spelled as its version wants it.
-fn request<B>(tunnel: &HttpTunnel, body: B) -> Request<B> {
+fn request<B>(tunnel: &HttpTunnel, scheme: Scheme, body: B) -> Request<B> {
     let mut uri = http::uri::Parts::default();
     uri.authority = Some(tunnel.target.clone());
     if tunnel.ask == Ask::Post {
-        uri.scheme = Some(Scheme::HTTP);
+        uri.scheme = Some(scheme);
         uri.path_and_query = Some(http::uri::PathAndQuery::from_static("/"));
     }
     let mut request = Request::new(body);
@@ -96,7 +96,8 @@ async fn by_post(
     (proxy, spoken): (SocketAddr, Protocol),
 ) -> Result<Asked> {
     if spoken == Protocol::Http2 {
-        let (parts, ()) = request(tunnel, ()).into_parts();
+        let scheme = if matches!(stream, UpstreamStream::Tls(_)) { Scheme::HTTPS } else { Scheme::HTTP };
+        let (parts, ()) = request(tunnel, scheme, ()).into_parts();
         return Ok(match switch::stream_on(stream, proxy, parts).await? {
             Switched::Agreed(_, bytes) => Ok(bytes),
             Switched::Answered(response) => Err(response.status()),
@@ -109,7 +110,7 @@ async fn by_post(
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(broke)?;
     // What went wrong is told to whoever waits for the response or reads its body.
     tokio::spawn(connection);
-    let (mut parts, body) = request(tunnel, body).into_parts();
+    let (mut parts, body) = request(tunnel, Scheme::HTTP, body).into_parts();
     parts.headers.insert(HOST, host(tunnel));
     parts.uri = Uri::from_static("/");
     let response = sender.send_request(Request::from_parts(parts, body)).await.map_err(broke)?;

@@ -138,8 +138,7 @@ impl Pod {
             // The app's agent sees bytes only.
             message::client_certificate(&mut parts.headers, Some(&self.identity().id), app);
         }
-        let bytes = Destination { protocol: Protocol::Opaque, ..*to };
-        let stream = self.open(permit, &bytes, client).await?;
+        let stream = self.open(permit, to, client).await?;
         ask_on(stream, (to.address, to.protocol), Request::from_parts(parts, body), wanted).await
     }
 

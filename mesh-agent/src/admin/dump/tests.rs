@@ -48,6 +48,7 @@ fn reviews() -> Cluster {
         retry_budget: crate::state::defaults::RETRY_BUDGET,
         proxy_protocol: None,
         tunnel: None,
+        headless: false,
         standby: crate::state::snapshot::Standby::default(),
         state: Arc::default(),
     }

@@ -18,8 +18,8 @@ use super::{
     views::Views,
 };
 use crate::state::{
-    resource::{ObjectKey, destination_rule::Subset, load_balancer::Choice, service_policy::FallbackTo},
-    snapshot::{Balancing, Checked, Cluster, Snapshot, Standby, Use, Visibility},
+    resource::{ObjectKey, destination_rule::Subset, service_policy::FallbackTo},
+    snapshot::{Checked, Cluster, Snapshot, Standby, Use, Visibility},
 };
 
 /// Host name and port of a service.
@@ -127,11 +127,7 @@ impl<'a, 'p> Clusters<'a, 'p> {
         if let Some(made) = self.plain.get(&key) {
             return Arc::clone(made);
         }
-        let mut policy = destination_rules::policy(merged, subset, port.port, service.by_latency);
-        if service.headless {
-            // Who dials an endpoint has chosen it.
-            policy.choice = Choice::Simple(Balancing::Passthrough);
-        }
+        let policy = destination_rules::policy(merged, subset, port.port, service.by_latency);
         let port_key = || (Arc::clone(&service.host), port.port);
         let checks = self.policies.of(&service.host, port.port).health_check().is_some();
         let checks = checks.then(|| Arc::clone(self.checks.entry(port_key()).or_default()));
@@ -142,8 +138,7 @@ impl<'a, 'p> Clusters<'a, 'p> {
             policy.tls.as_ref(),
             before.map(|before| &before.tls),
         );
-        let is_plain =
-            !service.headless && merged.is_none() && service.nearby.is_none() && !service.by_latency;
+        let is_plain = merged.is_none() && service.nearby.is_none() && !service.by_latency;
         let labels = subset.map(|subset| subset.labels.clone());
         let recipe = Recipe { labels, policy, nearby: service.nearby };
         let checked = &mut self.checked;
@@ -160,6 +155,7 @@ impl<'a, 'p> Clusters<'a, 'p> {
             namespace: Arc::clone(&service.key.namespace),
             port: port.port,
             protocol: port.protocol,
+            headless: service.headless,
             subset: subset.map(|subset| subset.name.as_str().into()),
             view,
             endpoints,

@@ -183,6 +183,7 @@ fn whole(objects: &Objects, previous: Option<&Snapshot>, settings: &Settings) ->
             name: Arc::clone(&definition.key.name),
             namespace: Arc::clone(&definition.key.namespace),
             vips: definition.vips.clone(),
+            headless: definition.headless,
             visible: definition.visible.clone(),
             ports,
             views,
@@ -282,7 +283,7 @@ impl Entries {
     fn enter(&mut self, service: Arc<Service>) {
         for port in &service.ports {
             for endpoint in &port.cluster.endpoints {
-                if service.is_headless() {
+                if service.headless {
                     self.headless.entry(endpoint.address).or_insert_with(|| Arc::clone(&service.host));
                 }
                 let first = self.inbound.entry(endpoint.address).or_insert_with(|| Arc::clone(&port.cluster));

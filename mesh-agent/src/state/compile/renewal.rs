@@ -92,6 +92,7 @@ impl<'r, 'a> Renewal<'r, 'a> {
             name: Arc::clone(&before.name),
             namespace: Arc::clone(&before.namespace),
             vips: before.vips.clone(),
+            headless: before.headless,
             visible: before.visible.clone(),
             views: views.collect(),
             ports,
@@ -241,8 +242,7 @@ fn enter_address(
         hosts.remove(&service.host);
     }
     let first = hosts.first().and_then(|host| cluster_at(snapshot.services.get(host)?, address));
-    let headless =
-        hosts.iter().find(|host| snapshot.services.get(*host).is_some_and(|one| one.is_headless()));
+    let headless = hosts.iter().find(|host| snapshot.services.get(*host).is_some_and(|one| one.headless));
     match headless.cloned() {
         Some(host) => drop(snapshot.headless.insert(address, host)),
         None => drop(snapshot.headless.remove(&address)),

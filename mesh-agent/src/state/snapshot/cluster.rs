@@ -34,6 +34,8 @@ pub struct Cluster {
     pub port: u16,
     /// What the service port declares, if anything.
     pub protocol: Option<Protocol>,
+    /// Of a headless service: who dials an endpoint of it has chosen that.
+    pub headless: bool,
     /// Subset, if one.
     pub subset: Option<Arc<str>>,
     /// Namespace of the clients it is made for, where rules of their own hold for them; `None` is everybody else.

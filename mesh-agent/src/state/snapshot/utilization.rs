@@ -120,14 +120,14 @@ impl Default for Scale {
 }
 
 impl Scale {
-    /// How much of its turns an endpoint of these is to get, from 0 to 1: one that has reported nothing counts as average, and
+    /// How much of its turns an endpoint of these, all that may be chosen, is to get, from 0 to 1: one that has reported nothing counts as average, and
     /// all are alike as long as fewer than two have (as in gRPC).
-    pub fn factor(
+    pub fn factor<'e>(
         &self,
         rule: &UtilizationRule,
         now: Instant,
         endpoint: &Endpoint,
-        all: &[Arc<Endpoint>],
+        all: impl Iterator<Item = &'e Endpoint>,
     ) -> f64 {
         self.bring_up_to_date(rule, now, all);
         let [most, average] = [&self.most, &self.average].map(|at| f64::from_bits(at.load(Relaxed)));
@@ -138,14 +138,19 @@ impl Scale {
         weight.max(average * LEAST) / most
     }
 
-    fn bring_up_to_date(&self, rule: &UtilizationRule, now: Instant, all: &[Arc<Endpoint>]) {
+    fn bring_up_to_date<'e>(
+        &self,
+        rule: &UtilizationRule,
+        now: Instant,
+        all: impl Iterator<Item = &'e Endpoint>,
+    ) {
         let (now_nanos, due) = (nanos(self.made, now), self.next.load(Relaxed));
         let next = now_nanos.saturating_add(u64::try_from(rule.update.as_nanos()).unwrap_or(u64::MAX));
         // Whoever sees it first does it; the others go by what there is.
         if now_nanos < due || self.next.compare_exchange(due, next, Relaxed, Relaxed).is_err() {
             return;
         }
-        let weights = all.iter().filter_map(|endpoint| endpoint.state.reported.weight(rule, now));
+        let weights = all.filter_map(|endpoint| endpoint.state.reported.weight(rule, now));
         let (mut count, mut sum, mut most) = (0_u32, 0.0, 0.0_f64);
         for weight in weights {
             (count, sum, most) = (count + 1, sum + weight, most.max(weight));

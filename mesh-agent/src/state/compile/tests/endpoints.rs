@@ -186,6 +186,8 @@ fn endpoints_of_headless_services_are_dialled_by_their_addresses() {
     let text = selecting("clusterIPs: [10.96.0.1], ports: [{name: http, port: 8080}]")
         + &service("b", &format!("clusterIP: None, {ports}"))
         + &service("c", &format!("clusterIP: None, {ports}"))
+        // Without an address it is not headless yet.
+        + &service("a-new", "ports: [{name: http, port: 80, targetPort: 7070}]")
         + &backing("p", "", "nodeName: n", "podIP: 10.0.0.5")
         + rules;
     let (snapshot, problems) = build(&text);
@@ -194,9 +196,9 @@ fn endpoints_of_headless_services_are_dialled_by_their_addresses() {
         let found = snapshot.headless_at(([10, 0, 0, 5], port).into(), "default");
         found.map(|(service, port)| (&*service.name, port))
     };
-    assert_eq!([at(8080), at(9000), at(80)], [Some(("b", 80)), Some(("b", 81)), None]);
+    assert_eq!([at(8080), at(9000), at(80), at(7070)], [Some(("b", 80)), Some(("b", 81)), None, None]);
     let cluster = &snapshot.services["b.default.svc.cluster.local"].ports[0].cluster;
-    assert_eq!((cluster.balancing, cluster.pool.connections), (Balancing::Passthrough, Some(7)));
+    assert_eq!((cluster.balancing, cluster.pool.connections), (Balancing::RoundRobin, Some(7)));
 }
 
 #[test]
