@@ -57,7 +57,7 @@ use crate::{
     capture::{self, Capture, CaptureConfig, Losses, Outcome},
     config::NodeConfig,
     drain::Drain,
-    enrolment::{Announcer, Ended, Enrolment, Namespaces, put_in_force},
+    enrolment::{Announcer, Ended, Enrolment, Events, Namespaces, put_in_force},
     handover::{self, Door, Offered, Place},
     identity::Authority,
     overload::Overload,
@@ -289,7 +289,8 @@ async fn serve_pods(
     let sandboxes = cluster.as_ref().map(|(_, namespaces)| namespaces.told().clone()).unwrap_or_default();
     if let Some((cluster, namespaces)) = cluster {
         let announcer = Announcer::start(cluster.client(), Arc::clone(&mesh.node), snapshots.clone());
-        enrolment = enrolment.in_cluster(namespaces, announcer);
+        let events = Events::start(cluster.client(), &mesh.node);
+        enrolment = enrolment.in_cluster(namespaces, announcer, events);
     }
     let keep_file = listeners.admin.keep_file();
     if let Some(before) = before

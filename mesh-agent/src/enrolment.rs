@@ -8,6 +8,7 @@
 mod announce;
 mod cluster;
 mod direct;
+mod events;
 mod failing;
 mod in_force;
 mod leaving;
@@ -26,6 +27,7 @@ use tokio::{
 
 pub use self::{
     announce::Announcer,
+    events::Events,
     failing::Failing,
     in_force::put_in_force,
     namespaces::Namespaces,
@@ -285,6 +287,7 @@ impl Enrolment {
         let enrolled = pods.keys().filter(|name| !self.leaving.has(name)).count();
         self.mesh.reporter.set_pods(enrolled, failing);
         self.announce();
+        self.tell_refusals();
         true
     }
 

@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
-use clap::{Args, ValueEnum, value_parser};
+use clap::{ArgAction, Args, ValueEnum, value_parser};
 
 use super::{STATE_DIR, SourceFlags, some_seconds};
 use crate::state::{
@@ -46,6 +46,18 @@ pub struct ControllerConfig {
     /// Where `/healthz/ready` is served
     #[arg(long, env = "MESH_READINESS", value_name = "ADDRESS", default_value = "0.0.0.0:15021")]
     pub readiness: SocketAddr,
+    /// Where the webhook that validates is served, over TLS, at `/validate` [default: nowhere]
+    #[arg(long, env = "MESH_WEBHOOK_LISTEN", value_name = "ADDRESS")]
+    pub webhook_listen: Option<SocketAddr>,
+    /// `ValidatingWebhookConfiguration` whose `caBundle` the leader of the replicas keeps at the mesh's roots
+    #[arg(long, env = "MESH_WEBHOOK_CONFIGURATION", value_name = "NAME", requires = "webhook_listen")]
+    pub webhook_configuration: Option<String>,
+    /// Whether the leader of the replicas says in the status of each object of the mesh's kinds what has become of it
+    #[arg(long, env = "MESH_WRITE_STATUS", value_name = "BOOL", default_value_t = false, action = ArgAction::Set)]
+    pub write_status: bool,
+    /// Name of this replica in the Lease mesh-controller, which the one has that leads [default: the host's name]
+    #[arg(long, env = "MESH_POD_NAME", value_name = "NAME")]
+    pub pod_name: Option<String>,
     /// Names and addresses in the server certificate, which the authority issues itself
     #[arg(long, env = "MESH_CONTROLLER_SERVER_NAMES", value_name = "NAME", value_delimiter = ',', default_value = SERVER_NAME)]
     pub server_names: Vec<String>,

@@ -13,16 +13,19 @@ mod certificates;
 mod csr;
 pub mod jwks;
 pub mod key_sets;
+pub mod leader;
 mod pods;
 mod rate_limit;
 pub(crate) mod root_config_map;
 mod serve;
 mod server_certificate;
+pub(crate) mod status;
 #[cfg(test)]
 mod tests;
 mod token_key;
 mod token_review;
 mod tokens;
+pub mod webhook;
 
 pub use self::{
     authentication::{Accounts, Callers},

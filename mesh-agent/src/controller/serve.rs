@@ -97,7 +97,7 @@ pub async fn serve(
     tasks.wait().await;
 }
 
-async fn accept(
+pub(super) async fn accept(
     listener: &TcpListener,
     room: &Arc<Semaphore>,
 ) -> std::io::Result<(TcpStream, SocketAddr, OwnedSemaphorePermit)> {

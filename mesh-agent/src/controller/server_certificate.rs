@@ -1,4 +1,4 @@
-//! The certificate with which the controller shows agents that it is theirs: issued by its own authority, kept in memory.
+//! The certificate with which the controller shows agents, and the API server, that it is theirs: issued by its own authority, kept in memory.
 //!
 //! Made anew in time by the next connection that comes. Tested in `tests/`.
 
@@ -26,6 +26,7 @@ const LEFT: f64 = 0.3;
 pub struct ServerCertificate {
     ca: Arc<EmbeddedCa>,
     names: Vec<String>,
+    protocols: &'static [&'static str],
     policy: LeafPolicy,
     current: Mutex<Current>,
 }
@@ -37,14 +38,18 @@ struct Current {
 }
 
 impl ServerCertificate {
-    /// A certificate for these names.
+    /// A certificate for these names, and which protocols are spoken (ALPN).
     ///
     /// # Errors
     /// When a name cannot be one, or the authority cannot sign.
-    pub(crate) fn new(ca: Arc<EmbeddedCa>, names: Vec<String>) -> Result<Self> {
+    pub(crate) fn new(
+        ca: Arc<EmbeddedCa>,
+        names: Vec<String>,
+        protocols: &'static [&'static str],
+    ) -> Result<Self> {
         let policy = LeafPolicy::default();
-        let current = Mutex::new(Current::issue(&ca, &names, policy)?);
-        Ok(Self { ca, names, policy, current })
+        let current = Mutex::new(Current::issue(&ca, &names, protocols, policy)?);
+        Ok(Self { ca, names, protocols, policy, current })
     }
 
     /// The TLS configuration for a connection that comes now.
@@ -53,7 +58,7 @@ impl ServerCertificate {
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
         let left = current.not_after - OffsetDateTime::now_utc();
         if left < self.policy.lifetime.mul_f64(LEFT) {
-            match Current::issue(&self.ca, &self.names, self.policy) {
+            match Current::issue(&self.ca, &self.names, self.protocols, self.policy) {
                 Ok(renewed) => *current = renewed,
                 Err(error) => {
                     let until = current.not_after;
@@ -66,21 +71,21 @@ impl ServerCertificate {
 }
 
 impl Current {
-    fn issue(ca: &EmbeddedCa, names: &[String], policy: LeafPolicy) -> Result<Self> {
+    fn issue(ca: &EmbeddedCa, names: &[String], protocols: &[&str], policy: LeafPolicy) -> Result<Self> {
         let IssuedServer { key, not_after } = ca.issue_server(names, policy)?;
-        let config = config(key)
+        let config = config(key, protocols)
             .map_err(|error| Error::new(Kind::TlsFailure, format!("the server's certificate: {error}")))?;
         Ok(Self { config: Arc::new(config), not_after })
     }
 }
 
-fn config(key: Arc<CertifiedKey>) -> std::result::Result<ServerConfig, rustls::Error> {
+fn config(key: Arc<CertifiedKey>, protocols: &[&str]) -> std::result::Result<ServerConfig, rustls::Error> {
     let mut config = ServerConfig::builder_with_provider(Arc::new(default_provider()))
         .with_protocol_versions(&[&TLS13])?
         .with_no_client_auth()
         .with_cert_resolver(Arc::new(SingleCertAndKey::from(key)));
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
-    config.alpn_protocols = vec![b"h2".to_vec()];
+    config.alpn_protocols = protocols.iter().map(|protocol| protocol.as_bytes().to_vec()).collect();
     Ok(config)
 }

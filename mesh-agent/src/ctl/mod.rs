@@ -1,6 +1,7 @@
-//! `meshctl`: asks the agent of this node over its admin endpoint, and reads the kernel's maps itself.
+//! `meshctl`: asks the agent of this node over its admin endpoint, reads the kernel's maps itself, and validates manifests
+//! without either.
 //!
-//! Promises exit codes that scripts can use (0 done, 1 the request failed, 2 wrong usage, 3 no agent answers), errors
+//! Promises exit codes that scripts can use (0 done, 1 the request failed or something is wrong with manifests, 2 wrong usage, 3 no agent answers), errors
 //! that say what to do, and to end quietly when its reader closes the pipe. Never changes the mesh. Tested in
 //! `tests.rs` against a real admin endpoint.
 
@@ -14,6 +15,7 @@ mod output;
 mod status;
 #[cfg(test)]
 mod tests;
+mod validate;
 
 use std::{
     io::{self, Write},
@@ -82,6 +84,12 @@ enum Command {
     Certs,
     /// Whether the agent is ready, what it has, and which pods of this node it cannot enrol
     Status,
+    /// What is wrong with manifests, offline: in each object, and between those that are given
+    #[command(
+        after_help = "Exit codes: 0 nothing is wrong, 1 something is, 2 wrong usage. What a part of a cluster cannot tell is \
+                            not said: without any Service among them, manifests may name whichever they like."
+    )]
+    Validate(validate::Args),
     /// Completions for a shell, to be read by it
     Completions {
         /// The shell
@@ -156,6 +164,7 @@ pub async fn run(cli: Cli, out: &mut dyn Write) -> Result<(), Failure> {
         }
         Command::Certs => certs::run(&client()?, cli.output, out).await,
         Command::Status => status::run(&client()?, cli.output, out).await,
+        Command::Validate(args) => validate::run(args, cli.output, out),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(*shell, &mut Cli::command(), "meshctl", &mut script);

@@ -1,5 +1,7 @@
 //! Commands as users type them, against a real admin endpoint.
 
+mod validate;
+
 use anyhow::{Context as _, Result};
 use serde_json::json;
 use tokio::sync::mpsc;

@@ -1,4 +1,5 @@
-//! What enrolment does besides where pods are a cluster's: finds their network namespaces, and says which are in the mesh.
+//! What enrolment does besides where pods are a cluster's: finds their network namespaces, and says which are in the mesh,
+//! and why others are not.
 //!
 //! Never says that of a pod which is about to leave: peers go on for a moment after they have learned of it.
 
@@ -6,7 +7,7 @@ use std::{collections::HashMap, sync::Arc};
 
 use tokio::{sync::watch, task::block_in_place};
 
-use super::{Announcer, Enrolment, Namespaces};
+use super::{Announcer, Enrolment, Events, Namespaces};
 use crate::{source::ByUid, state::snapshot::Workload, upstream::PodName};
 
 /// What is there in a cluster.
@@ -16,14 +17,16 @@ pub(super) struct InCluster {
     told: watch::Receiver<ByUid>,
     /// None once another agent says it.
     announcer: Option<Announcer>,
+    /// The same.
+    pub events: Option<Events>,
 }
 
 impl Enrolment {
     /// The same where pods are a cluster's.
     #[must_use]
-    pub fn in_cluster(mut self, namespaces: Namespaces, announcer: Announcer) -> Self {
+    pub fn in_cluster(mut self, namespaces: Namespaces, announcer: Announcer, events: Events) -> Self {
         let told = namespaces.told().watch();
-        self.cluster = Some(InCluster { namespaces, told, announcer: Some(announcer) });
+        self.cluster = Some(InCluster { namespaces, told, announcer: Some(announcer), events: Some(events) });
         self
     }
 
@@ -55,6 +58,7 @@ impl Enrolment {
     pub(super) fn announce_no_more(&mut self) {
         if let Some(cluster) = &mut self.cluster {
             cluster.announcer = None;
+            cluster.events = None;
         }
     }
 }

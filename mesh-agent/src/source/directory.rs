@@ -20,7 +20,7 @@ use super::{
     named::Named,
 };
 use crate::state::{
-    Problem,
+    Cause, Problem,
     compile::Change,
     resource::{Object, ObjectKey, Objects},
 };
@@ -162,8 +162,13 @@ impl Directory {
         self.problem.iter().chain(of_files).chain(&self.contests)
     }
 
+    /// With these files, read already.
+    pub(super) fn of(files: BTreeMap<PathBuf, File>) -> Self {
+        Self { files, ..Self::new(PathBuf::new()) }
+    }
+
     /// All objects; and which several files have.
-    fn merge(&mut self) -> Objects {
+    pub(super) fn merge(&mut self) -> Objects {
         let mut objects: Objects = self.named.objects().collect();
         self.contested.clear();
         self.contests.clear();
@@ -179,6 +184,7 @@ impl Directory {
                     }
                     Entry::Occupied(entry) => self.contests.push(Problem {
                         object: Some(key.to_string()),
+                        cause: Cause::Conflict,
                         ..problem(
                             path,
                             format!("{} has this object too, and holds; remove one", entry.get().file),
@@ -216,7 +222,7 @@ fn compare(path: &Path, before: &[Held], after: &[Held], touched: &mut Vec<Touch
 }
 
 /// The manifests of a directory, by name.
-fn manifests(dir: &Path) -> std::io::Result<BTreeSet<PathBuf>> {
+pub(super) fn manifests(dir: &Path) -> std::io::Result<BTreeSet<PathBuf>> {
     let mut paths = BTreeSet::new();
     for entry in std::fs::read_dir(dir)? {
         let path = entry?.path();
@@ -236,9 +242,8 @@ fn is_manifest(path: &Path) -> bool {
 
 /// The objects of a YAML text, and what was refused: the same as if it stood in the file `test.yaml`.
 pub fn read_text(text: &str) -> (Objects, Vec<Problem>) {
-    let mut directory = Directory::new(PathBuf::new());
     let mut file = File::default();
     file.take(Path::new("test.yaml"), text.as_bytes());
-    directory.files.insert("test.yaml".into(), file);
+    let mut directory = Directory::of([("test.yaml".into(), file)].into());
     (directory.merge(), directory.problems().cloned().collect())
 }

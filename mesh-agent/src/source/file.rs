@@ -19,7 +19,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::state::{
-    Problem,
+    Cause, Problem,
     resource::{
         self, Object, ObjectKey, Origin, Refused, Resource, authorization_policy,
         field::{FieldError, under},
@@ -28,7 +28,7 @@ use crate::state::{
 };
 
 /// Largest file that is read, in bytes.
-const LARGEST: u64 = 16 * 1024 * 1024;
+pub(super) const LARGEST: u64 = 16 * 1024 * 1024;
 
 /// One file.
 #[derive(Debug, Default)]
@@ -138,25 +138,24 @@ impl File {
 
     /// Takes new content over, as far as it is good.
     pub fn take(&mut self, path: &Path, content: &[u8]) -> Outcome {
-        let json = path.extension() == Some(OsStr::new("json"));
-        let parsed = str::from_utf8(content)
-            .map_err(|error| error.to_string())
-            .and_then(|text| if json { json_documents(text) } else { documents(text) });
-        let documents = match parsed {
-            Ok(documents) => documents,
-            Err(error) => {
-                let message = format!("not valid {}: {error}", if json { "JSON" } else { "YAML" });
+        match parsed(path, content) {
+            Ok(documents) => self.take_documents(path, &documents),
+            Err(message) => {
                 self.problems = vec![problem(path, message)];
-                return Outcome::Same;
+                Outcome::Same
             }
-        };
+        }
+    }
+
+    /// Takes new documents over, as far as they are good.
+    pub fn take_documents(&mut self, path: &Path, documents: &[Value]) -> Outcome {
         let name: Arc<str> = path.to_string_lossy().into();
         self.problems.clear();
         let before = std::mem::take(&mut self.objects);
         let known = before.iter().filter_map(|held| Some((held.hash?, held))).collect();
         let (mut fresh, mut seen, mut refused) = (Vec::new(), HashSet::new(), Vec::new());
         let mut names = HashSet::new();
-        let (found, foreign) = read_all(&documents, &known);
+        let (found, foreign) = read_all(documents, &known);
         self.foreign = foreign;
         for (found, written) in found {
             let held = match found {
@@ -177,6 +176,7 @@ impl File {
             } else {
                 self.problems.push(Problem {
                     object: Some(held.key.to_string()),
+                    cause: Cause::Conflict,
                     ..problem(path, "the file has this object twice; the first holds".to_owned())
                 });
             }
@@ -232,11 +232,21 @@ pub(super) fn share(known: &mut HashSet<Arc<str>>, text: &mut Arc<str>) {
 
 /// A problem of a file as a whole.
 pub(super) fn problem(path: &Path, message: String) -> Problem {
-    Problem { file: path.to_string_lossy().into_owned(), object: None, field: None, message }
+    let file = path.to_string_lossy().into_owned();
+    Problem { file, object: None, field: None, message, cause: Cause::Invalid }
+}
+
+/// The documents of a file: JSON where its name says so, else YAML.
+pub(super) fn parsed(path: &Path, content: &[u8]) -> Result<Vec<Value>, String> {
+    let json = path.extension() == Some(OsStr::new("json"));
+    let parsed = str::from_utf8(content)
+        .map_err(|error| error.to_string())
+        .and_then(|text| if json { json_documents(text) } else { documents(text) });
+    parsed.map_err(|error| format!("not valid {}: {error}", if json { "JSON" } else { "YAML" }))
 }
 
 /// The content of a regular file of bearable size; links are followed.
-fn content(path: &Path) -> std::io::Result<Vec<u8>> {
+pub(super) fn content(path: &Path) -> std::io::Result<Vec<u8>> {
     // Looked at before it is opened: opening a pipe would wait for a writer.
     let meta = std::fs::metadata(path)?;
     if !meta.is_file() {

@@ -10,7 +10,10 @@ use std::{
 
 use tokio::sync::watch;
 
-use super::{Counts, Reread, Source};
+use super::{
+    Counts, Reread, Source,
+    inquiry::{Configured, Inquiries, inquiry},
+};
 use crate::state::{
     Problem,
     compile::{Change, Compiled, Settings},
@@ -23,17 +26,24 @@ pub(super) struct InForce {
     compiled: Compiled,
     problems: BTreeSet<Problem>,
     counts: Arc<Counts>,
+    configured: Configured,
 }
 
 impl InForce {
     /// Nothing yet.
     pub fn new(settings: Settings) -> Self {
-        Self { compiled: Compiled::new(settings), problems: BTreeSet::new(), counts: Arc::default() }
+        let (compiled, configured) = (Compiled::new(settings), Configured::default());
+        Self { compiled, problems: BTreeSet::new(), counts: Arc::default(), configured }
     }
 
     /// All objects.
     pub fn objects(&self) -> &Objects {
         self.compiled.objects()
+    }
+
+    /// Those that do not come and go with pods.
+    pub fn configured(&mut self) -> Arc<Objects> {
+        self.configured.of(self.compiled.objects())
     }
 
     /// Takes changes over. `problems` are those of the source itself, all that there are.
@@ -49,6 +59,9 @@ impl InForce {
     }
 
     fn compile(&mut self, changes: Vec<Change>) {
+        for Change::Set(key, _) | Change::Gone(key) in &changes {
+            self.configured.changed(key);
+        }
         self.compiled.apply(changes);
         self.counts.compiled.fetch_add(1, Ordering::Relaxed);
         let snapshot = self.compiled.snapshot();
@@ -79,12 +92,14 @@ impl InForce {
     }
 
     /// What follows it from here on, and what shows it to others.
-    pub fn follow(&self) -> (Followed, Source) {
+    pub fn follow(&self) -> (Followed, Inquiries, Source) {
         let (snapshot_tx, snapshots) = watch::channel(Arc::clone(self.compiled.snapshot()));
         let (problem_tx, problems) = watch::channel(self.listed());
         let followed = Followed { snapshots: snapshot_tx, problems: problem_tx };
         let counts = Arc::clone(&self.counts);
-        (followed, Source { snapshots, problems, reread: Reread::default(), counts })
+        let (inquiry, inquiries) = inquiry();
+        let source = Source { snapshots, problems, reread: Reread::default(), inquiry, counts };
+        (followed, inquiries, source)
     }
 
     fn listed(&self) -> Arc<[Problem]> {

@@ -8,12 +8,14 @@
 mod directory;
 mod file;
 mod in_force;
+mod inquiry;
 pub mod key_sets;
 pub(crate) mod kubernetes;
 mod named;
 mod sandboxes;
 #[cfg(test)]
 mod tests;
+pub mod validate;
 
 use std::{
     collections::BTreeSet,
@@ -27,6 +29,7 @@ use tokio::sync::{Notify, watch};
 use self::{
     directory::{Directory, Look},
     in_force::{Followed, InForce},
+    inquiry::Inquiries,
 };
 use crate::{
     state::{Problem, compile::Settings, snapshot::Snapshot},
@@ -35,6 +38,7 @@ use crate::{
 
 pub use directory::read_text;
 pub use file::read_documents;
+pub use inquiry::Inquiry;
 pub(crate) use kubernetes::Retry;
 pub use kubernetes::{Cluster, kubernetes};
 pub use sandboxes::{ByUid, Sandbox, Sandboxes};
@@ -48,6 +52,8 @@ pub struct Source {
     pub problems: watch::Receiver<Arc<[Problem]>>,
     /// Asks for another look (`SIGHUP`).
     pub reread: Reread,
+    /// Asks for the objects that there are.
+    pub inquiry: Inquiry,
     /// What has happened so far.
     pub counts: Arc<Counts>,
 }
@@ -94,13 +100,19 @@ pub async fn directory(dir: PathBuf, settings: Settings) -> anyhow::Result<Sourc
         anyhow::Ok((state, watcher))
     });
     let (state, watcher) = loading.await?.with_context(|| format!("--config {}", dir.display()))?;
-    let (followed, source) = state.in_force.follow();
-    tokio::spawn(run(state, watcher, source.reread.clone(), followed));
+    let (followed, inquiries, source) = state.in_force.follow();
+    tokio::spawn(run(state, watcher, source.reread.clone(), followed, inquiries));
     Ok(source)
 }
 
 /// Reads again at each change until nobody listens any more.
-async fn run(mut state: State, mut watcher: Watcher, reread: Reread, followed: Followed) {
+async fn run(
+    mut state: State,
+    mut watcher: Watcher,
+    reread: Reread,
+    followed: Followed,
+    mut inquiries: Inquiries,
+) {
     loop {
         let look = tokio::select! {
             () = followed.nobody_listens() => return,
@@ -109,6 +121,11 @@ async fn run(mut state: State, mut watcher: Watcher, reread: Reread, followed: F
                 Seen::Anything => Look::Anything,
             },
             () = reread.0.notified() => Look::Everything,
+            answer = inquiries.next() => {
+                // Who has asked may have gone.
+                let _ = answer.send(state.in_force.configured());
+                continue;
+            }
         };
         let reloaded = tokio::task::spawn_blocking(move || {
             let look = if watcher.renew() { Look::Anything } else { look };

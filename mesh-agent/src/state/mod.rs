@@ -9,4 +9,4 @@ mod problem;
 pub mod resource;
 pub mod snapshot;
 
-pub use problem::Problem;
+pub use problem::{Cause, Problem};

@@ -222,7 +222,7 @@ impl Pod {
 }
 
 /// Namespace and name of a pod.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PodName {
     /// `metadata.namespace`
     pub namespace: Arc<str>,

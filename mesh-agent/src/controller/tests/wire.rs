@@ -20,7 +20,7 @@ async fn served(
 ) -> super::Outcome<(tempfile::TempDir, RemoteCaConfig, CancellationToken, JoinHandle<()>)> {
     let World { dir, service, configuration } = world;
     let ca = Arc::new(EmbeddedCa::open(dir.path(), "cluster.local")?);
-    let certificate = ServerCertificate::new(ca, vec![NAME.into(), "192.0.2.1".into()])?;
+    let certificate = ServerCertificate::new(ca, vec![NAME.into(), "192.0.2.1".into()], &["h2"])?;
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let config = RemoteCaConfig {
         address: listener.local_addr()?.to_string(),
@@ -142,8 +142,11 @@ async fn connections_are_made_anew() -> TestResult {
     assert!(error.detail.contains(&address), "{error}");
     // Another controller at the same address, with the same state.
     let World { service, configuration, .. } = world_in(dir.path())?;
-    let certificate =
-        ServerCertificate::new(Arc::new(EmbeddedCa::open(dir.path(), "cluster.local")?), vec![NAME.into()])?;
+    let certificate = ServerCertificate::new(
+        Arc::new(EmbeddedCa::open(dir.path(), "cluster.local")?),
+        vec![NAME.into()],
+        &["h2"],
+    )?;
     let listener = TcpListener::bind(&address).await?;
     let services = Services { certificates: service, key_sets: KeySets::default() };
     tokio::spawn(serve(listener, certificate, services, CancellationToken::new()));

@@ -31,6 +31,8 @@ use super::{
 /// The watches of defined kinds.
 pub(super) struct Definitions {
     starter: Starter,
+    /// How much is kept of their objects.
+    detail: Detail,
     /// By the plural of their kind.
     running: BTreeMap<&'static str, Running>,
     /// Definitions that are there, of which it has to be asked what is served.
@@ -46,8 +48,8 @@ type Meta = PartialObjectMeta<CustomResourceDefinition>;
 
 impl Definitions {
     /// None yet.
-    pub fn new(starter: Starter) -> Self {
-        Self { starter, running: BTreeMap::new(), unclear: BTreeSet::new() }
+    pub fn new(starter: Starter, detail: Detail) -> Self {
+        Self { starter, detail, running: BTreeMap::new(), unclear: BTreeSet::new() }
     }
 
     /// Follows them until nobody listens.
@@ -134,7 +136,7 @@ impl Definitions {
         tracing::info!(kind = kind.name, group = kind.group, version, "configuration: this kind is watched");
         self.tell(id.clone(), What::Begun).await;
         let api = Api::all_with(self.starter.client(), &kind.resource(version));
-        let watch = Watch { id, kind, version, api, fields: None, detail: Detail::Whole };
+        let watch = Watch { id, kind, version, api, fields: None, detail: self.detail };
         self.running.insert(kind.plural, Running { version, task: self.starter.start(watch) });
     }
 

@@ -71,7 +71,7 @@ impl Mirror {
     }
 
     fn set(&mut self, watch: &WatchId, seen: Seen, changes: &mut Vec<Change>) {
-        let Seen { key, uid, hash, read, stand_in } = seen;
+        let Seen { key, uid, hash, read, stand_in, said: _ } = seen;
         let before = self.held.get(&key);
         if let Some(held) = before {
             // Its own node's watch knows more of it, and sooner, unless it is another one by now.
@@ -144,7 +144,14 @@ mod tests {
         };
         let stand_in = read.is_err().then(|| authorization_policy::stand_in(&key, value)).flatten();
         let stand_in = stand_in.map(|policy| Resource::AuthorizationPolicy(Box::new(policy)));
-        Seen { key, uid, hash: hash_of(value), read: read.map(|(_, resource)| resource), stand_in }
+        Seen {
+            key,
+            uid,
+            hash: hash_of(value),
+            read: read.map(|(_, resource)| resource),
+            stand_in,
+            said: None,
+        }
     }
 
     fn pod(node: &str) -> Value {

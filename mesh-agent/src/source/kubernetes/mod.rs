@@ -9,8 +9,10 @@
 mod access;
 mod addresses;
 mod definitions;
+mod described;
 mod kinds;
 mod mirror;
+mod proposed;
 mod prune;
 mod secrets;
 mod start;
@@ -32,6 +34,8 @@ use tokio::{
 use tokio_util::task::AbortOnDropHandle;
 
 pub use self::access::Cluster;
+pub(crate) use self::described::{Described, Description, Descriptions};
+pub(crate) use self::proposed::read_proposed;
 pub(crate) use self::watch::Retry;
 use self::{
     definitions::Definitions,
@@ -45,6 +49,7 @@ use self::{
 use super::{
     ByUid, Reread, Sandboxes, Source,
     in_force::{Followed, InForce},
+    inquiry::Inquiries,
 };
 use crate::state::compile::{Change, Settings};
 
@@ -101,7 +106,9 @@ async fn follow(
     let mut waiting: BTreeSet<WatchId> = watches.iter().map(|watch| watch.id.clone()).collect();
     waiting.insert(WatchId::Definitions);
     let mut tasks: Vec<_> = watches.into_iter().map(|watch| starter.start(watch)).collect();
-    tasks.push(AbortOnDropHandle::new(tokio::spawn(Definitions::new(starter.clone()).follow())));
+    tasks.push(AbortOnDropHandle::new(tokio::spawn(
+        Definitions::new(starter.clone(), Detail::Whole).follow(),
+    )));
     let mut follower = Follower {
         in_force: InForce::new(settings),
         mirror: Mirror::default(),
@@ -117,8 +124,8 @@ async fn follow(
     if let Some(changes) = follower.first_secrets().await? {
         follower = follower.take(changes).await?;
     }
-    let (followed, source) = follower.in_force.follow();
-    tokio::spawn(run(follower, followed, source.reread.clone(), again));
+    let (followed, inquiries, source) = follower.in_force.follow();
+    tokio::spawn(run(follower, (followed, inquiries), source.reread.clone(), again));
     Ok(source)
 }
 
@@ -297,12 +304,22 @@ impl Follower {
 }
 
 /// Follows the cluster until nobody listens any more. `again` has everything listed anew.
-async fn run(mut follower: Follower, followed: Followed, reread: Reread, again: channel::Sender<()>) {
+async fn run(
+    mut follower: Follower,
+    (followed, mut inquiries): (Followed, Inquiries),
+    reread: Reread,
+    again: channel::Sender<()>,
+) {
     loop {
         let first = tokio::select! {
             () = followed.nobody_listens() => return,
             () = reread.0.notified() => {
                 again.send_replace(());
+                continue;
+            }
+            answer = inquiries.next() => {
+                // Who has asked may have gone.
+                let _ = answer.send(follower.in_force.configured());
                 continue;
             }
             told = follower.news.recv() => told,

@@ -11,12 +11,14 @@ use super::kinds::Kind;
 /// What `kubectl apply` writes down for itself.
 const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
 
-/// How much of a pod is kept.
+/// How much of an object is kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Detail {
-    /// With its probes, which its own node's agent has to know.
+    /// A pod with its probes, which its own node's agent has to know.
     Whole,
-    /// What makes it an endpoint and a client.
+    /// The same, and beside it what its status says.
+    Described,
+    /// Of a pod what makes it an endpoint and a client.
     Elsewhere,
 }
 
@@ -76,7 +78,7 @@ fn pod(fields: &mut Map<String, Value>, detail: Detail) {
     let spec = ["nodeName", "serviceAccountName", "hostNetwork", "containers", "initContainers"];
     inner(fields, "spec", &spec);
     let of_container: &[&str] = match detail {
-        Detail::Whole => &[
+        Detail::Whole | Detail::Described => &[
             "name",
             "ports",
             "restartPolicy",

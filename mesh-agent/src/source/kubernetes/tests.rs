@@ -283,7 +283,7 @@ async fn what_is_ready_at_once_is_compiled_at_once() {
         (value["apiVersion"], value["kind"]) = ("v1".into(), "Service".into());
         let (key, resource) =
             crate::state::resource::read(&value, crate::state::resource::Origin::ApiServer).unwrap();
-        let seen = Seen { key, uid: 1, hash: 1, read: Ok(resource), stand_in: None };
+        let seen = Seen { key, uid: 1, hash: 1, read: Ok(resource), stand_in: None, said: None };
         Told { watch: WatchId::All("services"), what: What::Set(Box::new(seen)) }
     };
     for name in ["b", "c"] {

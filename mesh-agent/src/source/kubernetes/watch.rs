@@ -20,6 +20,7 @@ use kube::{
 use tokio::sync::{mpsc, watch};
 
 use super::{
+    described::Said,
     kinds::Kind,
     prune::{Detail, pruned},
 };
@@ -102,6 +103,8 @@ pub(super) struct Seen {
     pub read: Result<Resource, Refused>,
     /// What holds in its place while there is no good state of it.
     pub stand_in: Option<Resource>,
+    /// What its status says, where that is asked for.
+    pub said: Option<Box<Said>>,
 }
 
 /// What is watched.
@@ -168,6 +171,8 @@ impl Watch {
     fn seen(&self, object: DynamicObject, names: &mut HashSet<Arc<str>>) -> Seen {
         let (key, uid) = (self.key(&object, names), uid(&object));
         let api_version = self.kind.resource(self.version).api_version;
+        let described = self.detail == Detail::Described;
+        let said = described.then(|| Box::new(Said::by(self.kind, self.version, &object)));
         let value = pruned(self.kind, &api_version, self.detail, object);
         let hash = hash_of(&value);
         let read: ReadResult = read_object(&value, Origin::ApiServer);
@@ -175,7 +180,7 @@ impl Watch {
         let stand_in = stand_in.map(|policy| Resource::AuthorizationPolicy(Box::new(policy)));
         let read = read.map(|(_, resource)| resource);
         let read = read.map_err(|refused| Refused { key: Some(key.clone()), ..refused });
-        Seen { key, uid, hash, read, stand_in }
+        Seen { key, uid, hash, read, stand_in, said }
     }
 }
 

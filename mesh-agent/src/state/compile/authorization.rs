@@ -83,7 +83,8 @@ impl<'a> Authorizations<'a> {
                         match service(objects, key, name) {
                             Ok((selector, service)) => services.push((selector, (place, service))),
                             Err(message) => {
-                                problems.add(key, &format!("spec.targetRefs[{i}].name"), message);
+                                let field = format!("spec.targetRefs[{i}].name");
+                                problems.not_found(key, &field, "Service", message);
                             }
                         }
                     }
@@ -164,7 +165,7 @@ fn provider(
         let message = format!(
             "{name:?} is none of the extensionProviders of the mesh-wide settings: what the rules match is refused"
         );
-        problems.add(key, "spec.provider.name", message);
+        problems.not_found(key, "spec.provider.name", "ConfigMap", message);
     }
     found.cloned()
 }

@@ -149,7 +149,8 @@ pub(super) fn report(
         if let Some(terms) = tls.terms()
             && let Err((of, why)) = credential(objects, &rule.namespace, terms, shows)
         {
-            problems.add(&key, &format!("{field}.{of}"), why);
+            let kind = if terms.credential.is_some() { "Secret" } else { "File" };
+            problems.not_found(&key, &format!("{field}.{of}"), kind, why);
         }
         let enrolled = || {
             let ports = services.covered_by(host).flat_map(|service| &service.ports);

@@ -28,6 +28,9 @@ type PortKey = (Arc<str>, u16);
 /// A cluster's name, and the namespace of its clients where it is theirs alone.
 pub(super) type Key = (Arc<str>, Option<Arc<str>>);
 
+/// What is named and not there: its kind, and a sentence.
+type NotFound = (&'static str, String);
+
 /// Makes clusters and remembers them by name and view.
 pub(super) struct Clusters<'a, 'p> {
     definitions: &'p Definitions<'a>,
@@ -45,7 +48,7 @@ pub(super) struct Clusters<'a, 'p> {
     /// What the clusters are made by that a rule is about.
     pub recipes: HashMap<Key, Recipe>,
     /// Fallbacks that lead nowhere.
-    pub unresolved: Vec<(ObjectKey, String, String)>,
+    pub unresolved: Vec<(ObjectKey, String, NotFound)>,
 }
 
 impl<'a, 'p> Clusters<'a, 'p> {
@@ -203,9 +206,9 @@ impl<'a, 'p> Clusters<'a, 'p> {
                 // Itself would be asked again for nothing.
                 Ok(fallback) if fallback.name == plain.name => {}
                 Ok(fallback) => fallbacks.push(fallback),
-                Err((part, message)) => {
+                Err((part, not_found)) => {
                     let field = format!("spec.fallbacks[{place}].to[{i}].{part}");
-                    self.unresolved.push((key_of(policy), field, message));
+                    self.unresolved.push((key_of(policy), field, not_found));
                 }
             }
         }
@@ -226,16 +229,18 @@ impl<'a, 'p> Clusters<'a, 'p> {
         dialled: u16,
         client: Option<Client<'_>>,
         to: &FallbackTo,
-    ) -> Result<Arc<Cluster>, (&'static str, String)> {
+    ) -> Result<Arc<Cluster>, (&'static str, NotFound)> {
         let host = to.host.as_ref().map(|host| resolve(host, &service.key.namespace));
         let other = host.as_ref().map(|host| self.definitions.get(host));
         let Some(target) = other.unwrap_or_else(|| self.definitions.get(&service.host)) else {
-            return Err(("host", format!("no Service has the host {}", host.unwrap_or_default())));
+            let message = format!("no Service has the host {}", host.unwrap_or_default());
+            return Err(("host", ("Service", message)));
         };
         let seen = client
             .map_or(target.visible == Visibility::Everywhere, |client| target.visible.to(client.namespace));
         if host.is_some() && !seen {
-            return Err(("host", format!("{} is not exported to all who would be led there", target.key)));
+            let message = format!("{} is not exported to all who would be led there", target.key);
+            return Err(("host", ("Service", message)));
         }
         let number = match (to.port, target.ports.as_slice()) {
             (Some(number), _) => number,
@@ -243,7 +248,7 @@ impl<'a, 'p> Clusters<'a, 'p> {
             (None, _) => dialled,
         };
         let Some(port) = target.port(number) else {
-            return Err(("port", format!("{} has no TCP port {number}", target.key)));
+            return Err(("port", ("Service", format!("{} has no TCP port {number}", target.key))));
         };
         let client = client.and_then(|client| self.views.of_endpoints(&target.host, client));
         let merged = self.rules.find(client, &target.host, &target.key.namespace);
@@ -253,7 +258,7 @@ impl<'a, 'p> Clusters<'a, 'p> {
         let subset = merged.as_ref().and_then(|merged| merged.subset(name));
         let Some(subset) = subset else {
             let text = format!("no DestinationRule defines the subset {name:?} of {}", target.host);
-            return Err(("subset", text));
+            return Err(("subset", ("DestinationRule", text)));
         };
         Ok(self.make(target, port, client, merged.as_ref(), Some(subset)))
     }

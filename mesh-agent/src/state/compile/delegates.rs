@@ -74,7 +74,8 @@ pub(super) fn expand<'a>(
             Ok(owner) => owner,
             Err(why) => {
                 let message = format!("{why}; the rule is left out");
-                problems.add(&key_of(root), &format!("spec.http[{index}].delegate"), message);
+                let field = format!("spec.http[{index}].delegate");
+                problems.not_found(&key_of(root), &field, "VirtualService", message);
                 continue;
             }
         };

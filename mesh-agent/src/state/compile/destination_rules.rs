@@ -289,6 +289,6 @@ fn report(rule: &DestinationRule, host: &str, services: &Definitions<'_>, proble
     if services.covered_by(host).next().is_none() {
         let key = ObjectKey::new("DestinationRule", &rule.namespace, &rule.name);
         let message = format!("no Service has the host {host}, so the rule holds for nothing");
-        problems.add(&key, "spec.host", message);
+        problems.not_found(&key, "spec.host", "Service", message);
     }
 }

@@ -33,14 +33,16 @@ pub(super) struct Place<'a> {
 struct Missing {
     /// Which part of it.
     part: &'static str,
+    /// The kind of what is missing.
+    kind: &'static str,
     message: String,
     /// Whether somebody must do something about it.
     is_problem: bool,
 }
 
 impl Missing {
-    fn new(part: &'static str, message: String) -> Self {
-        Self { part, message, is_problem: true }
+    fn new(part: &'static str, kind: &'static str, message: String) -> Self {
+        Self { part, kind, message, is_problem: true }
     }
 }
 
@@ -56,7 +58,7 @@ impl Destinations<'_, '_, '_, '_> {
         let message = missing.message;
         if missing.is_problem {
             let text = format!("{message}; requests that take this route are answered with 503");
-            self.problems.add(&key, &field, text);
+            self.problems.not_found(&key, &field, missing.kind, text);
         }
         Backend::Missing(format!("{key}: {field}: {message}").into())
     }
@@ -70,12 +72,12 @@ impl Destinations<'_, '_, '_, '_> {
                 }
                 _ => "",
             };
-            return Err(Missing::new("host", format!("no Service has the host {host}{hint}")));
+            return Err(Missing::new("host", "Service", format!("no Service has the host {host}{hint}")));
         };
         if !self.sees(service) {
             // As its owner wants it.
             let message = format!("{} is not exported to {}", service.key, self.clients());
-            return Err(Missing { part: "host", message, is_problem: false });
+            return Err(Missing { part: "host", kind: "Service", message, is_problem: false });
         }
         let number = match (target.port, service.ports.as_slice()) {
             (Some(number), _) => number,
@@ -84,7 +86,7 @@ impl Destinations<'_, '_, '_, '_> {
         };
         let Some(port) = service.port(number) else {
             let message = format!("{} ({host}) has no TCP port {number}", service.key);
-            return Err(Missing::new("port", message));
+            return Err(Missing::new("port", "Service", message));
         };
         let Some(subset) = &target.subset else {
             return Ok(Backend::Cluster(self.clusters.whole(service, port, self.client)));
@@ -93,7 +95,7 @@ impl Destinations<'_, '_, '_, '_> {
         cluster.map(Backend::Cluster).ok_or_else(|| {
             let whom = self.client.map(|_| format!(" for {}", self.clients())).unwrap_or_default();
             let message = format!("no DestinationRule defines the subset {subset:?} of {host}{whom}");
-            Missing::new("subset", message)
+            Missing::new("subset", "DestinationRule", message)
         })
     }
 

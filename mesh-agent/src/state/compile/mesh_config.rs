@@ -72,7 +72,7 @@ impl MeshSettings {
                 Some(_) => continue,
             };
             let message = format!("provider {name:?} cannot be asked: {missing}");
-            problems.add(key, &format!("data.mesh.extensionProviders[{i}]"), message);
+            problems.not_found(key, &format!("data.mesh.extensionProviders[{i}]"), "Service", message);
         }
     }
 }

@@ -29,7 +29,7 @@ use self::{
     workloads::Pods,
 };
 use super::{
-    Problem, defaults,
+    Cause, Problem, defaults,
     resource::{ObjectKey, Objects},
     snapshot::{CheckedPort, Cluster, Guard, Service, ServicePort, SharedMap, Snapshot},
 };
@@ -194,8 +194,8 @@ fn whole(objects: &Objects, previous: Option<&Snapshot>, settings: &Settings) ->
         }
         entries.enter(service);
     }
-    for (key, field, message) in clusters.unresolved {
-        problems.add(&key, &field, message);
+    for (key, field, (kind, message)) in clusters.unresolved {
+        problems.not_found(&key, &field, kind, message);
     }
     let counts_origins = origins::are_asked_for(objects);
     let snapshot = Snapshot {
@@ -314,12 +314,28 @@ impl<'a> Problems<'a> {
         Self { objects, found: BTreeSet::new() }
     }
 
+    /// Of what has no effect, or another one than it says.
     fn add(&mut self, key: &ObjectKey, field: &str, message: impl Into<String>) {
+        self.caused(key, field, Cause::NoEffect, message);
+    }
+
+    /// Of what names something of a kind that is not there.
+    fn not_found(&mut self, key: &ObjectKey, field: &str, kind: &'static str, message: impl Into<String>) {
+        self.caused(key, field, Cause::NotFound(kind), message);
+    }
+
+    /// Of what another object holds in place of.
+    fn conflict(&mut self, key: &ObjectKey, field: &str, message: impl Into<String>) {
+        self.caused(key, field, Cause::Conflict, message);
+    }
+
+    fn caused(&mut self, key: &ObjectKey, field: &str, cause: Cause, message: impl Into<String>) {
         self.found.insert(Problem {
             file: self.objects.get(key).map(|object| object.file.to_string()).unwrap_or_default(),
             object: Some(key.to_string()),
             field: Some(field.to_owned()).filter(|field| !field.is_empty()),
             message: message.into(),
+            cause,
         });
     }
 }

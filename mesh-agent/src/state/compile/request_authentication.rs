@@ -158,7 +158,9 @@ fn behind<'a>(
     for (i, name) in names.iter().enumerate() {
         match service(objects, key, name) {
             Ok((_, service)) => services.push(service),
-            Err(message) => problems.add(key, &format!("spec.targetRefs[{i}].name"), message),
+            Err(message) => {
+                problems.not_found(key, &format!("spec.targetRefs[{i}].name"), "Service", message);
+            }
         }
     }
     services

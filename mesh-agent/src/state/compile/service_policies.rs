@@ -99,11 +99,11 @@ fn report(policy: &ServicePolicy, host: &str, services: &Definitions<'_>, proble
     let key = key_of(policy);
     let Some(service) = services.get(host) else {
         let message = format!("no Service has the host {host}, so the policy holds for nothing");
-        return problems.add(&key, "spec.service", message);
+        return problems.not_found(&key, "spec.service", "Service", message);
     };
     if let Some(port) = policy.port.filter(|port| service.port(*port).is_none()) {
         let message = format!("{} has no TCP port {port}, so the policy holds for nothing", service.key);
-        problems.add(&key, "spec.port", message);
+        problems.not_found(&key, "spec.port", "Service", message);
     }
     let ports = || service.ports.iter().filter(|port| policy.port.is_none_or(|wanted| wanted == port.port));
     if ports().next().is_none() || ports().any(|port| port.protocol != Some(Protocol::Opaque)) {

@@ -195,7 +195,7 @@ fn vips<'a>(
             }
         };
         if let Some(other) = owners.get(&ip) {
-            problems.add(
+            problems.conflict(
                 key,
                 &field(place),
                 format!("{ip} is already an address of {other}, which keeps it"),

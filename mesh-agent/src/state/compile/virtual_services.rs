@@ -78,13 +78,13 @@ impl<'a> VirtualServices<'a> {
                 let other = key_of(self.all[*other].service);
                 let message =
                     format!("{host} is already routed by {other}, which comes first and holds whole");
-                problems.add(&key, &format!("spec.hosts[{i}]"), message);
+                problems.conflict(&key, &format!("spec.hosts[{i}]"), message);
             }
             before.push(self.all.len());
         }
         if !used {
             let message = "no Service has any of these hosts, so its routes hold for nothing";
-            problems.add(&key, "spec.hosts", message);
+            problems.not_found(&key, "spec.hosts", "Service", message);
         }
     }
 

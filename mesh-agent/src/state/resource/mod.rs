@@ -26,7 +26,7 @@ use self::{
     service_policy::ServicePolicy,
     virtual_service::VirtualService,
 };
-use super::{Problem, defaults};
+use super::{Cause, Problem, defaults};
 
 pub mod authorization_policy;
 pub mod client_tls;
@@ -178,6 +178,7 @@ impl Refused {
             object: self.key.as_ref().map(ToString::to_string),
             field: Some(self.error.field.clone()).filter(|field| !field.is_empty()),
             message: self.error.message.clone(),
+            cause: Cause::Invalid,
         }
     }
 }

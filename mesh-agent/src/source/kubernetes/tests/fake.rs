@@ -8,7 +8,8 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     io,
     net::SocketAddr,
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{Arc, Mutex, MutexGuard, mpsc},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -50,10 +51,36 @@ struct World {
     ends: u64,
     /// Of pages.
     page: Option<usize>,
+    /// Whether nothing may be patched.
+    read_only: bool,
+    /// Whether nothing is answered.
+    silent: bool,
     /// Method and target of each request.
     asked: Vec<String>,
     /// Tasks of connections.
     connections: Vec<JoinHandle<()>>,
+}
+
+/// While it is there, nothing but a test moves a paused clock, also while a server is waited for.
+pub(crate) struct Still(#[expect(dead_code, reason = "its end is what is waited for")] mpsc::Sender<()>);
+
+impl Still {
+    /// From now on.
+    pub fn stand() -> Self {
+        let (until, ended) = mpsc::channel();
+        tokio::task::spawn_blocking(move || {
+            let _ = ended.recv();
+        });
+        Self(until)
+    }
+
+    /// Lets time pass, and everything come to its end that this leads to at once.
+    pub async fn pass(&self, time: Duration) {
+        tokio::time::advance(time).await;
+        for _ in 0..200 {
+            tokio::task::yield_now().await;
+        }
+    }
 }
 
 /// The server.
@@ -127,6 +154,12 @@ impl Fake {
         Cluster::of(Config::new(format!("http://{}", self.address).parse().unwrap())).unwrap()
     }
 
+    /// Whether it takes requests and answers none.
+    pub fn be_silent(&self, silent: bool) {
+        self.world().silent = silent;
+        self.changed.send_replace(());
+    }
+
     /// Pages of lists are no larger.
     pub fn pages_of(&self, size: usize) {
         self.world().page = Some(size);
@@ -140,6 +173,11 @@ impl Fake {
         } else {
             world.forbidden.remove(plural)
         };
+    }
+
+    /// Whether nothing may be patched.
+    pub fn forbid_writing(&self, forbidden: bool) {
+        self.world().read_only = forbidden;
     }
 
     /// Serves a kind in these versions alone.
@@ -192,10 +230,22 @@ impl Fake {
         self.changed.send_replace(());
     }
 
-    /// An object as it is now.
+    /// An object of the core group as it is now.
     pub fn get(&self, plural: &str, namespace: &str, name: &str) -> Option<Value> {
-        let key = (String::new(), plural.to_owned(), namespace.to_owned(), name.to_owned());
+        self.get_of("", plural, namespace, name)
+    }
+
+    /// An object as it is now.
+    pub fn get_of(&self, group: &str, plural: &str, namespace: &str, name: &str) -> Option<Value> {
+        let key = (group.to_owned(), plural.to_owned(), namespace.to_owned(), name.to_owned());
         self.world().objects.get(&key).cloned()
+    }
+
+    /// All objects of a kind.
+    pub fn all(&self, group: &str, plural: &str) -> Vec<Value> {
+        let world = self.world();
+        let all = world.objects.iter().filter(|(key, _)| key.0 == group && key.1 == plural);
+        all.map(|(_, object)| object.clone()).collect()
     }
 
     /// Tells every watch which version it is.

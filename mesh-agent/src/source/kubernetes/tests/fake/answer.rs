@@ -95,6 +95,10 @@ pub(super) async fn answer(
     let shown: Vec<String> = query.iter().map(|(name, value)| format!("{name}={value}")).collect();
     world.lock().unwrap().asked.push(format!("{} {}?{}", head.method, head.uri.path(), shown.join("&")));
     changed.send_replace(());
+    let mut told = changed.subscribe();
+    while world.lock().unwrap().silent {
+        let _ = told.changed().await;
+    }
     let Some(target) = Target::of(head.uri.path()) else { return Ok(status(404, "no such path")) };
     let known = world.lock().unwrap();
     if target.plural.is_empty() {
@@ -110,12 +114,17 @@ pub(super) async fn answer(
     if !target.is_served(&known) {
         return Ok(status(404, "the server could not find the requested resource"));
     }
-    if known.forbidden.contains(&target.plural) {
+    let is_write = head.method == Method::PATCH;
+    if known.forbidden.contains(&target.plural) || (is_write && known.read_only) {
         return Ok(status(403, &format!("{} is forbidden", target.plural)));
     }
     if head.method == Method::POST {
         drop(known);
         return Ok(created(&world, &changed, &target, &sent));
+    }
+    if head.method == Method::PUT {
+        drop(known);
+        return Ok(replaced(&world, &changed, &target, &sent));
     }
     if head.method == Method::PATCH {
         drop(known);
@@ -123,7 +132,8 @@ pub(super) async fn answer(
         if kind.starts_with("application/apply-patch") {
             return Ok(applied(&world, &changed, &target, &sent));
         }
-        return Ok(patch(&world, &changed, &target, &sent));
+        let by_name = kind.starts_with("application/strategic-merge-patch");
+        return Ok(patch((&world, &changed), &target, &sent, by_name));
     }
     if query.get("watch").is_some_and(|value| value == "true" || value == "1") {
         drop(known);
@@ -153,6 +163,26 @@ fn created(
         return whole(409, &conflict);
     }
     let answer = placed(&mut world, &target, &mut object, 201);
+    drop(world);
+    changed.send_replace(());
+    answer
+}
+
+/// Replaces an object that is still as the new one says that it was.
+fn replaced(
+    world: &Mutex<World>,
+    changed: &watch::Sender<()>,
+    target: &Target,
+    sent: &[u8],
+) -> Response<Body> {
+    let mut object: Value = serde_json::from_slice(sent).unwrap();
+    let mut world = world.lock().unwrap();
+    let Some(before) = world.objects.get(&target.key()) else { return status(404, "not found") };
+    let version = &object["metadata"]["resourceVersion"];
+    if !version.is_null() && *version != before["metadata"]["resourceVersion"] {
+        return status(409, "the object has been modified");
+    }
+    let answer = placed(&mut world, target, &mut object, 200);
     drop(world);
     changed.send_replace(());
     answer
@@ -266,8 +296,13 @@ fn event(happened: &Happened, target: &Target, selector: &str, bookmarks: bool) 
     Some(line(kind, &object))
 }
 
-/// A merge patch of one object.
-fn patch(world: &Mutex<World>, changed: &watch::Sender<()>, target: &Target, sent: &[u8]) -> Response<Body> {
+/// A merge patch of one object; `by_name`: one of its lists' entries too.
+fn patch(
+    (world, changed): (&Mutex<World>, &watch::Sender<()>),
+    target: &Target,
+    sent: &[u8],
+    by_name: bool,
+) -> Response<Body> {
     let patch: Value = serde_json::from_slice(sent).unwrap();
     let mut world = world.lock().unwrap();
     let Some(before) = world.objects.get(&target.key()).cloned() else { return status(404, "not found") };
@@ -275,15 +310,28 @@ fn patch(world: &Mutex<World>, changed: &watch::Sender<()>, target: &Target, sen
     if !uid.is_null() && *uid != before["metadata"]["uid"] {
         return status(409, "the UID in the precondition does not match");
     }
+    let version = &patch["metadata"]["resourceVersion"];
+    if !version.is_null() && *version != before["metadata"]["resourceVersion"] {
+        return status(409, "the object has been modified");
+    }
     let mut after = before;
-    merge(&mut after, &patch);
+    merge(&mut after, &patch, by_name);
     let answer = placed(&mut world, target, &mut after, 200);
     drop(world);
     changed.send_replace(());
     answer
 }
 
-fn merge(into: &mut Value, patch: &Value) {
+fn merge(into: &mut Value, patch: &Value, by_name: bool) {
+    if let (true, Value::Array(entries), Value::Array(patches)) = (by_name, &mut *into, patch) {
+        for patch in patches {
+            match entries.iter_mut().find(|entry| entry["name"] == patch["name"]) {
+                Some(entry) => merge(entry, patch, by_name),
+                None => entries.push(patch.clone()),
+            }
+        }
+        return;
+    }
     let Value::Object(fields) = patch else {
         *into = patch.clone();
         return;
@@ -296,7 +344,7 @@ fn merge(into: &mut Value, patch: &Value) {
         if value.is_null() {
             into.remove(name);
         } else {
-            merge(into.entry(name.clone()).or_insert(Value::Null), value);
+            merge(into.entry(name.clone()).or_insert(Value::Null), value, by_name);
         }
     }
 }
