@@ -15,6 +15,7 @@ mod ready;
 mod removal;
 mod source;
 mod succession;
+mod taint;
 
 use std::{
     io,
@@ -35,7 +36,7 @@ use tokio::{
     sync::watch,
     task::JoinHandle,
 };
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tracing_subscriber::{EnvFilter, layer::SubscriberExt as _, reload, util::SubscriberInitExt as _};
 
 pub use self::{
@@ -285,7 +286,7 @@ async fn serve_pods(
     let mut enrolment =
         Enrolment::new(Arc::clone(&mesh), Arc::clone(&capture), Arc::clone(&authority), drain.clone());
     let client = cluster.as_ref().map(|(cluster, _)| cluster.client());
-    let removal = Removal::new(client, config.cni.daemon_set.clone());
+    let removal = Removal::new(client.clone(), config.cni.daemon_set.clone());
     let sandboxes = cluster.as_ref().map(|(_, namespaces)| namespaces.told().clone()).unwrap_or_default();
     if let Some((cluster, namespaces)) = cluster {
         let announcer = Announcer::start(cluster.client(), Arc::clone(&mesh.node), snapshots.clone());
@@ -312,6 +313,9 @@ async fn serve_pods(
     let plugin = cni::Plugin::start(config, &run_dir, enrolling)?;
     let readiness = Readiness::default();
     let enrolling = readiness.block("the pods of this node");
+    let lifted = client.zip(config.cni.startup_taint.clone());
+    let lifted = lifted.map(|(client, key)| taint::lift(client, config.node.clone(), key, readiness.clone()));
+    let _lifted = lifted.map(|lifted| AbortOnDropHandle::new(tokio::spawn(lifted)));
     reporter.show_endpoints(snapshots.clone(), config.endpoint_metrics);
     let state =
         state((&snapshots, &source.problems), &mesh, &enrolment, authority, config, (readiness, log_level));

@@ -11,10 +11,12 @@ mod clean;
 mod clients;
 mod cluster;
 mod command;
+mod crds;
 mod demo;
 mod dist;
 mod fuzz;
 mod image;
+mod install_yaml;
 mod lint;
 mod oci;
 mod profile;
@@ -63,6 +65,10 @@ enum Command {
     Cluster(cluster::Options),
     /// Builds the image of mesh-agent and meshctl as an OCI archive, without a container daemon
     Image(image::Options),
+    /// Makes the resource definitions of the chart from the types, and renders it
+    Crds(crds::Options),
+    /// Renders the chart as plain YAML: deploy/install.yaml
+    InstallYaml(install_yaml::Options),
     /// Removes what tests, demos and benchmarks may have left on this machine
     Clean(clean::Options),
 }
@@ -79,6 +85,8 @@ fn main() -> ExitCode {
         Command::Profile(options) => profile::run(&options),
         Command::Cluster(options) => cluster::run(&options),
         Command::Image(options) => image::run(&options),
+        Command::Crds(options) => crds::run(&options),
+        Command::InstallYaml(options) => install_yaml::run(&options),
         Command::Clean(options) => clean::run(&options),
     };
     match done {

@@ -239,7 +239,7 @@ impl Blob {
     }
 }
 
-fn digest(hash: Sha256) -> String {
+pub fn digest(hash: Sha256) -> String {
     use std::fmt::Write as _;
     hash.finalize().iter().fold("sha256:".to_owned(), |mut text, byte| {
         let _ = write!(text, "{byte:02x}");

@@ -12,12 +12,12 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
 
-use crate::bench::peers;
 use crate::build_ebpf;
 use crate::clients;
 use crate::cluster;
 use crate::command::{kept, shown, watched};
 use crate::image;
+use crate::install_yaml;
 use crate::progress::{Progress, Reported};
 use crate::setup;
 use crate::workspace::{self, HOST_PACKAGES};
@@ -26,9 +26,6 @@ use crate::workspace::{self, HOST_PACKAGES};
 const LAB_THREADS: &str = "4";
 
 const BPFFS: &str = "/sys/fs/bpf";
-
-/// What installs the chart.
-const HELM: &str = "3.19.0";
 
 /// The target of `tests/tests` that needs a cluster, and is left out without one.
 const CLUSTER_TARGET: &str = "cluster";
@@ -143,7 +140,7 @@ fn on_cluster(options: &ClusterOptions, progress: &mut Progress, totals: &mut To
         cargo.arg("build").args(HOST_PACKAGES).args(["--locked", "--bins", "--test", CLUSTER_TARGET]);
         shown(&mut cargo)
     })?;
-    peers::of_go(progress, "helm", HELM, "helm.sh/helm/v3", "./cmd/helm")?;
+    let helm = install_yaml::helm(progress)?;
     let tested = cluster::up(progress, options.wanted).and_then(|()| {
         let images = progress.step("images of tests", || {
             let [bookinfo, client] = cluster::images::of_tests()?;
@@ -155,7 +152,7 @@ fn on_cluster(options: &ClusterOptions, progress: &mut Progress, totals: &mut To
         progress.step("cluster tests", || {
             let mut cargo = workspace::cargo();
             cluster::environment(&mut cargo);
-            cargo.env("MESH_CLUSTER_HELM", peers::program("helm")).env("MESH_CLUSTER_IMAGE", image::NAME);
+            cargo.env("MESH_CLUSTER_HELM", &helm).env("MESH_CLUSTER_IMAGE", image::NAME);
             cargo.args(["test", "--locked"]).args(HOST_PACKAGES).args(["--test", CLUSTER_TARGET]);
             cargo.args(options.filter.as_deref()).env("MESH_REQUIRE_CLUSTER", "1");
             watch(cargo, totals)

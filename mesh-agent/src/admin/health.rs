@@ -5,14 +5,24 @@
 
 use std::{
     collections::BTreeMap,
+    pin::pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
+
+use tokio::sync::Notify;
 
 use super::HealthView;
 
 /// What the agent waits for. Cheap to clone; all clones are one.
 #[derive(Debug, Clone, Default)]
-pub struct Readiness(Arc<Mutex<BTreeMap<String, usize>>>);
+pub struct Readiness(Arc<Waiting>);
+
+#[derive(Debug, Default)]
+struct Waiting {
+    tasks: Mutex<BTreeMap<String, usize>>,
+    /// Told when one of them is done.
+    done: Notify,
+}
 
 /// Keeps the agent unready until dropped.
 #[derive(Debug)]
@@ -36,9 +46,22 @@ impl Readiness {
         HealthView { ready: waiting_for.is_empty(), waiting_for }
     }
 
+    /// Waits until nothing is waited for.
+    pub async fn until_ready(&self) {
+        loop {
+            let mut done = pin!(self.0.done.notified());
+            // From now on nothing is missed.
+            done.as_mut().enable();
+            if self.view().ready {
+                return;
+            }
+            done.await;
+        }
+    }
+
     /// The map is whole after every change, so a panic elsewhere does not make it wrong.
     fn tasks(&self) -> MutexGuard<'_, BTreeMap<String, usize>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.tasks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -49,6 +72,7 @@ impl Drop for BlockReady {
             *count -= 1;
             if *count == 0 {
                 tasks.remove(&self.task);
+                self.readiness.0.done.notify_waiters();
             }
         }
     }

@@ -19,6 +19,10 @@ pub struct CniFlags {
     /// the next one; without it, it takes everything with it [default: none]
     #[arg(long, env = "MESH_DAEMON_SET", value_name = "NAMESPACE/NAME")]
     pub daemon_set: Option<DaemonSetName>,
+    /// Key of a taint that this node was registered with, to be taken away once this agent is ready, so that nothing is scheduled
+    /// before (for example `mesh.io/agent-not-ready`); none is ever added [default: none]
+    #[arg(long, env = "MESH_STARTUP_TAINT", value_name = "KEY")]
+    pub startup_taint: Option<String>,
     /// Where the container runtime looks for programs of CNI plugins (`/opt/cni/bin`): the agent installs its plugin, so that
     /// no pod starts before it is enrolled, and removes it when it is removed itself [default: no plugin]
     #[arg(long, env = "MESH_CNI_BIN_DIR", value_name = "DIR")]

@@ -8,7 +8,7 @@ use std::io::Write;
 use serde::Serialize;
 
 use super::{
-    Failure, Output,
+    Failure, Output, Place,
     client::{Client, encoded},
     output::{self, Columns, Rows, duration, or_dash},
 };
@@ -26,9 +26,6 @@ pub(super) struct Args {
     /// Only pods of this namespace
     #[arg(short, long)]
     pub namespace: Option<String>,
-    /// Only the pod of this name
-    #[arg(short, long)]
-    pub pod: Option<String>,
 }
 
 const HEADINGS: [&str; 16] = [
@@ -37,11 +34,17 @@ const HEADINGS: [&str; 16] = [
 ];
 
 impl Args {
-    fn path(&self) -> String {
-        let wanted = [("namespace", &self.namespace), ("pod", &self.pod)];
+    fn path(&self, place: &Place) -> String {
+        // Without a namespace, a pod's name is that of any namespace.
+        let (namespace, pod) = match place.pod.as_deref().map(|pod| (pod.split_once('/'), pod)) {
+            Some((Some((namespace, name)), _)) => (Some(namespace), Some(name)),
+            Some((None, name)) => (self.namespace.as_deref(), Some(name)),
+            None => (self.namespace.as_deref(), None),
+        };
+        let wanted = [("namespace", namespace), ("pod", pod)];
         let mut query: Vec<_> = wanted
             .iter()
-            .filter_map(|(key, value)| value.as_ref().map(|value| format!("{key}={}", encoded(value))))
+            .filter_map(|(key, value)| value.map(|value| format!("{key}={}", encoded(value))))
             .collect();
         if self.follow {
             query.push("follow=true".to_owned());
@@ -53,13 +56,15 @@ impl Args {
 pub(super) async fn run(
     client: &Client,
     args: &Args,
+    place: &Place,
     output: Output,
     out: &mut dyn Write,
 ) -> Result<(), Failure> {
+    let path = args.path(place);
     if args.follow {
-        return follow(client, args, output, out).await;
+        return follow(client, &path, output, out).await;
     }
-    let flows: Vec<FlowView> = client.get(&args.path()).await?;
+    let flows: Vec<FlowView> = client.get(&path).await?;
     output::print(output, out, &flows, |flows| {
         let mut rows = Rows::new([&HEADINGS[..], &["RETRANSMITS", "AGE"]].concat());
         for flow in flows {
@@ -71,8 +76,8 @@ pub(super) async fn run(
     })
 }
 
-async fn follow(client: &Client, args: &Args, output: Output, out: &mut dyn Write) -> Result<(), Failure> {
-    let mut lines = client.lines(&args.path()).await?;
+async fn follow(client: &Client, path: &str, output: Output, out: &mut dyn Write) -> Result<(), Failure> {
+    let mut lines = client.lines(path).await?;
     let mut columns = Columns::new(&HEADINGS);
     // What there is already is written at once, in columns that fit all of it.
     let mut listed = Some(Vec::new());

@@ -39,8 +39,8 @@ use crate::{
 pub use directory::read_text;
 pub use file::read_documents;
 pub use inquiry::Inquiry;
-pub(crate) use kubernetes::Retry;
 pub use kubernetes::{Cluster, kubernetes};
+pub(crate) use kubernetes::{Retry, definitions};
 pub use sandboxes::{ByUid, Sandbox, Sandboxes};
 
 /// A running source. It runs for as long as any receiver of `snapshots` is held.

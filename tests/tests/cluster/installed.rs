@@ -20,6 +20,11 @@ pub struct Mesh<'c>(&'c Cluster);
 impl<'c> Mesh<'c> {
     /// Installs it, and waits until it is ready.
     pub fn install(cluster: &'c Cluster) -> Result<Self> {
+        Self::install_with(cluster, &[])
+    }
+
+    /// The same, with more values (`name=value`).
+    pub fn install_with(cluster: &'c Cluster, more: &[&str]) -> Result<Self> {
         let image = Cluster::mesh_image()?;
         let (repository, tag) = image.split_once(':').context("an image has a tag")?;
         let chart = chart()?;
@@ -32,7 +37,7 @@ impl<'c> Mesh<'c> {
             "node.resources.limits.memory=1Gi".to_owned(),
         ];
         let mut arguments = vec!["install", "mesh", &chart, "--namespace", SYSTEM, "--create-namespace"];
-        for value in &values {
+        for value in values.iter().map(String::as_str).chain(more.iter().copied()) {
             arguments.extend(["--set", value]);
         }
         let mesh = Self(cluster);

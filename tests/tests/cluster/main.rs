@@ -7,4 +7,5 @@ mod installed;
 mod load;
 mod mesh;
 mod nodes;
+mod operators;
 mod workloads;

@@ -48,7 +48,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("cni", &["admin", "identity::write_over"]),
     ("source", &[]),
     ("controller", &["identity", "source"]),
-    ("ctl", &["admin", "capture::inspect", "source::validate"]),
+    ("ctl", &["admin", "capture::inspect", "cni::install", "source::definitions", "source::validate"]),
 ];
 
 /// The shared nouns themselves, each with all it may use: they stand below the rooms.

@@ -1,4 +1,4 @@
-//! `cargo xtask lint`: rustfmt, the rules of the sources, clippy, and cargo-deny.
+//! `cargo xtask lint`: rustfmt, the rules of the sources, what is made of the chart, clippy, and cargo-deny.
 //!
 //! Quick checks first. Everything that can be checked is, before the first failure is reported. The rules themselves
 //! are pure functions over a file's text: `imports.rs` the import law, `rules.rs` the others.
@@ -13,6 +13,7 @@ use clap::Args;
 use self::source::{Finding, Level, SourceFile};
 use crate::build_ebpf;
 use crate::command::shown;
+use crate::install_yaml;
 use crate::progress::Progress;
 use crate::setup::{self, Missing, Tool};
 use crate::workspace::{self, HOST_PACKAGES};
@@ -46,6 +47,7 @@ pub fn run(options: &Options) -> Result<()> {
     };
     keep("rustfmt", progress.step("rustfmt", || shown(workspace::cargo().args(["fmt", "--all", "--check"]))));
     keep("source rules", progress.step("source rules (import law, sizes, unsafe, words)", source_rules));
+    keep("install.yaml", progress.step("deploy/install.yaml is of the chart as it is", install_yaml::check));
     // mesh-agent embeds the eBPF object, so clippy needs it too.
     setup::packages(&mut progress, &setup::BUILD, "the build")?;
     match build_ebpf::build(&mut progress, &options.ebpf) {

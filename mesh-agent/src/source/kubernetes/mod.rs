@@ -39,7 +39,7 @@ pub(crate) use self::proposed::read_proposed;
 pub(crate) use self::watch::Retry;
 use self::{
     definitions::Definitions,
-    kinds::{BUILT_IN, CONFIG_MAP, Kind, POD},
+    kinds::{BUILT_IN, CONFIG_MAP, DEFINED, Kind, POD},
     mirror::Mirror,
     prune::Detail,
     secrets::Secrets,
@@ -82,6 +82,11 @@ impl Default for Patience {
     fn default() -> Self {
         Self { first_lists: FIRST_LISTS, retry: Retry::default() }
     }
+}
+
+/// The kinds of resource definitions that are read: name, name of the definition, and versions that are understood.
+pub(crate) fn definitions() -> impl Iterator<Item = (&'static str, String, &'static [&'static str])> {
+    DEFINED.iter().map(|kind| (kind.name, kind.definition(), kind.versions))
 }
 
 /// Starts following a cluster. Returns once the first configuration is compiled; later changes arrive in the receivers.

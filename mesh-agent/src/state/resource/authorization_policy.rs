@@ -53,23 +53,32 @@ pub enum Scope {
 }
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct Wire {
+    /// Pods of its namespace that it is for; none: all. In the root namespace: of the whole mesh.
     selector: Option<WireSelector>,
+    /// Deprecated in favour of `targetRefs`.
     target_ref: Option<WireTarget>,
+    /// Services or gateways that it is for, in place of a selector.
     target_refs: Option<Vec<WireTarget>>,
+    /// What is done where a rule holds; `ALLOW` by default. Nothing else is allowed to a pod with an `ALLOW` policy.
     action: Option<WireAction>,
+    /// Who is asked where the action is `CUSTOM`.
     provider: Option<WireProvider>,
+    /// It holds for what one of these matches; none: for nothing. An empty rule matches everything.
     rules: Option<Vec<Option<WireRule>>>,
 }
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct WireSelector {
     match_labels: Option<BTreeMap<String, String>>,
 }
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct WireTarget {
     group: Option<String>,
@@ -79,12 +88,14 @@ pub(super) struct WireTarget {
 }
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct WireProvider {
     name: Option<String>,
 }
 
 #[derive(Debug, Clone, Copy, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 enum WireAction {
     Allow,
@@ -103,6 +114,12 @@ pub(super) fn dry_run(annotations: &BTreeMap<String, String>) -> Checked<bool> {
             format!("{other:?} is neither \"true\" nor \"false\""),
         ))),
     }
+}
+
+/// What its `spec` may be, for its resource definition.
+#[cfg(test)]
+pub(super) fn schema(generator: &mut schemars::SchemaGenerator) -> schemars::Schema {
+    generator.subschema_for::<Wire>()
 }
 
 /// Checks the `spec` of an `AuthorizationPolicy`.

@@ -22,6 +22,7 @@ pub struct Pool {
 }
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct Wire {
     tcp: Option<WireTcp>,
@@ -29,6 +30,7 @@ pub(super) struct Wire {
 }
 
 #[derive(Debug, Default, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct WireTcp {
     max_connections: Option<i32>,
@@ -39,6 +41,7 @@ struct WireTcp {
 }
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct WireKeepalive {
     probes: Option<u32>,
@@ -47,6 +50,7 @@ struct WireKeepalive {
 }
 
 #[derive(Debug, Default, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct WireHttp {
     http1_max_pending_requests: Option<i32>,
@@ -63,6 +67,7 @@ struct WireHttp {
 }
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct WirePings {
     interval: Option<IstioDuration>,
@@ -71,6 +76,7 @@ struct WirePings {
 
 /// `DEFAULT` is what the mesh-wide settings say, where Istio's default is not to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 enum WireUpgrade {
     #[default]

@@ -122,38 +122,56 @@ impl Blocks {
 }
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct Wire {
+    /// The Service it is for, by short or full name; `*.` in front for many.
     host: String,
+    /// How its endpoints are spoken to.
     traffic_policy: Option<WirePolicy>,
+    /// Parts of its endpoints, which routes name.
     subsets: Option<Vec<WireSubset>>,
+    /// Namespaces that see it: `.` its own, `*` all, which is the default.
     export_to: Option<Vec<String>>,
+    /// It is for clients with these labels alone, of its namespace.
     workload_selector: Option<WireSelector>,
 }
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct WireSubset {
     name: String,
+    /// Labels of the endpoints that belong to it.
     labels: Option<BTreeMap<String, String>>,
     traffic_policy: Option<WirePolicy>,
 }
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct WirePolicy {
+    /// How an endpoint is chosen.
     load_balancer: Option<load_balancer::Wire>,
+    /// Limits and times of connections and requests.
     connection_pool: Option<connection_pool::Wire>,
+    /// When an endpoint that fails gets nothing for a while.
     outlier_detection: Option<outlier_detection::Wire>,
+    /// Whether the client's agent speaks TLS to what is outside of the mesh.
     tls: Option<client_tls::Wire>,
+    /// What holds for single ports of it, in place of the rest.
     #[serde(default)]
     port_level_settings: Vec<WirePort>,
+    /// Bytes go through its endpoints, HTTP proxies, to another place.
     tunnel: Option<http_tunnel::Wire>,
+    /// Tells the endpoint of the client first of all (PROXY protocol).
     proxy_protocol: Option<WireProxyProtocol>,
+    /// How many retries may be under way beside the first tries.
     retry_budget: Option<WireBudget>,
 }
 
 #[derive(Debug, Clone, Copy, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 struct WireProxyProtocol {
     #[serde(default)]
@@ -162,6 +180,7 @@ struct WireProxyProtocol {
 
 /// The first is Istio's default.
 #[derive(Debug, Clone, Copy, Default, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 enum WireVersion {
     #[default]
     V1,
@@ -169,6 +188,7 @@ enum WireVersion {
 }
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct WirePort {
     port: WirePortNumber,
@@ -179,17 +199,25 @@ struct WirePort {
 }
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 struct WirePortNumber {
     number: u16,
 }
 
 #[derive(Debug, Clone, Copy, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct WireBudget {
     percent: Option<f64>,
     min_retry_concurrency: Option<u32>,
     budget_interval: Option<IstioDuration>,
+}
+
+/// What its `spec` may be, for its resource definition.
+#[cfg(test)]
+pub(super) fn schema(generator: &mut schemars::SchemaGenerator) -> schemars::Schema {
+    generator.subschema_for::<Wire>()
 }
 
 /// Checks the `spec` of a `DestinationRule`.

@@ -22,6 +22,17 @@ impl<'de> Deserialize<'de> for IstioDuration {
     }
 }
 
+#[cfg(test)]
+impl schemars::JsonSchema for IstioDuration {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "Duration".into()
+    }
+
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({"type": "string", "description": "A duration: 2s, 0.5s, 1m30s, 100ms."})
+    }
+}
+
 impl IstioDuration {
     /// The duration, refused when it is shorter than [`defaults::DURATION`].
     pub fn at_least_a_millisecond(self, field: &str) -> Checked<Duration> {

@@ -57,6 +57,18 @@ impl<'de> Deserialize<'de> for NotYet {
     }
 }
 
+/// Whatever it is: what is said of it here says more than an API server would.
+#[cfg(test)]
+impl schemars::JsonSchema for NotYet {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "NotYet".into()
+    }
+
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        true.into()
+    }
+}
+
 /// Turns an error of deserialization into one that names the field.
 pub fn deserialize<'de, T: Deserialize<'de>>(value: &'de serde_json::Value) -> Checked<T> {
     serde_path_to_error::deserialize(value).map_err(|error| {

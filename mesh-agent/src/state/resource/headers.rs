@@ -16,6 +16,7 @@ use crate::state::snapshot::{BothHeaderOps, HeaderOp, HeaderOps};
 
 /// As written.
 #[derive(Debug, Default, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Wire {
     #[serde(default)]
@@ -25,6 +26,7 @@ pub struct Wire {
 }
 
 #[derive(Debug, Default, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct WireOp {
     #[serde(default)]

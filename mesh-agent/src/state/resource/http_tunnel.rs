@@ -10,6 +10,7 @@ use crate::state::snapshot::{Ask, HttpTunnel};
 
 /// A `tunnel`, as it is written.
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct Wire {
     #[serde(default)]
@@ -20,6 +21,7 @@ pub(super) struct Wire {
 
 /// The first is Istio's default.
 #[derive(Debug, Clone, Copy, Default, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "UPPERCASE")]
 enum Protocol {
     #[default]

@@ -41,6 +41,7 @@ pub enum Choice {
 }
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct Wire {
     simple: Option<Simple>,
@@ -50,10 +51,12 @@ pub(super) struct Wire {
     warmup: Option<WireWarmup>,
     /// Deprecated in favour of `warmup.duration`.
     warmup_duration_secs: Option<IstioDuration>,
+    /// Shares by load reports in responses (ORCA).
     backend_utilization: Option<utilization::Wire>,
 }
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct WireWarmup {
     duration: Option<IstioDuration>,
@@ -62,6 +65,7 @@ struct WireWarmup {
 }
 
 #[derive(Debug, Clone, Copy, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 enum Simple {
     Unspecified,
@@ -73,6 +77,7 @@ enum Simple {
 }
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct WireHash {
     http_header_name: Option<String>,
@@ -86,18 +91,21 @@ struct WireHash {
 }
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct WireRing {
     minimum_ring_size: Option<u64>,
 }
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct WireMaglev {
     table_size: Option<u64>,
 }
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct WireCookie {
     name: String,
@@ -108,6 +116,7 @@ struct WireCookie {
 }
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct WireAttribute {
     name: String,

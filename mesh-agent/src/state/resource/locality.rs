@@ -40,6 +40,7 @@ pub struct LocalitySetting {
 }
 
 #[derive(Debug, Clone, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct Wire {
     enabled: Option<bool>,
@@ -52,6 +53,7 @@ pub(super) struct Wire {
 }
 
 #[derive(Debug, Clone, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 struct WireDistribute {
     from: String,
@@ -60,6 +62,7 @@ struct WireDistribute {
 }
 
 #[derive(Debug, Clone, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 struct WireFailover {
     from: String,
@@ -98,6 +101,7 @@ impl Wire {
 
 /// A `zoneAwareLbSetting`.
 #[derive(Debug, Clone, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct WireZones {
     enabled: Option<bool>,

@@ -14,6 +14,7 @@ use crate::state::{
 };
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct Wire {
     #[serde(rename = "consecutive5xxErrors")]

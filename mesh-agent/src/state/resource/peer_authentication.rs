@@ -31,20 +31,26 @@ pub struct PeerAuthentication {
 }
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct Wire {
+    /// Pods of its namespace that it is for; none: all. In the root namespace: of the whole mesh.
     selector: Option<WireSelector>,
+    /// Whether plaintext is taken.
     mtls: Option<WireMtls>,
+    /// The same for single ports of the pod.
     port_level_mtls: Option<BTreeMap<String, Option<WireMtls>>>,
 }
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct WireMtls {
     mode: Option<WireMode>,
 }
 
 #[derive(Debug, Clone, Copy, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 enum WireMode {
     Unset,
@@ -61,6 +67,12 @@ impl WireMtls {
             Some(WireMode::Strict) => Some(MtlsMode::Strict),
         }
     }
+}
+
+/// What its `spec` may be, for its resource definition.
+#[cfg(test)]
+pub(super) fn schema(generator: &mut schemars::SchemaGenerator) -> schemars::Schema {
+    generator.subschema_for::<Wire>()
 }
 
 /// Checks the `spec` of a `PeerAuthentication`.

@@ -41,35 +41,54 @@ pub struct RequestAuthentication {
 }
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct Wire {
+    /// Pods of its namespace that it is for; none: all. In the root namespace: of the whole mesh.
     selector: Option<WireSelector>,
+    /// Deprecated in favour of `targetRefs`.
     target_ref: Option<WireTarget>,
+    /// Services or gateways that it is for, in place of a selector.
     target_refs: Option<Vec<WireTarget>>,
+    /// Tokens that are taken; one that is bad by all that look where it is has its request refused.
     jwt_rules: Option<Vec<WireRule>>,
 }
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct WireRule {
+    /// Who has to have issued the token (`iss`).
     issuer: Option<String>,
+    /// One of these has to be among those it is for (`aud`).
     audiences: Option<Vec<String>>,
+    /// Where the keys are fetched that it has to be signed with.
     #[serde(alias = "jwks_uri")]
     jwks_uri: Option<String>,
+    /// Those keys themselves.
     jwks: Option<String>,
+    /// Headers that have it; `Authorization: Bearer` by default.
     from_headers: Option<Vec<WireHeader>>,
+    /// Query parameters that have it.
     from_params: Option<Vec<String>>,
+    /// Cookies that have it.
     from_cookies: Option<Vec<String>>,
+    /// Header that tells the app its payload, in base64.
     output_payload_to_header: Option<String>,
+    /// Headers that tell the app single claims.
     output_claim_to_headers: Option<Vec<WireClaim>>,
+    /// Whether the app is given the token itself.
     forward_original_token: Option<bool>,
+    /// Time for fetching the keys.
     timeout: Option<IstioDuration>,
+    /// Claims whose text is a list of words.
     space_delimited_claims: Option<Vec<String>>,
     #[expect(dead_code, reason = "naming it is an error")]
     presence: Option<NotYet>,
 }
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct WireHeader {
     name: String,
@@ -77,10 +96,17 @@ struct WireHeader {
 }
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct WireClaim {
     header: String,
     claim: String,
+}
+
+/// What its `spec` may be, for its resource definition.
+#[cfg(test)]
+pub(super) fn schema(generator: &mut schemars::SchemaGenerator) -> schemars::Schema {
+    generator.subschema_for::<Wire>()
 }
 
 /// Checks the `spec` of a `RequestAuthentication`.

@@ -55,6 +55,7 @@ pub struct Fallback {
 
 /// One of `fallbacks[].to`.
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct FallbackTo {
     /// A host as in Istio's destinations; `None`: the same service.
@@ -66,22 +67,37 @@ pub struct FallbackTo {
 }
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct Wire {
+    /// The Service of its namespace that it is for.
     service: Option<String>,
+    /// A port of it; all by default.
     port: Option<u16>,
+    /// How its endpoints are asked whether they are well.
     health_check: Option<health_check::Wire>,
+    /// How many requests each of its pods takes.
     rate_limits: Option<Vec<limits::WireLimit>>,
+    /// How many requests at a time each of its pods takes, found by how long they take.
     adaptive_concurrency: Option<limits::WireConcurrency>,
+    /// Who serves where none of its endpoints may be chosen.
     fallbacks: Option<Vec<WireFallback>>,
 }
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct WireFallback {
+    /// The subset that it is for; none: the whole Service.
     subset: Option<String>,
     #[serde(default)]
     to: Vec<FallbackTo>,
+}
+
+/// What its `spec` may be, for its resource definition.
+#[cfg(test)]
+pub(super) fn schema(generator: &mut schemars::SchemaGenerator) -> schemars::Schema {
+    generator.subschema_for::<Wire>()
 }
 
 /// Checks the `spec` of a `ServicePolicy`.

@@ -15,6 +15,7 @@ use crate::state::{
 
 /// As written.
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Wire {
     exact: Option<String>,

@@ -1,6 +1,9 @@
 //! Which manifests are accepted, and what refusals say.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+mod definitions;
+mod structural;
+
 use serde_json::json;
 
 use super::*;

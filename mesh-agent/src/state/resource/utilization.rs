@@ -13,6 +13,7 @@ use crate::state::{
 
 /// Named as in Envoy's `ClientSideWeightedRoundRobin`.
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct Wire {
     blackout_period: Option<IstioDuration>,

@@ -3,6 +3,7 @@
 //! It can be stopped and started again, cut the connections it has, forget old versions, and refuse kinds.
 
 mod answer;
+mod exec;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -21,6 +22,7 @@ use serde_json::{Value, json};
 use tokio::{net::TcpListener, sync::watch, task::JoinHandle};
 
 use self::answer::answer;
+pub(crate) use self::exec::{Ran, Run};
 use super::super::Cluster;
 
 /// Group and plural, namespace, name.
@@ -47,6 +49,12 @@ struct World {
     served: BTreeMap<String, BTreeSet<String>>,
     /// Plurals that nobody may list.
     forbidden: BTreeSet<String>,
+    /// What is run in containers.
+    run: Option<Run>,
+    /// Whether whoever asks what they may do may nothing.
+    denies: bool,
+    /// Whether patches are refused.
+    unpatched: bool,
     /// How often watches were ended.
     ends: u64,
     /// Of pages.
@@ -120,7 +128,8 @@ impl Fake {
                 let (of_connection, changed) = (Arc::clone(&world), changed.clone());
                 let service =
                     service_fn(move |request| answer(Arc::clone(&of_connection), changed.clone(), request));
-                let connection = http1::Builder::new().serve_connection(TokioIo::new(stream), service);
+                let connection =
+                    http1::Builder::new().serve_connection(TokioIo::new(stream), service).with_upgrades();
                 world.lock().unwrap().connections.push(tokio::spawn(async move { drop(connection.await) }));
             }
         });
@@ -149,9 +158,29 @@ impl Fake {
         self.accept(TcpListener::bind(self.address).await.unwrap());
     }
 
+    /// Where it is.
+    pub fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// What is run in every container from now on.
+    pub fn runs(&self, run: impl Fn(&str, &[String]) -> Ran + Send + Sync + 'static) {
+        self.world().run = Some(Arc::new(run));
+    }
+
+    /// What whoever asks is told of what they may do.
+    pub fn allow(&self, allowed: bool) {
+        self.world().denies = !allowed;
+    }
+
+    /// Whether nobody may patch anything.
+    pub fn refuse_patches(&self, refused: bool) {
+        self.world().unpatched = refused;
+    }
+
     /// It, as a client has it.
     pub fn cluster(&self) -> Cluster {
-        Cluster::of(Config::new(format!("http://{}", self.address).parse().unwrap())).unwrap()
+        Cluster::of(Config::new(self.url().parse().unwrap())).unwrap()
     }
 
     /// Whether it takes requests and answers none.

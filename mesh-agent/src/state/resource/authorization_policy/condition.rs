@@ -16,6 +16,7 @@ const HEADER: &str = "request.headers[";
 const CLAIMS: &str = "request.auth.claims[";
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct WireCondition {
     key: Option<String>,

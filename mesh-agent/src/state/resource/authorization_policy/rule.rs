@@ -18,6 +18,7 @@ const SEGMENT: &str = "{*}";
 const REST: &str = "{**}";
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct WireRule {
     from: Option<Vec<WireFrom>>,
@@ -26,12 +27,14 @@ pub(super) struct WireRule {
 }
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct WireFrom {
     source: Option<WireSource>,
 }
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct WireTo {
     operation: Option<WireOperation>,
@@ -40,6 +43,7 @@ struct WireTo {
 type Values = Option<Vec<String>>;
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct WireSource {
     principals: Values,
@@ -59,6 +63,7 @@ struct WireSource {
 }
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct WireOperation {
     hosts: Values,

@@ -15,6 +15,7 @@ use crate::state::{
 };
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct Wire {
     http: Option<WireHttp>,
@@ -29,6 +30,7 @@ pub(super) struct Wire {
 }
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct WireHttp {
     path: Option<String>,
@@ -38,6 +40,7 @@ struct WireHttp {
 
 /// `200`, or `200-299`.
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(untagged)]
 enum WireStatuses {
     One(u16),
@@ -45,6 +48,7 @@ enum WireStatuses {
 }
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 struct WireGrpc {
     #[serde(default)]
@@ -52,6 +56,7 @@ struct WireGrpc {
 }
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 struct WireTcp {}
 

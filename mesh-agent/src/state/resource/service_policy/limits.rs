@@ -16,6 +16,7 @@ use crate::state::{
 };
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct WireLimit {
     name: Option<String>,
@@ -31,6 +32,7 @@ pub(super) struct WireLimit {
 }
 
 #[derive(Debug, Clone, Copy, Default, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 enum WireSharedBy {
     /// All that call.
@@ -106,6 +108,7 @@ impl WireLimit {
 }
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct WireConcurrency {
     percentile: Option<u32>,
@@ -117,6 +120,7 @@ pub(super) struct WireConcurrency {
 }
 
 #[derive(Debug, Default, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct WireMinRtt {
     interval: Option<IstioDuration>,

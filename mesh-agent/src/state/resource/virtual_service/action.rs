@@ -28,6 +28,7 @@ const REDIRECTS: [u16; 5] = [301, 302, 303, 307, 308];
 
 /// `route[]`.
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct WireDestination {
     destination: WireTarget,
@@ -37,6 +38,7 @@ pub struct WireDestination {
 
 /// `route[]` of `tls` and `tcp`, which has no headers to change.
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct WireStreamDestination {
     destination: WireTarget,
@@ -51,6 +53,7 @@ impl From<WireStreamDestination> for WireDestination {
 
 /// `destination`.
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct WireTarget {
     host: String,
@@ -59,6 +62,7 @@ pub struct WireTarget {
 }
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct PortSelector {
     number: NonZeroU16,
@@ -119,6 +123,7 @@ impl WireTarget {
 
 /// `redirect`.
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct WireRedirect {
     uri: Option<String>,
@@ -130,6 +135,7 @@ pub struct WireRedirect {
 }
 
 #[derive(Debug, Clone, Copy, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 enum DerivePort {
     FromProtocolDefault,
@@ -192,6 +198,7 @@ fn redirect_status(code: Option<u16>) -> Checked<StatusCode> {
 
 /// `directResponse`.
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct WireDirect {
     status: u16,
@@ -199,9 +206,11 @@ pub struct WireDirect {
 }
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct WireBody {
     string: Option<String>,
+    #[cfg_attr(test, schemars(with = "Option<String>"))]
     bytes: Option<ByteString>,
 }
 
@@ -237,6 +246,7 @@ pub fn http_status(status: u16) -> Checked<StatusCode> {
 
 /// `rewrite`.
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct WireRewrite {
     uri: Option<String>,
@@ -245,6 +255,7 @@ pub struct WireRewrite {
 }
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct WireRegexRewrite {
     r#match: String,

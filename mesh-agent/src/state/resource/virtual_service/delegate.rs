@@ -12,6 +12,7 @@ use crate::state::resource::{
 
 /// As written.
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Wire {
     name: String,

@@ -40,6 +40,7 @@ const LEAST_PERCENT: f64 = 0.0001;
 
 /// As written.
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Wire {
     delay: Option<WireDelay>,
@@ -47,24 +48,29 @@ pub struct Wire {
 }
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct WireDelay {
     fixed_delay: Option<IstioDuration>,
     percentage: Option<WirePercentage>,
     percent: Option<i32>,
+    #[cfg_attr(test, schemars(with = "Option<serde_json::Value>"))]
     exponential_delay: Option<serde::de::IgnoredAny>,
 }
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct WireAbort {
     http_status: Option<u16>,
     grpc_status: Option<String>,
+    #[cfg_attr(test, schemars(with = "Option<serde_json::Value>"))]
     http2_error: Option<serde::de::IgnoredAny>,
     percentage: Option<WirePercentage>,
 }
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(super) struct WirePercentage {
     #[serde(default)]

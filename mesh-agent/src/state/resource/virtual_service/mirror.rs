@@ -17,6 +17,7 @@ use crate::state::{
 
 /// One entry of `mirrors`.
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct WireMirror {
     destination: Option<WireTarget>,

@@ -188,14 +188,27 @@ pub struct StreamRuleMatch {
 }
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct Wire {
+    /// Names that clients dial: Services by short or full name, or any DNS name, `*.` in front included. None: others delegate to it.
     hosts: Option<Vec<String>>,
+    /// Where it holds; `mesh`, which is the default, is between the pods of the mesh.
     gateways: Option<Vec<String>>,
+    /// Namespaces that see it: `.` its own, `*` all, which is the default.
     export_to: Option<Vec<String>>,
+    /// Rules for HTTP requests; the first that matches decides.
     http: Option<Vec<rule::Wire>>,
+    /// Rules for TLS that is passed through, by the name it asks for.
     tls: Option<Vec<stream::WireTls>>,
+    /// Rules for connections of any other kind.
     tcp: Option<Vec<stream::WireTcp>>,
+}
+
+/// What its `spec` may be, for its resource definition.
+#[cfg(test)]
+pub(super) fn schema(generator: &mut schemars::SchemaGenerator) -> schemars::Schema {
+    generator.subschema_for::<Wire>()
 }
 
 /// Checks the `spec` of a `VirtualService`.

@@ -21,6 +21,7 @@ const NOT_HEADERS: [&str; 4] = ["uri", "scheme", "method", "authority"];
 
 /// As written.
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Wire {
     name: Option<String>,

@@ -13,23 +13,40 @@ use crate::state::resource::{
 
 /// As written.
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Wire {
+    /// Name of the rule in logs and metrics.
     name: Option<String>,
+    /// It is for requests that one of these matches; none: for all.
     r#match: Option<Vec<request_match::Wire>>,
+    /// Where requests go, in shares by weight.
     route: Option<Vec<action::WireDestination>>,
+    /// Answers with a redirect in place of a route.
     redirect: Option<action::WireRedirect>,
+    /// Answers with a fixed status and body in place of a route.
     direct_response: Option<action::WireDirect>,
+    /// Changes path or authority before the request goes on.
     rewrite: Option<action::WireRewrite>,
+    /// Time for the whole request, retries included; none by default.
     timeout: Option<IstioDuration>,
+    /// When and how often a request that failed is tried again.
     retries: Option<retries::Wire>,
+    /// Delays or failures that are made on purpose.
     fault: Option<fault::Wire>,
+    /// Changes headers of requests and responses.
     headers: Option<headers::Wire>,
+    /// The VirtualService whose rules decide, in place of a route.
     delegate: Option<delegate::Wire>,
+    /// Where a copy of each request goes.
     mirror: Option<action::WireTarget>,
+    /// The share of requests that is copied; all by default.
     mirror_percentage: Option<fault::WirePercentage>,
+    /// Deprecated in favour of `mirrorPercentage`.
     mirror_percent: Option<u32>,
+    /// Where copies go, each with its share.
     mirrors: Option<Vec<mirror::WireMirror>>,
+    /// Which pages of other origins may ask (CORS).
     cors_policy: Option<cors::Wire>,
 }
 

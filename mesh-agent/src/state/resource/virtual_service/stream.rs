@@ -18,6 +18,7 @@ use crate::state::{
 
 /// One entry of `tls`.
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct WireTls {
     r#match: Option<Vec<WireTlsMatch>>,
@@ -26,6 +27,7 @@ pub struct WireTls {
 
 /// One entry of `tcp`.
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct WireTcp {
     r#match: Option<Vec<WireTcpMatch>>,
@@ -33,6 +35,7 @@ pub struct WireTcp {
 }
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct WireTlsMatch {
     sni_hosts: Option<Vec<String>>,
@@ -44,6 +47,7 @@ struct WireTlsMatch {
 }
 
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct WireTcpMatch {
     destination_subnets: Option<Vec<String>>,

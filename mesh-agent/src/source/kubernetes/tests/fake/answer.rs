@@ -14,7 +14,7 @@ use hyper::body::{Frame, Incoming};
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
-use super::{Body, Happened, Key, World};
+use super::{Body, Happened, Key, World, exec};
 
 /// What a path is about.
 #[derive(Clone)]
@@ -24,6 +24,8 @@ struct Target {
     plural: String,
     namespace: Option<String>,
     name: Option<String>,
+    /// The subresource.
+    part: Option<String>,
 }
 
 impl Target {
@@ -37,7 +39,8 @@ impl Target {
         let mut rest: Vec<String> = parts.map(str::to_owned).collect();
         let namespace = (rest.len() > 2 && rest[0] == "namespaces").then(|| rest.drain(..2).nth(1)).flatten();
         let mut rest = rest.into_iter();
-        Some(Self { group, version, plural: rest.next().unwrap_or_default(), namespace, name: rest.next() })
+        let plural = rest.next().unwrap_or_default();
+        Some(Self { group, version, plural, namespace, name: rest.next(), part: rest.next() })
     }
 
     fn key(&self) -> Key {
@@ -76,11 +79,18 @@ fn selected(selector: &str, object: &Value) -> bool {
     })
 }
 
+/// Labels `a=b`, all of which have to be there.
+fn labelled(selector: &str, object: &Value) -> bool {
+    let mut terms = selector.split(',').filter_map(|term| term.split_once('='));
+    terms.all(|(name, value)| object["metadata"]["labels"][name] == value)
+}
+
 pub(super) async fn answer(
     world: Arc<Mutex<World>>,
     changed: watch::Sender<()>,
-    request: Request<Incoming>,
+    mut request: Request<Incoming>,
 ) -> Result<Response<Body>, Infallible> {
+    let upgrade = hyper::upgrade::on(&mut request);
     let (head, body) = request.into_parts();
     let sent = body.collect().await.map(http_body_util::Collected::to_bytes).unwrap_or_default();
     let query = head.uri.query().unwrap_or_default().to_owned();
@@ -99,6 +109,9 @@ pub(super) async fn answer(
     while world.lock().unwrap().silent {
         let _ = told.changed().await;
     }
+    if head.uri.path() == "/version" {
+        return Ok(whole(200, &version()));
+    }
     let Some(target) = Target::of(head.uri.path()) else { return Ok(status(404, "no such path")) };
     let known = world.lock().unwrap();
     if target.plural.is_empty() {
@@ -114,9 +127,23 @@ pub(super) async fn answer(
     if !target.is_served(&known) {
         return Ok(status(404, "the server could not find the requested resource"));
     }
+    if target.part.as_deref() == Some("exec") && !known.forbidden.contains("pods/exec") {
+        let (Some(run), Some(pod)) = (known.run.clone(), &target.name) else {
+            return Ok(status(404, "not found"));
+        };
+        drop(known);
+        let ran = run(pod, &exec::command(head.uri.query().unwrap_or_default()));
+        return Ok(exec::answer(ran, &head.headers, upgrade));
+    }
     let is_write = head.method == Method::PATCH;
-    if known.forbidden.contains(&target.plural) || (is_write && known.read_only) {
+    let is_exec = target.part.as_deref() == Some("exec");
+    if known.forbidden.contains(&target.plural) || (is_write && known.read_only) || is_exec {
         return Ok(status(403, &format!("{} is forbidden", target.plural)));
+    }
+    if target.plural == "selfsubjectaccessreviews" {
+        let mut review: Value = serde_json::from_slice(&sent).unwrap();
+        review["status"] = json!({"allowed": !known.denies});
+        return Ok(whole(201, &review));
     }
     if head.method == Method::POST {
         drop(known);
@@ -125,6 +152,9 @@ pub(super) async fn answer(
     if head.method == Method::PUT {
         drop(known);
         return Ok(replaced(&world, &changed, &target, &sent));
+    }
+    if head.method == Method::PATCH && known.unpatched {
+        return Ok(status(403, "patches are forbidden"));
     }
     if head.method == Method::PATCH {
         drop(known);
@@ -144,6 +174,16 @@ pub(super) async fn answer(
         return Ok(found.map_or_else(|| status(404, "not found"), |object| whole(200, object)));
     }
     Ok(listed(&known, &target, &query))
+}
+
+fn version() -> Value {
+    let names = ["buildDate", "compiler", "gitCommit", "gitTreeState", "goVersion", "platform"];
+    let mut version: serde_json::Map<String, Value> =
+        names.into_iter().map(|name| (name.to_owned(), "-".into())).collect();
+    for (name, value) in [("major", "1"), ("minor", "35"), ("gitVersion", "v1.35.0")] {
+        version.insert(name.to_owned(), value.into());
+    }
+    version.into()
 }
 
 /// Makes an object, unless there is one.
@@ -215,7 +255,11 @@ fn placed(world: &mut World, target: &Target, object: &mut Value, code: u16) -> 
 
 fn listed(world: &World, target: &Target, query: &BTreeMap<String, String>) -> Response<Body> {
     let selector = query.get("fieldSelector").map_or("", String::as_str);
-    let all = world.objects.iter().filter(|(key, object)| target.has(key) && selected(selector, object));
+    let labels = query.get("labelSelector").map_or("", String::as_str);
+    let all = world
+        .objects
+        .iter()
+        .filter(|(key, object)| target.has(key) && selected(selector, object) && labelled(labels, object));
     let from = query.get("continue").map_or(0, |from| from.parse().unwrap());
     let asked = query.get("limit").map_or(usize::MAX, |limit| limit.parse().unwrap());
     let page = world.page.unwrap_or(usize::MAX).min(asked);
@@ -360,7 +404,7 @@ fn status(code: u16, message: &str) -> Response<Body> {
     whole(code, &status)
 }
 
-fn whole(code: u16, value: &Value) -> Response<Body> {
+pub(super) fn whole(code: u16, value: &Value) -> Response<Body> {
     let mut response = streamed(stream::iter([value.to_string()]));
     *response.status_mut() = StatusCode::from_u16(code).unwrap();
     response
