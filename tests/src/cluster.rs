@@ -120,6 +120,13 @@ impl Cluster {
         self.run(arguments, None)
     }
 
+    /// Patches objects as somebody else would, who may not read them.
+    pub fn apply_as(&self, user: &str, manifests: &str) -> Result<()> {
+        let user = format!("--as={user}");
+        let arguments = ["apply", "--server-side", "--force-conflicts", "--filename=-", &user];
+        self.run(arguments, Some(manifests)).map(drop)
+    }
+
     /// The same, as JSON.
     pub fn get(&self, arguments: &[&str]) -> Result<Value> {
         let text = self.kubectl([&["get", "--output=json"], arguments].concat())?;

@@ -130,11 +130,11 @@ mod tests {
     async fn what_was_refused_is_tried_again() {
         let fake = Fake::start().await;
         fake.put("", "nodes", tainted(&[KEY]));
-        fake.refuse_patches(true);
+        fake.forbid_writing(true);
         let _task = start(&fake, &Readiness::default());
         fake.until_asked("PATCH", 1).await;
         assert_eq!(keys(&fake), [KEY]);
-        fake.refuse_patches(false);
+        fake.forbid_writing(false);
         fake.until(|fake| keys(fake).is_empty()).await;
     }
 

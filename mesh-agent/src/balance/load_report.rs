@@ -23,7 +23,7 @@ const BASE64: GeneralPurpose = GeneralPurpose::new(
         .with_decode_padding_mode(base64::engine::DecodePaddingMode::Indifferent),
 );
 
-/// `xds.data.orca.v3.OrcaLoadReport`, as far as it is used; its JSON has names in either spelling (ProtoJSON).
+/// `xds.data.orca.v3.OrcaLoadReport`, as far as it is used; its JSON has names in either spelling, as that of Protobuf may.
 #[derive(Clone, PartialEq, prost::Message, Deserialize)]
 #[serde(default)]
 struct Report {

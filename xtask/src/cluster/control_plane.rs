@@ -192,6 +192,8 @@ fn api_server() -> Vec<String> {
         format!("--service-cluster-ip-range={}", state::SERVICES),
         "--authorization-mode=Node,RBAC".into(),
         "--enable-admission-plugins=NodeRestriction".into(),
+        // Nobody translates addresses of services here, outside of the nodes: webhooks are called at their pods' own.
+        "--enable-aggregator-routing=true".into(),
         file("client-ca-file", "ca.crt"),
         file("tls-cert-file", "apiserver.crt"),
         file("tls-private-key-file", "apiserver.key"),

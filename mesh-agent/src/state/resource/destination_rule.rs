@@ -358,26 +358,6 @@ mod tests {
             ),
             (policy(json!({"tunnel": {}})), "trafficPolicy.tunnel", "missing field `targetHost`"),
             (
-                policy(json!({"tunnel": {"protocol": "GET", "targetHost": "a", "targetPort": 1}})),
-                "trafficPolicy.tunnel.protocol",
-                "unknown variant",
-            ),
-            (
-                policy(json!({"tunnel": {"targetHost": "a", "targetPort": 65536}})),
-                "trafficPolicy.tunnel.targetPort",
-                "range",
-            ),
-            (
-                policy(json!({"tunnel": {"targetHost": "u@a", "targetPort": 1}})),
-                "trafficPolicy.tunnel.targetHost",
-                "neither a host name",
-            ),
-            (
-                policy(json!({"tunnel": {"targetHost": "", "targetPort": 1}})),
-                "trafficPolicy.tunnel.targetHost",
-                "neither a host name",
-            ),
-            (
                 json!({"host": "a", "workloadSelector": {"matchLabels": {"app": "a*"}}}),
                 "workloadSelector.matchLabels.app",
                 "wildcards",

@@ -1,4 +1,4 @@
-//! `tunnel` of a `DestinationRule`. Tested by the table of `destination_rule.rs`.
+//! `tunnel` of a `DestinationRule`. Tested by the tables below.
 
 use std::net::IpAddr;
 
@@ -52,5 +52,45 @@ impl Wire {
             Protocol::Post => Ask::Post,
         };
         Ok(HttpTunnel { ask, target })
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn targets_are_hosts_and_ports() {
+        for (host, target) in
+            [("a.example", "a.example:443"), ("10.0.0.1", "10.0.0.1:443"), ("fd00::1", "[fd00::1]:443")]
+        {
+            let wire: Wire = serde_json::from_value(json!({"targetHost": host, "targetPort": 443})).unwrap();
+            let tunnel = wire.check().unwrap();
+            assert_eq!((tunnel.ask, tunnel.target.as_str()), (Ask::Connect, target));
+        }
+        let post = json!({"protocol": "POST", "targetHost": "a", "targetPort": 1});
+        assert_eq!(serde_json::from_value::<Wire>(post).unwrap().check().unwrap().ask, Ask::Post);
+        assert!(
+            serde_json::from_value::<Wire>(json!({"protocol": "GET", "targetHost": "a", "targetPort": 1}))
+                .is_err()
+        );
+    }
+
+    #[test]
+    fn bad_targets_name_their_field() {
+        for (host, port, field, message) in [
+            ("a", 65536, "targetPort", "range"),
+            ("a", 0, "targetPort", "range"),
+            ("u@a", 1, "targetHost", "neither a host name"),
+            ("a/b", 1, "targetHost", "neither a host name"),
+            ("", 1, "targetHost", "neither a host name"),
+        ] {
+            let wire: Wire = serde_json::from_value(json!({"targetHost": host, "targetPort": port})).unwrap();
+            let error = wire.check().unwrap_err();
+            assert!(error.field == field && error.message.contains(message), "{host}:{port}: {error:?}");
+        }
     }
 }

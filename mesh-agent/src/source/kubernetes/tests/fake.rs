@@ -53,8 +53,6 @@ struct World {
     run: Option<Run>,
     /// Whether whoever asks what they may do may nothing.
     denies: bool,
-    /// Whether patches are refused.
-    unpatched: bool,
     /// How often watches were ended.
     ends: u64,
     /// Of pages.
@@ -172,12 +170,6 @@ impl Fake {
     pub fn allow(&self, allowed: bool) {
         self.world().denies = !allowed;
     }
-
-    /// Whether nobody may patch anything.
-    pub fn refuse_patches(&self, refused: bool) {
-        self.world().unpatched = refused;
-    }
-
     /// It, as a client has it.
     pub fn cluster(&self) -> Cluster {
         Cluster::of(Config::new(self.url().parse().unwrap())).unwrap()
