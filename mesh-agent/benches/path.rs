@@ -92,7 +92,7 @@ fn route_match(criterion: &mut Criterion) {
 
 fn balancing(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("balance, by endpoints");
-    for endpoints in [1, 10, 1000] {
+    for endpoints in [1, 10, 1000, 10_000] {
         let snapshot = snapshot(0, endpoints);
         let port = web(&snapshot);
         let RouteAction::Forward(backends) = &port.routes[0].action else { unreachable!("it forwards") };

@@ -272,12 +272,6 @@ fn what_the_mesh_refuses_in_better_words_is_let_in() -> Done {
     let schemas = schemas()?;
     let route = json!([{"destination": {"host": "a"}}]);
     for (version, kind, spec, words) in [
-        (
-            NETWORKING,
-            "DestinationRule",
-            json!({"host": "a", "trafficPolicy": {"tunnel": {"a": 1}}}),
-            "not supported yet",
-        ),
         (NETWORKING, "VirtualService", json!({"hosts": ["a"], "htpp": [{"route": route}]}), "unknown field"),
         (
             NETWORKING,

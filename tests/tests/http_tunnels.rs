@@ -24,11 +24,15 @@ use lab::{
     apps::{self, RawEnd},
     eventually, peer, require_root,
 };
+use rustls::pki_types::{PrivateKeyDer, pem::PemObject as _};
 use tokio::{io::copy_bidirectional, net::TcpListener, net::TcpStream, task::JoinSet};
+use tokio_rustls::TlsAcceptor;
 use tokio_util::io::{ReaderStream, StreamReader};
 
 const ECHO: u16 = 9000;
 const PROXY: u16 = 3128;
+/// Where TLS is in front of it.
+const TLS: u16 = 3129;
 const TCP: u16 = 80;
 
 /// Who has these as targets is refused.
@@ -111,6 +115,11 @@ fn answer(mut request: Request<Incoming>, pod: &Pod, told: &Mutex<Vec<Asked>>) -
 }
 
 fn rule(host: &str, ask: &str, target: &str, version: Version) -> String {
+    rule_with(host, ask, target, version, "")
+}
+
+/// The same, with more of a `trafficPolicy`.
+fn rule_with(host: &str, ask: &str, target: &str, version: Version, more: &str) -> String {
     let (name, port) = target.split_once(':').unwrap_or_default();
     let upgrade = if version == Version::HTTP_2 { "UPGRADE" } else { "DEFAULT" };
     format!(
@@ -121,7 +130,8 @@ metadata: {{ name: {host}, namespace: default }}
 spec:
   host: {host}
   trafficPolicy:
-    connectionPool: {{ http: {{ h2UpgradePolicy: {upgrade} }} }}
+    connectionPool: {{ http: {{ h2UpgradePolicy: {upgrade} }}, tcp: {{ connectTimeout: 0.5s }} }}
+    {more}
     tunnel: {{ protocol: {ask}, targetHost: {name}, targetPort: {port} }}
 "
     )
@@ -162,16 +172,139 @@ async fn bytes_go_through_a_proxy_that_has_agreed() -> Result<()> {
             }
         }
     }
-    says_why_it_is_refused(&pair).await?;
+    is_logged(&pair, &format!("(POST {REFUSED}): it answers 403 Forbidden")).await?;
     pair.finish().await
 }
 
-async fn says_why_it_is_refused(pair: &Pair) -> Result<()> {
+/// What was chosen on each connection.
+type Spoken = Arc<Mutex<Vec<String>>>;
+
+/// Begins TLS in front of the proxy, for whoever comes; gives what is to be spoken in it (ALPN).
+fn front(pod: &Pod) -> Result<(JoinSet<()>, Spoken)> {
+    let key = rcgen::KeyPair::generate()?;
+    let certificate = rcgen::CertificateParams::new(vec!["proxy".to_owned()])?.self_signed(&key)?;
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let mut config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()?
+        .with_no_client_auth()
+        .with_single_cert(
+            vec![certificate.der().clone()],
+            PrivateKeyDer::from_pem_slice(key.serialize_pem().as_bytes())?,
+        )?;
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    let acceptor = TlsAcceptor::from(Arc::new(config));
+    let listener = pod.netns().inside(|| Ok(std::net::TcpListener::bind(("0.0.0.0", TLS))?))?;
+    listener.set_nonblocking(true)?;
+    let (listener, pod) = (TcpListener::from_std(listener)?, pod.clone());
+    let spoken = Spoken::default();
+    let (told, mut serving) = (Arc::clone(&spoken), JoinSet::new());
+    serving.spawn(async move {
+        let mut connections = JoinSet::new();
+        while let Ok((stream, _)) = listener.accept().await {
+            let (acceptor, pod, told) = (acceptor.clone(), pod.clone(), Arc::clone(&told));
+            connections.spawn(async move {
+                let Ok(mut stream) = acceptor.accept(stream).await else { return };
+                let alpn = stream.get_ref().1.alpn_protocol().map(String::from_utf8_lossy);
+                let alpn = alpn.unwrap_or_default().into_owned();
+                told.lock().unwrap_or_else(PoisonError::into_inner).push(alpn);
+                if let Ok(mut proxy) = peer::dial(&pod, (Ipv4Addr::LOCALHOST, PROXY).into()) {
+                    let _ = copy_bidirectional(&mut stream, &mut proxy).await;
+                }
+            });
+        }
+    });
+    Ok((serving, spoken))
+}
+
+#[tokio::test]
+async fn what_is_spoken_with_a_proxy_is_said_in_tls() -> Result<()> {
+    if !require_root()? {
+        return Ok(());
+    }
+    let pair = Pair::new("proxied-tls").await?;
+    let out = pair.b.pod("out").label("app", "out").unenrolled().start().await?;
+    out.serve(apps::tcp_echo(ECHO)).await?;
+    let proxy = Proxy::start(&out)?;
+    let (serving, spoken) = front(&out)?;
+    let service = pair.lab.service("out").selector("app", "out").port("tcp", TCP, TLS).apply()?;
+    let tls = "tls: { mode: SIMPLE, sni: proxy, insecureSkipVerify: true }";
+    for (ask, method) in [("CONNECT", Method::CONNECT), ("POST", Method::POST)] {
+        for (version, alpn) in [(Version::HTTP_11, "http/1.1"), (Version::HTTP_2, "h2")] {
+            pair.apply("rule.yaml", &rule_with("out", ask, TARGET, version, tls)).await?;
+            let bytes = pair.client.tcp(service.at(TCP), 100_000, &[]).await?;
+            ensure!(bytes.intact && bytes.received == 100_000, "{ask} {version:?}: {bytes:?}");
+            let asked = proxy.asked();
+            ensure!(asked == [(method.clone(), TARGET.to_owned(), version)], "{asked:?}");
+            let spoken = std::mem::take(&mut *spoken.lock().unwrap_or_else(PoisonError::into_inner));
+            ensure!(spoken == [alpn], "{ask} {version:?}: {spoken:?}");
+        }
+    }
+    drop(serving);
+    pair.finish().await
+}
+
+/// Who may ask the proxy for what is the proxy's own policy, which sees the request.
+const CONNECT_ALONE: &str = "
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: { name: proxies, namespace: default }
+spec:
+  selector: { matchLabels: { role: proxy } }
+  action: ALLOW
+  rules: [{ to: [{ operation: { methods: [CONNECT] } }] }]
+";
+
+#[tokio::test]
+async fn a_proxy_is_asked_as_its_policies_permit() -> Result<()> {
+    if !require_root()? {
+        return Ok(());
+    }
+    let pair = Pair::new("proxied-policy").await?;
+    let far = pair.b.pod("far").label("app", "far").label("role", "proxy").start().await?;
+    let near = pair.a.pod("near").label("app", "near").label("role", "proxy").start().await?;
+    pair.apply("policy.yaml", CONNECT_ALONE).await?;
+    for (name, pod) in [("far", &far), ("near", &near)] {
+        pod.serve(apps::tcp_echo(ECHO)).await?;
+        let proxy = Proxy::start(pod)?;
+        let service = pair.lab.service(name).selector("app", name).port("tcp", TCP, PROXY).apply()?;
+        pair.apply("rule.yaml", &rule(name, "CONNECT", TARGET, Version::HTTP_11)).await?;
+        pod.enrolled().await?;
+        let bytes = pair.client.tcp(service.at(TCP), 100_000, &[]).await?;
+        ensure!(bytes.intact && bytes.received == 100_000, "{name}: {bytes:?}");
+        ensure!(proxy.asked().len() == 1, "{name}");
+        pair.apply("rule.yaml", &rule(name, "POST", TARGET, Version::HTTP_11)).await?;
+        let refused = pair.client.raw(service.at(TCP)).send("a").expect("a").run().await?;
+        ensure!(refused.received.0.is_empty(), "{name}: {refused:?}");
+        ensure!(proxy.asked().is_empty(), "{name}: it was asked all the same");
+    }
+    pair.finish().await
+}
+
+#[tokio::test]
+async fn a_silent_proxy_is_given_up() -> Result<()> {
+    if !require_root()? {
+        return Ok(());
+    }
+    let pair = Pair::new("proxied-silence").await?;
+    let out = pair.b.pod("out").label("app", "out").unenrolled().start().await?;
+    // Connections come about, and nobody reads them.
+    let listener = out.netns().inside(|| Ok(std::net::TcpListener::bind(("0.0.0.0", PROXY))?))?;
+    let service = pair.lab.service("out").selector("app", "out").port("tcp", TCP, PROXY).apply()?;
+    for ask in ["CONNECT", "POST"] {
+        pair.apply("rule.yaml", &rule("out", ask, TARGET, Version::HTTP_11)).await?;
+        let refused = pair.client.raw(service.at(TCP)).send("a").expect("a").run().await?;
+        ensure!(matches!(refused.end, RawEnd::Closed | RawEnd::Reset), "{ask}: {refused:?}");
+        is_logged(&pair, &format!("({ask} {TARGET}): nothing within 500ms")).await?;
+    }
+    drop(listener);
+    pair.finish().await
+}
+
+/// A refusal that says this.
+async fn is_logged(pair: &Pair, words: &str) -> Result<()> {
     eventually("the log", async || {
         let lines = pair.agent_a.access_log();
-        let told = |line: &&String| {
-            line.contains("(POST refused.example:1): it answers 403 Forbidden") && line.contains("flags=UF")
-        };
+        let told = |line: &&String| line.contains(words) && line.contains("flags=UF");
         ensure!(lines.iter().any(|line| told(&line)), "{}", lines.join("\n"));
         Ok(())
     })

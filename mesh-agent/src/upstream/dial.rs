@@ -1,4 +1,7 @@
 //! New connections, each from inside a pod's network namespace and within its connect timeout.
+//!
+//! Never takes longer than that for the connection and its TLS together. Tested below on a paused clock, and in the lab
+//! (`tests/tests/connect_timeout.rs`).
 
 use std::{
     io::{self, ErrorKind},
@@ -126,5 +129,57 @@ impl Dial<'_> {
             stream.write_all(&introduction.bytes()).await?;
         }
         Ok(stream)
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use std::net::TcpListener;
+
+    use socket2::{Domain, Socket, Type};
+
+    use super::*;
+    use crate::{report::samples, state::snapshot::TlsTerms};
+
+    /// Listens, and has as many connections waiting as it lets wait: the kernel answers no other SYN.
+    fn full() -> (TcpListener, std::net::TcpStream, SocketAddr) {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+        socket.listen(0).unwrap();
+        let listener = TcpListener::from(socket);
+        let at = listener.local_addr().unwrap();
+        (listener, std::net::TcpStream::connect(at).unwrap(), at)
+    }
+
+    fn dial<'a>(net: &'a PodNet, to: SocketAddr, timeout: Duration, tls: Option<&'a ClientTls>) -> Dial<'a> {
+        let (as_client, keepalive, introduces, flow) = (None, None, None, None);
+        Dial { net, to, as_client, timeout, keepalive, tls, introduces, flow }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_does_not_come_about_is_given_up_in_time() {
+        let net = PodNet::fixed(samples::workload("a", 1)).unwrap();
+        let (_listener, _waiting, at) = full();
+        for limit in [Duration::from_millis(300), Duration::from_secs(10)] {
+            let begun = Instant::now();
+            let error = dial(&net, at, limit, None).connect().await.unwrap_err();
+            assert_eq!((error.kind, begun.elapsed()), (Kind::ConnectFailure, limit), "{error}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn tls_that_does_not_come_about_is_given_up_in_time() {
+        let net = PodNet::fixed(samples::workload("a", 1)).unwrap();
+        // It takes connections, and says nothing.
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let (server, names) = ("a.example".into(), Vec::new());
+        let (roots, revoked, anybody, shows) = (None, None, true, None);
+        let tls = ClientTls::new(TlsTerms { server, names, roots, revoked, anybody, shows });
+        let limit = Duration::from_secs(3);
+        let begun = Instant::now();
+        let dial = dial(&net, listener.local_addr().unwrap(), limit, Some(&tls));
+        let error = dial.open(Protocol::Opaque).await.unwrap_err();
+        assert_eq!((error.kind, begun.elapsed()), (Kind::TlsFailure, limit), "{error}");
     }
 }

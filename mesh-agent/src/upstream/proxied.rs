@@ -1,8 +1,8 @@
 //! Byte streams that an HTTP proxy hands on (`trafficPolicy.tunnel`): the endpoint is the proxy, and is asked for its
 //! target by CONNECT or POST before any byte of the client's.
 //!
-//! Promises that the client's bytes come after the proxy has agreed, or not at all. Never reads what is in them. Tested in the
-//! lab (`tests/tests/http_tunnels.rs`).
+//! Promises that the client's bytes come after the proxy has agreed, or not at all. Never reads what is in them. Tested below on a
+//! paused clock, and in the lab (`tests/tests/http_tunnels.rs`).
 
 use std::{io, net::SocketAddr};
 
@@ -127,4 +127,76 @@ fn received(response: Response<hyper::body::Incoming>) -> impl AsyncRead + std::
 fn host(tunnel: &HttpTunnel) -> HeaderValue {
     // An authority has no byte that a header may not have.
     HeaderValue::from_str(tunnel.target.as_str()).unwrap_or(HeaderValue::from_static(""))
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        time::Instant,
+    };
+
+    use super::*;
+    use crate::report::samples;
+
+    fn tunnel(ask: Ask) -> HttpTunnel {
+        HttpTunnel { ask, target: "a.example:443".parse().unwrap() }
+    }
+
+    /// A cluster whose proxies are spoken to so, within two seconds.
+    fn cluster(upgrade: bool) -> Cluster {
+        let mut cluster = Cluster::clone(&samples::cluster("a"));
+        (cluster.pool.upgrade, cluster.connect_timeout) = (upgrade, Duration::from_secs(2));
+        cluster
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_proxy_that_does_not_answer_is_given_up_in_time() {
+        for (ask, upgrade) in
+            [(Ask::Connect, false), (Ask::Connect, true), (Ask::Post, false), (Ask::Post, true)]
+        {
+            let (near, _far) = tokio::io::duplex(1 << 10);
+            let (begun, at) = (Instant::now(), ([10, 0, 0, 1], 3128).into());
+            let asked = through_proxy(UpstreamStream::Pipe(near), &tunnel(ask), &cluster(upgrade), at).await;
+            let error = asked.map(drop).unwrap_err();
+            assert_eq!(
+                (error.kind, begun.elapsed()),
+                (Kind::ConnectFailure, Duration::from_secs(2)),
+                "{error}"
+            );
+        }
+    }
+
+    #[tokio::test]
+    async fn nothing_of_the_clients_is_said_before_the_proxy_agrees() {
+        let (near, mut far) = tokio::io::duplex(1 << 10);
+        let at = ([10, 0, 0, 1], 3128).into();
+        let (tunnel, cluster) = (tunnel(Ask::Connect), cluster(false));
+        let proxy = async {
+            let mut head = Vec::new();
+            while !head.ends_with(b"\r\n\r\n") {
+                head.push(far.read_u8().await.unwrap());
+            }
+            assert_eq!(head, b"CONNECT a.example:443 HTTP/1.1\r\nhost: a.example:443\r\n\r\n");
+            // Bytes of the target behind the head are the tunnel's.
+            far.write_all(b"HTTP/1.1 200 OK\r\n\r\nhello").await.unwrap();
+            let mut said = [0; 3];
+            far.read_exact(&mut said).await.unwrap();
+            assert_eq!(&said, b"hey");
+        };
+        let client = async {
+            let stream = UpstreamStream::Pipe(near);
+            let mut stream = through_proxy(stream, &tunnel, &cluster, at).await.unwrap();
+            let mut greeting = [0; 5];
+            stream.read_exact(&mut greeting).await.unwrap();
+            assert_eq!(&greeting, b"hello");
+            stream.write_all(b"hey").await.unwrap();
+            stream.flush().await.unwrap();
+            stream
+        };
+        tokio::join!(client, proxy);
+    }
 }

@@ -62,6 +62,12 @@ impl<'c> Mesh<'c> {
         self.ready()
     }
 
+    /// Goes back to what every agent was started with before.
+    pub fn roll_back(&self) -> Result<()> {
+        Cluster::helm(&["rollback", "mesh", "--namespace", SYSTEM])?;
+        self.ready()
+    }
+
     /// Waits until the controller and every node's agent are ready.
     pub fn ready(&self) -> Result<()> {
         for what in ["deployment/mesh-controller", "daemonset/mesh-agent"] {

@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 
 use anyhow::{Context as _, Result, ensure};
-use lab::cluster::Cluster;
+use lab::cluster::{Cluster, Namespace};
 
 use crate::{
     bookinfo::versions,
@@ -52,13 +52,7 @@ fn bookinfo_is_routed_between_nodes_over_mutual_tls_and_nothing_is_left() -> Res
 
     Cluster::helm(&["uninstall", "mesh", "--namespace", SYSTEM, "--wait", "--timeout", "120s"])?;
     // The pods go on without it, and nothing says that they are in a mesh.
-    let left = enrolled(&namespace)?;
-    ensure!(left.is_empty(), "{left:?} still say that they are in the mesh");
-    for node in cluster.nodes()? {
-        let left = "ls /run/mesh; ls -d /sys/fs/bpf/mesh /opt/cni/bin/mesh-cni 2>/dev/null; grep -l mesh-cni /etc/cni/net.d/*; true";
-        let left = cluster.on_node(&node, left)?;
-        ensure!(left.trim().is_empty(), "on {node}: {left}");
-    }
+    nothing_is_left(&cluster, &namespace)?;
     for node in cluster.nodes()? {
         let seen = versions(&namespace, &format!("client-{node}"), "jason", REQUESTS)?;
         ensure!(seen.len() > 1, "a route of the mesh still holds: {seen:?}");
@@ -67,7 +61,7 @@ fn bookinfo_is_routed_between_nodes_over_mutual_tls_and_nothing_is_left() -> Res
 }
 
 #[test]
-fn agents_are_replaced_under_load_and_no_request_fails() -> Result<()> {
+fn agents_are_replaced_and_rolled_back_under_load_and_no_request_fails() -> Result<()> {
     let Some(cluster) = Cluster::alone()? else { return Ok(()) };
     let mesh = Mesh::install(&cluster)?;
     let namespace = meshed(&cluster, "replaced")?;
@@ -75,17 +69,57 @@ fn agents_are_replaced_under_load_and_no_request_fails() -> Result<()> {
         let nodes = load::begin(&cluster, &namespace)?;
         let before = mesh.agents()?;
         mesh.replace_agents()?;
+        let between = mesh.agents()?;
+        mesh.roll_back()?;
         for node in &nodes {
             let answers = load::end(&namespace, node)?;
             let failed = answers.iter().filter(|(_, status)| status != "200").count();
             ensure!(failed == 0 && answers.len() > 100, "{failed} of {} of {node} failed", answers.len());
         }
         let now = mesh.agents()?;
-        ensure!(
-            nodes.len() <= now.iter().filter(|agent| !before.contains(agent)).count(),
-            "{before:?} then {now:?}"
-        );
+        for (was, is) in [(&before, &between), (&between, &now)] {
+            let new = is.iter().filter(|agent| !was.contains(agent)).count();
+            ensure!(nodes.len() <= new, "{was:?} then {is:?}");
+        }
         Ok(())
     })();
     replaced.with_context(|| mesh.said())
+}
+
+/// Neither on the pods of the namespace nor on any node.
+fn nothing_is_left(cluster: &Cluster, namespace: &Namespace) -> Result<()> {
+    let left = enrolled(namespace)?;
+    ensure!(left.is_empty(), "{left:?} still say that they are in the mesh");
+    for node in cluster.nodes()? {
+        let left = "ls /run/mesh; ls -d /sys/fs/bpf/mesh /opt/cni/bin/mesh-cni 2>/dev/null; grep -l mesh-cni /etc/cni/net.d/*; true";
+        let left = cluster.on_node(&node, left)?;
+        ensure!(left.trim().is_empty(), "on {node}: {left}");
+    }
+    Ok(())
+}
+
+#[test]
+fn the_agents_alone_are_taken_away_under_load_and_nobody_is_cut_off() -> Result<()> {
+    let Some(cluster) = Cluster::alone()? else { return Ok(()) };
+    let mesh = Mesh::install(&cluster)?;
+    let namespace = meshed(&cluster, "left-alone")?;
+    let gone = (|| {
+        let nodes = load::begin(&cluster, &namespace)?;
+        cluster.kubectl([
+            "delete",
+            "daemonset",
+            "mesh-agent",
+            "--namespace",
+            SYSTEM,
+            "--cascade=foreground",
+        ])?;
+        nothing_is_left(&cluster, &namespace)?;
+        for node in &nodes {
+            let answers = load::end(&namespace, node)?;
+            let failed = answers.iter().filter(|(_, status)| status != "200").count();
+            ensure!(failed == 0 && answers.len() > 100, "{failed} of {} of {node} failed", answers.len());
+        }
+        Ok(())
+    })();
+    gone.with_context(|| mesh.said())
 }

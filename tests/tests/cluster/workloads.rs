@@ -5,7 +5,7 @@ use anyhow::{Context as _, Result, ensure};
 use lab::cluster::{Cluster, Namespace};
 
 use crate::{
-    installed::{Mesh, meshed},
+    installed::{Mesh, enrolled, meshed},
     load,
 };
 
@@ -32,6 +32,24 @@ spec:
         - { name: then, image: @IMAGE@, imagePullPolicy: Never, command: [curl, -sf, -o, /dev/null, http://server/passwd] }
 ";
 
+/// A name for the service, and a pod of the node's own network: nobody's address but the node's.
+const OTHERS: &str = "
+apiVersion: v1
+kind: Service
+metadata: { name: alias }
+spec: { type: ExternalName, externalName: server.strict.svc.cluster.local }
+---
+apiVersion: v1
+kind: Pod
+metadata: { name: host }
+spec:
+  hostNetwork: true
+  dnsPolicy: ClusterFirstWithHostNet
+  terminationGracePeriodSeconds: 0
+  containers:
+    - { name: client, image: @IMAGE@, imagePullPolicy: Never, command: [sleep, infinity] }
+";
+
 /// The status that a client sees; 000 where there is no answer.
 fn status(namespace: &Namespace, client: &str, url: &str) -> Result<String> {
     let ask = format!("curl -s -o /dev/null -w '%{{http_code}}' --max-time 10 {url} || true");
@@ -52,6 +70,14 @@ fn apps_are_rolled_out_under_strict_mutual_tls_and_no_request_fails() -> Result<
             status(&plain, "stranger", server)? == "200",
             "plaintext is taken as long as nothing forbids it"
         );
+        strict.apply(&OTHERS.replace("@IMAGE@", cluster.client_image()))?;
+        strict.kubectl(&["wait", "--for=condition=Ready", "pod/host", "--timeout=60s"])?;
+        ensure!(
+            status(&strict, "host", server)? == "200",
+            "a pod of the host's network is a stranger, as any"
+        );
+        ensure!(!enrolled(&strict)?.contains("host"), "a pod of the host's network is in the mesh");
+        ensure!(status(&strict, node, "http://alias/passwd")? == "200", "a name that stands for the service");
         strict.apply(STRICT)?;
         let mut refused = String::new();
         for _ in 0..50 {
@@ -61,6 +87,11 @@ fn apps_are_rolled_out_under_strict_mutual_tls_and_no_request_fails() -> Result<
             }
         }
         ensure!(refused == "000", "plaintext is still answered: {refused}");
+        ensure!(
+            status(&strict, "host", server)? == "000",
+            "plaintext of a pod of the host's network is answered"
+        );
+        ensure!(status(&strict, node, "http://alias/passwd")? == "200", "a name that stands for the service");
         // New pods become ready, so their probes pass; and nobody in the mesh notices.
         strict.kubectl(&["rollout", "restart", "deployment/server"])?;
         strict.kubectl(&["rollout", "status", "deployment/server", "--timeout=120s"])?;
