@@ -13,6 +13,7 @@ mod listeners;
 mod overload;
 mod ready;
 mod removal;
+mod remove;
 mod source;
 mod succession;
 mod taint;
@@ -44,6 +45,7 @@ pub use self::{
     clean::clean,
     controller::{controller, token},
     ready::ready,
+    remove::remove_agents,
 };
 use self::{
     certificates::{certificates_of, keep_gauges, open_authority},

@@ -71,6 +71,9 @@ pub enum Role {
     Cni,
     /// Asks one agent whether it is ready: exit code 0 if it is, 1 if not (for the probes of its container)
     Ready(ReadyConfig),
+    /// Takes the agents of a cluster off their nodes before the mesh is uninstalled: deletes their DaemonSet, and waits until
+    /// each has let its pods go (run in the cluster)
+    Remove(RemoveConfig),
     /// Replaces the root of the embedded certificate authority, step by step, without a failed handshake: `prepare`,
     /// `switch`, `drop`
     Ca(CaConfig),
@@ -187,6 +190,17 @@ pub struct ReadyConfig {
     pub ready_socket: PathBuf,
 }
 
+/// `mesh-agent remove`.
+#[derive(Debug, Clone, Args)]
+pub struct RemoveConfig {
+    /// The agents' DaemonSet
+    #[arg(long, env = "MESH_DAEMON_SET", value_name = "NAMESPACE/NAME")]
+    pub daemon_set: DaemonSetName,
+    /// How long the agents may take, in seconds
+    #[arg(long, env = "MESH_REMOVE_TIMEOUT", value_name = "SECONDS", default_value_t = 240)]
+    pub timeout: u64,
+}
+
 /// `mesh-agent clean`.
 #[derive(Debug, Clone, Args)]
 pub struct CleanConfig {
@@ -297,9 +311,15 @@ mod tests {
         let run_dir = |arguments: &[&str]| match Cli::try_parse_from(arguments).map(|cli| cli.role) {
             Ok(Role::Node(node)) => Some(node.run_dir()),
             Ok(Role::Clean(clean)) => Some(clean.run_dir()),
-            Ok(Role::Ca(_) | Role::Cni | Role::Controller(_) | Role::Ready(_) | Role::Token(_)) | Err(_) => {
-                None
-            }
+            Ok(
+                Role::Ca(_)
+                | Role::Cni
+                | Role::Controller(_)
+                | Role::Ready(_)
+                | Role::Remove(_)
+                | Role::Token(_),
+            )
+            | Err(_) => None,
         };
         for flags in [&[][..], &["--node", "a"], &["--run-dir", "/run/elsewhere"]] {
             let [node, clean] =

@@ -23,6 +23,7 @@ fn main() -> ExitCode {
         Role::Ca(config) => app::ca(&config, &mut io::stdout().lock()).map(|()| true),
         Role::Cni => return cni(),
         Role::Ready(config) => app::ready(&config, &mut io::stdout().lock()),
+        Role::Remove(config) => app::remove_agents(&config).map(|()| true),
         Role::Clean(config) => app::clean(&config, &mut io::stdout().lock()),
     };
     match ended {

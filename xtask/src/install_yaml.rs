@@ -85,6 +85,8 @@ fn rendered(helm: &Path, set: &[String]) -> Result<String> {
         "--namespace",
         NAMESPACE,
         "--include-crds",
+        // Hooks are helm's: nobody else runs them.
+        "--no-hooks",
         "--kube-version",
         KUBERNETES,
     ]);

@@ -50,7 +50,7 @@ fn bookinfo_is_routed_between_nodes_over_mutual_tls_and_nothing_is_left() -> Res
     })();
     routed.with_context(|| mesh.said())?;
 
-    Cluster::helm(&["uninstall", "mesh", "--namespace", SYSTEM, "--wait", "--timeout", "120s"])?;
+    Cluster::helm(&["uninstall", "mesh", "--namespace", SYSTEM, "--wait", "--timeout", "240s"])?;
     // The pods go on without it, and nothing says that they are in a mesh.
     nothing_is_left(&cluster, &namespace)?;
     for node in cluster.nodes()? {
