@@ -10,6 +10,7 @@ mod audit;
 mod authentication;
 mod authority_secret;
 mod certificates;
+mod connections;
 mod csr;
 pub mod jwks;
 pub mod key_sets;

@@ -14,12 +14,9 @@ use std::{
 use http::header::AUTHORIZATION;
 use hyper::{body::Incoming, server::conn::http2, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use tokio::{
-    net::{TcpListener, TcpStream},
-    sync::{OwnedSemaphorePermit, Semaphore},
-};
-use tokio_rustls::TlsAcceptor;
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio::net::{TcpListener, TcpStream};
+use tokio_rustls::server::TlsStream;
+use tokio_util::sync::CancellationToken;
 use tonic::{
     Code, Request, Response, Status,
     body::Body,
@@ -28,7 +25,12 @@ use tonic::{
 };
 use tonic_prost::ProstCodec;
 
-use super::{certificates::CertificateService, key_sets::KeySets, server_certificate::ServerCertificate};
+use super::{
+    certificates::CertificateService,
+    connections::{self, until_stopped},
+    key_sets::KeySets,
+    server_certificate::ServerCertificate,
+};
 use crate::{
     identity::{CREATE_CERTIFICATE, CertificateRequest, CertificateResponse},
     source::key_sets::WATCH_KEY_SETS,
@@ -36,8 +38,6 @@ use crate::{
 
 /// Connections at once; more wait in the backlog. An agent has one.
 const CONNECTIONS: usize = 8192;
-/// Time for a handshake.
-const HANDSHAKE: Duration = Duration::from_secs(10);
 /// Requests under way on one connection.
 const STREAMS: u32 = 64;
 /// Largest request: one of an RSA 4096 key is below 3 KiB.
@@ -48,8 +48,6 @@ const LARGEST_HEADERS: u32 = 32 * 1024;
 const REQUEST: Duration = Duration::from_secs(10);
 /// How often a silent connection is asked whether it lives, and how long it may take to say so.
 const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(20));
-/// Pause after the process ran out of descriptors: `accept` would fail again at once.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// What is served.
 #[derive(Debug)]
@@ -67,58 +65,25 @@ pub async fn serve(
     services: Services,
     stop: CancellationToken,
 ) {
-    let (room, tasks) = (Arc::new(Semaphore::new(CONNECTIONS)), TaskTracker::new());
     let services = Arc::new(services);
-    loop {
-        let accepted = tokio::select! {
-            () = stop.cancelled() => break,
-            accepted = accept(&listener, &room) => accepted,
-        };
-        match accepted {
-            Ok((stream, peer, permit)) => {
-                let tls = TlsAcceptor::from(certificate.config());
-                let (services, stop) = (Arc::clone(&services), stop.clone());
-                tasks.spawn(async move {
-                    if let Err(error) = connection(stream, peer, tls, services, stop).await {
-                        tracing::debug!(%peer, error = format!("{error:#}"), "a connection to the controller ended");
-                    }
-                    drop(permit);
-                });
-            }
-            Err(error) => {
-                tracing::warn!(%error, "accepting a connection to the controller");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-            }
-        }
-    }
+    let serving = {
+        let (services, stop) = (Arc::clone(&services), stop.clone());
+        move |stream, peer| connection(stream, peer, Arc::clone(&services), stop.clone())
+    };
+    let from = (&listener, &certificate);
+    let tasks = connections::take(from, ("the controller", CONNECTIONS), &stop, serving).await;
     // What is told without end would keep its connections from ending.
     services.key_sets.end();
     tasks.close();
     tasks.wait().await;
 }
 
-pub(super) async fn accept(
-    listener: &TcpListener,
-    room: &Arc<Semaphore>,
-) -> std::io::Result<(TcpStream, SocketAddr, OwnedSemaphorePermit)> {
-    let permit = Arc::clone(room).acquire_owned().await.map_err(std::io::Error::other)?;
-    let (stream, peer) = listener.accept().await?;
-    Ok((stream, SocketAddr::new(peer.ip().to_canonical(), peer.port()), permit))
-}
-
 async fn connection(
-    stream: TcpStream,
+    stream: TlsStream<TcpStream>,
     peer: SocketAddr,
-    tls: TlsAcceptor,
     services: Arc<Services>,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
-    // Small messages, each waited for.
-    let _ = stream.set_nodelay(true);
-    let stream = tokio::select! {
-        () = stop.cancelled() => return Ok(()),
-        stream = tokio::time::timeout(HANDSHAKE, tls.accept(stream)) => stream??,
-    };
     let mut server = http2::Builder::new(TokioExecutor::new());
     server
         .timer(TokioTimer::new())
@@ -130,15 +95,7 @@ async fn connection(
         let services = Arc::clone(&services);
         async move { Ok::<_, Infallible>(route(request, peer, services).await) }
     });
-    let mut connection = std::pin::pin!(server.serve_connection(TokioIo::new(stream), answer));
-    tokio::select! {
-        ended = connection.as_mut() => ended?,
-        () = stop.cancelled() => {
-            connection.as_mut().graceful_shutdown();
-            tokio::time::timeout(REQUEST, connection).await??;
-        }
-    }
-    Ok(())
+    until_stopped(server.serve_connection(TokioIo::new(stream), answer), &stop, REQUEST).await
 }
 
 /// The methods there are.

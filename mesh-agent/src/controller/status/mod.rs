@@ -10,7 +10,7 @@ mod conditions;
 mod tests;
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet, VecDeque},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     sync::Arc,
     time::Duration,
 };
@@ -147,7 +147,7 @@ impl Telling {
 /// Objects that are to be looked at, each once, in the order of their times.
 #[derive(Default)]
 struct Queue {
-    waiting: VecDeque<(Instant, ObjectKey)>,
+    waiting: BTreeSet<(Instant, ObjectKey)>,
     known: HashSet<ObjectKey>,
 }
 
@@ -155,16 +155,16 @@ impl Queue {
     /// After this time, unless it waits already.
     fn add(&mut self, key: &ObjectKey, after: Duration) {
         if self.known.insert(key.clone()) {
-            self.waiting.push_back((Instant::now() + after, key.clone()));
+            self.waiting.insert((Instant::now() + after, key.clone()));
         }
     }
 
     fn due(&self) -> Option<Instant> {
-        self.waiting.front().map(|(due, _)| *due)
+        self.waiting.first().map(|(due, _)| *due)
     }
 
     fn take(&mut self) -> Option<ObjectKey> {
-        let (_, key) = self.waiting.pop_front()?;
+        let (_, key) = self.waiting.pop_first()?;
         self.known.remove(&key);
         Some(key)
     }

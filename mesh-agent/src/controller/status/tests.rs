@@ -176,3 +176,15 @@ async fn what_is_not_taken_is_tried_again() {
     world.fake.forbid_writing(false);
     world.until("v", &GOOD).await;
 }
+
+#[tokio::test(start_paused = true)]
+async fn what_is_tried_again_later_keeps_nobody_waiting() {
+    let key = |name: &str| ObjectKey::new("VirtualService", "default", name);
+    let mut queue = Queue::default();
+    queue.add(&key("refused"), AGAIN);
+    queue.add(&key("new"), SETTLES);
+    // It waits already.
+    queue.add(&key("refused"), SETTLES);
+    assert_eq!(queue.due(), Some(Instant::now() + SETTLES));
+    assert_eq!([queue.take(), queue.take(), queue.take()], [Some(key("new")), Some(key("refused")), None]);
+}

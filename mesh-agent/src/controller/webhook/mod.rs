@@ -27,11 +27,14 @@ use tokio::{
     sync::Semaphore,
     time::timeout,
 };
-use tokio_rustls::TlsAcceptor;
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_rustls::server::TlsStream;
+use tokio_util::sync::CancellationToken;
 
 pub(crate) use self::authority::keep_believed;
-use super::{serve::accept, server_certificate::ServerCertificate};
+use super::{
+    connections::{self, until_stopped},
+    server_certificate::ServerCertificate,
+};
 use crate::{
     source::Inquiry,
     state::{
@@ -46,8 +49,6 @@ const PATH: &str = "/validate";
 pub const PROTOCOLS: &[&str] = &["h2", "http/1.1"];
 /// Connections at once; an API server keeps one or two.
 const CONNECTIONS: usize = 256;
-/// Time for a handshake.
-const HANDSHAKE: Duration = Duration::from_secs(10);
 /// Time for a request, from its head to its answer. API servers wait ten seconds.
 const REQUEST: Duration = Duration::from_secs(10);
 /// Time after which an answer is given without looking at other objects.
@@ -58,8 +59,6 @@ const LARGEST: usize = 8 << 20;
 const STREAMS: u32 = 64;
 /// Compilations at once: each is a thread's work.
 const COMPILATIONS: usize = 1;
-/// Pause after the process ran out of descriptors: `accept` would fail again at once.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// What answers.
 #[derive(Debug)]
@@ -77,30 +76,12 @@ impl Webhook {
 
     /// Serves until `stop`; requests under way are answered first.
     pub async fn serve(self, listener: TcpListener, certificate: ServerCertificate, stop: CancellationToken) {
-        let (room, tasks, webhook) =
-            (Arc::new(Semaphore::new(CONNECTIONS)), TaskTracker::new(), Arc::new(self));
-        loop {
-            let accepted = tokio::select! {
-                () = stop.cancelled() => break,
-                accepted = accept(&listener, &room) => accepted,
-            };
-            match accepted {
-                Ok((stream, peer, permit)) => {
-                    let tls = TlsAcceptor::from(certificate.config());
-                    let (webhook, stop) = (Arc::clone(&webhook), stop.clone());
-                    tasks.spawn(async move {
-                        if let Err(error) = connection(stream, tls, webhook, stop).await {
-                            tracing::debug!(%peer, error = format!("{error:#}"), "a connection to the webhook ended");
-                        }
-                        drop(permit);
-                    });
-                }
-                Err(error) => {
-                    tracing::warn!(%error, "accepting a connection to the webhook");
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
-                }
-            }
-        }
+        let serving = {
+            let (webhook, stop) = (Arc::new(self), stop.clone());
+            move |stream, _| connection(stream, Arc::clone(&webhook), stop.clone())
+        };
+        let from = (&listener, &certificate);
+        let tasks = connections::take(from, ("the webhook", CONNECTIONS), &stop, serving).await;
         tasks.close();
         tasks.wait().await;
     }
@@ -174,45 +155,22 @@ fn said(status: StatusCode, text: &str) -> Response<Full<Bytes>> {
 }
 
 async fn connection(
-    stream: TcpStream,
-    tls: TlsAcceptor,
+    stream: TlsStream<TcpStream>,
     webhook: Arc<Webhook>,
     stop: CancellationToken,
 ) -> anyhow::Result<()> {
-    // Small messages, each waited for.
-    let _ = stream.set_nodelay(true);
-    let stream = tokio::select! {
-        () = stop.cancelled() => return Ok(()),
-        stream = timeout(HANDSHAKE, tls.accept(stream)) => stream??,
-    };
     let is_http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
     let answer = service_fn(move |request| {
         let webhook = Arc::clone(&webhook);
         async move { Ok::<_, Infallible>(webhook.answer(request).await) }
     });
-    // The two have no type in common.
     if is_http2 {
         let mut server = http2::Builder::new(TokioExecutor::new());
         server.timer(TokioTimer::new()).max_concurrent_streams(STREAMS);
-        let mut connection = std::pin::pin!(server.serve_connection(TokioIo::new(stream), answer));
-        tokio::select! {
-            ended = connection.as_mut() => ended?,
-            () = stop.cancelled() => {
-                connection.as_mut().graceful_shutdown();
-                timeout(REQUEST, connection).await??;
-            }
-        }
+        until_stopped(server.serve_connection(TokioIo::new(stream), answer), &stop, REQUEST).await
     } else {
         let mut server = http1::Builder::new();
         server.timer(TokioTimer::new()).header_read_timeout(REQUEST);
-        let mut connection = std::pin::pin!(server.serve_connection(TokioIo::new(stream), answer));
-        tokio::select! {
-            ended = connection.as_mut() => ended?,
-            () = stop.cancelled() => {
-                connection.as_mut().graceful_shutdown();
-                timeout(REQUEST, connection).await??;
-            }
-        }
+        until_stopped(server.serve_connection(TokioIo::new(stream), answer), &stop, REQUEST).await
     }
-    Ok(())
 }
