@@ -278,6 +278,12 @@ impl Agent {
         run(&self.node, command).await
     }
 
+    /// `meshctl config endpoints` of the clusters whose names contain this.
+    pub async fn endpoints(&self, cluster: &str) -> Result<Vec<Value>> {
+        let shown = self.meshctl(&["config", "endpoints", cluster, "-o", "json"]).await?;
+        serde_json::from_str(&shown).with_context(|| format!("meshctl config endpoints is no JSON: {shown}"))
+    }
+
     /// Runs `mesh-agent ca` on its state directory, and returns what it says.
     pub async fn ca(&self, args: &[&str]) -> Result<String> {
         let mut command = Command::new(binary("mesh-agent", "MESH_AGENT_BIN", "mesh-agent")?);

@@ -47,6 +47,7 @@ mod lab;
 mod manifest;
 pub mod net;
 mod node;
+mod own;
 mod pair;
 mod parking;
 pub mod peer;

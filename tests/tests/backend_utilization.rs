@@ -19,8 +19,7 @@ use lab::{
     apps::{POD_HEADER, Tally},
     eventually, metric, require_root,
 };
-use serde_json::Value;
-use tokio::{net::TcpListener, task::JoinSet};
+use tokio::task::JoinSet;
 
 const APP: u16 = 8080;
 const HTTP: u16 = 80;
@@ -29,28 +28,18 @@ const REQUESTS: u64 = 2_100;
 
 /// Answers with its name and this load: in the head over HTTP/1.1, in trailers over HTTP/2.
 fn serve(pod: &Pod, load: f64) -> Result<JoinSet<()>> {
-    let listener = pod.netns().inside(|| Ok(std::net::TcpListener::bind(("0.0.0.0", APP))?))?;
-    listener.set_nonblocking(true)?;
-    let listener = TcpListener::from_std(listener)?;
     let (name, report) = (pod.name().to_owned(), format!("TEXT cpu_utilization={load}, rps_fractional=100"));
-    let mut serving = JoinSet::new();
-    serving.spawn(async move {
-        let mut connections = JoinSet::new();
-        while let Ok((stream, _)) = listener.accept().await {
-            let (name, report) = (name.clone(), report.clone());
-            let answer = service_fn(move |request: hyper::Request<_>| {
-                let answer = answer(&name, &report, request.version());
-                async move { answer }
-            });
-            connections.spawn(async move {
-                // What is wrong with one shows at the client, which gets no answer.
-                let _ = auto::Builder::new(TokioExecutor::new())
-                    .serve_connection(TokioIo::new(stream), answer)
-                    .await;
-            });
+    pod.serve_own(APP, move |stream| {
+        let (name, report) = (name.clone(), report.clone());
+        let answer = service_fn(move |request: hyper::Request<_>| {
+            let answer = answer(&name, &report, request.version());
+            async move { answer }
+        });
+        async move {
+            let server = auto::Builder::new(TokioExecutor::new());
+            let _ = server.serve_connection(TokioIo::new(stream), answer).await;
         }
-    });
-    Ok(serving)
+    })
 }
 
 type Frames = futures_util::stream::Iter<std::vec::IntoIter<Result<Frame<Bytes>, Infallible>>>;
@@ -84,9 +73,7 @@ spec:
 
 /// What is believed of each endpoint, as far as that is anything.
 async fn believed(pair: &Pair, port: u16) -> Result<Vec<f64>> {
-    let shown =
-        pair.agent_a.meshctl(&["config", "endpoints", &format!("|{port}||web."), "-o", "json"]).await?;
-    let shown: Vec<Value> = serde_json::from_str(&shown)?;
+    let shown = pair.agent_a.endpoints(&format!("|{port}||web.")).await?;
     Ok(shown.iter().filter_map(|one| one["reported_weight"].as_f64()).collect())
 }
 

@@ -48,8 +48,7 @@ async fn answered(client: &Pod, url: &str, count: u64, at_once: u64) -> Result<B
 
 /// The endpoints of `web` as `meshctl config endpoints` shows them, by the name of their pod.
 async fn endpoints(agent: &Agent) -> Result<BTreeMap<String, Value>> {
-    let shown = agent.meshctl(&["config", "endpoints", "|80||web.", "-o", "json"]).await?;
-    let list: Vec<Value> = serde_json::from_str(&shown)?;
+    let list = agent.endpoints("|80||web.").await?;
     let name = |one: &Value| Some(one["workload"].as_str()?.strip_prefix("default/")?.to_owned());
     list.into_iter().map(|one| Ok((name(&one).context("an endpoint without a pod")?, one))).collect()
 }

@@ -60,8 +60,7 @@ async fn replicas(pair: &Pair, count: usize) -> Result<Vec<Pod>> {
 
 /// The endpoint of `web` with this pod, as `meshctl config endpoints` shows it.
 async fn shown(pair: &Pair, pod: &str) -> Result<Option<Value>> {
-    let all = pair.agent_a.meshctl(&["config", "endpoints", "|80||web.", "-o", "json"]).await?;
-    let all: Vec<Value> = serde_json::from_str(&all)?;
+    let all = pair.agent_a.endpoints("|80||web.").await?;
     Ok(all.into_iter().find(|one| one["workload"] == pod))
 }
 

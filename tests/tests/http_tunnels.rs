@@ -25,7 +25,7 @@ use lab::{
     eventually, peer, require_root,
 };
 use rustls::pki_types::{PrivateKeyDer, pem::PemObject as _};
-use tokio::{io::copy_bidirectional, net::TcpListener, net::TcpStream, task::JoinSet};
+use tokio::{io::copy_bidirectional, net::TcpStream, task::JoinSet};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::io::{ReaderStream, StreamReader};
 
@@ -50,18 +50,9 @@ struct Proxy {
 
 impl Proxy {
     fn start(pod: &Pod) -> Result<Self> {
-        let listener = pod.netns().inside(|| Ok(std::net::TcpListener::bind(("0.0.0.0", PROXY))?))?;
-        listener.set_nonblocking(true)?;
-        let listener = TcpListener::from_std(listener)?;
         let asked = Arc::<Mutex<Vec<Asked>>>::default();
-        let (pod, told) = (pod.clone(), Arc::clone(&asked));
-        let mut serving = JoinSet::new();
-        serving.spawn(async move {
-            let mut connections = JoinSet::new();
-            while let Ok((stream, _)) = listener.accept().await {
-                connections.spawn(serve(stream, pod.clone(), Arc::clone(&told)));
-            }
-        });
+        let (of_pod, told) = (pod.clone(), Arc::clone(&asked));
+        let serving = pod.serve_own(PROXY, move |stream| serve(stream, of_pod.clone(), Arc::clone(&told)))?;
         Ok(Self { asked, _serving: serving })
     }
 
@@ -193,26 +184,19 @@ fn front(pod: &Pod) -> Result<(JoinSet<()>, Spoken)> {
         )?;
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     let acceptor = TlsAcceptor::from(Arc::new(config));
-    let listener = pod.netns().inside(|| Ok(std::net::TcpListener::bind(("0.0.0.0", TLS))?))?;
-    listener.set_nonblocking(true)?;
-    let (listener, pod) = (TcpListener::from_std(listener)?, pod.clone());
     let spoken = Spoken::default();
-    let (told, mut serving) = (Arc::clone(&spoken), JoinSet::new());
-    serving.spawn(async move {
-        let mut connections = JoinSet::new();
-        while let Ok((stream, _)) = listener.accept().await {
-            let (acceptor, pod, told) = (acceptor.clone(), pod.clone(), Arc::clone(&told));
-            connections.spawn(async move {
-                let Ok(mut stream) = acceptor.accept(stream).await else { return };
-                let alpn = stream.get_ref().1.alpn_protocol().map(String::from_utf8_lossy);
-                let alpn = alpn.unwrap_or_default().into_owned();
-                told.lock().unwrap_or_else(PoisonError::into_inner).push(alpn);
-                if let Ok(mut proxy) = peer::dial(&pod, (Ipv4Addr::LOCALHOST, PROXY).into()) {
-                    let _ = copy_bidirectional(&mut stream, &mut proxy).await;
-                }
-            });
+    let (told, of_pod) = (Arc::clone(&spoken), pod.clone());
+    let serving = pod.serve_own(TLS, move |stream| {
+        let (acceptor, pod, told) = (acceptor.clone(), of_pod.clone(), Arc::clone(&told));
+        async move {
+            let Ok(mut stream) = acceptor.accept(stream).await else { return };
+            let alpn = stream.get_ref().1.alpn_protocol().map(String::from_utf8_lossy);
+            told.lock().unwrap_or_else(PoisonError::into_inner).push(alpn.unwrap_or_default().into_owned());
+            if let Ok(mut proxy) = peer::dial(&pod, (Ipv4Addr::LOCALHOST, PROXY).into()) {
+                let _ = copy_bidirectional(&mut stream, &mut proxy).await;
+            }
         }
-    });
+    })?;
     Ok((serving, spoken))
 }
 

@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, ensure};
 use lab::{Pair, Pod, apps, peer, require_root};
 use tokio::{
     io::{AsyncReadExt as _, copy_bidirectional},
-    net::{TcpListener, TcpStream},
+    net::TcpStream,
     task::JoinSet,
 };
 
@@ -30,28 +30,20 @@ type Told = (u8, SocketAddr, SocketAddr);
 /// Reads the header at the start of each connection to a pod, and hands the rest to another port of it.
 struct Front {
     told: Arc<Mutex<Vec<Told>>>,
-    _serving: JoinSet<()>,
+    _serving: Vec<JoinSet<()>>,
 }
 
 impl Front {
     fn start(pod: &Pod) -> Result<Self> {
         let told = Arc::<Mutex<Vec<Told>>>::default();
-        let mut serving = JoinSet::new();
+        let mut serving = Vec::new();
         for (port, behind) in [(TOLD_APP, APP), (TOLD_ECHO, ECHO)] {
-            let listener = pod.netns().inside(|| Ok(std::net::TcpListener::bind(("0.0.0.0", port))?))?;
-            listener.set_nonblocking(true)?;
-            let listener = TcpListener::from_std(listener)?;
-            let (pod, told) = (pod.clone(), Arc::clone(&told));
-            serving.spawn(async move {
-                let mut connections = JoinSet::new();
-                while let Ok((stream, _)) = listener.accept().await {
-                    let (pod, told) = (pod.clone(), Arc::clone(&told));
-                    connections.spawn(async move {
-                        // What is wrong with one shows at the client, which gets no answer.
-                        let _ = serve(&pod, stream, behind, &told).await;
-                    });
-                }
-            });
+            let (of_pod, told) = (pod.clone(), Arc::clone(&told));
+            serving.push(pod.serve_own(port, move |stream| {
+                let (pod, told) = (of_pod.clone(), Arc::clone(&told));
+                // What is wrong with one shows at the client, which gets no answer.
+                async move { drop(serve(&pod, stream, behind, &told).await) }
+            })?);
         }
         Ok(Self { told, _serving: serving })
     }

@@ -9,7 +9,6 @@ use lab::{
     apps::{self, Load, LoadKind},
     eventually, eventually_within, metric, require_root,
 };
-use serde_json::Value;
 
 /// Where the apps say whether they are well: an app that fails may well say that it is.
 const CHECKED: u16 = 9000;
@@ -120,12 +119,11 @@ impl World {
     async fn health(&self, expected: &[(&str, &str)]) -> Result<()> {
         // Who has been ejected again and again is so for longer each time.
         eventually_within(Duration::from_mins(1), "how the endpoints are", async || {
-            let shown = self.pair.agent_a.meshctl(&["config", "endpoints", V1, "-o", "json"]).await?;
-            let all: Vec<Value> = serde_json::from_str(&shown)?;
+            let all = self.pair.agent_a.endpoints(V1).await?;
             for (name, health) in expected {
                 let workload = format!("default/{name}");
                 let one = all.iter().find(|one| one["workload"] == *workload);
-                ensure!(one.is_some_and(|one| one["health"] == *health), "{name} is not {health}: {shown}");
+                ensure!(one.is_some_and(|one| one["health"] == *health), "{name} is not {health}: {all:?}");
             }
             Ok(())
         })

@@ -17,11 +17,7 @@ use rustls::{
     server::WebPkiClientVerifier,
 };
 use serde_json::json;
-use tokio::{
-    io::copy_bidirectional,
-    net::{TcpListener, TcpStream},
-    task::JoinSet,
-};
+use tokio::{io::copy_bidirectional, net::TcpStream, task::JoinSet};
 use tokio_rustls::TlsAcceptor;
 
 const APP: u16 = 8080;
@@ -53,7 +49,7 @@ type Seen = (Option<String>, Option<String>, bool);
 /// Ends TLS in a pod, and hands what is inside to a port of the pod.
 struct Front {
     seen: Arc<Mutex<Vec<Seen>>>,
-    _serving: JoinSet<()>,
+    _serving: Vec<JoinSet<()>>,
 }
 
 impl Front {
@@ -72,13 +68,15 @@ impl Front {
                 PrivateKeyDer::from_pem_slice(shown.1.as_bytes())?,
             )?;
         config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-        let (acceptor, seen) = (TlsAcceptor::from(Arc::new(config)), Arc::default());
-        let mut serving = JoinSet::new();
-        for (port, behind) in ports {
-            let listener = pod.netns().inside(|| Ok(std::net::TcpListener::bind(("0.0.0.0", *port))?))?;
-            listener.set_nonblocking(true)?;
-            let listener = TcpListener::from_std(listener)?;
-            serving.spawn(accept(pod.clone(), listener, acceptor.clone(), *behind, Arc::clone(&seen)));
+        let (acceptor, seen) = (TlsAcceptor::from(Arc::new(config)), Arc::<Mutex<Vec<Seen>>>::default());
+        let mut serving = Vec::new();
+        for &(port, behind) in ports {
+            let (of_pod, acceptor, seen) = (pod.clone(), acceptor.clone(), Arc::clone(&seen));
+            serving.push(pod.serve_own(port, move |stream| {
+                let (pod, acceptor, seen) = (of_pod.clone(), acceptor.clone(), Arc::clone(&seen));
+                // What is refused, the tests look at from the other side.
+                async move { drop(serve(&pod, stream, &acceptor, behind, &seen).await) }
+            })?);
         }
         Ok(Self { seen, _serving: serving })
     }
@@ -86,23 +84,6 @@ impl Front {
     /// Everything since the last time.
     fn seen(&self) -> Vec<Seen> {
         std::mem::take(&mut self.seen.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-}
-
-async fn accept(
-    pod: Pod,
-    listener: TcpListener,
-    acceptor: TlsAcceptor,
-    behind: u16,
-    seen: Arc<Mutex<Vec<Seen>>>,
-) {
-    let mut connections = JoinSet::new();
-    while let Ok((stream, _)) = listener.accept().await {
-        let (pod, acceptor, seen) = (pod.clone(), acceptor.clone(), Arc::clone(&seen));
-        connections.spawn(async move {
-            // What is refused, the tests look at from the other side.
-            let _ = serve(&pod, stream, &acceptor, behind, &seen).await;
-        });
     }
 }
 

@@ -16,7 +16,10 @@ use kube::{
 };
 use serde_json::json;
 
-use crate::{admin::Readiness, source::Retry};
+use crate::{
+    admin::Readiness,
+    source::{Retry, unless_changed},
+};
 
 /// How long it is waited after the first failure, and at most.
 const RETRY: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
@@ -70,11 +73,7 @@ fn without(node: &Node, key: &str) -> Option<Vec<Taint>> {
 async fn write(nodes: &Api<Node>, name: &str, seen: Option<&Node>, rest: &[Taint]) -> kube::Result<()> {
     let version = seen.and_then(|node| node.metadata.resource_version.as_deref());
     let patch = json!({"metadata": {"resourceVersion": version}, "spec": {"taints": rest}});
-    match nodes.patch(name, &PatchParams::default(), &Patch::Merge(patch)).await {
-        Ok(_) => Ok(()),
-        Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Ok(()),
-        Err(error) => Err(error),
-    }
+    unless_changed(nodes.patch(name, &PatchParams::default(), &Patch::Merge(patch)).await)
 }
 
 #[cfg(test)]

@@ -21,8 +21,9 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 
+use super::cluster::uid_of;
 use crate::{
-    source::Retry,
+    source::{Retry, unless_changed},
     state::{
         compile::{ANNOUNCED, ENROLLED},
         snapshot::{Snapshot, Workload},
@@ -140,14 +141,10 @@ impl Task {
 async fn annotate(client: &Client, pod: &Workload, is_in: bool) -> kube::Result<()> {
     let value = if is_in { ANNOUNCED.into() } else { Value::Null };
     // With a UID the API server refuses it for another pod of the name.
-    let uid = pod.netns.as_deref().and_then(|path| path.file_name()).and_then(|name| name.to_str());
+    let uid = uid_of(pod);
     let patch = json!({"metadata": {"uid": uid, "annotations": {ENROLLED: value}}});
     let api: Api<Pod> = Api::namespaced(client.clone(), &pod.namespace);
-    match api.patch_metadata(&pod.name, &PatchParams::default(), &Patch::Merge(patch)).await {
-        Ok(_) => Ok(()),
-        Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Ok(()),
-        Err(error) => Err(error),
-    }
+    unless_changed(api.patch_metadata(&pod.name, &PatchParams::default(), &Patch::Merge(patch)).await)
 }
 
 #[cfg(test)]

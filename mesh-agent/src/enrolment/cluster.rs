@@ -21,6 +21,11 @@ pub(super) struct InCluster {
     pub events: Option<Events>,
 }
 
+/// `metadata.uid` of a pod, where it is known: the name of the link to its network namespace.
+pub(super) fn uid_of(pod: &Workload) -> Option<&str> {
+    pod.netns.as_deref()?.file_name()?.to_str()
+}
+
 impl Enrolment {
     /// The same where pods are a cluster's.
     #[must_use]

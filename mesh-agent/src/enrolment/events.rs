@@ -21,7 +21,7 @@ use tokio::{
 };
 use tokio_util::task::AbortOnDropHandle;
 
-use super::Enrolment;
+use super::{Enrolment, cluster::uid_of};
 use crate::upstream::PodName;
 
 /// Who says it.
@@ -87,9 +87,7 @@ impl Enrolment {
     pub(super) fn tell_refusals(&self) {
         let Some(events) = self.cluster.as_ref().and_then(|cluster| cluster.events.as_ref()) else { return };
         let refusal = |(name, reason): (&PodName, &String)| {
-            let netns = self.wanted.pods.get(name).and_then(|pod| pod.netns.as_deref());
-            // In a cluster it is the name of the link to the pod's network namespace.
-            let uid = netns.and_then(|path| path.file_name()).and_then(|uid| uid.to_str());
+            let uid = self.wanted.pods.get(name).and_then(|pod| uid_of(pod));
             (name.clone(), Refusal { uid: uid.map(str::to_owned), reason: reason.clone() })
         };
         events.are_refused(self.failing.reasons().iter().map(refusal).collect());

@@ -40,7 +40,7 @@ pub use directory::read_text;
 pub use file::read_documents;
 pub use inquiry::Inquiry;
 pub use kubernetes::{Cluster, kubernetes};
-pub(crate) use kubernetes::{Retry, definitions};
+pub(crate) use kubernetes::{Retry, definitions, unless_changed};
 pub use sandboxes::{ByUid, Sandbox, Sandboxes};
 
 /// A running source. It runs for as long as any receiver of `snapshots` is held.

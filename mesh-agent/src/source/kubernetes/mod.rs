@@ -36,7 +36,7 @@ use tokio_util::task::AbortOnDropHandle;
 pub use self::access::Cluster;
 pub(crate) use self::described::{Described, Description, Descriptions};
 pub(crate) use self::proposed::read_proposed;
-pub(crate) use self::watch::Retry;
+pub(crate) use self::watch::{Retry, unless_changed};
 use self::{
     definitions::Definitions,
     kinds::{BUILT_IN, CONFIG_MAP, DEFINED, Kind, POD},

@@ -211,6 +211,17 @@ pub(super) fn reason(error: &watcher::Error) -> String {
     }
 }
 
+/// What has gone, or has changed since it was read, is written by nobody: then there is news of it, and that is no failure.
+///
+/// # Errors
+/// All others.
+pub fn unless_changed<T>(written: kube::Result<T>) -> kube::Result<()> {
+    match written {
+        Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Ok(()),
+        other => other.map(drop),
+    }
+}
+
 /// How long it is waited before the next try.
 #[derive(Debug, Clone)]
 pub struct Retry {
