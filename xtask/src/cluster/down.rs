@@ -153,12 +153,16 @@ fn mounts_below<'a>(mountinfo: &'a str, dir: &'a str) -> impl Iterator<Item = &'
 fn processes_of_nodes() -> Vec<(u32, String)> {
     let entries = fs::read_dir("/proc").into_iter().flatten().filter_map(std::io::Result::ok);
     let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    pids.filter(|pid| {
-        let cgroups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
-        cgroups.lines().any(in_node)
-    })
-    .map(|pid| (pid, fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim().to_owned()))
-    .collect()
+    // One that has ended is in its cgroup until its parent has asked: where this process started the nodes, that is itself.
+    pids.filter(|pid| Process::now(*pid).is_some())
+        .filter(|pid| {
+            let cgroups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+            cgroups.lines().any(in_node)
+        })
+        .map(|pid| {
+            (pid, fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim().to_owned())
+        })
+        .collect()
 }
 
 fn in_node(membership: &str) -> bool {
