@@ -20,11 +20,8 @@ use std::{
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use self::{
-    buffer::{Buffer, Size},
-    turn::Turn,
-};
-pub use self::{coalesced::Coalesced, socket::Socket, splice::between_sockets};
+use self::buffer::{Buffer, Size};
+pub use self::{coalesced::Coalesced, socket::Socket, splice::between_sockets, turn::Turn};
 use crate::error::{Error, Kind, Result};
 
 /// Bytes that have to have passed before large buffers are used (ztunnel's).

@@ -10,14 +10,14 @@ use std::{
 
 use tokio::task::yield_now;
 
-/// Bytes of one turn: a fraction of a millisecond, encryption included.
-const MOST: usize = 256 << 10;
-
 /// What has been moved in this turn, bytes.
 #[derive(Debug, Default)]
-pub(super) struct Turn(usize);
+pub struct Turn(usize);
 
 impl Turn {
+    /// Bytes of one turn: a fraction of a millisecond, encryption included.
+    pub const BYTES: usize = 256 << 10;
+
     /// So much has been moved.
     pub fn took(&mut self, bytes: usize) {
         self.0 += bytes;
@@ -30,7 +30,7 @@ impl Turn {
 
     /// Pending once when the turn is over: woken when the runtime has looked for what has come in for others.
     pub fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        if self.0 < MOST {
+        if self.0 < Self::BYTES {
             return Poll::Ready(());
         }
         self.0 = 0;
@@ -48,14 +48,14 @@ mod tests {
     #[tokio::test]
     async fn who_has_moved_much_is_woken_behind_the_others() {
         let mut turn = Turn::default();
-        turn.took(MOST - 1);
+        turn.took(Turn::BYTES - 1);
         poll_fn(|cx| turn.poll(cx)).await;
         turn.took(1);
         let other = tokio::spawn(async {});
         poll_fn(|cx| turn.poll(cx)).await;
         assert!(other.is_finished());
         // Which began another.
-        turn.took(MOST);
+        turn.took(Turn::BYTES);
         turn.over();
         assert!(poll_fn(|cx| Poll::Ready(turn.poll(cx).is_ready())).await);
     }

@@ -8,7 +8,7 @@ use std::{
     future::{Pending, poll_fn},
     pin::pin,
     sync::Arc,
-    task::Poll,
+    task::{Poll, ready},
     time::Duration,
 };
 
@@ -27,7 +27,7 @@ use super::{
 };
 use crate::{
     body::{self, Body, Received},
-    copy::Coalesced,
+    copy::{Coalesced, Turn},
     drain::Drain,
     error::{Error, Kind, Result},
 };
@@ -62,6 +62,10 @@ impl Watch<'_, Pending<Error>> {
         Self { along: None, connection: Arc::default(), given_up: std::future::pending() }
     }
 }
+
+/// What a stream that is handed out counts in its connection's turn, in bytes: 32 are a turn. Whoever reads what their
+/// handlers write can begin then, on another core, in place of when all that has come in is handled.
+const A_STREAM: usize = Turn::BYTES / 32;
 
 /// How a connection came to its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -154,9 +158,10 @@ where
     let mut goodbye = None;
     // No handler is left, and what they had ready may take until then.
     let mut rest = None;
+    let mut turn = Turn::default();
     loop {
         tokio::select! {
-            accepted = accept(connection, along, rest.is_some()) => match accepted {
+            accepted = accept(connection, along, rest.is_some(), &mut turn) => match accepted {
                 Some(Ok((request, reply))) => {
                     rest = None;
                     let (request, receive) = into_body(request);
@@ -217,12 +222,19 @@ async fn accept<S>(
     connection: &mut h2::server::Connection<Coalesced<S>, Bytes>,
     along: Option<&Along>,
     to_end: bool,
+    turn: &mut Turn,
 ) -> Option<std::result::Result<(Request<RecvStream>, SendResponse<Bytes>), h2::Error>>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     poll_fn(|cx| {
+        ready!(turn.poll(cx));
         let accepted = pin!(connection.accept()).poll(cx);
+        if accepted.is_ready() {
+            turn.took(A_STREAM)
+        } else {
+            turn.over()
+        }
         match (&accepted, along) {
             (Poll::Ready(Some(Ok((_, reply)))), Some(along)) => along.accepted(reply.stream_id()),
             (_, Some(along)) => along.all_accepted(),

@@ -112,6 +112,34 @@ async fn bodies_and_trailers_pass_both_ways() -> TestResult {
     Ok(())
 }
 
+/// What 100 streams that come in together see of each other when they are first polled: how many had been handed out.
+#[tokio::test]
+async fn streams_that_come_together_are_handed_out_by_turns() -> TestResult {
+    let (handed, seen) = (Arc::new(AtomicUsize::new(0)), Arc::new(Mutex::new(Vec::new())));
+    let (told, handed_out) = (Arc::clone(&seen), Arc::clone(&handed));
+    let handle = move |request, stream: ServerStream| {
+        handed_out.fetch_add(1, Ordering::Relaxed);
+        let (handed, told) = (Arc::clone(&handed_out), Arc::clone(&told));
+        async move {
+            told.lock().expect("nobody panics with it").push(handed.load(Ordering::Relaxed));
+            echo(request, stream).await;
+        }
+    };
+    let served = served(h2::client::Builder::new(), handle).await?;
+    let mut sender = served.sender.clone().ready().await?;
+    let request = || Request::get("http://a/").body(());
+    let responses: Vec<_> = (0..100)
+        .map(|_| Ok(sender.send_request(request()?, true)?.0))
+        .collect::<std::result::Result<_, Box<dyn std::error::Error + Send + Sync>>>()?;
+    for response in responses {
+        assert_eq!(response.await?.status(), StatusCode::OK);
+    }
+    let seen = seen.lock().expect("nobody panics with it").clone();
+    assert_eq!(seen.len(), 100);
+    assert_eq!((seen[0], seen[99]), (32, 100), "{seen:?}");
+    Ok(())
+}
+
 #[tokio::test]
 async fn interim_responses_come_before_the_final_one() -> TestResult {
     let served = served(h2::client::Builder::new(), |_, stream: ServerStream| async move {
