@@ -99,26 +99,39 @@ pub(super) async fn keep_gauges(
     reporter: Arc<Reporter>,
 ) {
     let mut looks = authority.looks();
-    loop {
+    let mut every = tokio::time::interval(CERTIFICATES_EVERY);
+    let set_config = |snapshots: &mut watch::Receiver<Arc<Snapshot>>| {
         let revision = snapshots.borrow_and_update().revision;
         reporter.set_config(revision, problems.borrow().len());
-        let expiry: Vec<_> = authority
-            .certificates()
-            .into_iter()
-            .map(|certificate| (certificate.identity, certificate.not_after.into()))
-            .collect();
-        reporter.set_certificates(&expiry);
-        let authorities = authority.authorities().into_iter().map(|authority| AuthorityExpiry {
-            role: authority.role,
-            name: authority.name,
-            at: authority.not_after.into(),
-        });
-        reporter.set_trust(authorities.collect(), authority.revoked(), authority.problems().len());
+    };
+    set_config(&mut snapshots);
+    loop {
         tokio::select! {
-            changed = snapshots.changed() => if changed.is_err() { return },
+            // Says nothing of certificates, which take longer to look through than a change of endpoints may.
+            changed = snapshots.changed() => match changed {
+                Ok(()) => {
+                    set_config(&mut snapshots);
+                    continue;
+                }
+                Err(_) => return,
+            },
             // The sender is in `authority`.
             _ = looks.changed() => {}
-            () = tokio::time::sleep(CERTIFICATES_EVERY) => {}
+            _ = every.tick() => {}
         }
+        set_certificates(&authority, &reporter);
     }
+}
+
+fn set_certificates(authority: &Authority, reporter: &Reporter) {
+    let certificates = authority.certificates().into_iter();
+    let expiry: Vec<_> =
+        certificates.map(|certificate| (certificate.identity, certificate.not_after.into())).collect();
+    reporter.set_certificates(&expiry);
+    let authorities = authority.authorities().into_iter().map(|authority| AuthorityExpiry {
+        role: authority.role,
+        name: authority.name,
+        at: authority.not_after.into(),
+    });
+    reporter.set_trust(authorities.collect(), authority.revoked(), authority.problems().len());
 }
