@@ -22,7 +22,7 @@ use hyper_util::{
 use lab::{
     Pair, Pod,
     apps::{self, RawEnd},
-    eventually, peer, require_root,
+    eventually, metric, peer, require_root,
 };
 use rustls::pki_types::{PrivateKeyDer, pem::PemObject as _};
 use tokio::{io::copy_bidirectional, net::TcpStream, task::JoinSet};
@@ -281,6 +281,34 @@ async fn a_silent_proxy_is_given_up() -> Result<()> {
         is_logged(&pair, &format!("({ask} {TARGET}): nothing within 500ms")).await?;
     }
     drop(listener);
+    pair.finish().await
+}
+
+/// Twice in a row, and longer than the test takes.
+const EJECTED: &str = "outlierDetection: { consecutive5xxErrors: 2, interval: 100ms, baseEjectionTime: 1h, \
+                       maxEjectionPercent: 100, minHealthPercent: 0 }";
+
+#[tokio::test]
+async fn a_proxy_that_refuses_is_ejected() -> Result<()> {
+    if !require_root()? {
+        return Ok(());
+    }
+    let pair = Pair::new("proxied-ejected").await?;
+    let out = pair.b.pod("out").label("app", "out").unenrolled().start().await?;
+    out.serve(apps::tcp_echo(ECHO)).await?;
+    let proxy = Proxy::start(&out)?;
+    let service = pair.lab.service("out").selector("app", "out").port("tcp", TCP, PROXY).apply()?;
+    for (asked, target) in [TARGET, REFUSED].into_iter().enumerate() {
+        pair.apply("rule.yaml", &rule_with("out", "CONNECT", target, Version::HTTP_11, EJECTED)).await?;
+        for _ in 0..4 {
+            pair.client.raw(service.at(TCP)).send("a").expect("a").run().await?;
+        }
+        let labels =
+            [("cluster", "outbound|80||out.default.svc.cluster.local"), ("reason", "consecutive_5xx")];
+        let ejected = metric(&pair.agent_a.metrics().await?, "mesh_endpoint_ejections_total", &labels);
+        let times = proxy.asked().len();
+        ensure!((times, ejected) == ([4, 2][asked], [0.0, 1.0][asked]), "{target}: {times}, {ejected}");
+    }
     pair.finish().await
 }
 

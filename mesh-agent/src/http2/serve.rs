@@ -231,9 +231,9 @@ where
         ready!(turn.poll(cx));
         let accepted = pin!(connection.accept()).poll(cx);
         if accepted.is_ready() {
-            turn.took(A_STREAM)
+            turn.took(A_STREAM);
         } else {
-            turn.over()
+            turn.over();
         }
         match (&accepted, along) {
             (Poll::Ready(Some(Ok((_, reply)))), Some(along)) => along.accepted(reply.stream_id()),

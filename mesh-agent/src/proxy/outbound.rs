@@ -409,11 +409,9 @@ impl Outbound {
         // One pass does the work of both nodes, so it reports as both; where the bytes are read, their reader does.
         let passed = (matches!(server.via, Via::Local(_)) && !server.is_read)
             .then(|| TcpLabels { side: Side::Destination, ..labels.clone() });
-        let guards: Vec<_> = [Some(labels), passed]
-            .into_iter()
-            .flatten()
-            .map(|labels| self.mesh.reporter.connection(labels))
-            .collect();
+        let connection = self.mesh.reporter.connection(labels);
+        // Boxed: few pass, and every idle connection would have to make room for it.
+        let passed = passed.map(|labels| Box::new(self.mesh.reporter.connection(labels)));
         let moved = Moved::default();
         let mut standing = server.standing;
         // Boxed, each in its own size: it lasts, and is handed on below.
@@ -435,7 +433,7 @@ impl Outbound {
         };
         let error = ended.err();
         let (sent, received) = moved.get();
-        for guard in guards {
+        for guard in std::iter::once(connection).chain(passed.map(|passed| *passed)) {
             guard.moved(sent, received + server.received);
             guard.closed(error.as_ref());
         }

@@ -153,7 +153,8 @@ pub struct ConnectionGuard {
     received: Counter,
     /// To the server, to the client.
     moved: [AtomicU64; 2],
-    open: Option<Box<(TcpLabels, TrafficLabels)>>,
+    /// Its series are named anew at its end: it may be open, and do nothing, for long.
+    open: Option<Box<TcpLabels>>,
     start: Instant,
     reporter: Arc<Reporter>,
 }
@@ -166,7 +167,7 @@ impl ConnectionGuard {
             sent: reporter.metrics.tcp_sent.get_or_create_owned(&traffic),
             received: reporter.metrics.tcp_received.get_or_create_owned(&traffic),
             moved: [0.into(), 0.into()],
-            open: Some(Box::new((labels, traffic))),
+            open: Some(Box::new(labels)),
             start: Instant::now(),
             reporter: reporter.clone(),
         }
@@ -190,11 +191,10 @@ impl ConnectionGuard {
     }
 
     fn end(&mut self, error: Option<&Error>) {
-        if let Some(open) = self.open.take() {
-            let (labels, traffic) = *open;
+        if let Some(labels) = self.open.take() {
             let [to_server, to_client] = self.totals();
             let end = End { to_server, to_client, duration: self.start.elapsed(), error };
-            self.reporter.connection_ended(&labels, traffic, &end);
+            self.reporter.connection_ended(&labels, labels.traffic(), &end);
         }
     }
 }

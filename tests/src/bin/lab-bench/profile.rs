@@ -34,7 +34,8 @@ const STREAMS: u32 = 100;
 pub async fn run(suite: Suite, plan: &Plan, out: &Path) -> Result<()> {
     ensure!(Path::new(PERF).is_file(), "no {PERF}: `cargo xtask profile` installs it");
     let mesh = Mesh::of(suite).await?;
-    let samples = out.with_extension("perf");
+    // Beside it whatever it is called: perf writes the one while it reads the other.
+    let samples = out.with_added_extension("perf");
     // Load for longer than is recorded.
     let longer = Plan { seconds: plan.seconds + 2.0, ..*plan };
     let (recorded, loaded) =
