@@ -46,6 +46,7 @@ pub struct AgentBuilder {
     env: Vec<(String, String)>,
     state_dir: Option<PathBuf>,
     config_dir: Option<PathBuf>,
+    kubeconfig: Option<PathBuf>,
     cgroup_root: Option<PathBuf>,
     binary: Option<PathBuf>,
 }
@@ -68,6 +69,7 @@ impl AgentBuilder {
             env: Vec::new(),
             state_dir: None,
             config_dir: None,
+            kubeconfig: None,
             cgroup_root: None,
             binary: None,
         }
@@ -94,6 +96,12 @@ impl AgentBuilder {
     /// Its directory of manifests. By default all agents of a lab read the lab's.
     pub fn config_dir(mut self, path: PathBuf) -> Self {
         self.config_dir = Some(path);
+        self
+    }
+
+    /// A cluster in place of a directory.
+    pub fn kubeconfig(mut self, path: &Path) -> Self {
+        self.kubeconfig = Some(path.to_owned());
         self
     }
 
@@ -131,12 +139,15 @@ impl AgentBuilder {
     /// Starts the agent and returns at once, for tests of agents that cannot become ready.
     pub fn spawn(self) -> Result<Agent> {
         let builder = self.clone();
-        let Self { node, args, env, state_dir, config_dir, cgroup_root, binary: path } = self;
+        let Self { node, args, env, state_dir, config_dir, kubeconfig, cgroup_root, binary: path } = self;
         let state_dir = state_dir.unwrap_or_else(|| node.world.dir.join("state"));
         let path = path.map_or_else(|| binary("mesh-agent", "MESH_AGENT_BIN", "mesh-agent"), Ok)?;
         let mut command = Command::new(path);
         command.arg("node").args(["--node", node.name()]);
-        command.arg("--config").arg(config_dir.unwrap_or_else(|| node.world.config_dir()));
+        match kubeconfig {
+            Some(file) => command.arg("--kubeconfig").arg(file),
+            None => command.arg("--config").arg(config_dir.unwrap_or_else(|| node.world.config_dir())),
+        };
         command.arg("--state-dir").arg(&state_dir);
         command.arg("--run-dir").arg(run_dir(&node)?);
         command.arg("--cgroup-root").arg(cgroup_root.as_deref().unwrap_or_else(|| node.cgroup()));

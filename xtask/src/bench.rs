@@ -11,6 +11,7 @@ use anyhow::Result;
 use clap::{Args, ValueEnum};
 
 use crate::build_ebpf;
+use crate::cluster;
 use crate::command::shown;
 use crate::dist;
 use crate::progress::Progress;
@@ -74,6 +75,8 @@ enum Suite {
     Scale,
     /// What authorization policies cost a request, and what compiling them costs, by how many there are
     Authorization,
+    /// Ten thousand Services of an API server: the start of an agent, its memory, a change
+    Kubernetes,
 }
 
 /// Builds what is missing and runs the benchmarks.
@@ -103,23 +106,55 @@ pub fn run(options: &Options) -> Result<()> {
     if options.dist {
         dist::build(&mut progress, &dist::Options::default())?;
     }
-    let result = progress.step("benchmarks", || {
-        mount_bpffs()?;
-        let mut bench = workspace::command(workspace::release_program("lab-bench"));
-        bench.args(options.arguments());
-        if options.dist {
-            bench.env("MESH_AGENT_BIN", dist::program_path("mesh-agent"));
-        }
-        shown(&mut bench)
-    });
+    let others: Vec<_> = options.wanted().into_iter().filter(|suite| *suite != Suite::Kubernetes).collect();
+    let mut result = Ok(());
+    if !others.is_empty() {
+        result = progress.step("benchmarks", || measure(options, &others, Vec::new()));
+    }
+    if options.measures(Suite::Kubernetes) {
+        result = result.and_then(|()| at_an_api_server(options, &mut progress));
+    }
     println!("\n{}", progress.table());
     result
+}
+
+/// What needs an API server has one of its own, which is not there while anything else is measured.
+fn at_an_api_server(options: &Options, progress: &mut Progress) -> Result<()> {
+    cluster::none_begun()?;
+    let started = cluster::up_api_server(progress);
+    if let Err(error) = &started
+        && error.is::<Missing>()
+        && options.suites.is_empty()
+    {
+        progress.skip("benchmark of an API server", &format!("{error:#}"));
+        return Ok(());
+    }
+    let measured = started.and_then(|()| {
+        let (kubeconfig, processes) = cluster::api_server();
+        let mut arguments = vec!["--kubeconfig".into(), kubeconfig.into()];
+        arguments.extend(processes.iter().map(|pid| format!("--server={pid}").into()));
+        progress.step("benchmark of an API server", || measure(options, &[Suite::Kubernetes], arguments))
+    });
+    let ended = cluster::down(progress);
+    measured.and(ended)
+}
+
+fn measure(options: &Options, suites: &[Suite], more: Vec<OsString>) -> Result<()> {
+    mount_bpffs()?;
+    let mut bench = workspace::command(workspace::release_program("lab-bench"));
+    bench.args(options.arguments(suites)).args(more);
+    if options.dist {
+        bench.env("MESH_AGENT_BIN", dist::program_path("mesh-agent"));
+    }
+    shown(&mut bench)
 }
 
 impl Suite {
     /// Whether it compares the mesh with proxies that have to be had first, or needs their load.
     fn has_peers(self) -> bool {
-        !matches!(self, Self::Capture | Self::Unenrolled | Self::Enrolment | Self::Authorization)
+        let without =
+            [Self::Capture, Self::Unenrolled, Self::Enrolment, Self::Authorization, Self::Kubernetes];
+        !without.contains(&self)
     }
 }
 
@@ -128,10 +163,14 @@ impl Options {
         self.suites.is_empty() || self.suites.contains(&suite)
     }
 
-    /// The same, as `lab-bench` takes it.
-    fn arguments(&self) -> Vec<OsString> {
+    fn wanted(&self) -> Vec<Suite> {
+        Suite::value_variants().iter().copied().filter(|suite| self.measures(*suite)).collect()
+    }
+
+    /// The same of these suites, as `lab-bench` takes it.
+    fn arguments(&self, suites: &[Suite]) -> Vec<OsString> {
         let mut arguments: Vec<OsString> = Vec::new();
-        let names = self.suites.iter().filter_map(ValueEnum::to_possible_value);
+        let names = suites.iter().filter_map(ValueEnum::to_possible_value);
         arguments.extend(names.map(|name| name.get_name().into()));
         arguments.extend(self.rounds.map(|rounds| format!("--rounds={rounds}").into()));
         arguments.extend(self.seconds.map(|seconds| format!("--seconds={seconds}").into()));
@@ -160,7 +199,7 @@ mod tests {
             dist: true,
             ebpf: build_ebpf::Options::default(),
         };
-        let arguments = options.arguments();
+        let arguments = options.arguments(&options.wanted());
         let text: Vec<_> = arguments.iter().map(|argument| argument.to_string_lossy()).collect();
         assert_eq!(text[..4], ["capture", "--rounds=3", "--seconds=0.5", "--dist"]);
         assert!(text.last().is_some_and(|last| last.ends_with("docs/benchmarks.md")), "{text:?}");

@@ -12,6 +12,7 @@ use std::process::Command;
 use anyhow::{Context, Result};
 
 use crate::command::kept;
+use crate::go;
 use crate::progress::Progress;
 use crate::setup;
 use crate::workspace;
@@ -33,7 +34,7 @@ pub fn prepare(progress: &mut Progress) -> Result<()> {
     if program().is_file() && built_from == sources {
         return Ok(());
     }
-    if !setup::in_path("go") {
+    if go::find().is_none() {
         setup::packages(progress, &setup::GO, "the lab's gRPC client")?;
     }
     progress.step("go build lab-grpc-client into target/tools (once, about a minute)", || build(&sources))
@@ -46,7 +47,7 @@ fn program() -> PathBuf {
 fn build(sources: &str) -> Result<()> {
     let tools = workspace::tools_dir();
     fs::create_dir_all(tools.join("bin")).context("cannot create target/tools/bin")?;
-    let mut go = go();
+    let mut go = go_command()?;
     go.current_dir(workspace::root().join("tests/clients/grpc"));
     // Else the module cache is read-only, and nobody but root can remove it.
     go.args(["build", "-mod=readonly", "-modcacherw", "-trimpath", "-o"]).arg(program()).arg(".");
@@ -60,13 +61,14 @@ pub fn go_dir() -> PathBuf {
     workspace::tools_dir().join("go")
 }
 
-/// This Go as it is: a newer one is not fetched, and no C compiler is asked for. What it keeps is below `target/tools`.
-pub fn go() -> Command {
+/// The Go that is there, as it is: a newer one is not fetched, and no C compiler is asked for. What it keeps is below
+/// `target/tools`.
+pub fn go_command() -> Result<Command> {
     let kept = go_dir();
-    let mut go = workspace::command("go");
+    let mut go = workspace::command(go::find().context("there is no Go")?.path);
     go.env("GOTOOLCHAIN", "local").env("GOWORK", "off").env("CGO_ENABLED", "0");
     go.env("GOPATH", &kept).env("GOMODCACHE", kept.join("pkg/mod")).env("GOCACHE", kept.join("cache"));
-    go
+    Ok(go)
 }
 
 /// Removes what it keeps: hundreds of mebibytes that only the next change of the sources would use.

@@ -15,6 +15,7 @@ mod crds;
 mod demo;
 mod dist;
 mod fuzz;
+mod go;
 mod image;
 mod install_yaml;
 mod lint;

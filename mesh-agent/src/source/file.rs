@@ -22,6 +22,7 @@ use crate::state::{
     Cause, Problem,
     resource::{
         self, Object, ObjectKey, Origin, Refused, Resource, authorization_policy,
+        besides::besides,
         field::{FieldError, under},
         mesh_config,
     },
@@ -294,6 +295,27 @@ pub(super) fn read_object(object: &Value, origin: Origin) -> ReadResult {
     match settings.map_err(under("data.mesh")) {
         Ok(settings) => Ok((key, Resource::MeshConfig(Box::new(settings)))),
         Err(error) => Err(Refused { key: Some(key), error }),
+    }
+}
+
+/// What is wrong with an object that was refused besides that.
+pub(super) fn read_on(
+    object: &Value,
+    origin: Origin,
+    refused: &Refused,
+) -> impl Iterator<Item = Refused> + use<> {
+    let first = |object: &Value| read_object(object, origin).err().map(|refused| refused.error);
+    let key = refused.key.clone();
+    let more = if key.is_some() { besides(object, &refused.error, first) } else { Vec::new() };
+    more.into_iter().map(move |error| Refused { key: key.clone(), error })
+}
+
+/// The objects of a document: those of a List, or it alone.
+pub(super) fn objects_of(document: &Value) -> &[Value] {
+    let list = document["kind"] == "List" && document["apiVersion"] == "v1";
+    match document["items"].as_array().filter(|_| list) {
+        Some(items) => items,
+        None => std::slice::from_ref(document),
     }
 }
 

@@ -14,12 +14,12 @@ use serde_json::Value;
 
 use super::{
     directory::{Directory, manifests},
-    file::{File, LARGEST, content, parsed, problem},
+    file::{File, LARGEST, content, objects_of, parsed, problem, read_object, read_on},
 };
 use crate::state::{
     Cause, Problem,
     compile::{Settings, compile},
-    resource::{Objects, Resource},
+    resource::{Objects, Origin, Resource},
 };
 
 /// Kinds of which a set may hold none without saying that there are none: others make them than those who write rules.
@@ -60,7 +60,10 @@ pub fn validate(written: &[Written], settings: &Settings) -> Validation {
     for Written { from, documents } in written {
         let mut file = File::default();
         match documents {
-            Ok(documents) => drop(file.take_documents(from, documents)),
+            Ok(documents) => {
+                file.take_documents(from, documents);
+                problems.extend(besides_the_first(from, documents, &file));
+            }
             Err(message) => drop(problems.insert(problem(from, message.clone()))),
         }
         files.insert(from.clone(), file);
@@ -71,6 +74,20 @@ pub fn validate(written: &[Written], settings: &Settings) -> Validation {
     problems.extend(between(&objects, settings));
     let passed_over = directory.foreign().into_iter().map(str::to_owned).collect();
     Validation { objects, passed_over, problems }
+}
+
+/// What is wrong with objects of a file that were refused, besides what it has said of them.
+fn besides_the_first(from: &Path, documents: &[Value], file: &File) -> Vec<Problem> {
+    let name = from.to_string_lossy();
+    let refused = documents.iter().flat_map(objects_of).filter_map(|object| {
+        let refused = read_object(object, Origin::Manifest).err()?;
+        // Kinds that are passed over are none of the mesh's business.
+        file.problems.contains(&refused.problem(&name)).then_some((object, refused))
+    });
+    refused
+        .flat_map(|(object, refused)| read_on(object, Origin::Manifest, &refused))
+        .map(|refused| refused.problem(&name))
+        .collect()
 }
 
 /// What lies between objects, as far as it can be known from these.
@@ -144,6 +161,16 @@ mod tests {
             found[0].starts_with("Invalid: a.yaml: VirtualService default/v: spec.http[0].timeout: "),
             "{found:?}"
         );
+        let more = virtual_service(
+            "v",
+            "{hosts: [a], http: [{timeout: soon, route: [{destination: {host: a}}]}, {timeout: never, route: []}]}",
+        );
+        let list = format!("{{apiVersion: v1, kind: List, items: [{more}]}}");
+        for text in [more, list] {
+            let fields: Vec<_> = told(&[("a.yaml", &text)]);
+            let names = |field: &str| fields.iter().filter(|said| said.contains(field)).count();
+            assert!(names("http[0].timeout") == 1 && names("http[1].timeout") == 1, "{fields:?}");
+        }
         for (file, text, expected) in [
             ("b.yaml", "{a: [", "Invalid: b.yaml: not valid YAML: "),
             ("b.json", "{a: 1}", "Invalid: b.json: not valid JSON: "),

@@ -32,8 +32,9 @@ impl<'c> Mesh<'c> {
             format!("image.repository={repository}"),
             format!("image.tag={tag}"),
             "image.pullPolicy=Never".to_owned(),
-            // Nodes are containers themselves here: what they see as the root of the hierarchy is not the machine's.
-            "node.cgroupRoot=/host/sys/fs/cgroup/unified".to_owned(),
+            // Nodes are containers themselves here: what they see as the root of the hierarchy is not the machine's. It is where
+            // the machine has it.
+            format!("node.cgroupRoot=/host{}", lab::cgroup::root()?.display()),
             "node.resources.limits.memory=1Gi".to_owned(),
         ];
         let mut arguments = vec!["install", "mesh", &chart, "--namespace", SYSTEM, "--create-namespace"];

@@ -53,7 +53,7 @@ pub fn begin(cluster: &Cluster, namespace: &Namespace) -> Result<Vec<String>> {
     for node in &nodes {
         namespace.client(node, node)?;
         let first = "until curl -sf -o /dev/null --max-time 5 http://server/passwd; do :; done";
-        namespace.exec(node, &["timeout", "60", "sh", "-c", first])?;
+        namespace.exec(node, &["timeout", "120", "sh", "-c", first])?;
         namespace.exec(node, &["sh", "-c", LOAD])?;
     }
     Ok(nodes)

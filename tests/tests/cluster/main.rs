@@ -5,6 +5,7 @@ mod bookinfo;
 mod failures;
 mod installed;
 mod load;
+mod measured;
 mod mesh;
 mod nodes;
 mod operators;

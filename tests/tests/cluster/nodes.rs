@@ -90,7 +90,7 @@ fn pods_keep_their_addresses_across_nodes_and_reach_the_api_server() -> Result<(
     let server = "nc -lp 7000 -e sh -c 'netstat -tn | grep :7000' >/dev/null 2>&1 &";
     namespace.exec(last, &["sh", "-c", server])?;
     let call = format!("until echo | nc {} 7000 2>/dev/null; do :; done", address(last)?);
-    let seen = namespace.exec(first, &["timeout", "60", "sh", "-c", &call])?;
+    let seen = namespace.exec(first, &["timeout", "120", "sh", "-c", &call])?;
     ensure!(seen.contains(&address(first)?), "{last} sees the address of {first}: {seen}");
     // By its service, with the certificate and the token that every pod is given.
     let script = "cd /var/run/secrets/kubernetes.io/serviceaccount && curl -sS --cacert ca.crt \

@@ -69,7 +69,7 @@ fn objects(namespace: &Namespace) -> Result<()> {
     namespace.apply(&virtual_service(", subset: v9", "2s"))?;
     let wait = |condition: &str| {
         let condition = format!("--for=condition={condition}");
-        namespace.kubectl(&["wait", "virtualservice/server", &condition, "--timeout=60s"])
+        namespace.kubectl(&["wait", "virtualservice/server", &condition, "--timeout=120s"])
     };
     wait("Accepted")?;
     wait("ResolvedRefs=false")?;

@@ -71,7 +71,7 @@ fn apps_are_rolled_out_under_strict_mutual_tls_and_no_request_fails() -> Result<
             "plaintext is taken as long as nothing forbids it"
         );
         strict.apply(&OTHERS.replace("@IMAGE@", cluster.client_image()))?;
-        strict.kubectl(&["wait", "--for=condition=Ready", "pod/host", "--timeout=60s"])?;
+        strict.kubectl(&["wait", "--for=condition=Ready", "pod/host", "--timeout=120s"])?;
         ensure!(
             status(&strict, "host", server)? == "200",
             "a pod of the host's network is a stranger, as any"

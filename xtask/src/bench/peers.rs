@@ -11,8 +11,9 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 
-use crate::clients::{forget_go, go, go_dir};
+use crate::clients::{forget_go, go_command, go_dir};
 use crate::command::kept;
+use crate::go;
 use crate::progress::Progress;
 use crate::setup;
 use crate::workspace;
@@ -68,16 +69,16 @@ pub fn of_go(progress: &mut Progress, name: &str, version: &str, module: &str, p
     if is_there(name, version) {
         return Ok(());
     }
-    if !setup::in_path("go") {
+    if go::find().is_none() {
         setup::packages(progress, &setup::GO, name)?;
     }
     progress.step(&format!("go build {name} {version} into target/tools (once, some minutes)"), || {
         fs::create_dir_all(workspace::tools_dir().join("bin")).context("cannot create target/tools/bin")?;
-        let mut fetch = go();
+        let mut fetch = go_command()?;
         fetch.args(["mod", "download", "-modcacherw", &format!("{module}@v{version}")]);
         kept(fetch)?;
         // From inside the module its own sums hold for everything it needs.
-        let mut build = go();
+        let mut build = go_command()?;
         build.current_dir(go_dir().join(format!("pkg/mod/{module}@v{version}")));
         build.args(["build", "-mod=readonly", "-modcacherw", "-trimpath", "-o"]);
         build.arg(program(name)).arg(package);

@@ -16,6 +16,7 @@ use anyhow::{Context, Result, bail};
 use super::state;
 use crate::clients;
 use crate::command::{answer, kept};
+use crate::go::{self, Go};
 use crate::progress::Progress;
 use crate::{setup, workspace};
 
@@ -50,7 +51,7 @@ pub fn prepare(progress: &mut Progress) -> Result<()> {
     }
     require_go(progress)?;
     progress.step(
-        "go build Kubernetes, etcd and CoreDNS into target/tools (once, some 18 minutes of CPU time)",
+        "go build Kubernetes, etcd and CoreDNS into target/tools (once, some 8 minutes on two cores)",
         || {
             build(&source)?;
             fs::write(&marker, &sources).context("cannot say what Kubernetes was built from")?;
@@ -60,32 +61,29 @@ pub fn prepare(progress: &mut Progress) -> Result<()> {
 }
 
 fn require_go(progress: &mut Progress) -> Result<()> {
-    if !setup::in_path("go") {
+    if go::find().is_none() {
         setup::packages(progress, &setup::GO, "Kubernetes")?;
     }
-    let version = answer(workspace::command("go").args(["env", "GOVERSION"])).unwrap_or_default();
-    if minor(&version).is_none_or(|minor| minor < GO_MINOR) {
-        let text = format!(
-            "Kubernetes is built with Go 1.{GO_MINOR} or newer, and the one in PATH is {version:?}: put a newer one there \
-             (https://go.dev/dl/)"
-        );
-        return Err(setup::Missing(text).into());
+    let found = go::find();
+    if found.as_ref().and_then(Go::minor).is_some_and(|minor| minor >= GO_MINOR) {
+        return Ok(());
     }
-    Ok(())
-}
-
-/// Of `go1.26.8`, 26.
-fn minor(version: &str) -> Option<u32> {
-    version.strip_prefix("go1.")?.split(|other: char| !other.is_ascii_digit()).next()?.parse().ok()
+    let found =
+        found.map_or_else(|| "none".to_owned(), |go| format!("{} in {}", go.version, go.path.display()));
+    let text = format!(
+        "Kubernetes is built with Go 1.{GO_MINOR} or newer, and there is {found}: put a newer one into PATH or /usr/local/go \
+         (https://go.dev/dl/)"
+    );
+    Err(setup::Missing(text).into())
 }
 
 fn build(source: &Path) -> Result<()> {
     let bin = state::tools().join("bin");
     fs::create_dir_all(&bin).with_context(|| format!("cannot create {}", bin.display()))?;
-    let version = answer(go(source).args(["list", "-m", "-f", "{{.Version}}", "k8s.io/kubernetes"]));
+    let version = answer(go(source)?.args(["list", "-m", "-f", "{{.Version}}", "k8s.io/kubernetes"]));
     let Some(version) = version else { bail!("`go list` does not know the version of Kubernetes in go.mod") };
-    kept(go_build(source, "kubebox", ".", &stamp(&version)?))?;
-    kept(go_build(source, "coredns", "./coredns", ""))?;
+    kept(go_build(source, "kubebox", ".", &stamp(&version)?)?)?;
+    kept(go_build(source, "coredns", "./coredns", "")?)?;
     for name in COMPONENTS {
         let link = bin.join(name);
         let _ = fs::remove_file(&link);
@@ -94,22 +92,22 @@ fn build(source: &Path) -> Result<()> {
     Ok(())
 }
 
-fn go_build(source: &Path, program: &str, package: &str, stamp: &str) -> Command {
-    let mut build = go(source);
+fn go_build(source: &Path, program: &str, package: &str, stamp: &str) -> Result<Command> {
+    let mut build = go(source)?;
     build.args(["build", "-mod=readonly", "-modcacherw", "-trimpath"]);
     // No debug information, and no methods kept only because somebody might ask for them by name: half the size.
     build.args(["-tags", "grpcnotrace", "-gcflags=all=-dwarf=false"]);
     build.arg("-ldflags").arg(format!("-s -w {stamp}").trim_end());
     build.arg("-o").arg(state::program(program)).arg(package);
-    build
+    Ok(build)
 }
 
-fn go(source: &Path) -> Command {
-    let mut go = clients::go();
+fn go(source: &Path) -> Result<Command> {
+    let mut go = clients::go_command()?;
     let kept = go_dir();
     go.env("GOPATH", &kept).env("GOMODCACHE", kept.join("pkg/mod")).env("GOCACHE", kept.join("cache"));
     go.current_dir(source);
-    go
+    Ok(go)
 }
 
 fn go_dir() -> PathBuf {
@@ -180,12 +178,5 @@ mod tests {
         let expected = ["coredns/main.go", "go.mod", "go.sum", "main.go"];
         assert_eq!(names, expected.map(|name| format!("tests/cluster/kubebox/{name}")));
         Ok(())
-    }
-
-    #[test]
-    fn the_version_of_go_is_read() {
-        assert_eq!(minor("go1.26.8"), Some(26));
-        assert_eq!(minor("go1.27rc1"), Some(27));
-        assert_eq!(minor(""), None);
     }
 }

@@ -23,6 +23,11 @@ pub const PATIENCE: Duration = Duration::from_mins(3);
 /// The processes of the control plane, in the order of their start.
 pub const COMPONENTS: [&str; 4] = ["etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler"];
 
+/// Those of a cluster with so many nodes: without any, there is nothing to control and nothing to schedule.
+pub fn components(nodes: u8) -> &'static [&'static str] {
+    if nodes == 0 { &COMPONENTS[..2] } else { &COMPONENTS }
+}
+
 /// kubectl as the administrator.
 pub fn kubectl(arguments: &[&str]) -> Command {
     let mut kubectl = Command::new(state::program("kubectl"));

@@ -24,9 +24,10 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
 
 use self::state::{Node, Process, ProxyMode, Shape};
-use crate::command::shown;
+use crate::command::{kept, shown};
 use crate::progress::{Progress, Reported};
 use crate::setup::{self, Missing};
+use crate::workspace;
 
 /// What is done with the cluster.
 #[derive(Debug, Args)]
@@ -87,8 +88,8 @@ enum Action {
 /// The cluster that is wanted.
 #[derive(Debug, Clone, Copy, Args)]
 pub struct Wanted {
-    /// How many nodes
-    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=9))]
+    /// How many nodes; 0: etcd and the API server alone
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(0..=9))]
     nodes: u8,
     /// How kube-proxy leads connections to services
     #[arg(long, value_enum, default_value_t = ProxyMode::Nftables)]
@@ -154,7 +155,9 @@ pub fn up(progress: &mut Progress, wanted: Wanted) -> Result<()> {
         down(progress)?;
     }
     build::prepare(progress)?;
-    progress.step("images of pause and CoreDNS", images::prepare)?;
+    if shape.nodes > 0 {
+        progress.step("images of pause and CoreDNS", images::prepare)?;
+    }
     progress.step("keys, certificates, bridge", || {
         state::begin(shape)?;
         pki::make(shape)?;
@@ -162,6 +165,11 @@ pub fn up(progress: &mut Progress, wanted: Wanted) -> Result<()> {
         node::make_bridge()
     })?;
     progress.step("etcd, API server ready", control_plane::start_api)?;
+    if shape.nodes > 0 { start_nodes(progress, shape) } else { Ok(()) }
+}
+
+/// Nodes, and what only a cluster with nodes has.
+fn start_nodes(progress: &mut Progress, shape: Shape) -> Result<()> {
     progress.step("nodes begun", || {
         control_plane::declare_nodes(shape)?;
         shape.all_nodes().try_for_each(|node| node::begin(node, shape))
@@ -183,6 +191,38 @@ pub fn up(progress: &mut Progress, wanted: Wanted) -> Result<()> {
             ["rollout", "status", "deployment/coredns", "--namespace=kube-system", "--timeout=180s"];
         control_plane::await_kubectl(&rollout, &nodes)
     })
+}
+
+/// An error where a cluster was started from here: somebody needs one that nobody else writes to.
+pub fn none_begun() -> Result<()> {
+    if state::begun().is_some() {
+        bail!(
+            "a cluster was started from here, and this needs one of its own: `cargo xtask cluster down` ends it"
+        );
+    }
+    Ok(())
+}
+
+/// Starts etcd and an API server alone, with the mesh's definitions and nothing else in it.
+pub fn up_api_server(progress: &mut Progress) -> Result<()> {
+    up(progress, Wanted { nodes: 0, proxy: ProxyMode::Nftables })?;
+    progress.step("definitions of the mesh's kinds", || {
+        let crds = workspace::root().join("deploy/chart/crds").display().to_string();
+        kept(control_plane::kubectl(&["apply", "--server-side", "--filename", &crds]))?;
+        kept(control_plane::kubectl(&[
+            "wait",
+            "--for=condition=Established",
+            "crd",
+            "--all",
+            "--timeout=180s",
+        ]))
+    })
+}
+
+/// How the API server is reached, and the processes that it is made of.
+pub fn api_server() -> (PathBuf, Vec<u32>) {
+    let processes = control_plane::components(0).iter().filter_map(|name| state::remembered(name));
+    (state::kubeconfig(), processes.map(|process| process.pid).collect())
 }
 
 /// Ends the cluster.
@@ -242,7 +282,7 @@ fn dead(shape: Shape) -> Vec<String> {
 
 /// The processes of a cluster that are written down: a node is known by its outermost.
 fn names(shape: Shape) -> Vec<String> {
-    let components = control_plane::COMPONENTS.iter().map(|&name| name.to_owned());
+    let components = control_plane::components(shape.nodes).iter().map(|&name| name.to_owned());
     components.chain(shape.all_nodes().map(Node::name)).collect()
 }
 

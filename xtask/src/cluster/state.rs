@@ -51,7 +51,7 @@ impl ProxyMode {
 /// What a cluster was asked to be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shape {
-    /// How many nodes, 1 to 9.
+    /// How many nodes, up to 9; without any, etcd and the API server are all there is.
     pub nodes: u8,
     /// The mode of their kube-proxies.
     pub proxy: ProxyMode,

@@ -73,13 +73,14 @@ pub(super) fn judge(body: &[u8]) -> Result<Judged, String> {
     let taken = match read_proposed(object) {
         None => None,
         Some(Ok(taken)) => Some(taken),
-        Some(Err(refused)) if may_go_on => {
-            response.warnings = Some(vec![bounded(&refused.problem("").said())]);
+        Some(Err((refused, more))) if may_go_on => {
+            let all = std::iter::once(&refused).chain(&more);
+            response.warnings = Some(all.map(|refused| bounded(&refused.problem("").said())).collect());
             None
         }
-        Some(Err(refused)) => {
+        Some(Err((refused, more))) => {
             response.allowed = false;
-            response.result = refusal(&refused);
+            response.result = refusal(&refused, &more);
             None
         }
     };
@@ -93,14 +94,15 @@ fn says_the_same(before: &DynamicObject, after: &DynamicObject) -> bool {
         || (spec(before) == spec(after) && before.metadata.annotations == after.metadata.annotations)
 }
 
-fn refusal(refused: &Refused) -> Status {
-    let problem = refused.problem("");
-    let message = problem.said();
-    let cause = StatusCause {
+/// Each field that is wrong is a cause of its own, and all are in the message.
+fn refusal(refused: &Refused, more: &[Refused]) -> Status {
+    let all = || std::iter::once(refused).chain(more).map(|refused| refused.problem(""));
+    let message = all().map(|problem| problem.said()).collect::<Vec<_>>().join("; ");
+    let causes = all().map(|problem| StatusCause {
         reason: "FieldValueInvalid".to_owned(),
         message: problem.message,
         field: problem.field.unwrap_or_default(),
-    };
+    });
     let (kind, name) =
         refused.key.as_ref().map(|key| (key.kind.to_string(), key.name.to_string())).unwrap_or_default();
     Status {
@@ -113,7 +115,7 @@ fn refusal(refused: &Refused) -> Status {
             group: String::new(),
             kind,
             uid: String::new(),
-            causes: vec![cause],
+            causes: causes.collect(),
             retry_after_seconds: 0,
         }),
         ..Status::default()

@@ -76,6 +76,19 @@ fn what_is_wrong_is_refused_with_field_and_message() {
 }
 
 #[test]
+fn each_field_that_is_wrong_is_a_cause_of_its_own() {
+    let mut twice = wrong();
+    let first = twice["spec"]["http"][0].clone();
+    twice["spec"]["http"].as_array_mut().unwrap().push(first);
+    let refused = judged(&review("CREATE", &twice, &Value::Null));
+    let causes = refused["status"]["details"]["causes"].as_array().unwrap();
+    let fields: Vec<_> = causes.iter().map(|cause| &cause["field"]).collect();
+    assert_eq!(fields, ["spec.http[0].timeout", "spec.http[1].timeout"]);
+    let message = refused["status"]["message"].as_str().unwrap();
+    assert!(message.contains("; spec.http[1].timeout: "), "{message}");
+}
+
+#[test]
 fn what_matters_to_nobody_is_never_refused() {
     let nothing = Value::Null;
     assert_eq!(judged(&review("DELETE", &nothing, &wrong()))["allowed"], true);

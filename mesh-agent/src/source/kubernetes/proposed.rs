@@ -6,12 +6,15 @@ use kube::core::DynamicObject;
 
 use super::{kinds::DEFINED, prune::Detail, prune::pruned};
 use crate::{
-    source::file::{ReadResult, read_object},
-    state::resource::Origin,
+    source::file::{read_object, read_on},
+    state::resource::{ObjectKey, Origin, Refused, Resource},
 };
 
+/// What was read, or what is wrong: what the watch would say, and whatever else is.
+pub(crate) type Proposed = Result<(ObjectKey, Resource), (Refused, Vec<Refused>)>;
+
 /// What is read of it; `None`: it is of no kind, or version, that is watched.
-pub(crate) fn read_proposed(mut object: DynamicObject) -> Option<ReadResult> {
+pub(crate) fn read_proposed(mut object: DynamicObject) -> Option<Proposed> {
     let types = object.types.take()?;
     let (group, version) = types.api_version.split_once('/')?;
     let kind = DEFINED.iter().find(|kind| kind.group == group && kind.name == types.kind)?;
@@ -22,5 +25,9 @@ pub(crate) fn read_proposed(mut object: DynamicObject) -> Option<ReadResult> {
     if let (None, Some(prefix)) = (&object.metadata.name, &object.metadata.generate_name) {
         object.metadata.name = Some(format!("{prefix}x"));
     }
-    Some(read_object(&pruned(kind, &types.api_version, Detail::Whole, object), Origin::ApiServer))
+    let object = pruned(kind, &types.api_version, Detail::Whole, object);
+    Some(read_object(&object, Origin::ApiServer).map_err(|refused| {
+        let more = read_on(&object, Origin::ApiServer, &refused).collect();
+        (refused, more)
+    }))
 }

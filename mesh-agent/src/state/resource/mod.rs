@@ -29,6 +29,7 @@ use self::{
 use super::{Cause, Problem, defaults};
 
 pub mod authorization_policy;
+pub mod besides;
 pub mod client_tls;
 pub mod connection_pool;
 pub mod destination_rule;

@@ -14,6 +14,7 @@ mod goals;
 mod grpc;
 mod http;
 mod idle;
+mod kubernetes;
 mod load;
 mod memory;
 mod meter;
@@ -40,6 +41,8 @@ const ROUNDS: usize = 7;
 const SECONDS: f64 = 5.0;
 /// And with `--quick`.
 const QUICK_SECONDS: f64 = 1.0;
+const NO_API_SERVER: &str =
+    "it is measured at an API server: `cargo xtask bench` starts one, --kubeconfig names one";
 
 #[derive(Debug, Parser)]
 #[command(name = "lab-bench", about = "Measures the mesh and its alternatives on this machine (root)")]
@@ -64,6 +67,12 @@ struct Cli {
     /// Also write what is in DIR, of this and earlier runs, as Markdown to this file, with charts in `benchmarks` beside it
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
+    /// The API server that `kubernetes` is measured at; without one it is left out
+    #[arg(long, value_name = "FILE")]
+    kubeconfig: Option<PathBuf>,
+    /// A process that this API server is made of
+    #[arg(long = "server", value_name = "PID", requires = "kubeconfig")]
+    servers: Vec<u32>,
     /// In place of measuring: put the load of the one suite named on the mesh, and what `perf script` says of the agents into
     /// this file
     #[arg(long, value_name = "FILE", conflicts_with_all = ["report", "rounds"])]
@@ -101,6 +110,8 @@ enum Suite {
     Scale,
     /// What authorization policies cost a request, and what compiling them costs, by how many there are
     Authorization,
+    /// Ten thousand Services of an API server: the start of an agent, its memory, a change
+    Kubernetes,
 }
 
 impl Suite {
@@ -119,10 +130,11 @@ impl Suite {
             Self::Neighbour => "neighbour",
             Self::Scale => "scale",
             Self::Authorization => "authorization",
+            Self::Kubernetes => "kubernetes",
         }
     }
 
-    async fn run(self, plan: &Plan) -> Result<figures::Measured> {
+    async fn run(self, plan: &Plan, given: Option<&kubernetes::Given>) -> Result<figures::Measured> {
         match self {
             Self::Capture => capture::run(plan).await,
             Self::Unenrolled => unenrolled::run(plan).await,
@@ -137,6 +149,7 @@ impl Suite {
             Self::Neighbour => neighbour::run(plan).await,
             Self::Scale => scale::run(plan).await,
             Self::Authorization => authorization::run(plan),
+            Self::Kubernetes => kubernetes::run(plan, given.context(NO_API_SERVER)?).await,
         }
     }
 }
@@ -151,7 +164,16 @@ impl Cli {
     }
 
     fn suites(&self) -> Vec<Suite> {
-        if self.suites.is_empty() { Suite::value_variants().to_vec() } else { self.suites.clone() }
+        if !self.suites.is_empty() {
+            return self.suites.clone();
+        }
+        let can_run = |suite: &Suite| *suite != Suite::Kubernetes || self.kubeconfig.is_some();
+        Suite::value_variants().iter().copied().filter(can_run).collect()
+    }
+
+    fn given(&self) -> Option<kubernetes::Given> {
+        let kubeconfig = self.kubeconfig.clone()?;
+        Some(kubernetes::Given { kubeconfig, processes: self.servers.clone() })
     }
 }
 
@@ -173,7 +195,8 @@ async fn run(cli: &Cli) -> Result<()> {
     for suite in cli.suites() {
         let name = suite.name();
         println!("{name}: {} rounds of {} s", plan.rounds, plan.seconds);
-        let measured = suite.run(&plan).await.with_context(|| format!("measuring {name}"))?;
+        let measured =
+            suite.run(&plan, cli.given().as_ref()).await.with_context(|| format!("measuring {name}"))?;
         let outcome = Outcome::new(name, &plan, measured)?;
         println!("\n{}", report::table(&outcome));
         report::keep(&outcome, &cli.out)?;

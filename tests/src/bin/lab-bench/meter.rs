@@ -14,7 +14,7 @@ use nix::unistd::{SysconfVar, sysconf};
 #[derive(Debug)]
 pub struct Meter {
     lab: PathBuf,
-    /// Ours by cause, not by cgroup: this program, and the kernel's threads that finish network work.
+    /// Ours by cause, not by cgroup: this program, the kernel's threads that finish network work, and whom it is told of.
     processes: Vec<PathBuf>,
     cores: f64,
     tick: Duration,
@@ -43,6 +43,12 @@ impl Meter {
         let cores = std::thread::available_parallelism()?.get() as f64;
         let tick = Duration::from_secs_f64(1.0 / ticks as f64);
         Ok(Self { lab: lab.to_owned(), processes, cores, tick })
+    }
+
+    /// What these processes do is no other work either.
+    pub fn with(mut self, pids: &[u32]) -> Self {
+        self.processes.extend(pids.iter().map(|pid| PathBuf::from(format!("/proc/{pid}/stat"))));
+        self
     }
 
     /// Used so far.

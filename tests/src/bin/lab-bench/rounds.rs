@@ -1,7 +1,7 @@
 //! Rounds: everything that is compared is measured once in each, in the same order.
 //!
 //! A round is quiet when, in each of its measurements, the machine spent no more than [`QUIET`] of its processor time on
-//! anything but the lab and the kernel's network threads, time that the hypervisor took away included. Other rounds are
+//! anything but the lab, what serves it and the kernel's network threads, time that the hypervisor took away included. Other rounds are
 //! discarded and measured again, up to as many as were asked for. Where there are still too few quiet ones, those with the
 //! least other work stand in, and the outcome says so.
 

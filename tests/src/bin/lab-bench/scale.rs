@@ -19,7 +19,6 @@ use mesh_agent::{
         snapshot::{Backend, RouteAction, Snapshot, Workload},
     },
 };
-use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use crate::{
     authorization::per_time,
@@ -27,7 +26,7 @@ use crate::{
     goals::{Goal, times},
     meter::Meter,
     rounds::{Plan, alternate},
-    world::finish,
+    world::{compiled, finish},
 };
 
 const LOOKUP: &str = "lookup, route and balance of a request";
@@ -254,10 +253,10 @@ impl World {
         tokio::time::sleep(WINDOW).await;
         let began = used().await?;
         let (window, anyway) = since(before, began);
-        let (seen, written) = (self.compiled()?.len(), SystemTime::now());
+        let (seen, written) = (compiled(&self.agent)?.len(), SystemTime::now());
         lab.apply("moving.yaml", &moving(to)?)?;
         let in_force = eventually_within(READING, "the change is compiled", async || {
-            self.compiled()?.get(seen).copied().context("nothing was compiled")
+            compiled(&self.agent)?.get(seen).copied().context("nothing was compiled")
         });
         let took =
             in_force.await?.duration_since(written).context("it was compiled before it was written")?;
@@ -268,19 +267,6 @@ impl World {
         let answer = self.client.get(format!("http://{MOVING}/")).send().await?;
         ensure!(answer.pod() == Some(to.name()), "{} did not answer: {answer:?}", to.name());
         Ok((took, cpu.saturating_sub(anyway)))
-    }
-
-    /// When the agent has compiled its configuration, each time that it has.
-    fn compiled(&self) -> Result<Vec<SystemTime>> {
-        let lines = self.agent.log();
-        let lines = lines.iter().filter(|line| line.contains("configuration compiled"));
-        lines
-            .map(|line| {
-                let stamp = line.split_whitespace().next().unwrap_or_default();
-                let at = OffsetDateTime::parse(stamp, &Rfc3339);
-                Ok(SystemTime::from(at.with_context(|| format!("no time begins {line:?}"))?))
-            })
-            .collect()
     }
 }
 

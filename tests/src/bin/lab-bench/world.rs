@@ -1,6 +1,10 @@
 //! What the benchmarks of TCP have in common: a node with a server and a client, and how they are run.
 
-use std::{net::SocketAddr, process::Command, time::Duration};
+use std::{
+    net::SocketAddr,
+    process::Command,
+    time::{Duration, SystemTime},
+};
 
 use anyhow::{Context as _, Result, ensure};
 use lab::{
@@ -8,6 +12,7 @@ use lab::{
     servers::nobody,
 };
 use serde::de::DeserializeOwned;
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use crate::{figures::Figure, rounds::Plan};
 
@@ -126,6 +131,19 @@ pub async fn redirect(pod: &Pod, port: &str) -> Result<()> {
     let output = pod.run(iptables).await.context("running iptables (package iptables)")?;
     ensure!(output.status.success(), "iptables: {}", output.stderr);
     Ok(())
+}
+
+/// When the agent has compiled its configuration, each time that it has.
+pub fn compiled(agent: &Agent) -> Result<Vec<SystemTime>> {
+    let lines = agent.log();
+    let lines = lines.iter().filter(|line| line.contains("configuration compiled"));
+    lines
+        .map(|line| {
+            let stamp = line.split_whitespace().next().unwrap_or_default();
+            let at = OffsetDateTime::parse(stamp, &Rfc3339);
+            Ok(SystemTime::from(at.with_context(|| format!("no time begins {line:?}"))?))
+        })
+        .collect()
 }
 
 /// Ends agents, which must succeed, and finds nothing left of them or the lab.
