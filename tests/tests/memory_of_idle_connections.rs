@@ -16,7 +16,7 @@ const HELD: u32 = 500;
 /// What a connection may hold, in bytes: a few per cent above what was counted last, in a debug build. Whoever makes it less
 /// takes these down, and whoever cannot avoid to make it more says why.
 const OF_HTTP: u64 = 4400;
-const OF_BYTES: u64 = 6600;
+const OF_BYTES: u64 = 5800;
 
 /// Longer than a kept connection goes without a request before it gives back what requests take.
 const QUIET: Duration = Duration::from_millis(1200);
