@@ -2,7 +2,8 @@
 //!
 //! Promises that a first list is whole (pages, then told at once), that a watch goes on where it was cut off, that after an
 //! answer 410 it is listed anew and what has gone meanwhile is told too, and that between two failures it waits, longer each
-//! time and never as long as the others. What it has told stays in force meanwhile. Never asks at regular times.
+//! time and never as long as the others, but no longer than until one of those is answered again. What it has told stays in force
+//! meanwhile. Never asks at regular times.
 //! Tested in `tests/`.
 
 use std::{collections::HashSet, fmt, pin::pin, sync::Arc, time::Duration};
@@ -12,7 +13,6 @@ use kube::{
     Api,
     core::DynamicObject,
     runtime::{
-        WatchStreamExt as _,
         utils::Backoff,
         watcher::{self, Event, watcher},
     },
@@ -135,11 +135,15 @@ impl Watch {
         }
     }
 
-    async fn until_told_no_more(&self, told: &mpsc::Sender<Told>, retry: Retry) {
+    async fn until_told_no_more(&self, told: &mpsc::Sender<Told>, mut retry: Retry) {
         let config = watcher::Config { field_selector: self.fields.clone(), ..config() };
-        let mut events = pin!(watcher(self.api.clone(), config).backoff(retry));
+        let mut events = pin!(watcher(self.api.clone(), config));
         let (mut listed, mut names) = (Vec::new(), HashSet::new());
         while let Some(event) = events.next().await {
+            let failed = event.is_err();
+            if !failed {
+                retry.answered();
+            }
             let what = match event {
                 Ok(Event::Init) => {
                     listed = Vec::new();
@@ -156,6 +160,9 @@ impl Watch {
             };
             if told.send(Told { watch: self.id.clone(), what }).await.is_err() {
                 return;
+            }
+            if failed {
+                retry.wait().await;
             }
         }
     }
@@ -222,18 +229,44 @@ pub fn unless_changed<T>(written: kube::Result<T>) -> kube::Result<()> {
     }
 }
 
-/// How long it is waited before the next try.
+/// How long it is waited before the next try. Clones know of each other: once one is answered again, the others need not wait.
 #[derive(Debug, Clone)]
 pub struct Retry {
     least: Duration,
     most: Duration,
     next: Duration,
+    /// There was no answer since this one waited.
+    failing: bool,
+    /// Changes when one of them is answered again.
+    back: Arc<watch::Sender<()>>,
+    seen: watch::Receiver<()>,
 }
 
 impl Retry {
     /// From the first failure on, up to the most.
-    pub const fn new(least: Duration, most: Duration) -> Self {
-        Self { least, most, next: least }
+    pub fn new(least: Duration, most: Duration) -> Self {
+        let (back, seen) = watch::channel(());
+        Self { least, most, next: least, failing: false, back: Arc::new(back), seen }
+    }
+
+    /// Until the next try is due.
+    pub async fn wait(&mut self) {
+        self.failing = true;
+        let time = self.next().unwrap_or(self.most);
+        tokio::select! {
+            () = tokio::time::sleep(time) => {}
+            // The sender is here.
+            _ = self.seen.changed() => {}
+        }
+    }
+
+    /// There was an answer.
+    pub fn answered(&mut self) {
+        if std::mem::take(&mut self.failing) {
+            self.reset();
+            self.back.send_replace(());
+            self.seen.mark_unchanged();
+        }
     }
 }
 
@@ -275,5 +308,28 @@ mod tests {
         }
         retry.reset();
         assert!(retry.next().is_some_and(|wait| wait <= least * 2));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nobody_waits_on_once_another_is_answered() {
+        let hour = Duration::from_hours(1);
+        let mut one = Retry::new(hour, hour);
+        let (mut waiting, mut late) = (one.clone(), one.clone());
+        let began = tokio::time::Instant::now();
+        // An answer of who had not failed is no news.
+        one.answered();
+        one.failing = true;
+        tokio::join!(waiting.wait(), async {
+            tokio::task::yield_now().await;
+            one.answered();
+        });
+        // Who was asking at that moment hears of it too, and each hears of it once.
+        late.wait().await;
+        assert_eq!(began.elapsed(), Duration::ZERO);
+        for mut retry in [one, waiting, late] {
+            let began = tokio::time::Instant::now();
+            retry.wait().await;
+            assert!(began.elapsed() >= hour);
+        }
     }
 }
