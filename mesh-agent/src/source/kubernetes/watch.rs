@@ -141,7 +141,8 @@ impl Watch {
         let (mut listed, mut names) = (Vec::new(), HashSet::new());
         while let Some(event) = events.next().await {
             let failed = event.is_err();
-            if !failed {
+            // A list begins before anybody has answered.
+            if !failed && !matches!(event, Ok(Event::Init)) {
                 retry.answered();
             }
             let what = match event {
@@ -249,12 +250,13 @@ impl Retry {
         Self { least, most, next: least, failing: false, back: Arc::new(back), seen }
     }
 
-    /// Until the next try is due.
+    /// Until the next try is due: never sooner than the least, or two that are answered in turn would not let each other rest.
     pub async fn wait(&mut self) {
         self.failing = true;
         let time = self.next().unwrap_or(self.most);
+        tokio::time::sleep(self.least.min(time)).await;
         tokio::select! {
-            () = tokio::time::sleep(time) => {}
+            () = tokio::time::sleep(time.saturating_sub(self.least)) => {}
             // The sender is here.
             _ = self.seen.changed() => {}
         }
@@ -312,21 +314,24 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn nobody_waits_on_once_another_is_answered() {
-        let hour = Duration::from_hours(1);
-        let mut one = Retry::new(hour, hour);
+        let (least, hour) = (Duration::from_secs(1), Duration::from_hours(1));
+        let mut one = Retry { next: hour, ..Retry::new(least, hour) };
         let (mut waiting, mut late) = (one.clone(), one.clone());
         let began = tokio::time::Instant::now();
         // An answer of who had not failed is no news.
         one.answered();
         one.failing = true;
         tokio::join!(waiting.wait(), async {
-            tokio::task::yield_now().await;
+            tokio::time::sleep(least * 2).await;
             one.answered();
         });
+        assert_eq!(began.elapsed(), least * 2);
         // Who was asking at that moment hears of it too, and each hears of it once.
         late.wait().await;
-        assert_eq!(began.elapsed(), Duration::ZERO);
-        for mut retry in [one, waiting, late] {
+        assert_eq!(began.elapsed(), least * 3);
+        assert_eq!(one.next, least);
+        for retry in [one, waiting, late] {
+            let mut retry = Retry { next: hour, ..retry };
             let began = tokio::time::Instant::now();
             retry.wait().await;
             assert!(began.elapsed() >= hour);
