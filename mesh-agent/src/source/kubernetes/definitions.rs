@@ -14,10 +14,7 @@ use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomRe
 use kube::{
     Api,
     core::PartialObjectMeta,
-    runtime::{
-        WatchStreamExt as _,
-        watcher::{Event, watcher},
-    },
+    runtime::watcher::{Event, watcher},
 };
 use tokio_util::task::AbortOnDropHandle;
 
@@ -55,38 +52,61 @@ impl Definitions {
     /// Follows them until nobody listens.
     pub async fn follow(mut self) {
         let api: Api<Meta> = Api::all(self.starter.client());
-        let mut events = pin!(watcher(api, config()).backoff(self.starter.retry()));
-        let mut retry = self.starter.retry();
+        let mut events = pin!(watcher(api, config()));
+        let mut waits = self.starter.waits();
+        let mut retry = waits.pace();
         let (mut listed, mut is_known) = (BTreeSet::new(), false);
         loop {
             let wait = (is_known && !self.unclear.is_empty()).then(|| retry.next()).flatten();
-            tokio::select! {
-                event = events.next() => match event {
-                    None => return,
-                    Some(Ok(Event::Init)) => listed.clear(),
-                    Some(Ok(Event::InitApply(definition))) => listed.extend(kind_of(&definition).map(|kind| kind.plural)),
-                    Some(Ok(Event::InitDone)) => {
-                        is_known = true;
-                        self.unclear.clone_from(&listed);
-                        for kind in DEFINED.iter().filter(|kind| !listed.contains(kind.plural)) {
-                            self.stop(kind).await;
-                        }
-                        self.look().await;
-                        self.tell(WatchId::Definitions, What::Listed(Vec::new())).await;
-                    }
-                    Some(Ok(Event::Apply(definition))) => if let Some(kind) = kind_of(&definition) {
-                        retry = self.starter.retry();
+            let event = tokio::select! {
+                event = events.next() => event,
+                () = sleep(wait) => {
+                    self.look().await;
+                    continue;
+                }
+            };
+            // A list begins before anybody has answered.
+            if !matches!(event, None | Some(Ok(Event::Init) | Err(_))) {
+                waits.answered();
+            }
+            match event {
+                None => return,
+                Some(Ok(Event::Init)) => listed.clear(),
+                Some(Ok(Event::InitApply(definition))) => {
+                    listed.extend(kind_of(&definition).map(|kind| kind.plural))
+                }
+                Some(Ok(Event::InitDone)) => {
+                    is_known = true;
+                    self.these_are_all(&listed).await;
+                }
+                Some(Ok(Event::Apply(definition))) => {
+                    if let Some(kind) = kind_of(&definition) {
+                        retry = waits.pace();
                         self.unclear.insert(kind.plural);
                         self.look().await;
-                    },
-                    Some(Ok(Event::Delete(definition))) => if let Some(kind) = kind_of(&definition) {
+                    }
+                }
+                Some(Ok(Event::Delete(definition))) => {
+                    if let Some(kind) = kind_of(&definition) {
                         self.stop(kind).await;
-                    },
-                    Some(Err(error)) => self.tell(WatchId::Definitions, What::Failing(reason(&error))).await,
-                },
-                () = sleep(wait) => self.look().await,
+                    }
+                }
+                Some(Err(error)) => {
+                    self.tell(WatchId::Definitions, What::Failing(reason(&error))).await;
+                    // Nobody else is to be asked meanwhile: what is served is told by the same server.
+                    waits.wait().await;
+                }
             }
         }
+    }
+
+    async fn these_are_all(&mut self, listed: &BTreeSet<&'static str>) {
+        self.unclear.clone_from(listed);
+        for kind in DEFINED.iter().filter(|kind| !listed.contains(kind.plural)) {
+            self.stop(kind).await;
+        }
+        self.look().await;
+        self.tell(WatchId::Definitions, What::Listed(Vec::new())).await;
     }
 
     /// Asks what is served of those that are unclear, and watches that.

@@ -16,8 +16,9 @@ use super::{
     definitions::Definitions,
     kinds::{DEFINED, Kind},
     prune::Detail,
+    retry::Retry,
     start::Starter,
-    watch::{Retry, Seen, Told, WatchId, What},
+    watch::{Seen, Told, WatchId, What},
 };
 use crate::state::{Problem, resource::ObjectKey};
 

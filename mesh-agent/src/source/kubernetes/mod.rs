@@ -14,6 +14,7 @@ mod kinds;
 mod mirror;
 mod proposed;
 mod prune;
+mod retry;
 mod secrets;
 mod start;
 #[cfg(test)]
@@ -36,7 +37,6 @@ use tokio_util::task::AbortOnDropHandle;
 pub use self::access::Cluster;
 pub(crate) use self::described::{Described, Description, Descriptions};
 pub(crate) use self::proposed::read_proposed;
-pub(crate) use self::watch::{Retry, unless_changed};
 use self::{
     definitions::Definitions,
     kinds::{BUILT_IN, CONFIG_MAP, DEFINED, Kind, POD},
@@ -46,6 +46,7 @@ use self::{
     start::Starter,
     watch::{Told, Watch, WatchId, What},
 };
+pub(crate) use self::{retry::Retry, watch::unless_changed};
 use super::{
     ByUid, Reread, Sandboxes, Source,
     in_force::{Followed, InForce},

@@ -4,7 +4,10 @@ use kube::Client;
 use tokio::sync::{mpsc, watch};
 use tokio_util::task::AbortOnDropHandle;
 
-use super::watch::{Retry, Told, Watch};
+use super::{
+    retry::{Retry, Waits},
+    watch::{Told, Watch},
+};
 
 /// Starts watches that tell the same listener. Cheap to clone.
 #[derive(Clone)]
@@ -12,18 +15,18 @@ pub(super) struct Starter {
     client: Client,
     told: mpsc::Sender<Told>,
     again: watch::Receiver<()>,
-    retry: Retry,
+    waits: Waits,
 }
 
 impl Starter {
     /// `again`: when it changes, everything is listed anew.
     pub fn new(client: Client, told: mpsc::Sender<Told>, again: watch::Receiver<()>, retry: Retry) -> Self {
-        Self { client, told, again, retry }
+        Self { client, told, again, waits: retry.into() }
     }
 
     /// It ends when what is returned is dropped.
     pub fn start(&self, watch: Watch) -> AbortOnDropHandle<()> {
-        let followed = watch.follow(self.told.clone(), self.again.clone(), self.retry.clone());
+        let followed = watch.follow(self.told.clone(), self.again.clone(), self.waits.clone());
         AbortOnDropHandle::new(tokio::spawn(followed))
     }
 
@@ -37,8 +40,8 @@ impl Starter {
         &self.told
     }
 
-    /// How long it is waited after failures.
-    pub fn retry(&self) -> Retry {
-        self.retry.clone()
+    /// How it is waited after failures.
+    pub fn waits(&self) -> Waits {
+        self.waits.clone()
     }
 }

@@ -6,16 +6,13 @@
 //! meanwhile. Never asks at regular times.
 //! Tested in `tests/`.
 
-use std::{collections::HashSet, fmt, pin::pin, sync::Arc, time::Duration};
+use std::{collections::HashSet, fmt, pin::pin, sync::Arc};
 
-use futures_util::StreamExt as _;
+use futures_util::{Stream, StreamExt as _};
 use kube::{
     Api,
     core::DynamicObject,
-    runtime::{
-        utils::Backoff,
-        watcher::{self, Event, watcher},
-    },
+    runtime::watcher::{self, Event, watcher},
 };
 use tokio::sync::{mpsc, watch};
 
@@ -23,6 +20,7 @@ use super::{
     described::Said,
     kinds::Kind,
     prune::{Detail, pruned},
+    retry::Waits,
 };
 use crate::{
     source::file::{ReadResult, hash_of, read_object, share},
@@ -125,25 +123,31 @@ pub(super) struct Watch {
 
 impl Watch {
     /// Tells what there is and what becomes of it, until nobody listens. Lists anew when `again` changes.
-    pub async fn follow(self, told: mpsc::Sender<Told>, mut again: watch::Receiver<()>, retry: Retry) {
+    pub async fn follow(self, told: mpsc::Sender<Told>, mut again: watch::Receiver<()>, waits: Waits) {
         again.mark_unchanged();
         loop {
+            let config = watcher::Config { field_selector: self.fields.clone(), ..config() };
+            let events = watcher(self.api.clone(), config);
             tokio::select! {
-                () = self.until_told_no_more(&told, retry.clone()) => return,
+                () = self.until_told_no_more(events, &told, waits.clone()) => return,
                 changed = again.changed() => if changed.is_err() { return },
             }
         }
     }
 
-    async fn until_told_no_more(&self, told: &mpsc::Sender<Told>, mut retry: Retry) {
-        let config = watcher::Config { field_selector: self.fields.clone(), ..config() };
-        let mut events = pin!(watcher(self.api.clone(), config));
+    async fn until_told_no_more(
+        &self,
+        events: impl Stream<Item = watcher::Result<Event<DynamicObject>>>,
+        told: &mpsc::Sender<Told>,
+        mut waits: Waits,
+    ) {
+        let mut events = pin!(events);
         let (mut listed, mut names) = (Vec::new(), HashSet::new());
         while let Some(event) = events.next().await {
             let failed = event.is_err();
             // A list begins before anybody has answered.
             if !failed && !matches!(event, Ok(Event::Init)) {
-                retry.answered();
+                waits.answered();
             }
             let what = match event {
                 Ok(Event::Init) => {
@@ -163,7 +167,7 @@ impl Watch {
                 return;
             }
             if failed {
-                retry.wait().await;
+                waits.wait().await;
             }
         }
     }
@@ -230,111 +234,53 @@ pub fn unless_changed<T>(written: kube::Result<T>) -> kube::Result<()> {
     }
 }
 
-/// How long it is waited before the next try. Clones know of each other: once one is answered again, the others need not wait.
-#[derive(Debug, Clone)]
-pub struct Retry {
-    least: Duration,
-    most: Duration,
-    next: Duration,
-    /// There was no answer since this one waited.
-    failing: bool,
-    /// Changes when one of them is answered again.
-    back: Arc<watch::Sender<()>>,
-    seen: watch::Receiver<()>,
-}
-
-impl Retry {
-    /// From the first failure on, up to the most.
-    pub fn new(least: Duration, most: Duration) -> Self {
-        let (back, seen) = watch::channel(());
-        Self { least, most, next: least, failing: false, back: Arc::new(back), seen }
-    }
-
-    /// Until the next try is due: never sooner than the least, or two that are answered in turn would not let each other rest.
-    pub async fn wait(&mut self) {
-        self.failing = true;
-        let time = self.next().unwrap_or(self.most);
-        tokio::time::sleep(self.least.min(time)).await;
-        tokio::select! {
-            () = tokio::time::sleep(time.saturating_sub(self.least)) => {}
-            // The sender is here.
-            _ = self.seen.changed() => {}
-        }
-    }
-
-    /// There was an answer.
-    pub fn answered(&mut self) {
-        if std::mem::take(&mut self.failing) {
-            self.reset();
-            self.back.send_replace(());
-            self.seen.mark_unchanged();
-        }
-    }
-}
-
-impl Default for Retry {
-    /// As client-go has it: 0.8 to 30 seconds.
-    fn default() -> Self {
-        Self::new(Duration::from_millis(800), Duration::from_secs(30))
-    }
-}
-
-impl Iterator for Retry {
-    type Item = Duration;
-
-    /// Between one and two times what it is: a thousand agents do not come back at the same moment.
-    fn next(&mut self) -> Option<Duration> {
-        let now = self.next;
-        self.next = (now * 2).min(self.most);
-        Some(now.mul_f64(1.0 + fastrand::f64()))
-    }
-}
-
-impl Backoff for Retry {
-    fn reset(&mut self) {
-        self.next = self.least;
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::time::Duration;
 
-    #[test]
-    fn each_wait_is_longer_than_the_one_before_up_to_the_most() {
-        let (least, most) = (Duration::from_millis(100), Duration::from_secs(1));
-        let mut retry = Retry::new(least, most);
-        for base in [100, 200, 400, 800, 1000, 1000].map(Duration::from_millis) {
-            let wait = retry.next().unwrap_or_default();
-            assert!(wait >= base && wait <= base * 2, "{wait:?} for {base:?}");
-        }
-        retry.reset();
-        assert!(retry.next().is_some_and(|wait| wait <= least * 2));
+    use futures_util::stream;
+
+    use super::{
+        super::{kinds::POD, retry::Retry, tests::fake::Fake},
+        *,
+    };
+
+    fn watch_of_pods(fake: &Fake) -> Watch {
+        let (kind, version) = (&POD, POD.versions[0]);
+        let api = Api::all_with(fake.cluster().client(), &kind.resource(version));
+        Watch { id: WatchId::All(kind.plural), kind, version, api, fields: None, detail: Detail::Whole }
     }
 
     #[tokio::test(start_paused = true)]
-    async fn nobody_waits_on_once_another_is_answered() {
-        let (least, hour) = (Duration::from_secs(1), Duration::from_hours(1));
-        let mut one = Retry { next: hour, ..Retry::new(least, hour) };
-        let (mut waiting, mut late) = (one.clone(), one.clone());
-        let began = tokio::time::Instant::now();
-        // An answer of who had not failed is no news.
-        one.answered();
-        one.failing = true;
-        tokio::join!(waiting.wait(), async {
-            tokio::time::sleep(least * 2).await;
-            one.answered();
-        });
-        assert_eq!(began.elapsed(), least * 2);
-        // Who was asking at that moment hears of it too, and each hears of it once.
-        late.wait().await;
-        assert_eq!(began.elapsed(), least * 3);
-        assert_eq!(one.next, least);
-        for retry in [one, waiting, late] {
-            let mut retry = Retry { next: hour, ..retry };
-            let began = tokio::time::Instant::now();
-            retry.wait().await;
-            assert!(began.elapsed() >= hour);
-        }
+    async fn lists_that_fail_do_not_wake_one_another() {
+        let fake = Fake::start().await;
+        let (told, mut heard) = mpsc::channel(1);
+        let waits = Waits::from(Retry::default());
+        // A list that is refused begins each time, and so far nobody has answered.
+        let refused = || {
+            let turns = stream::iter([true, false]).cycle();
+            turns.map(|begins| if begins { Ok(Event::Init) } else { Err(watcher::Error::NoResourceVersion) })
+        };
+        let (one, other) = (watch_of_pods(&fake), watch_of_pods(&fake));
+        let failing = async {
+            let mut failures = 0;
+            while let Some(Told { what, .. }) = heard.recv().await {
+                failures += u32::from(matches!(what, What::Failing(_)));
+                // Half an hour of them, for whoever keeps waking the others.
+                assert!(failures < 1000, "nobody waits");
+            }
+            failures
+        };
+        let following = async {
+            let both = futures_util::future::join(
+                one.until_told_no_more(refused(), &told, waits.clone()),
+                other.until_told_no_more(refused(), &told, waits.clone()),
+            );
+            let _ = tokio::time::timeout(Duration::from_mins(10), both).await;
+            drop(told);
+        };
+        let ((), failures) = tokio::join!(following, failing);
+        // Of each: some six until the longest wait, of 30 to 60 seconds, and then one for each of these.
+        assert!((20..60).contains(&failures), "{failures} failures in ten minutes");
     }
 }
