@@ -72,10 +72,10 @@ async fn run(config: ControllerConfig, from: &From) -> Result<()> {
         requests_per_second: config.requests_per_second,
         burst: config.request_burst,
     };
-    let agents = Accounts::new(config.agent_accounts);
+    let accounts = Accounts::new(config.agent_accounts, config.gateway_accounts);
     let snapshots = source.snapshots.clone();
     let certificates =
-        CertificateService::new(ca, &config.trust_domain, callers, agents, snapshots.clone(), limits);
+        CertificateService::new(ca, &config.trust_domain, callers, accounts, snapshots.clone(), limits);
     let addresses = Addresses { allowed: config.jwks_allow, refused: api_server() };
     let fetcher = Fetcher::new(addresses, config.jwks_ca.as_ref()).context("--jwks-ca")?;
     let key_sets = KeySets::default();

@@ -64,6 +64,9 @@ pub struct ControllerConfig {
     /// Service accounts of agents, NAMESPACE/NAME: they alone may ask for identities of others
     #[arg(long, env = "MESH_AGENT_ACCOUNTS", value_name = "ACCOUNT", value_delimiter = ',', default_value = AGENT_ACCOUNT)]
     pub agent_accounts: Vec<ServiceAccountName>,
+    /// Service accounts of gateways, NAMESPACE/NAME: they are told the key sets of token issuers, as agents are
+    #[arg(long, env = "MESH_GATEWAY_ACCOUNTS", value_name = "ACCOUNT", value_delimiter = ',')]
+    pub gateway_accounts: Vec<ServiceAccountName>,
     /// Whose tokens show who calls
     #[arg(long, env = "MESH_TOKENS", value_enum, default_value_t = TokensOf::Controller)]
     pub tokens: TokensOf,

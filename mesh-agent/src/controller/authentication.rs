@@ -62,17 +62,29 @@ impl Callers {
     }
 }
 
-/// The service accounts of agents, who may ask for the identities of their node's pods.
+/// The service accounts that may have more than their own certificate.
 #[derive(Debug, Clone)]
-pub struct Accounts(HashSet<ServiceAccountName>);
+pub struct Accounts {
+    agents: HashSet<ServiceAccountName>,
+    gateways: HashSet<ServiceAccountName>,
+}
 
 impl Accounts {
-    /// These.
-    pub fn new(accounts: impl IntoIterator<Item = ServiceAccountName>) -> Self {
-        Self(accounts.into_iter().collect())
+    /// These: agents may ask for the identities of their node's pods; gateways, which have but their own, judge tokens too.
+    pub fn new(
+        agents: impl IntoIterator<Item = ServiceAccountName>,
+        gateways: impl IntoIterator<Item = ServiceAccountName>,
+    ) -> Self {
+        Self { agents: agents.into_iter().collect(), gateways: gateways.into_iter().collect() }
     }
 
-    pub(super) fn has(&self, caller: &Caller) -> bool {
-        self.0.contains(&caller.account)
+    /// Whether it is an agent's.
+    pub(super) fn is_agent(&self, caller: &Caller) -> bool {
+        self.agents.contains(&caller.account)
+    }
+
+    /// Whether it may be told the key sets.
+    pub(super) fn judges_tokens(&self, caller: &Caller) -> bool {
+        self.is_agent(caller) || self.gateways.contains(&caller.account)
     }
 }

@@ -39,7 +39,7 @@ pub struct CertificateService {
     ca: Arc<EmbeddedCa>,
     trust_domain: Arc<str>,
     callers: Callers,
-    agents: Accounts,
+    accounts: Accounts,
     pods: Pods,
     limits: Limits,
     rate: RateLimit,
@@ -64,7 +64,7 @@ impl CertificateService {
         ca: Arc<EmbeddedCa>,
         trust_domain: &str,
         callers: Callers,
-        agents: Accounts,
+        accounts: Accounts,
         snapshots: watch::Receiver<Arc<Snapshot>>,
         limits: Limits,
     ) -> Self {
@@ -73,7 +73,7 @@ impl CertificateService {
             ca,
             trust_domain: trust_domain.into(),
             callers,
-            agents,
+            accounts,
             pods: Pods::new(snapshots),
             limits,
             rate,
@@ -105,7 +105,7 @@ impl CertificateService {
         }
     }
 
-    /// Whether the caller may be told the key sets: agents are.
+    /// Whether the caller may be told the key sets: agents and gateways are.
     ///
     /// # Errors
     /// The refusal, as the caller is told it.
@@ -123,10 +123,11 @@ impl CertificateService {
 
     async fn decide_watch(&self, record: &mut audit::Request, bearer: Option<&str>) -> Result<(), Refusal> {
         let caller = self.known_caller(record, bearer).await?;
-        if self.agents.has(&caller) {
+        if self.accounts.judges_tokens(&caller) {
             return Ok(());
         }
-        Err(refused(Code::PermissionDenied, format!("{caller} is no agent of this mesh (--agent-accounts)")))
+        let reason = format!("{caller} is no agent (--agent-accounts) and no gateway (--gateway-accounts)");
+        Err(refused(Code::PermissionDenied, reason))
     }
 
     /// Who calls, if not too often.
@@ -157,13 +158,15 @@ impl CertificateService {
         let caller = self.known_caller(record, bearer).await?;
         let asked = request.impersonated();
         asked.unwrap_or("its own").clone_into(&mut record.identity);
+        let own = caller.own_identity(&self.trust_domain);
         let id = match asked {
-            None => caller.own_identity(&self.trust_domain),
+            None => own.clone(),
             Some(asked) => asked.parse(),
         };
         let id = id.map_err(|error| refused(Code::InvalidArgument, error.to_string()))?;
         record.identity = id.to_string();
-        self.authorize(&caller, &id, asked.is_some()).await?;
+        // Whoever names what is its own, as gateways do, asks for nothing more than who names nothing.
+        self.authorize(&caller, &id, own.is_ok_and(|own| own == id)).await?;
         let invalid = |reason| refused(Code::InvalidArgument, reason);
         let requested = csr::read(&request.csr).map_err(invalid)?;
         names_only(&requested, &id).map_err(invalid)?;
@@ -200,15 +203,15 @@ impl CertificateService {
         }
     }
 
-    async fn authorize(&self, caller: &Caller, id: &SpiffeId, impersonates: bool) -> Result<(), Refusal> {
+    async fn authorize(&self, caller: &Caller, id: &SpiffeId, is_own: bool) -> Result<(), Refusal> {
         let denied = |reason: String| Err(refused(Code::PermissionDenied, reason));
         if id.trust_domain != self.trust_domain {
             return denied(format!("{id} is of another trust domain than {}", self.trust_domain));
         }
-        if !impersonates {
+        if is_own {
             return Ok(());
         }
-        if !self.agents.has(caller) {
+        if !self.accounts.is_agent(caller) {
             return denied(format!("{caller} may not have {id}: it is no agent (--agent-accounts)"));
         }
         let Some(node) = &caller.node else {

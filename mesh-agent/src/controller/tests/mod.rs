@@ -92,7 +92,8 @@ fn world_of(dir: tempfile::TempDir, limits: Limits, callers: Callers) -> Outcome
     let pods = vec![pod("reviews", "a", [10, 0, 0, 1])?, pod("ratings", "b", [10, 0, 0, 2])?, outside];
     let (configuration, snapshots) = watch::channel(snapshot(1, pods));
     let ca = Arc::new(EmbeddedCa::open(dir.path(), "cluster.local")?);
-    let agents = Accounts::new(["mesh-system/mesh-agent".parse::<ServiceAccountName>()?]);
+    let account = |name: &str| name.parse::<ServiceAccountName>();
+    let agents = Accounts::new([account("mesh-system/mesh-agent")?], [account("edge/gateway")?]);
     let service = CertificateService::new(ca, "cluster.local", callers, agents, snapshots, limits);
     Ok(World { dir, service, configuration })
 }
@@ -201,12 +202,37 @@ async fn only_agents_ask_for_others() -> TestResult {
         reason,
         format!("default/ratings on node a may not have {REVIEWS}: it is no agent (--agent-accounts)")
     );
-    // Its own it may have.
-    let own = CertificateRequest { csr: csr(&key, vec![])?, validity_duration: 0, metadata: None };
-    let response = world.ask(&token, &own).await?;
-    let leaf = CertificateDer::from_pem_slice(response.cert_chain[0].as_bytes())?;
-    let id = crate::identity::single_identity(&leaf)?;
-    assert_eq!(id.to_string(), "spiffe://cluster.local/ns/default/sa/ratings");
+    // Its own it may have, whether it names it or not.
+    let own = "spiffe://cluster.local/ns/default/sa/ratings";
+    let unnamed = CertificateRequest { csr: csr(&key, vec![])?, validity_duration: 0, metadata: None };
+    let named = CertificateRequest::impersonating(own.into(), csr(&key, vec![])?, 0);
+    for request in [unnamed, named] {
+        let response = world.ask(&token, &request).await?;
+        let leaf = CertificateDer::from_pem_slice(response.cert_chain[0].as_bytes())?;
+        assert_eq!(crate::identity::single_identity(&leaf)?.to_string(), own);
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn agents_and_gateways_are_told_the_key_sets_and_gateways_have_no_identity_but_their_own() -> TestResult
+{
+    let world = world(limits())?;
+    for (account, may) in [("mesh-system/mesh-agent", true), ("edge/gateway", true), ("edge/other", false)] {
+        let bearer = format!("Bearer {}", token(world.dir.path(), account, "a")?);
+        match world.service.may_watch(peer(), Some(&bearer)).await {
+            Ok(()) => assert!(may, "{account}"),
+            Err(status) => {
+                assert!(!may && status.code() == Code::PermissionDenied, "{account}: {status}");
+                assert!(status.message().contains("--gateway-accounts"), "{status}");
+            }
+        }
+    }
+    let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+    let request = CertificateRequest::impersonating(REVIEWS.into(), csr(&key, vec![])?, 0);
+    let token = token(world.dir.path(), "edge/gateway", "a")?;
+    let (code, reason) = refusal(world.ask(&token, &request).await)?;
+    assert_eq!((code, reason.contains("it is no agent")), (Code::PermissionDenied, true), "{reason}");
     Ok(())
 }
 
