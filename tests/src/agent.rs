@@ -47,8 +47,22 @@ pub struct AgentBuilder {
     state_dir: Option<PathBuf>,
     config_dir: Option<PathBuf>,
     kubeconfig: Option<PathBuf>,
-    cgroup_root: Option<PathBuf>,
+    cgroups: Cgroups,
     binary: Option<PathBuf>,
+}
+
+/// Where an agent's programs are attached.
+#[derive(Debug, Clone, Default)]
+pub enum Cgroups {
+    /// At the root that the lab has made for its node.
+    #[default]
+    OfNode,
+    /// There.
+    At(PathBuf),
+    /// Where the agent finds the machine's cgroup2 hierarchy by itself.
+    Found,
+    /// The same, on a machine that has no other hierarchies: cgroup2 at `/sys/fs/cgroup`.
+    Version2Alone,
 }
 
 /// A running agent.
@@ -70,7 +84,7 @@ impl AgentBuilder {
             state_dir: None,
             config_dir: None,
             kubeconfig: None,
-            cgroup_root: None,
+            cgroups: Cgroups::default(),
             binary: None,
         }
     }
@@ -105,9 +119,9 @@ impl AgentBuilder {
         self
     }
 
-    /// Where its programs are attached. By default to the node's own root.
-    pub fn cgroup_root(mut self, path: PathBuf) -> Self {
-        self.cgroup_root = Some(path);
+    /// Where its programs are attached.
+    pub fn cgroups(mut self, cgroups: Cgroups) -> Self {
+        self.cgroups = cgroups;
         self
     }
 
@@ -139,10 +153,13 @@ impl AgentBuilder {
     /// Starts the agent and returns at once, for tests of agents that cannot become ready.
     pub fn spawn(self) -> Result<Agent> {
         let builder = self.clone();
-        let Self { node, args, env, state_dir, config_dir, kubeconfig, cgroup_root, binary: path } = self;
+        let Self { node, args, env, state_dir, config_dir, kubeconfig, .. } = self;
         let state_dir = state_dir.unwrap_or_else(|| node.world.dir.join("state"));
-        let path = path.map_or_else(|| binary("mesh-agent", "MESH_AGENT_BIN", "mesh-agent"), Ok)?;
-        let mut command = Command::new(path);
+        let path = self.binary.map_or_else(|| binary("mesh-agent", "MESH_AGENT_BIN", "mesh-agent"), Ok)?;
+        let mut command = match &self.cgroups {
+            Cgroups::Version2Alone => with_cgroup2_alone(&path),
+            Cgroups::OfNode | Cgroups::At(_) | Cgroups::Found => Command::new(path),
+        };
         command.arg("node").args(["--node", node.name()]);
         match kubeconfig {
             Some(file) => command.arg("--kubeconfig").arg(file),
@@ -150,13 +167,25 @@ impl AgentBuilder {
         };
         command.arg("--state-dir").arg(&state_dir);
         command.arg("--run-dir").arg(run_dir(&node)?);
-        command.arg("--cgroup-root").arg(cgroup_root.as_deref().unwrap_or_else(|| node.cgroup()));
+        match &self.cgroups {
+            Cgroups::OfNode => drop(command.arg("--cgroup-root").arg(node.cgroup())),
+            Cgroups::At(root) => drop(command.arg("--cgroup-root").arg(root)),
+            Cgroups::Found | Cgroups::Version2Alone => {}
+        }
         command.arg("--bpf-dir").arg(bpf_dir(&node));
         command.args(["--metrics", &METRICS.to_string(), "--readiness", &READINESS.to_string()]);
         command.args(args).envs(env);
         let process = node.spawn_as(command, Role::Agent)?;
         Ok(Agent { node, process, state_dir, builder })
     }
+}
+
+/// A program, as it sees a host that has nothing but cgroup2. What is mounted later elsewhere it sees as everybody does.
+fn with_cgroup2_alone(path: &Path) -> Command {
+    let script = "umount -R /sys/fs/cgroup && mount -t cgroup2 none /sys/fs/cgroup && exec \"$0\" \"$@\"";
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "--propagation", "slave", "sh", "-c", script]).arg(path);
+    command
 }
 
 impl Agent {

@@ -63,7 +63,7 @@ mod untrusted;
 pub mod uring;
 pub mod wire;
 
-pub use agent::{Agent, AgentBuilder, fields};
+pub use agent::{Agent, AgentBuilder, Cgroups, fields};
 pub use controller::Controller;
 pub use counted::{Allocated, Counted};
 pub use eventually::{PATIENCE, eventually, eventually_within};

@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use lab::{Agent, Lab, Node, PATIENCE, require_root};
+use lab::{Agent, Cgroups, Lab, Node, PATIENCE, require_root};
 use nix::sys::signal::Signal;
 
 /// A moment of an agent's start, by what it has made.
@@ -101,8 +101,8 @@ async fn a_start_that_fails_leaves_nothing_and_binds_nothing() -> Result<()> {
         (node.agent().config_dir(nowhere), "nowhere"),
         (node.agent().arg("--trust-domain").arg("NOT A DOMAIN"), "--state-dir"),
         // Loads and attaches, and then finds itself outside.
-        (node.agent().cgroup_root(elsewhere), "cgroup"),
-        (node.agent().cgroup_root(not_a_cgroup), "cgroup"),
+        (node.agent().cgroups(Cgroups::At(elsewhere)), "cgroup"),
+        (node.agent().cgroups(Cgroups::At(not_a_cgroup)), "cgroup"),
     ] {
         let (status, log) = agent.spawn()?.ends().await?;
         ensure!(status.code() == Some(1) && log.contains(says), "{status}, expected {says}:\n{log}");

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fs, os::unix::fs::MetadataExt as _, time::Durat
 
 use anyhow::{Context as _, Result, ensure};
 use lab::{
-    Agent, Pair, Pod, Process, Service, apps,
+    Agent, Cgroups, Pair, Pod, Process, Service, apps,
     apps::{Load, LoadKind, Loaded},
     bpf, cgroup, eventually, metric, require_root,
 };
@@ -289,7 +289,7 @@ async fn a_successor_that_fails_leaves_the_old_one_serving() -> Result<()> {
     let (agent, programs) = (&world.pair.agent_b, world.programs()?);
     fails(agent.successor().arg("--no-such-flag").spawn()?).await?;
     fails(agent.successor().config_dir("/nowhere".into()).spawn()?).await?;
-    let said = fails(agent.successor().cgroup_root("/proc".into()).spawn()?).await?;
+    let said = fails(agent.successor().cgroups(Cgroups::At("/proc".into())).spawn()?).await?;
     ensure!(said.contains("--cgroup-root"), "{said}");
 
     other_layouts_are_refused(agent).await?;
