@@ -136,6 +136,12 @@ impl Sandbox {
         let uid = argument("K8S_POD_UID");
         Ok(Some(Self { container, netns: set("CNI_NETNS").map(PathBuf::from), namespace, pod, uid }))
     }
+
+    /// Whether the kubelet has made the pod of a file. Its UID is the MD5 of that (`kubelet/config`), not one of the API
+    /// server's, which are UUIDs with hyphens.
+    pub fn is_static(&self) -> bool {
+        self.uid.as_ref().is_some_and(|uid| uid.len() == 32 && uid.bytes().all(|b| b.is_ascii_hexdigit()))
+    }
 }
 
 #[cfg(test)]

@@ -2,7 +2,8 @@
 //!
 //! Promises: the result of the plugins before is passed on as it is; a pod whose enrolment fails, or whose namespace is enrolled
 //! while there is no agent, does not start, and its events say why; `DEL` and `GC` never fail. Never holds back a pod of a
-//! namespace that was not enrolled when the agent ran last, nor one of those in `never` (the system's and the mesh's own).
+//! namespace that was not enrolled when the agent ran last, nor one of those in `never` (the system's and the mesh's own), nor a
+//! static pod.
 //! Tested below, with an agent's socket.
 
 use std::{
@@ -99,8 +100,7 @@ fn request(verb: Verb, sandbox: Sandbox, conf: &NetConf) -> Request {
 }
 
 fn add(conf: &NetConf, sandbox: Sandbox) -> Result<(), Failure> {
-    if conf.never.contains(&sandbox.namespace) {
-        // Told all the same, and not waited for: the agent's own pod, for one, starts before it can answer.
+    if never_waits(conf, &sandbox) {
         return Ok(());
     }
     let request = request(Verb::Add, sandbox, conf);
@@ -119,6 +119,12 @@ fn add(conf: &NetConf, sandbox: Sandbox) -> Result<(), Failure> {
         )),
         Ok(Answer::Enrolled | Answer::NotEnrolled | Answer::Noted) | Err(_) => Ok(()),
     }
+}
+
+/// The agent's own pod, for one, starts before it can answer; and a static pod is the kubelet's before the API server has heard of
+/// it, under a UID that never gets there.
+fn never_waits(conf: &NetConf, sandbox: &Sandbox) -> bool {
+    conf.never.contains(&sandbox.namespace) || sandbox.is_static()
 }
 
 /// Asks the agent, and again for a while where the pod cannot start without one: one that is replaced is back in a moment.
@@ -148,7 +154,7 @@ fn is_enrolled(conf: &NetConf, namespace: &str) -> Result<bool, Failure> {
 }
 
 fn check(conf: &NetConf, sandbox: Sandbox) -> Result<(), Failure> {
-    if conf.never.contains(&sandbox.namespace) {
+    if never_waits(conf, &sandbox) {
         return Ok(());
     }
     match ask(&conf.socket, &request(Verb::Check, sandbox, conf), conf.patience()) {
@@ -233,6 +239,10 @@ mod tests {
         }
 
         fn runs(&self, command: &str, namespace: &str) -> (bool, Value) {
+            self.runs_for(command, namespace, "u1")
+        }
+
+        fn runs_for(&self, command: &str, namespace: &str, uid: &str) -> (bool, Value) {
             let conf = json!({"cniVersion": "1.0.0", "name": "net", "type": "mesh-cni", "socket": self.socket(),
                 "namespaces": self.namespaces(), "never": ["kube-system"], "patienceSeconds": 5,
                 "prevResult": {"cniVersion": "1.0.0", "ips": [{"address": "10.0.0.7/24"}], "dns": {"x": 1}}});
@@ -240,7 +250,9 @@ mod tests {
                 "CNI_COMMAND" => Some(command.to_owned()),
                 "CNI_CONTAINERID" => Some("c1".to_owned()),
                 "CNI_NETNS" => Some("/run/netns/p".to_owned()),
-                "CNI_ARGS" => Some(format!("K8S_POD_NAMESPACE={namespace};K8S_POD_NAME=cart;K8S_POD_UID=u1")),
+                "CNI_ARGS" => {
+                    Some(format!("K8S_POD_NAMESPACE={namespace};K8S_POD_NAME=cart;K8S_POD_UID={uid}"))
+                }
                 _ => None,
             };
             let (conf, mut output) = (conf.to_string(), Vec::new());
@@ -288,6 +300,18 @@ mod tests {
         std::fs::write(node.namespaces(), "{").unwrap();
         assert!(!node.runs("ADD", "other").0, "nobody knows which namespaces are enrolled");
         assert!(node.runs("ADD", "kube-system").0);
+    }
+
+    #[test]
+    fn a_static_pod_waits_for_nobody() {
+        let node = Node::new();
+        node.enrols(&["shop"]);
+        let (of_kubelet, of_api_server) =
+            ("0123456789abcdef0123456789abcdef", "01234567-89ab-cdef-0123-456789abcdef");
+        for command in ["ADD", "CHECK"] {
+            assert!(node.runs_for(command, "shop", of_kubelet).0, "{command}");
+            assert!(!node.runs_for(command, "shop", of_api_server).0, "{command}");
+        }
     }
 
     #[test]

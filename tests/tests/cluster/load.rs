@@ -41,22 +41,32 @@ spec:
 /// Each line: when the request was sent, in seconds since 1970, and the status of its answer.
 const LOAD: &str = "while [ ! -e /tmp/stop ]; do \
                     date +%s | tr '\\n' ' '; \
-                    curl -s -o /dev/null -w '%{http_code}\\n' http://server/passwd; \
+                    curl -s -o /dev/null -w '%{http_code}\\n' @ASKED@; \
                     done > /tmp/answers 2>&1 &";
 
 /// Starts the servers, and the load from each node once it has had its first answer, which says that the node knows the service.
 /// The pods that ask are called as their nodes, whose names are returned.
 pub fn begin(cluster: &Cluster, namespace: &Namespace) -> Result<Vec<String>> {
-    namespace.apply(&SERVICE.replace("@IMAGE@", cluster.client_image()))?;
-    namespace.deployed()?;
+    serve(cluster, namespace)?;
     let nodes = cluster.nodes()?;
     for node in &nodes {
         namespace.client(node, node)?;
-        let first = "until curl -sf -o /dev/null --max-time 5 http://server/passwd; do :; done";
-        namespace.exec(node, &["timeout", "120", "sh", "-c", first])?;
-        namespace.exec(node, &["sh", "-c", LOAD])?;
+        begin_from(namespace, node, "http://server/passwd")?;
     }
     Ok(nodes)
+}
+
+/// Starts the load from a pod, once it has had its first answer. `asked`: what curl is told.
+pub fn begin_from(namespace: &Namespace, pod: &str, asked: &str) -> Result<()> {
+    let first = format!("until curl -sf -o /dev/null --max-time 5 {asked}; do :; done");
+    namespace.exec(pod, &["timeout", "120", "sh", "-c", &first])?;
+    namespace.exec(pod, &["sh", "-c", &LOAD.replace("@ASKED@", asked)]).map(drop)
+}
+
+/// Starts the servers alone.
+pub fn serve(cluster: &Cluster, namespace: &Namespace) -> Result<()> {
+    namespace.apply(&SERVICE.replace("@IMAGE@", cluster.client_image()))?;
+    namespace.deployed()
 }
 
 /// Ends the load from a node: when each of its requests was sent, in seconds since 1970, and the status of its answer.

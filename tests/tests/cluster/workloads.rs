@@ -50,6 +50,27 @@ spec:
     - { name: client, image: @IMAGE@, imagePullPolicy: Never, command: [sleep, infinity] }
 ";
 
+/// A pod that the kubelet makes of a file: the API server hears of it later, and under another UID.
+fn static_pod(cluster: &Cluster, namespace: &Namespace, node: &str) -> Result<()> {
+    const DIR: &str = "/var/lib/kubelet/manifests";
+    let manifest = format!(
+        "{{apiVersion: v1, kind: Pod, metadata: {{name: fixed, namespace: {}}}, spec: {{terminationGracePeriodSeconds: 0, \
+         containers: [{{name: c, image: '{}', imagePullPolicy: Never, command: [sleep, infinity]}}]}}}}",
+        namespace.name(),
+        cluster.client_image()
+    );
+    cluster.on_node(node, &format!("mkdir -p {DIR}; cat > {DIR}/fixed.yaml <<'END'\n{manifest}\nEND"))?;
+    let pod = format!("pod/fixed-{node}");
+    let started = ["--for=create", "--for=condition=Ready"]
+        .iter()
+        .try_for_each(|what| namespace.kubectl(&["wait", what, &pod, "--timeout=120s"]).map(drop));
+    let is_in = enrolled(namespace);
+    cluster.on_node(node, &format!("rm {DIR}/fixed.yaml"))?;
+    started.context("a static pod in a namespace that is in the mesh")?;
+    ensure!(!is_in?.iter().any(|pod| pod.starts_with("fixed")), "a static pod is in the mesh");
+    namespace.kubectl(&["wait", "--for=delete", &pod, "--timeout=120s"]).map(drop)
+}
+
 /// The status that a client sees; 000 where there is no answer.
 fn status(namespace: &Namespace, client: &str, url: &str) -> Result<String> {
     let ask = format!("curl -s -o /dev/null -w '%{{http_code}}' --max-time 10 {url} || true");
@@ -100,6 +121,7 @@ fn apps_are_rolled_out_under_strict_mutual_tls_and_no_request_fails() -> Result<
             let failed = answers.iter().filter(|(_, status)| status != "200").count();
             ensure!(failed == 0 && answers.len() > 100, "{failed} of {} of {node} failed", answers.len());
         }
+        static_pod(&cluster, &strict, node)?;
         strict.apply(&JOB.replace("@IMAGE@", cluster.client_image()))?;
         strict.kubectl(&["wait", "--for=condition=Complete", "job/asks", "--timeout=120s"])?;
         Ok(())

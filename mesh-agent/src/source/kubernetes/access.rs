@@ -65,3 +65,44 @@ impl Cluster {
         self.0.clone()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::source::kubernetes::tests::fake::Fake;
+
+    /// As those of clouds do, which say who somebody is.
+    #[tokio::test]
+    async fn a_program_that_kubeconfig_names_is_asked_for_the_token() -> Result<()> {
+        let (fake, dir) = (Fake::start().await, tempfile::tempdir()?);
+        let token = json!({
+            "apiVersion": "client.authentication.k8s.io/v1", "kind": "ExecCredential", "status": {"token": "of-the-program"},
+        });
+        let program = json!({
+            "apiVersion": "client.authentication.k8s.io/v1", "command": "sh", "interactiveMode": "Never",
+            "args": ["-c", "printf %s \"$TOLD\""], "env": [{"name": "TOLD", "value": token.to_string()}],
+        });
+        let with = |program: serde_json::Value| {
+            json!({
+                "apiVersion": "v1", "kind": "Config", "current-context": "c",
+                "clusters": [{"name": "c", "cluster": {"server": fake.url()}}],
+                "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+                "users": [{"name": "u", "user": {"exec": program}}],
+            })
+        };
+        let file = dir.path().join("config");
+        std::fs::write(&file, with(program.clone()).to_string())?;
+        let cluster = Cluster::of_kubeconfig(&file).await?;
+        let _ = cluster.client().apiserver_version().await;
+        assert_eq!(fake.authorization(), "Bearer of-the-program");
+        // One that fails says so, and where it was named.
+        let mut failing = program;
+        failing["args"] = json!(["-c", "echo who are you >&2; exit 3"]);
+        std::fs::write(&file, with(failing).to_string())?;
+        let refused = Cluster::of_kubeconfig(&file).await.map_err(|error| format!("{error:#}"));
+        assert!(refused.is_err_and(|said| said.contains("--kubeconfig") && said.contains("exec")));
+        Ok(())
+    }
+}

@@ -73,7 +73,7 @@ impl Definitions {
                 None => return,
                 Some(Ok(Event::Init)) => listed.clear(),
                 Some(Ok(Event::InitApply(definition))) => {
-                    listed.extend(kind_of(&definition).map(|kind| kind.plural))
+                    listed.extend(kind_of(&definition).map(|kind| kind.plural));
                 }
                 Some(Ok(Event::InitDone)) => {
                     is_known = true;

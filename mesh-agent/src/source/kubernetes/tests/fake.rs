@@ -63,6 +63,8 @@ struct World {
     silent: bool,
     /// Method and target of each request.
     asked: Vec<String>,
+    /// What the last request has shown.
+    authorization: String,
     /// Tasks of connections.
     connections: Vec<JoinHandle<()>>,
 }
@@ -295,6 +297,11 @@ impl Fake {
     /// What was asked so far that contains this.
     pub fn asked(&self, text: &str) -> Vec<String> {
         self.world().asked.iter().filter(|asked| asked.contains(text)).cloned().collect()
+    }
+
+    /// The `authorization` of the last request.
+    pub fn authorization(&self) -> String {
+        self.world().authorization.clone()
     }
 
     /// Forgets what was asked.

@@ -1,6 +1,7 @@
 //! Secrets that rules name, and no others.
 
 use super::*;
+use crate::state::compile::GatewayPod;
 
 fn rule(credential: &str) -> Value {
     json!({
@@ -54,4 +55,42 @@ async fn only_what_rules_name_is_asked_for_and_only_for_as_long() {
     assert_eq!(asked_for(&fake), [of("two"), of("two-cacert")].into(), "the first are not watched any more");
     fake.delete("", "secrets", "default", "two");
     until_problem(&mut source, "there is no Secret default/two").await;
+}
+
+fn gateway(credential: &str) -> Value {
+    json!({
+        "metadata": {"name": "g", "namespace": "shop"},
+        "spec": {"selector": {"app": "a"}, "servers": [{
+            "port": {"number": 443, "name": "https", "protocol": "HTTPS"}, "hosts": ["*"],
+            "tls": {"mode": "SIMPLE", "credentialName": credential},
+        }]},
+    })
+}
+
+/// Those of the gateway's own namespace, whoever wrote the `Gateway`; and nobody else asks for them.
+#[tokio::test]
+async fn what_a_gateway_shows_is_read_by_its_own_process_alone() {
+    let fake = Fake::start().await;
+    fake.define(ISTIO, "gateways", &["v1"]);
+    fake.put("", "pods", pod("in", "here", "10.0.0.1"));
+    fake.put(ISTIO, "gateways", gateway("one"));
+    let _agent = start(&fake).await;
+    assert_eq!(asked_for(&fake), BTreeSet::new());
+    let own = GatewayPod { namespace: "default".into(), name: "in".into() };
+    let settings = Settings { node: None, gateway: Some(own), ..settings() };
+    let mut source = follow(&fake.cluster(), settings, &Sandboxes::default(), patience()).await.unwrap();
+    until_problem(&mut source, "there is no Secret default/one").await;
+    let of = |name: &str| format!("/api/v1/namespaces/default/secrets fieldSelector=metadata.name={name}");
+    assert_eq!(asked_for(&fake), [of("one")].into());
+    fake.put(ISTIO, "gateways", gateway("two"));
+    until_problem(&mut source, "there is no Secret default/two").await;
+    // Its own labels say which Gateways it serves.
+    let mut other = pod("in", "here", "10.0.0.1");
+    other["metadata"]["labels"]["app"] = json!("b");
+    fake.put("", "pods", other);
+    source.problems.wait_for(|problems| problems.is_empty()).await.unwrap();
+    fake.forget_asked();
+    fake.cut();
+    fake.until(|fake| !fake.asked("/pods").is_empty()).await;
+    assert_eq!(asked_for(&fake), BTreeSet::new(), "none is watched any more");
 }

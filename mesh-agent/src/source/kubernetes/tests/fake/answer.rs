@@ -8,7 +8,7 @@ use std::{
 
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt as _, stream};
-use http::{Method, Request, Response, StatusCode};
+use http::{Method, Request, Response, StatusCode, header::AUTHORIZATION};
 use http_body_util::{BodyExt, StreamBody};
 use hyper::body::{Frame, Incoming};
 use serde_json::{Value, json};
@@ -103,7 +103,12 @@ pub(super) async fn answer(
         })
         .collect();
     let shown: Vec<String> = query.iter().map(|(name, value)| format!("{name}={value}")).collect();
-    world.lock().unwrap().asked.push(format!("{} {}?{}", head.method, head.uri.path(), shown.join("&")));
+    let by = head.headers.get(AUTHORIZATION).and_then(|by| by.to_str().ok()).unwrap_or_default();
+    {
+        let mut world = world.lock().unwrap();
+        world.asked.push(format!("{} {}?{}", head.method, head.uri.path(), shown.join("&")));
+        by.clone_into(&mut world.authorization);
+    }
     changed.send_replace(());
     let mut told = changed.subscribe();
     while world.lock().unwrap().silent {
