@@ -9,7 +9,9 @@ mod clean;
 mod cni;
 mod controller;
 mod flows;
+mod gateway;
 mod listeners;
+mod operators;
 mod overload;
 mod ready;
 mod removal;
@@ -35,7 +37,6 @@ use nix::sys::signal::{
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::watch,
-    task::JoinHandle,
 };
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tracing_subscriber::{EnvFilter, layer::SubscriberExt as _, reload, util::SubscriberInitExt as _};
@@ -44,19 +45,21 @@ pub use self::{
     certificates::ca,
     clean::clean,
     controller::{controller, token},
+    gateway::gateway,
     ready::ready,
     remove::remove_agents,
 };
 use self::{
-    certificates::{certificates_of, keep_gauges, open_authority},
+    certificates::open_authority,
     flows::{flows_of, report_flows},
     listeners::Listeners,
+    operators::{Particulars, serve_operators, state},
     removal::Removal,
     source::From,
     succession::{Before, Leaving},
 };
 use crate::{
-    admin::{self, LogLevel, NETNS_DIR, Readiness, RunDir},
+    admin::{LogLevel, NETNS_DIR, Readiness, RunDir},
     capture::{self, Capture, CaptureConfig, Losses, Outcome},
     config::NodeConfig,
     drain::Drain,
@@ -68,7 +71,6 @@ use crate::{
     report::Reporter,
     source::{Cluster, Sandboxes, Source, key_sets},
     state::{
-        Problem,
         compile::{Netns, Settings},
         snapshot::Snapshot,
     },
@@ -97,7 +99,6 @@ pub fn node(config: NodeConfig, log: &str) -> Result<()> {
     if !nix::unistd::geteuid().is_root() {
         return Err(NotStarted("capturing traffic takes root".to_owned()).into());
     }
-    capture::keep_little();
     Signals::hold().context("holding signals back")?;
     // What watches, enrols and reports; connections have threads of their own.
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
@@ -168,7 +169,8 @@ async fn run_node(config: NodeConfig, from: &From, log_level: LogLevel) -> Resul
         () = signals.until_told_to_stop(|| {}) => return Ok(()),
         begun = begin(&config, from) => begun?,
     };
-    let authority = open_authority(&config)?;
+    let of_mesh = (&*config.state_dir, &*config.trust_domain);
+    let authority = open_authority(of_mesh, &config.ca, &config.certificates)?;
     let reporter = Arc::new(Reporter::new(config.access_log.into()).context("starting the access log")?);
     let capture = Arc::new(load_capture(&config, begun.before.as_mut())?);
     let ended = match start_capture(&capture, &mut begun, &config.bpf_dir, &reporter) {
@@ -206,6 +208,7 @@ async fn begin(config: &NodeConfig, from: &From) -> Result<Begun> {
         root_namespace: config.root_namespace.as_str().into(),
         node: Some(config.node.as_str().into()),
         netns: Netns::Annotation,
+        gateway: None,
     };
     let cluster = from.cluster().await?;
     let (netns_dir, sandboxes) = (config.run_dir().join(NETNS_DIR), Sandboxes::default());
@@ -217,10 +220,10 @@ async fn begin(config: &NodeConfig, from: &From) -> Result<Begun> {
     let called = tokio::task::block_in_place(|| handover::call(&run_dir.handover_socket(), place(config)))
         .with_context(|| format!("taking over at {}", run_dir.handover_socket().display()))?;
     let Some((succession, Offered { lock, own, made_run_dir, pods })) = called else {
-        let listeners = Listeners::bind(config).await?;
+        let listeners = Listeners::bind(config.into()).await?;
         return Ok(Begun { source, cluster, listeners, before: None, run_dir });
     };
-    let listeners = Listeners::take_over(config, own).await?;
+    let listeners = Listeners::take_over(config.into(), own).await?;
     let before = Some(Before { succession, lock: Some(lock), made_run_dir, pods });
     Ok(Begun { source, cluster, listeners, before, run_dir })
 }
@@ -319,8 +322,13 @@ async fn serve_pods(
     let lifted = lifted.map(|(client, key)| taint::lift(client, config.node.clone(), key, readiness.clone()));
     let _lifted = lifted.map(|lifted| AbortOnDropHandle::new(tokio::spawn(lifted)));
     reporter.show_endpoints(snapshots.clone(), config.endpoint_metrics);
-    let state =
-        state((&snapshots, &source.problems), &mesh, &enrolment, authority, config, (readiness, log_level));
+    let (failing, shown) = (enrolment.failing(), Arc::clone(&mesh));
+    let particulars = Particulars {
+        pods: Arc::new(move || failing.view(&shown)),
+        flows: flows_of(config.bpf_dir.clone(), Arc::clone(&mesh)),
+        problems: Arc::new(Vec::new),
+    };
+    let state = state((&snapshots, &source.problems), &mesh, authority, particulars, (readiness, log_level));
     let stop = CancellationToken::new();
     let operators = serve_operators(listeners, state, &stop);
     let mut enrolled = tokio::spawn(enrolment.run(snapshots.clone(), enrolling, config.drain_deadline, door));
@@ -406,40 +414,6 @@ fn open_door(listeners: &Listeners, run_dir: &RunDir, config: &NodeConfig) -> Re
         .with_context(|| format!("listening on {}", path.display()))
 }
 
-/// What operators see, and the tasks that keep its figures.
-fn state(
-    (snapshots, problems): (&watch::Receiver<Arc<Snapshot>>, &watch::Receiver<Arc<[Problem]>>),
-    mesh: &Arc<Mesh>,
-    enrolment: &Enrolment,
-    authority: Arc<Authority>,
-    config: &NodeConfig,
-    (readiness, log_level): (Readiness, LogLevel),
-) -> admin::State {
-    tokio::spawn(keep_gauges(
-        snapshots.clone(),
-        problems.clone(),
-        Arc::clone(&authority),
-        Arc::clone(&mesh.reporter),
-    ));
-    let (failing, shown, problems) = (enrolment.failing(), Arc::clone(mesh), problems.clone());
-    let (overloaded, certified) = (Arc::clone(mesh), Arc::clone(&authority));
-    admin::State {
-        version: env!("CARGO_PKG_VERSION"),
-        readiness,
-        snapshot: snapshots.clone(),
-        problems: Arc::new(move || {
-            let problems: Vec<_> = problems.borrow().iter().map(ToString::to_string).collect();
-            [problems, certified.problems()].concat()
-        }),
-        pods: Arc::new(move || failing.view(&shown)),
-        overload: Arc::new(move || overload::view(&overloaded)),
-        flows: flows_of(config.bpf_dir.clone(), Arc::clone(mesh)),
-        reporter: Arc::clone(&mesh.reporter),
-        certificates: certificates_of(authority),
-        log_level,
-    }
-}
-
 /// With a directory of manifests nothing else can take over later: unless a successor has, the agent takes everything
 /// with it.
 fn remove(capture: Arc<Capture>) -> Result<()> {
@@ -451,15 +425,6 @@ fn remove(capture: Arc<Capture>) -> Result<()> {
         tracing::info!("agent stopped; what is in the kernel is another agent's");
     }
     Ok(())
-}
-
-/// Serves until `stop`; what is returned ends when the operator's endpoint is gone.
-fn serve_operators(listeners: Listeners, state: admin::State, stop: &CancellationToken) -> JoinHandle<()> {
-    tokio::spawn(admin::serve_metrics(listeners.metrics, Arc::clone(&state.reporter), stop.clone()));
-    for listener in [Some(listeners.readiness), listeners.own_readiness].into_iter().flatten() {
-        tokio::spawn(admin::serve_readiness(listener, state.readiness.clone(), stop.clone()));
-    }
-    tokio::spawn(admin::serve_admin(listeners.admin, state, stop.clone()))
 }
 
 /// What the kernel has no room for is seen in metrics and log. Ends with the process.

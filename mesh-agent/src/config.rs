@@ -4,6 +4,7 @@ mod ca;
 mod certificates;
 mod cni;
 mod controller;
+mod gateway;
 mod limits;
 mod overload;
 mod source;
@@ -17,6 +18,7 @@ pub use self::{
     certificates::{CaConfig, CaStep, CertificateFlags},
     cni::{CniFlags, DaemonSetName},
     controller::{ControllerConfig, ServiceAccountName, TokenConfig, TokensOf},
+    gateway::{GatewayConfig, GatewayPod},
     limits::HttpLimits,
     overload::OverloadMarks,
     source::SourceFlags,
@@ -57,6 +59,10 @@ pub enum Role {
     /// Captures, secures and routes the traffic of this node's pods (one per node, as root); started beside one that runs,
     /// with the same node and directories, it takes over from it, and no connection is lost
     Node(Box<NodeConfig>),
+    /// Takes what comes from outside the mesh, on the ports of the `Gateway`s that select its pod: ends TLS, routes each request by
+    /// the `VirtualService`s bound to them, and sends it into the mesh as its own (in an ordinary pod, which is not enrolled, or in
+    /// any network namespace; needs no root but for ports that take it)
+    Gateway(Box<GatewayConfig>),
     /// Serves the certificate authority of a mesh: agents ask it for the certificates of their pods
     /// (`mesh-agent node --ca-address`), each only for pods that run on its own node
     Controller(Box<ControllerConfig>),
@@ -315,6 +321,7 @@ mod tests {
                 Role::Ca(_)
                 | Role::Cni
                 | Role::Controller(_)
+                | Role::Gateway(_)
                 | Role::Ready(_)
                 | Role::Remove(_)
                 | Role::Token(_),

@@ -144,6 +144,9 @@ pub async fn server_name<S: AsyncRead + Unpin>(stream: &mut Prefixed<S>) -> io::
     }
 }
 
+/// The first byte of a record in which a handshake begins (RFC 8446 section 5.1).
+const HANDSHAKE: u8 = 0x16;
+
 /// What the first bytes say of the server's name.
 enum Hello {
     Name(String),
@@ -151,8 +154,12 @@ enum Hello {
     Undecided,
 }
 
+/// Whether what a client has said so far may be TLS.
+pub fn may_be_tls<S>(stream: &Prefixed<S>) -> bool {
+    stream.prefix.first().is_none_or(|first| *first == HANDSHAKE)
+}
+
 fn hello(bytes: &[u8]) -> Hello {
-    const HANDSHAKE: u8 = 0x16;
     match bytes.first() {
         None => return Hello::Undecided,
         Some(first) if *first != HANDSHAKE => return Hello::None,
@@ -188,6 +195,11 @@ impl<S> Prefixed<S> {
     /// A stream of which nothing was read yet.
     pub fn new(inner: S) -> Self {
         Self { prefix: BytesMut::new(), inner }
+    }
+
+    /// A stream of which this was read already.
+    pub const fn after(prefix: BytesMut, inner: S) -> Self {
+        Self { prefix, inner }
     }
 
     /// Whether no byte has come so far, of those that were asked for.

@@ -29,7 +29,7 @@ pub use self::{
     announce::Announcer,
     events::Events,
     failing::Failing,
-    in_force::put_in_force,
+    in_force::{as_gateway, put_in_force},
     namespaces::Namespaces,
     succession::{Prepared, Served},
 };
@@ -141,7 +141,7 @@ impl Wanted {
 }
 
 /// No pod takes more than half of the agent's file descriptors, at two for each connection: others need some too.
-fn connections_of_a_pod(most: usize) -> usize {
+pub fn connections_of_a_pod(most: usize) -> usize {
     let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(now, _)| now);
     let share = usize::try_from(descriptors / 4).unwrap_or(usize::MAX);
     if share == 0 { most } else { most.min(share) }

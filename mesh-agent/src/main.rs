@@ -7,9 +7,13 @@ use std::{io, process::ExitCode};
 use clap::Parser;
 use mesh_agent::{
     app::{self, NotStarted},
+    capture::Allocator,
     cni::plugin,
     config::{Cli, Role},
 };
+
+#[global_allocator]
+static ALLOCATOR: Allocator = Allocator;
 
 fn main() -> ExitCode {
     if plugin::is_started_by_a_runtime() {
@@ -18,6 +22,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let ended = match cli.role {
         Role::Node(config) => app::node(*config, &cli.log).map(|()| true),
+        Role::Gateway(config) => app::gateway(*config, &cli.log).map(|()| true),
         Role::Controller(config) => app::controller(*config, &cli.log).map(|()| true),
         Role::Token(config) => app::token(&config, &mut io::stdout().lock()).map(|()| true),
         Role::Ca(config) => app::ca(&config, &mut io::stdout().lock()).map(|()| true),

@@ -127,6 +127,11 @@ impl Cluster {
         self.run(arguments, Some(manifests)).map(drop)
     }
 
+    /// Applies manifests that say their namespaces.
+    pub fn apply(&self, manifests: &str) -> Result<()> {
+        self.run(["apply", "--filename=-"], Some(manifests)).map(drop)
+    }
+
     /// The same, as JSON.
     pub fn get(&self, arguments: &[&str]) -> Result<Value> {
         let text = self.kubectl([&["get", "--output=json"], arguments].concat())?;

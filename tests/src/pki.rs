@@ -31,6 +31,13 @@ fn params(name: &str) -> CertificateParams {
     params
 }
 
+/// A server of these names, which whoever has its certificate believes.
+pub fn server(names: &[&str]) -> Result<Authority> {
+    let names = names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+    let made = rcgen::generate_simple_self_signed(names)?;
+    Ok(Authority { certificate: made.cert.pem(), key: made.signing_key.serialize_pem() })
+}
+
 impl Authority {
     /// A root.
     pub fn root(name: &str) -> Result<Self> {

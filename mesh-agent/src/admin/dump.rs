@@ -8,6 +8,7 @@ use std::{collections::BTreeMap, time::Duration};
 use serde_json::{Value, json};
 
 mod cluster;
+mod gateway;
 mod policies;
 #[cfg(test)]
 mod tests;
@@ -27,7 +28,7 @@ pub(super) fn config(snapshot: &Snapshot, problems: &[String]) -> Value {
     let workloads: BTreeMap<_, _> =
         snapshot.workloads.values().map(|w| ((&w.namespace, &w.name), workload(w))).collect();
     let services: BTreeMap<_, _> = snapshot.services.iter().map(|(host, s)| (host, service(s))).collect();
-    json!({
+    let mut value = json!({
         "revision": snapshot.revision,
         "problems": problems.iter().cloned().chain(missing_keys(snapshot)).collect::<Vec<_>>(),
         "workloads": workloads.into_values().collect::<Vec<_>>(),
@@ -35,7 +36,12 @@ pub(super) fn config(snapshot: &Snapshot, problems: &[String]) -> Value {
         "key_sets": key_sets(snapshot),
         "health_checks": policies::health_checks(snapshot),
         "guards": policies::guards(snapshot),
-    })
+    });
+    // Of a gateway's own process alone.
+    if let Some(served) = &snapshot.gateway {
+        value["gateway"] = gateway::gateway(served);
+    }
+    value
 }
 
 /// Key sets that are not there: that is no mistake in the configuration, and refuses all the same.

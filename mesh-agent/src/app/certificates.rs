@@ -1,6 +1,6 @@
-//! The certificates of a node as it starts with them, follows them, and shows them; and the steps of `mesh-agent ca`.
+//! The certificates of a node or a gateway as it starts with them, follows them, and shows them; and the steps of `mesh-agent ca`.
 
-use std::{io::Write, sync::Arc};
+use std::{io::Write, path::Path, sync::Arc};
 
 use anyhow::{Context as _, Result};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
@@ -9,21 +9,24 @@ use tokio::sync::watch;
 use super::CERTIFICATES_EVERY;
 use crate::{
     admin::{self, CertificateView},
-    config::{CaConfig, CaSource, CaStep, NodeConfig},
+    config::{CaConfig, CaFlags, CaSource, CaStep, CertificateFlags},
     identity::{self, Authority, AuthorityInfo, CertificateInfo, LeafPolicy, RemoteCaConfig},
     report::{AuthorityExpiry, Reporter},
     state::{Problem, snapshot::Snapshot},
 };
 
-/// The authority of a node, following its files.
-pub(super) fn open_authority(config: &NodeConfig) -> Result<Arc<Authority>> {
-    let flags = &config.certificates;
+/// The authority of a node or a gateway, following its files.
+pub(super) fn open_authority(
+    (state_dir, trust_domain): (&Path, &str),
+    ca: &CaFlags,
+    flags: &CertificateFlags,
+) -> Result<Arc<Authority>> {
     let policy = LeafPolicy { lifetime: flags.certificate_lifetime, ..LeafPolicy::default() };
-    let state_dir = || format!("--state-dir {}", config.state_dir.display());
-    let (source, trust_domain) = (config.ca.source(), &config.trust_domain);
+    let at = || format!("--state-dir {}", state_dir.display());
+    let source = ca.source();
     let embedded = source == CaSource::Embedded;
     let authority = match source {
-        CaSource::Embedded => Authority::open(&config.state_dir, trust_domain).with_context(state_dir)?,
+        CaSource::Embedded => Authority::open(state_dir, trust_domain).with_context(at)?,
         CaSource::Remote { address, server_name, roots, token } => {
             let remote = RemoteCaConfig { address, server_name, roots, token };
             Authority::remote(remote, trust_domain).context("--ca-address")?
@@ -32,7 +35,7 @@ pub(super) fn open_authority(config: &NodeConfig) -> Result<Arc<Authority>> {
     };
     let authority = Arc::new(authority.with_leaf_policy(policy));
     if embedded {
-        authority.follow_state_dir(&config.state_dir).with_context(state_dir)?;
+        authority.follow_state_dir(state_dir).with_context(at)?;
     }
     if let Some(crl) = &flags.crl {
         authority.follow_crl(crl).with_context(|| format!("--crl {}", crl.display()))?;

@@ -46,6 +46,7 @@ async fn run(config: ControllerConfig, from: &From) -> Result<()> {
         root_namespace: config.root_namespace.as_str().into(),
         node: None,
         netns: Netns::Annotation,
+        gateway: None,
     };
     let cluster = from.cluster().await?;
     // It enrols nothing.

@@ -1,5 +1,5 @@
-//! What the process keeps though nobody uses it: freed memory, which glibc's allocator gives back only at the end of its heaps,
-//! and pages of the program that were used once, as to load the kernel programs.
+//! The agent's allocator, and what the process keeps though nobody uses it: freed memory, and pages of the program that were used
+//! once, as to load the kernel programs.
 //!
 //! Promises to take nothing away that anybody has written: what is used again is there as before. Tested below, and in the lab
 //! (`tests/tests/memory_of_idle_connections.rs`).
@@ -9,6 +9,10 @@ use std::{
     sync::atomic::{AtomicU64, Ordering::Relaxed},
     time::Duration,
 };
+
+/// What the agent allocates by. jemalloc keeps what a request takes at hand in each thread, pieces of some KiB as well, which
+/// glibc's looks for anew each time.
+pub use tikv_jemallocator::Jemalloc as Allocator;
 
 /// Longer than what has left may still be in use.
 const SOON: Duration = Duration::from_secs(6);
@@ -34,34 +38,25 @@ pub fn give_back_soon() {
     });
 }
 
-/// Has the allocator keep little of what is freed. glibc's keeps more after each large piece that was freed, up to 64 MiB at the
-/// end of each thread's heap, which `malloc_trim` leaves alone: reading the kernel's types once is enough for 11 MiB. To be called
-/// before there are threads.
-pub fn keep_little() {
-    #[cfg(target_env = "gnu")]
-    {
-        /// Larger pieces are mapped alone, and unmapped when they are freed, bytes: nothing on the path is as large.
-        const MAPPED: i32 = 1 << 20;
-        /// What may be free at the end of a heap, bytes.
-        const FREE: i32 = 2 << 20;
-        #[expect(unsafe_code, reason = "no library in use offers it")]
-        // SAFETY: it takes two numbers, and there is no other thread.
-        unsafe {
-            nix::libc::mallopt(nix::libc::M_MMAP_THRESHOLD, MAPPED);
-            nix::libc::mallopt(nix::libc::M_TRIM_THRESHOLD, FREE);
-        }
-    }
-}
-
 /// Gives back what nobody uses. Takes milliseconds.
 fn give_back_unused() {
     give_back_free_memory();
     give_back_code();
 }
 
-/// Gives freed memory back to the system, whichever thread freed it (`malloc_trim(3)`). Takes milliseconds for each
-/// hundred MiB, and whoever allocates meanwhile may wait for them. Where the C library has nothing of the kind, nothing happens.
+/// Gives freed memory back to the system, whichever thread freed it: the allocator's, and that of libraries in C. Takes
+/// milliseconds for each hundred MiB, and whoever allocates meanwhile may wait for them.
 pub fn give_back_free_memory() {
+    let (nothing, none) = (std::ptr::null_mut(), std::ptr::null_mut());
+    // jemalloc(3): `arena.<i>.purge`, where 4096 stands for all of them (`MALLCTL_ARENAS_ALL`).
+    let all = c"arena.4096.purge";
+    #[expect(unsafe_code, reason = "no library in use offers it")]
+    // SAFETY: the name ends in NUL, nothing is read from or written to the other pointers where they are null, and only memory
+    // that nobody has allocated is touched, behind the allocator's own locks.
+    let refused = unsafe { tikv_jemalloc_sys::mallctl(all.as_ptr(), none, std::ptr::null_mut(), nothing, 0) };
+    if refused != 0 {
+        tracing::debug!(refused, "the allocator keeps what was freed");
+    }
     #[cfg(target_env = "gnu")]
     #[expect(unsafe_code, reason = "no library in use offers it")]
     // SAFETY: it takes a number, touches only memory that nobody has allocated, and locks what it looks at.
@@ -142,6 +137,40 @@ mod tests {
         // What the kernel says of a mapping ends with its flags: without them something is not known.
         assert!(unwritten("1000-3000 r-xp 00000000 fe:00 7 /bin/a\nAnonymous: 0 kB\n").is_empty());
         assert!(unwritten("garbage\n\n:\n").is_empty());
+    }
+
+    #[test]
+    fn what_was_freed_goes_back() {
+        const PIECE: usize = 64 << 10;
+        let resident = || {
+            let statm = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
+            statm.split_whitespace().nth(1).and_then(|pages| pages.parse::<usize>().ok()).unwrap_or_default()
+        };
+        let layout = std::alloc::Layout::new::<[u8; PIECE]>();
+        let pieces: Vec<_> = (0..1000)
+            .map(|_| {
+                #[expect(unsafe_code, reason = "the tests' own allocator is another")]
+                // SAFETY: the layout is of more than nothing, and each piece is as long as what is written.
+                unsafe {
+                    let piece = std::alloc::GlobalAlloc::alloc(&Allocator, layout);
+                    assert!(!piece.is_null());
+                    piece.write_bytes(1, PIECE);
+                    piece
+                }
+            })
+            .collect();
+        for piece in pieces {
+            #[expect(unsafe_code, reason = "the tests' own allocator is another")]
+            // SAFETY: allocated there with this layout, and used by nobody.
+            unsafe {
+                std::alloc::GlobalAlloc::dealloc(&Allocator, piece, layout);
+            }
+        }
+        let before = resident();
+        give_back_free_memory();
+        // Of what had become free, so many pages of 4 KiB: other tests allocate meanwhile.
+        let (held, gone) = (1000 * PIECE / 4096, before.saturating_sub(resident()));
+        assert!(gone > held / 2, "{gone} of {held} pages have gone");
     }
 
     #[test]

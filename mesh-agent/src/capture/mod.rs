@@ -3,7 +3,8 @@
 //! [`Capture`] loads the kernel programs and enrols pods; each enrolled pod is a [`PodNet`] with three listeners in the
 //! pod's own network namespace. What the kernel hands over is a [`Captured`]; what the agent dials for a pod leaves
 //! from the pod. Addresses are canonical from here on: never v4-mapped. A [`PodNet`] can also be made of ordinary
-//! loopback sockets ([`PodNet::fixed`]), without kernel programs and without privileges.
+//! loopback sockets ([`PodNet::fixed`]), or be the one that the process runs in ([`PodNet::own`]), without kernel programs and
+//! without privileges.
 //!
 //! Never touches a pod that is not enrolled, never leaves anything behind in one that is un-enrolled. `unsafe` code of
 //! the agent is in this room alone. Tested by the unit tests of its files and, with the kernel, by the lab
@@ -31,6 +32,7 @@ mod live;
 mod loader;
 mod netns;
 pub mod objects;
+mod own;
 mod policy;
 mod probes;
 mod prove;
@@ -60,11 +62,12 @@ pub use self::{
     direct::{DirectEndpoint, DirectRoute, DirectSet, Endpoints, OpenDirect},
     enrol::Capture,
     guests::rules_and_routes_in,
-    heap::{give_back_free_memory, give_back_soon, keep_little},
+    heap::{Allocator, give_back_free_memory, give_back_soon},
     instance::Mark,
     links::clean,
     live::bring_up_to_date,
     loader::{CaptureConfig, EbpfLog},
+    own::{Arrivals, Arrived, OpenPort},
     tables::{Losses, Outcome, PodTables, REASONS, Reason},
 };
 use self::{fixed::FixedNet, kernel::KernelNet};
@@ -176,11 +179,16 @@ enum Net {
     Kernel(KernelNet),
     /// In the agent's own.
     Fixed(FixedNet),
+    /// In that of the process, which runs in the pod.
+    Own,
 }
 
 impl PodNet {
     fn new(workload: Arc<Workload>, listeners: [TcpListener; 3], net: Net) -> Arc<Self> {
-        let listeners = ArcSwapOption::from_pointee(listeners);
+        Self::with(workload, ArcSwapOption::from_pointee(listeners), net)
+    }
+
+    fn with(workload: Arc<Workload>, listeners: ArcSwapOption<[TcpListener; 3]>, net: Net) -> Arc<Self> {
         Arc::new(Self {
             workload,
             listeners,
@@ -198,6 +206,7 @@ impl PodNet {
         match &self.net {
             Net::Kernel(net) => net.dial(to).await,
             Net::Fixed(net) => net.dial(to).await,
+            Net::Own => own::dial(to).await,
         }
     }
 
@@ -211,6 +220,7 @@ impl PodNet {
         match &self.net {
             Net::Kernel(net) => net.dial_from(from, to, before).await,
             Net::Fixed(net) => net.dial(to).await,
+            Net::Own => own::dial(to).await,
         }
     }
 
@@ -220,6 +230,7 @@ impl PodNet {
         match &self.net {
             Net::Kernel(net) => net.dial_app(to, client).await,
             Net::Fixed(net) => net.dial(to).await,
+            Net::Own => own::dial(to).await,
         }
     }
 
@@ -233,7 +244,7 @@ impl PodNet {
     pub const fn cookie(&self) -> Option<u64> {
         match &self.net {
             Net::Kernel(net) => Some(net.netns().cookie()),
-            Net::Fixed(_) => None,
+            Net::Fixed(_) | Net::Own => None,
         }
     }
 
@@ -288,6 +299,7 @@ impl PodNet {
         let found = match &self.net {
             Net::Kernel(net) => net.original_dst(listener, &stream),
             Net::Fixed(net) => net.original_dst(listener, &stream).map(Meant::dialled),
+            Net::Own => stream.local_addr().map(Meant::dialled).map_err(|error| client_gone(&error)),
         };
         match found {
             Ok(Meant { original_dst, endpoint, probe }) => {

@@ -28,6 +28,11 @@ impl Socket {
     pub fn new(stream: TcpStream) -> Self {
         Self { stream, turn: Turn::default() }
     }
+
+    /// The connection itself.
+    pub const fn stream(&self) -> &TcpStream {
+        &self.stream
+    }
 }
 
 impl AsyncRead for Socket {

@@ -12,7 +12,7 @@ use super::same_place;
 use crate::{
     capture,
     proxy::Mesh,
-    state::snapshot::{Snapshot, Workload},
+    state::snapshot::{Authentication, Snapshot, Workload},
     upstream::Pod,
 };
 
@@ -32,7 +32,9 @@ pub fn put_in_force(
             // First: whoever finds a pod joined finds that it may still be waited for.
             mesh.pods.transitions().note(&before, &snapshot);
             mesh.snapshot.store(Arc::clone(&snapshot));
-            if !snapshot.workloads.is_same(&before.workloads) {
+            // A gateway's own pod need not be among those that have an address of their own.
+            let own = |of: &Snapshot| of.gateway.as_ref().map(|gateway| Arc::as_ptr(&gateway.workload));
+            if !snapshot.workloads.is_same(&before.workloads) || own(&snapshot) != own(&before) {
                 mesh.pods.all().values().for_each(|pod| update_pod(&mesh, pod));
             }
             if snapshot.services.len() > MANY && !snapshot.services.shares_with(&before.services) {
@@ -53,11 +55,24 @@ pub fn put_in_force(
 /// Has a pod be what the configuration says, for one that has come while that changed too.
 pub(super) fn update_pod(mesh: &Mesh, pod: &Pod) {
     let (snapshot, held) = (mesh.snapshot(), pod.workload());
+    if pod.net().is_own() {
+        if let Some(gateway) = &snapshot.gateway {
+            pod.update(|_| as_gateway(&gateway.workload));
+        }
+        return;
+    }
     let now = held.ips.first().and_then(|ip| snapshot.workload_at(*ip));
     let same = |now: &&Arc<Workload>| now.namespace == held.namespace && now.name == held.name;
     if let Some(now) = now.filter(same) {
         update(pod, now);
     }
+}
+
+/// The pod of a gateway as its own process takes it. Who may come to a gateway in the clear its `Gateway`s say, and no
+/// `PeerAuthentication`.
+pub fn as_gateway(workload: &Workload) -> Workload {
+    let tokens = Arc::clone(&workload.authentication.tokens);
+    Workload { authentication: Authentication { tokens, ..Authentication::default() }, ..workload.clone() }
 }
 
 /// One that was moved, or is somebody else now, is about to be let go of as what it was.

@@ -22,6 +22,8 @@ pub(super) fn endpoint(
     wish: &Wish<'_>,
     dialled: Option<SocketAddr>,
 ) -> Result<Chosen> {
+    // Who comes to a gateway has dialled the gateway.
+    let dialled = dialled.filter(|_| !pod.net().is_own());
     if let (Balancing::Passthrough, Some(dialled)) = (cluster.balancing, dialled) {
         return passed(mesh, cluster, dialled);
     }

@@ -28,6 +28,7 @@ use tokio::{
 use super::{
     Mesh,
     exchange::{Client, Reported},
+    gateway::Entry,
     http::{self, Answered},
     inbound::Inbound,
     inspected,
@@ -39,10 +40,10 @@ use crate::{
     body::{Activity, Body, Connection, Inform},
     config::HttpLimits,
     detect::Prefixed,
+    drain::Drain,
     error::{Error, Kind, Result},
     http1::{Edge, Gate, Limits, Refusal},
     http2::{self, ReadAlong, Reply, ServerStream, StreamRefusal},
-    report::Side,
     state::snapshot::{Cluster, Protocol},
     upstream::{Io, Pod},
 };
@@ -89,6 +90,8 @@ pub(super) enum Server {
     Outbound(Arc<Outbound>, Arc<Cluster>),
     /// They are for the app of a pod, at this address.
     Inbound(Arc<Inbound>, SocketAddr),
+    /// They are routed: somebody has come to a gateway.
+    Gateway(Arc<Entry>),
 }
 
 impl Server {
@@ -96,6 +99,7 @@ impl Server {
         match self {
             Self::Outbound(outbound, _) => &outbound.mesh,
             Self::Inbound(inbound, _) => &inbound.mesh,
+            Self::Gateway(entry) => &entry.outbound().mesh,
         }
     }
 
@@ -103,17 +107,23 @@ impl Server {
         match self {
             Self::Outbound(outbound, _) => &outbound.pod,
             Self::Inbound(inbound, _) => &inbound.pod,
+            Self::Gateway(entry) => &entry.outbound().pod,
+        }
+    }
+
+    /// What has its connection end.
+    fn drain(&self) -> &Drain {
+        match self {
+            Self::Outbound(..) | Self::Inbound(..) => &self.pod().drain,
+            Self::Gateway(entry) => entry.drain(),
         }
     }
 
     fn refused(&self, error: &Error) {
         match self {
-            Self::Outbound(outbound, _) => {
-                let (client, dialled) = (outbound.ends.client, Some(outbound.ends.original_dst));
-                let workload = outbound.pod.workload();
-                outbound.mesh.reporter.refused(Side::Source, &workload, client, dialled, error);
-            }
+            Self::Outbound(outbound, _) => outbound.refused(error),
             Self::Inbound(inbound, app) => inbound.refused(Some(*app), error),
+            Self::Gateway(entry) => entry.outbound().refused(error),
         }
     }
 
@@ -125,7 +135,10 @@ impl Server {
     ) -> Answered {
         match self {
             Self::Outbound(outbound, cluster) => {
-                http::answer(outbound, Arc::clone(cluster), request, client, refused).await
+                http::answer(outbound, Ok(Arc::clone(cluster)), request, client, refused).await
+            }
+            Self::Gateway(entry) => {
+                http::answer(entry.outbound(), Err(entry), request, client, refused).await
             }
             // Boxed: few connections need the room.
             Self::Inbound(inbound, app) => {
@@ -156,7 +169,7 @@ where
         idle: limits.idle(),
         flush: limits.flush_timeout,
     };
-    let drain = server.pod().drain.clone();
+    let drain = server.drain().clone();
     let telling = server.clone();
     let connection = Arc::<Connection>::default();
     let (client, unsent) = Watched::new(client, left, Arc::clone(&connection));
@@ -263,7 +276,7 @@ where
             Some(parked) => edge = parked,
             None => return Ok(()),
         }
-        match parked::wait(&mut edge, &server.pod().drain, activity.last(), limits.idle()).await {
+        match parked::wait(&mut edge, server.drain(), activity.last(), limits.idle()).await {
             Parked::Asked => {}
             Parked::Idle => {
                 server.mesh().reporter.idle_closed(&server.pod().workload());
@@ -303,7 +316,7 @@ where
     });
     let mut connection = builder(bounds).serve_connection(TokioIo::new(edge), answer).with_upgrades();
     let mut watch = Watch::new(gate, activity, unsent, &limits);
-    let mut draining = pin!(server.pod().drain.started());
+    let mut draining = pin!(server.drain().started());
     let mut drained = false;
     let ended = poll_fn(|cx| {
         if !drained && draining.as_mut().poll(cx).is_ready() {
@@ -362,7 +375,7 @@ async fn answer(
         (Answered::Response(mut response), _) => {
             gate.switched(false);
             let overload = &server.mesh().overload;
-            if server.pod().drain.is_leaving() || overload.sheds(|| server.pod().held()) {
+            if server.drain().is_leaving() || overload.sheds(|| server.pod().held()) {
                 // Closed without a word, it might cross the client's next request.
                 response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
             }

@@ -1,4 +1,4 @@
-//! A request of a pod's app: routed, permitted, balanced and sent on its own, whatever connection it came on.
+//! A request of a pod's app, or of who comes to a gateway: routed, permitted, balanced and sent on its own, whatever connection it came on.
 //!
 //! Reads top to bottom: check → normalise → route → preflight → fault → rewrite → mirror → send → the response's headers.
 
@@ -14,6 +14,7 @@ use http::{
 use super::{
     asked,
     exchange::{Client, Exchange, Reported, Sides},
+    gateway::{Admitted, Entry},
     headers, mirror,
     outbound::Outbound,
     permits,
@@ -48,10 +49,10 @@ pub(super) enum Made {
     Switch(Agreed),
 }
 
-/// Answers one request. `refused`: what the connection it came on found wrong with it.
+/// Answers one request, to a service, or at a gateway. `refused`: what the connection it came on found wrong with it.
 pub(super) async fn answer(
     outbound: &Arc<Outbound>,
-    cluster: Arc<Cluster>,
+    to: std::result::Result<Arc<Cluster>, &Arc<Entry>>,
     request: Box<Request<Body>>,
     client: Client,
     refused: Option<Refusal>,
@@ -59,14 +60,15 @@ pub(super) async fn answer(
     let source = outbound.source.clone();
     let reporter = &outbound.mesh.reporter;
     let mut exchange = Exchange::begin(reporter, Sides::Source, source, outbound.ends, client, &request);
-    exchange.cluster = Some(cluster);
+    let entry = to.as_ref().err().copied();
+    exchange.cluster = to.ok();
     exchange.held = Some(outbound.pod.hold());
     let made = if let Some(refusal) = refused {
         exchange.unread();
         Err(Error::from(refusal))
     } else {
         let (parts, body) = (*request).into_parts();
-        forward(outbound, &mut exchange, parts, body).await
+        forward(outbound, entry.map(|entry| &**entry), &mut exchange, parts, body).await
     };
     match made {
         Ok(Made::Response(response)) => {
@@ -74,7 +76,8 @@ pub(super) async fn answer(
             Answered::Response(exchange.respond(head, body))
         }
         Ok(Made::Switch(agreed)) => {
-            upgrade::carry(Arc::clone(outbound), &outbound.pod.drain, exchange, agreed)
+            let drain = entry.map_or(&outbound.pod.drain, |entry| entry.drain());
+            upgrade::carry(Arc::clone(outbound), drain, exchange, agreed)
         }
         Err(error) => {
             // What broke the body off is what went wrong, whatever it led to behind.
@@ -87,18 +90,31 @@ pub(super) async fn answer(
 /// The request's way.
 async fn forward(
     outbound: &Arc<Outbound>,
+    entry: Option<&Entry>,
     exchange: &mut Exchange,
     mut parts: request::Parts,
-    body: Body,
+    mut body: Body,
 ) -> Result<Made> {
     within(&outbound.mesh.limits, &parts)?;
     let wanted = Switch::asked(&parts);
     let expects = message::expects_continue(exchange.client.version, &parts.headers);
-    accept(outbound, exchange, &mut parts)?;
+    accept(outbound, entry, exchange, &mut parts)?;
     outbound.mesh.overload.admit(|| outbound.pod.held())?;
 
     let workload = outbound.pod.workload();
-    let (port, routes) = routes(outbound, exchange, &workload)?;
+    let (port, routes) = match entry {
+        None => routes(outbound, exchange, &workload)?,
+        // Boxed: no request of a pod is to make room for it.
+        Some(entry) => match Box::pin(entry.admit(exchange, parts, body, expects)).await? {
+            Admitted::ByHttps(location) => {
+                return redirect_to(exchange, StatusCode::MOVED_PERMANENTLY, &location);
+            }
+            Admitted::ToRoutes { request, port, routes } => {
+                (parts, body) = request.into_parts();
+                (port, routes)
+            }
+        },
+    };
     let Some((route, matched)) = route::find(&routes, &parts, port, &workload) else {
         let text =
             format!("no route of {} matches {} {}", exchange.authority(), parts.method, parts.uri.path());
@@ -141,10 +157,18 @@ async fn forward(
 }
 
 /// Brings the request into the form that the rest works with, and notes what it is.
-fn accept(outbound: &Outbound, exchange: &mut Exchange, parts: &mut request::Parts) -> Result<()> {
+fn accept(
+    outbound: &Outbound,
+    entry: Option<&Entry>,
+    exchange: &mut Exchange,
+    parts: &mut request::Parts,
+) -> Result<()> {
     message::normalise(parts, outbound.ends.original_dst)?;
     message::strip_hop_by_hop(&mut parts.headers);
     tunnel::strip_mesh_headers(&mut parts.headers);
+    if let Some(entry) = entry {
+        entry.mark(parts);
+    }
     permits::settle_path(&outbound.mesh, &mut parts.uri)?;
     exchange.authority = parts.uri.authority().cloned();
     exchange.request_id = Some(headers::identify(&mut parts.headers));
@@ -199,13 +223,22 @@ fn redirected(
     port: u16,
 ) -> Result<Made> {
     let location = route::location(redirect, parts, matched, port);
-    let (mut head, ()) = Response::new(()).into_parts();
-    head.status = redirect.status;
-    let location = HeaderValue::from_str(&location)
-        .map_err(|_| Error::new(Kind::BadRequest, "the redirect's Location would not be a valid header"))?;
-    head.headers.insert(LOCATION, location);
+    let mut head = redirect_head(redirect.status, &location)?;
     route::apply_response(&mut head.headers, &route.headers.response);
     Ok(Made::Response(exchange.local(head, Bytes::new())))
+}
+
+fn redirect_to(exchange: &Exchange, status: StatusCode, location: &str) -> Result<Made> {
+    Ok(Made::Response(exchange.local(redirect_head(status, location)?, Bytes::new())))
+}
+
+fn redirect_head(status: StatusCode, location: &str) -> Result<response::Parts> {
+    let (mut head, ()) = Response::new(()).into_parts();
+    head.status = status;
+    let location = HeaderValue::from_str(location)
+        .map_err(|_| Error::new(Kind::BadRequest, "the redirect's Location would not be a valid header"))?;
+    head.headers.insert(LOCATION, location);
+    Ok(head)
 }
 
 async fn send(

@@ -285,6 +285,7 @@ async fn answer(
     let (mut parts, body) = std::mem::take(&mut *request).into_parts();
     message::strip_hop_by_hop(&mut parts.headers);
     message::show_certificate(&mut parts.headers, inbound.certificate.as_ref());
+    message::show_client_of_gateway(&mut parts);
     *request = Request::from_parts(parts, body.metered(Arc::clone(&exchange.request)));
     let admitted = inbound.admit();
     let permitted = match admitted {

@@ -7,11 +7,13 @@
 mod asked;
 pub mod checks;
 mod choose;
+mod copied;
 mod cut;
 mod downstream;
 mod errand;
 mod exchange;
 mod external;
+pub mod gateway;
 mod guards;
 mod headers;
 pub mod health;

@@ -3,12 +3,7 @@
 //! Reads top to bottom: accept → identify → resolve → detect → then HTTP (in `http.rs`, request by request) or opaque
 //! bytes (here, choose → permit → open → copy → report).
 
-use std::{
-    net::SocketAddr,
-    pin::{Pin, pin},
-    sync::Arc,
-    time::Duration,
-};
+use std::{net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -18,7 +13,9 @@ use tokio::{
 };
 
 use super::{
-    Ends, Mesh, acceptor, admit, assert_small, choose, cut,
+    Ends, Mesh, acceptor, admit, assert_small, choose,
+    copied::Copied,
+    cut,
     downstream::{self, Server},
     health,
     inbound::Inbound,
@@ -31,7 +28,7 @@ use super::{
 use crate::{
     balance::{self, Chosen, Wish},
     capture::{Captured, Listener},
-    copy::{self, Moved},
+    copy::Moved,
     detect::{self, Prefixed},
     error::{Error, Kind, Result},
     policy::Ruling,
@@ -87,15 +84,12 @@ async fn connection(
     captured: Captured,
     place: (OwnedSemaphorePermit, Option<Seat>),
 ) {
-    let workload = pod.workload();
     let ends = Ends::from(&captured);
-    let flow = mesh.reporter.flow(&workload, FlowKey::Outbound(ends.client, ends.original_dst));
-    let (source, shown) = (vouched(&workload), pod.vouched_address(ends.client));
-    let outbound = Arc::new(Outbound { mesh, pod, source, ends, shown, flow, _place: place });
+    let shown = pod.vouched_address(ends.client);
+    let outbound = Arc::new(Outbound::new(mesh, pod, ends, shown, place));
     if let Err(error) = outbound.carry(captured.stream).await {
         outbound.flow.learn(|facts| facts.flag = Some(error.kind.row().flag));
-        let (client, dialled) = (ends.client, Some(ends.original_dst));
-        outbound.mesh.reporter.refused(Side::Source, &workload, client, dialled, &error);
+        outbound.refused(&error);
     }
 }
 
@@ -109,6 +103,19 @@ enum Course {
 }
 
 impl Outbound {
+    /// `shown`: the client as others are shown it.
+    pub(super) fn new(
+        mesh: Arc<Mesh>,
+        pod: Arc<Pod>,
+        ends: Ends,
+        shown: SocketAddr,
+        place: (OwnedSemaphorePermit, Option<Seat>),
+    ) -> Self {
+        let workload = pod.workload();
+        let flow = mesh.reporter.flow(&workload, FlowKey::Outbound(ends.client, ends.original_dst));
+        Self { mesh, pod, source: vouched(&workload), ends, shown, flow, _place: place }
+    }
+
     async fn carry(self: &Arc<Self>, client: std::net::TcpStream) -> Result<()> {
         let client = Captured::open(client)?;
         // Boxed, each of them: finding out is over soon, and no connection is to hold the room of another kind of it.
@@ -265,6 +272,12 @@ impl Outbound {
         Ok(Course::Bytes(Prefixed::new(client), server, None))
     }
 
+    /// Tells that the connection, or something on it, is refused.
+    pub(super) fn refused(&self, error: &Error) {
+        let (client, dialled) = (self.ends.client, Some(self.ends.original_dst));
+        self.mesh.reporter.refused(Side::Source, &self.pod.workload(), client, dialled, error);
+    }
+
     /// Who serves what is for this cluster.
     pub(super) fn serving<'c>(&self, cluster: &'c Arc<Cluster>) -> &'c Arc<Cluster> {
         super::serving(&self.mesh, cluster, || self.pod.workload())
@@ -275,7 +288,7 @@ impl Outbound {
         self.ends.original_dst
     }
 
-    async fn open(&self, cluster: &Cluster) -> Result<Opened> {
+    pub(super) async fn open(&self, cluster: &Cluster) -> Result<Opened> {
         let place = self.pod.usage(cluster).map_or(Ok(None), |usage| usage.stream(&cluster.pool));
         let place = place.inspect_err(|error| {
             if let Kind::Full(limit) = error.kind {
@@ -388,9 +401,9 @@ impl Outbound {
 
     /// Moves bytes until both sides are done, and reports. From here on a failure is the connection's end, and a refusal
     /// only where policy cuts it.
-    async fn copy(
+    pub(super) async fn copy(
         &self,
-        client: Prefixed<TcpStream>,
+        client: impl Copied,
         server: Opened,
         cluster: Option<Arc<Cluster>>,
     ) -> Result<()> {
@@ -414,15 +427,7 @@ impl Outbound {
         let passed = passed.map(|labels| Box::new(self.mesh.reporter.connection(labels)));
         let moved = Moved::default();
         let mut standing = server.standing;
-        // Boxed, each in its own size: it lasts, and is handed on below.
-        let copying: Pin<Box<dyn Future<Output = Result<()>> + Send + '_>> = match server.stream {
-            UpstreamStream::Tcp(server) => {
-                let ((said, client), moved) = (client.into_parts(), &moved);
-                Box::pin(async move { copy::between_sockets(client, &said, server, moved).await })
-            }
-            server => Box::pin(copy::both_ways(client, server, &moved)),
-        };
-        let mut copying = pin!(copying);
+        let mut copying = pin!(client.copied(server.stream, &moved));
         let ended = match &limited {
             None => cut::unless_cut(standing.as_mut(), copying.as_mut()).await,
             // Boxed: few are limited, and every idle connection would have to make room for it.
@@ -449,7 +454,7 @@ enum First {
 }
 
 /// An open byte stream to an endpoint.
-struct Opened {
+pub(super) struct Opened {
     stream: UpstreamStream,
     endpoint: Arc<Endpoint>,
     via: Via,
@@ -457,8 +462,8 @@ struct Opened {
     received: u64,
     /// By this agent's own other half, in a pass within the node.
     is_read: bool,
-    /// In a pass within the node.
-    standing: Stands,
+    /// In a pass within the node, or at a gateway.
+    pub standing: Stands,
     _in_use: InUse,
     /// The facts of the app's end, in a pass within the node.
     _flow: Option<FlowGuard>,

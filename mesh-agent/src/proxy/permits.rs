@@ -107,6 +107,44 @@ pub(super) fn question_to(
     policy::request(&asked, &head(request, claims), &mesh.reporter)
 }
 
+/// Whether a request may come in at a gateway, as the policies of the gateway's own pod say. May ask external authorizers, who may
+/// change its headers. `at`: the gateway's address that the client has dialled.
+pub(super) async fn at_gateway(
+    mesh: &Mesh,
+    pod: &Arc<Pod>,
+    from: From<'_>,
+    at: SocketAddr,
+    request: &mut Request<Body>,
+) -> Result<Box<Standing>> {
+    let standing = Standing::new(pod, from, at, What::Connection);
+    let workload = pod.workload();
+    let From { identity: source, client } = from;
+    let asked = Asked { workload: &workload, destination: at, source, client, approved: &[] };
+    let (_permit, what, approved, ticket) = of_request(mesh, pod, &asked, request).await?;
+    Ok(standing.known_as(what).approved_by(approved).admitted(ticket))
+}
+
+/// The same for a connection that carries no requests, and the server name that it asks for.
+pub(super) async fn bytes_at_gateway(
+    mesh: &Mesh,
+    pod: &Arc<Pod>,
+    from: From<'_>,
+    at: SocketAddr,
+    server_name: Option<&str>,
+) -> Result<Box<Standing>> {
+    let standing = Standing::new(pod, from, at, What::Opaque(server_name.map(str::to_owned)));
+    let workload = pod.workload();
+    let From { identity: source, client } = from;
+    let asked = Asked { workload: &workload, destination: at, source, client, approved: &[] };
+    let mut approved = Approved::default();
+    if !workload.authorization.custom.is_empty() {
+        approved = external::connection(mesh, pod, &asked, server_name).await?;
+    }
+    let asked = Asked { approved: &approved.by, ..asked };
+    let _permit = policy::opaque(&asked, server_name, &mesh.reporter)?;
+    Ok(standing.approved_by(approved))
+}
+
 impl Inbound {
     /// Whether a connection may go to this address of the pod.
     pub(super) fn may_connect(&self, app: SocketAddr) -> Result<(Ruling, Box<Standing>)> {

@@ -220,7 +220,10 @@ impl Another {
         if let Some(chosen) = exchange.chosen.as_ref().filter(|_| policy.remote_localities) {
             exchange.visited.note(chosen);
         }
-        (exchange.lease, exchange.chosen, exchange.standing, exchange.place) = (None, None, None, None);
+        (exchange.lease, exchange.chosen, exchange.place) = (None, None, None);
+        if exchange.sides == Sides::Both {
+            exchange.standing = None;
+        }
         let _own = exchange.client.activity.own_wait();
         tokio::time::sleep(self.wait).await;
         self.under_way
@@ -302,7 +305,8 @@ async fn pick(
     note(outbound, exchange, &endpoint, &via);
     let (permit, standing) =
         permits::request_to(&outbound.mesh, outbound.asks(), &via, &endpoint, request).await?;
-    exchange.standing = standing;
+    // What a gateway has been asked for stands whatever endpoint it goes to.
+    exchange.standing = standing.or_else(|| exchange.standing.take());
     Ok(Picked { endpoint, via, permit })
 }
 

@@ -44,6 +44,8 @@ pub struct Directory {
     /// What the objects name as files; and which.
     named: Named,
     names: BTreeSet<Arc<str>>,
+    /// Whether it is read for a gateway.
+    serves: bool,
     /// Objects that several files have.
     contested: BTreeSet<ObjectKey>,
     /// Which of them.
@@ -59,7 +61,12 @@ impl Directory {
     pub fn new(dir: PathBuf) -> Self {
         let (files, contested, contests) = (BTreeMap::new(), BTreeSet::new(), Vec::new());
         let (named, names) = (Named::default(), BTreeSet::new());
-        Self { dir, files, named, names, contested, contests, has_links: false, problem: None }
+        Self { dir, files, named, names, serves: false, contested, contests, has_links: false, problem: None }
+    }
+
+    /// Whether it is read for a gateway, which needs the files that `Gateway`s name: the keys are for nobody else.
+    pub fn serving(self, serves: bool) -> Self {
+        Self { serves, ..self }
     }
 
     /// Whether the directory can be listed.
@@ -83,7 +90,10 @@ impl Directory {
             _ => self.read_all(*look == Look::Everything, &mut touched),
         }
         if !touched.is_empty() {
-            self.names = self.files.values().flat_map(|file| &file.names).cloned().collect();
+            let of_gateways =
+                self.files.values().filter(|_| self.serves).flat_map(|file| &file.gateways_names);
+            let names = self.files.values().flat_map(|file| &file.names);
+            self.names = names.chain(of_gateways).cloned().collect();
         }
         let mut changes = self.changes(touched, objects);
         if self.problem.is_none() {

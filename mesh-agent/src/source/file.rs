@@ -48,6 +48,8 @@ pub(super) struct File {
     pub foreign: BTreeSet<String>,
     /// Files that its objects name.
     pub names: BTreeSet<Arc<str>>,
+    /// Those that `Gateway`s name.
+    pub gateways_names: BTreeSet<Arc<str>>,
 }
 
 /// An object of a file.
@@ -214,11 +216,14 @@ impl File {
             }
         }
         fresh.shrink_to_fit();
-        let rules = fresh.iter().filter_map(|held| match &held.object.resource {
-            Resource::DestinationRule(rule) => Some(rule),
-            _ => None,
-        });
-        self.names = rules.flat_map(|rule| rule.files()).cloned().collect();
+        (self.names, self.gateways_names) = (BTreeSet::new(), BTreeSet::new());
+        for held in &fresh {
+            match &held.object.resource {
+                Resource::DestinationRule(rule) => self.names.extend(rule.files().cloned()),
+                Resource::Gateway(gateway) => self.gateways_names.extend(gateway.files().cloned()),
+                _ => {}
+            }
+        }
         self.objects = fresh;
     }
 }

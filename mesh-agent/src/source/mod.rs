@@ -90,7 +90,7 @@ pub async fn directory(dir: PathBuf, settings: Settings) -> anyhow::Result<Sourc
     let mut watcher =
         Watcher::new(dir.clone(), Pace::EachFile).with_context(|| format!("--config {}", dir.display()))?;
     let mut state = State {
-        directory: Directory::new(dir.clone()),
+        directory: Directory::new(dir.clone()).serving(settings.gateway.is_some()),
         in_force: InForce::new(settings),
         foreign: BTreeSet::new(),
     };

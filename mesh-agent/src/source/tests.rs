@@ -292,7 +292,8 @@ async fn kinds_of_others_are_passed_over_and_ours_are_not() {
 
     // What the mesh could be expected to read is a problem, and so is a typing error in its group.
     let ours = [
-        ("networking.istio.io/v1", "Gateway"),
+        ("networking.istio.io/v1", "Sidecar"),
+        ("gateway.networking.k8s.io/v1", "Gateway"),
         ("telemetry.istio.io/v1", "Telemetry"),
         ("gateway.networking.k8s.io/v1", "HTTPRoute"),
         ("networking.istio.oi/v1", "VirtualService"),

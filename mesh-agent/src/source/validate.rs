@@ -23,7 +23,7 @@ use crate::state::{
 };
 
 /// Kinds of which a set may hold none without saying that there are none: others make them than those who write rules.
-const MADE_ELSEWHERE: [&str; 4] = ["Service", "Secret", "ConfigMap", "File"];
+const MADE_ELSEWHERE: [&str; 5] = ["Service", "Secret", "ConfigMap", "File", "Gateway"];
 
 /// The documents of a file, and where they are from.
 #[derive(Debug, Clone)]

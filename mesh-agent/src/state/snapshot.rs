@@ -22,6 +22,7 @@ mod client_tls;
 mod cluster;
 mod connection_pool;
 mod external;
+mod gateway;
 mod guard;
 mod hash;
 mod health_check;
@@ -53,6 +54,10 @@ pub use self::client_tls::{ClientCertificate, ClientTls, Origination, TlsTerms};
 pub use self::cluster::{Balancing, Cluster, ClusterState, Endpoint, EndpointState, ProxyProtocol, Standby};
 pub use self::connection_pool::{ClusterId, ConnectionPool, Idle, Pings, TcpKeepalive};
 pub use self::external::{BodyInCheck, CheckProtocol, HttpCheck, Provider};
+pub use self::gateway::{
+    ByHost, Gateway, GatewayPort, Served, ServerTls, ServerTlsMode, ServerTlsRead, ServerTlsTerms, TlsAction,
+    TlsServer, TlsServers, TlsVersion, VirtualHost, VirtualHosts,
+};
 pub use self::guard::{
     Bucket, Buckets, Concurrency, ConcurrencyRule, ConcurrencyState, Guard, RateLimit, RateRule,
 };
@@ -112,12 +117,15 @@ pub struct Snapshot {
     pub enrolling: Arc<BTreeSet<Arc<str>>>,
     /// Key sets that are fetched, by their URI.
     pub key_sets: HashMap<Arc<str>, Arc<RemoteKeys>>,
+    /// For a gateway's own process: what its pod serves; `None` for others, and while its pod is not known.
+    pub gateway: Option<Arc<Gateway>>,
 }
 
 impl Snapshot {
     /// Every cluster that something leads to; those that several lead to, several times.
     pub fn clusters(&self) -> impl Iterator<Item = &Arc<Cluster>> {
-        self.services.values().flat_map(|service| service.clusters())
+        let of_gateway = self.gateway.iter().flat_map(|gateway| gateway.clusters());
+        self.services.values().flat_map(|service| service.clusters()).chain(of_gateway)
     }
 
     /// The service whose cluster address this is, as far as a client of this namespace may know of it.
@@ -287,22 +295,33 @@ pub struct ServicePort {
 impl ServicePort {
     /// Every cluster that the port leads to.
     fn clusters(&self) -> impl Iterator<Item = &Arc<Cluster>> {
-        let http = self.routes.iter().flat_map(|route| {
-            let backends = match &route.action {
-                RouteAction::Forward(backends) => backends.as_slice(),
-                RouteAction::Redirect(_) | RouteAction::Direct { .. } => &[],
-            };
-            let mirrors = route.mirrors.iter().map(|mirror| &mirror.backend);
-            backends.iter().map(|backend| &backend.backend).chain(mirrors)
-        });
-        let streams = self.streams.iter().flat_map(|route| &route.backends).map(|backend| &backend.backend);
-        let named = http.chain(streams).filter_map(|backend| match backend {
-            Backend::Cluster(cluster) => Some(cluster),
-            Backend::Missing(_) => None,
-        });
-        let all = std::iter::once(&self.cluster).chain(named);
-        all.flat_map(|cluster| std::iter::once(cluster).chain(&cluster.standby.fallbacks))
+        with_fallbacks(&self.cluster).chain(led_to(&self.routes, &self.streams))
     }
+}
+
+/// Every cluster that routes lead to.
+fn led_to<'s>(
+    routes: &'s [Arc<HttpRoute>],
+    streams: &'s [Arc<StreamRoute>],
+) -> impl Iterator<Item = &'s Arc<Cluster>> {
+    let http = routes.iter().flat_map(|route| {
+        let backends = match &route.action {
+            RouteAction::Forward(backends) => backends.as_slice(),
+            RouteAction::Redirect(_) | RouteAction::Direct { .. } => &[],
+        };
+        let mirrors = route.mirrors.iter().map(|mirror| &mirror.backend);
+        backends.iter().map(|backend| &backend.backend).chain(mirrors)
+    });
+    let streams = streams.iter().flat_map(|route| &route.backends).map(|backend| &backend.backend);
+    let named = http.chain(streams).filter_map(|backend| match backend {
+        Backend::Cluster(cluster) => Some(cluster),
+        Backend::Missing(_) => None,
+    });
+    named.flat_map(with_fallbacks)
+}
+
+fn with_fallbacks(cluster: &Arc<Cluster>) -> impl Iterator<Item = &Arc<Cluster>> {
+    std::iter::once(cluster).chain(&cluster.standby.fallbacks)
 }
 
 /// An application protocol.

@@ -19,8 +19,8 @@ mod tests;
 pub use client::{MeshConnection, connect, connect_tunnels};
 pub use introduction::Introduction;
 pub use native::{
-    MESH_APP_PROTOCOL, MESH_PORT, Refusal, may_be_of_connection, note_refusal, refusal, strip_mesh_headers,
-    tell_failure,
+    MESH_APP_PROTOCOL, MESH_PORT, OfClient, Refusal, may_be_of_connection, note_refusal, refusal,
+    strip_mesh_headers, tell_failure,
 };
 pub use pool::{Pool, PoolKey};
 pub use serve::{MeshStream, Tunnel, serve};

@@ -30,6 +30,14 @@ pub const MESH_FAILURE: HeaderName = HeaderName::from_static("mesh-failure");
 /// In a request: whom the app is to be told that its connection is for ([`Introduction`]).
 pub const MESH_INTRODUCES: HeaderName = HeaderName::from_static("mesh-introduces");
 
+/// In a request that came in at a gateway: what that has verified of its client ([`OfClient`]).
+pub const MESH_OF_CLIENT: HeaderName = HeaderName::from_static("mesh-of-client");
+
+/// What a gateway has verified of the certificate of a request's client, as an app is told of it. Goes beside the headers of
+/// the request, where no client can write it.
+#[derive(Debug, Clone)]
+pub struct OfClient(pub HeaderValue);
+
 const HTTP1: &str = "http/1.1";
 const HTTP2: &str = "h2";
 
@@ -58,6 +66,7 @@ pub fn strip_mesh_headers(headers: &mut HeaderMap) {
     headers.remove(MESH_FAILURE);
     headers.remove(MESH_REFUSAL);
     headers.remove(MESH_INTRODUCES);
+    headers.remove(MESH_OF_CLIENT);
 }
 
 /// Failures to get a response of the app that the source is told of: what its retries ask for.
@@ -186,6 +195,10 @@ pub(super) fn to_wire(
         Some(introduction) => drop(parts.headers.insert(MESH_INTRODUCES, introduction.to_header())),
         None => drop(parts.headers.remove(MESH_INTRODUCES)),
     }
+    match parts.extensions.remove::<OfClient>() {
+        Some(OfClient(certificate)) => drop(parts.headers.insert(MESH_OF_CLIENT, certificate)),
+        None => drop(parts.headers.remove(MESH_OF_CLIENT)),
+    }
     *request = Request::from_parts(parts, body);
     Ok(request)
 }
@@ -204,6 +217,12 @@ fn authority(host: Option<&HeaderValue>, destination: SocketAddr) -> Result<Auth
 /// Whom the app is to be told that its connection is for.
 pub(super) fn introduced(headers: &HeaderMap) -> Result<Option<Introduction>> {
     single(headers, &MESH_INTRODUCES)?.map(Introduction::from_header).transpose()
+}
+
+/// What a gateway has verified of the client.
+pub(super) fn of_client(headers: &HeaderMap) -> Result<Option<OfClient>> {
+    single(headers, &MESH_OF_CLIENT)?
+        .map_or(Ok(None), |_| Ok(headers.get(MESH_OF_CLIENT).cloned().map(OfClient)))
 }
 
 /// Port and protocol of a native request, its headers stripped; `None` for a stream without them.
@@ -299,6 +318,23 @@ mod tests {
         assert_eq!(introduced(wire.headers())?, None);
         wire.headers_mut().insert(MESH_INTRODUCES, HeaderValue::from_static("v1 somebody"));
         assert!(introduced(wire.headers()).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn what_a_gateway_knows_of_a_client_arrives_and_nobody_else_says_it() -> TestResult {
+        let mut request = Request::get("/x").header(HOST, "a").body(Body::Empty)?;
+        request.extensions_mut().insert(OfClient(HeaderValue::from_static("Hash=1")));
+        let mut wire = to_wire(Box::new(request), APP, Protocol::Http1)?;
+        let told = |headers: &HeaderMap| of_client(headers).map(|of| of.map(|OfClient(value)| value));
+        assert_eq!(told(wire.headers())?, Some(HeaderValue::from_static("Hash=1")));
+        assert!(from_wire(wire.headers_mut())?.is_some());
+        assert_eq!(told(wire.headers())?, None);
+        let said = Request::get("/x").header(HOST, "a").header(MESH_OF_CLIENT, "Hash=2").body(Body::Empty)?;
+        assert_eq!(told(to_wire(Box::new(said), APP, Protocol::Http1)?.headers())?, None);
+        let mut headers = HeaderMap::from_iter([(MESH_OF_CLIENT, HeaderValue::from_static("Hash=2"))]);
+        strip_mesh_headers(&mut headers);
+        assert!(headers.is_empty());
         Ok(())
     }
 

@@ -130,15 +130,21 @@ where
 /// Tells native requests from tunnels and checks either against the pod's addresses.
 fn classify(mut request: Request<Body>, stream: ServerStream, wire: Wire, pod_ips: &[IpAddr]) -> MeshStream {
     // Taken out on either wire: the app never sees them, and on HBONE they mean nothing.
-    let introduced = native::introduced(request.headers());
+    let told = native::introduced(request.headers())
+        .and_then(|introduced| Ok((introduced, native::of_client(request.headers())?)));
     let native = native::from_wire(request.headers_mut());
     if wire == Wire::MeshH2 {
         match native {
             Ok(Some((port, protocol))) => {
-                match introduced {
-                    Ok(None) => {}
-                    Ok(Some(introduction)) => drop(request.extensions_mut().insert(introduction)),
+                let (introduced, of_client) = match told {
+                    Ok(told) => told,
                     Err(error) => return MeshStream::Neither { error, stream },
+                };
+                if let Some(introduction) = introduced {
+                    request.extensions_mut().insert(introduction);
+                }
+                if let Some(of_client) = of_client {
+                    request.extensions_mut().insert(of_client);
                 }
                 let request = Box::new(request);
                 return MeshStream::Http { request, port, protocol, stream };

@@ -16,7 +16,7 @@ use crate::{
     error::{Error, Kind, Result},
     identity::SpiffeId,
     state::snapshot::Protocol,
-    tunnel::may_be_of_connection,
+    tunnel::{OfClient, may_be_of_connection},
 };
 
 /// Headers that speak of one connection only (RFC 9110 §7.6.1), besides those that `Connection` names.
@@ -175,11 +175,15 @@ pub fn for_http2(parts: &mut request::Parts) {
 
 /// The request goes over TLS: over HTTP/2 that stands in its scheme (RFC 9113 §8.3.1).
 pub fn over_tls(uri: &mut Uri) {
-    if uri.scheme().is_none() {
-        return;
+    if uri.scheme().is_some() {
+        set_scheme(uri, Scheme::HTTPS);
     }
+}
+
+/// Says by what a normalised request has come.
+pub fn set_scheme(uri: &mut Uri, scheme: Scheme) {
     let mut parts = std::mem::take(uri).into_parts();
-    parts.scheme = Some(Scheme::HTTPS);
+    parts.scheme = Some(scheme);
     // It was whole with another scheme.
     *uri = Uri::from_parts(parts).unwrap_or_default();
 }
@@ -209,6 +213,17 @@ pub fn show_certificate(headers: &mut HeaderMap, certificate: Option<&HeaderValu
     match certificate {
         Some(certificate) => drop(headers.insert(CLIENT_CERT, certificate.clone())),
         None => drop(headers.remove(CLIENT_CERT)),
+    }
+}
+
+/// Puts before it what a gateway has verified of its own client, whose request this is.
+pub fn show_client_of_gateway(parts: &mut request::Parts) {
+    let Some(OfClient(of_client)) = parts.extensions.remove() else { return };
+    let Some(gateway) = parts.headers.get(CLIENT_CERT) else { return };
+    let both = [of_client.as_bytes(), gateway.as_bytes()].join(&b","[..]);
+    // Of two header values.
+    if let Ok(both) = HeaderValue::from_bytes(&both) {
+        parts.headers.insert(CLIENT_CERT, both);
     }
 }
 
@@ -251,6 +266,22 @@ mod tests {
         let mut left: Vec<_> = headers.keys().map(HeaderName::as_str).collect();
         left.sort_unstable();
         assert_eq!(left, ["te", "x-theirs"]);
+    }
+
+    #[test]
+    fn the_client_of_a_gateway_stands_before_the_gateway() {
+        let shown = |own: Option<&'static str>, of_client: Option<&'static str>| {
+            let mut parts = parts(Request::get("/")).unwrap_or_else(|| panic!());
+            parts.headers.extend(own.map(|own| (CLIENT_CERT, HeaderValue::from_static(own))));
+            if let Some(of_client) = of_client {
+                parts.extensions.insert(OfClient(HeaderValue::from_static(of_client)));
+            }
+            show_client_of_gateway(&mut parts);
+            parts.headers.get(CLIENT_CERT).and_then(|cert| cert.to_str().ok().map(str::to_owned))
+        };
+        assert_eq!(shown(Some("By=a"), Some("Hash=1")).as_deref(), Some("Hash=1,By=a"));
+        assert_eq!(shown(Some("By=a"), None).as_deref(), Some("By=a"));
+        assert_eq!(shown(None, Some("Hash=1")), None);
     }
 
     #[test]

@@ -31,6 +31,7 @@ use tokio::{
 
 pub use self::{
     dial::Dial,
+    originate::has_name,
     pod::{Held, LocalPods, Pod, PodLimits, PodName},
     pool::{AGAIN, Key, Lease, Pool},
     proxied::{spoken, through_proxy},

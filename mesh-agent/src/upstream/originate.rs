@@ -178,18 +178,18 @@ impl Verifier {
             error => for_rustls(error),
         })
     }
+}
 
-    /// Whether a certificate has this name: of a host (exact, or by the certificate's own wildcard), an address, or a URI.
-    fn has(leaf: &CertificateDer<'_>, parsed: &ParsedCertificate<'_>, name: &str) -> bool {
-        if let Ok(name) = ServerName::try_from(name)
-            && verify_server_name(parsed, &name).is_ok()
-        {
-            return true;
-        }
-        let Ok((_, certificate)) = X509Certificate::from_der(leaf) else { return false };
-        let Ok(Some(names)) = certificate.subject_alternative_name() else { return false };
-        names.value.general_names.iter().any(|one| matches!(one, GeneralName::URI(uri) if *uri == name))
+/// Whether a certificate has this name: of a host (exact, or by the certificate's own wildcard), an address, or a URI.
+pub fn has_name(leaf: &CertificateDer<'_>, name: &str) -> bool {
+    if let (Ok(parsed), Ok(name)) = (ParsedCertificate::try_from(leaf), ServerName::try_from(name))
+        && verify_server_name(&parsed, &name).is_ok()
+    {
+        return true;
     }
+    let Ok((_, certificate)) = X509Certificate::from_der(leaf) else { return false };
+    let Ok(Some(names)) = certificate.subject_alternative_name() else { return false };
+    names.value.general_names.iter().any(|one| matches!(one, GeneralName::URI(uri) if *uri == name))
 }
 
 impl ServerCertVerifier for Verifier {
@@ -208,7 +208,7 @@ impl ServerCertVerifier for Verifier {
         self.chain(leaf, intermediates, now)?;
         if self.terms.names.is_empty() {
             verify_server_name(&parsed, server)?;
-        } else if !self.terms.names.iter().any(|name| Self::has(leaf, &parsed, name)) {
+        } else if !self.terms.names.iter().any(|name| has_name(leaf, name)) {
             return Err(CertificateError::NotValidForName.into());
         }
         Ok(ServerCertVerified::assertion())

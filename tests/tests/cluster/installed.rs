@@ -36,6 +36,8 @@ impl<'c> Mesh<'c> {
             // the machine has it.
             format!("node.cgroupRoot=/host{}", lab::cgroup::root()?.display()),
             "node.resources.limits.memory=1Gi".to_owned(),
+            // Nobody hands out addresses of balancers here.
+            "gateway.service.type=ClusterIP".to_owned(),
         ];
         let mut arguments = vec!["install", "mesh", &chart, "--namespace", SYSTEM, "--create-namespace"];
         for value in values.iter().map(String::as_str).chain(more.iter().copied()) {
@@ -86,7 +88,7 @@ impl<'c> Mesh<'c> {
         };
         let pods = self.0.kubectl(["get", "pods", "-A", "-o", "wide"]);
         let events = self.0.kubectl(["get", "events", "-A", "--sort-by=.lastTimestamp"]);
-        let all = [pods, events, logs("mesh-controller"), logs("mesh-agent")];
+        let all = [pods, events, logs("mesh-controller"), logs("mesh-agent"), logs("mesh-gateway")];
         all.map(|said| said.unwrap_or_else(|error| format!("{error:#}"))).join("\n")
     }
 

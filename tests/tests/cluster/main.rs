@@ -3,6 +3,7 @@
 mod api_server;
 mod bookinfo;
 mod failures;
+mod gateway;
 mod installed;
 mod load;
 mod measured;

@@ -5,9 +5,12 @@ use std::{collections::HashMap, sync::Arc};
 use http::{HeaderName, HeaderValue, StatusCode};
 
 use super::*;
-use crate::state::snapshot::{
-    Authentication, Balancing, BothHeaderOps, CapturePolicy, Cluster, ConnectionPool, HeaderOps, Idle,
-    KeySet, RemoteKeys, Subnet, UnmatchedPreflights,
+use crate::state::{
+    compile::{GatewayPod, Settings, compile},
+    snapshot::{
+        Authentication, Balancing, BothHeaderOps, CapturePolicy, Cluster, ConnectionPool, HeaderOps, Idle,
+        KeySet, RemoteKeys, Subnet, UnmatchedPreflights,
+    },
 };
 
 fn anybody() -> CorsPolicy {
@@ -224,4 +227,52 @@ fn key_sets_that_are_not_there_are_problems() {
     }));
     let dump = config(&snapshot, &[]);
     assert_eq!((&dump["problems"], &dump["key_sets"]), (&json!([]), &json!({ uri: 1 })));
+}
+
+#[test]
+fn a_gateway_is_shown_by_ports_and_hosts_and_never_its_key() {
+    let text = "
+{apiVersion: v1, kind: Pod, metadata: {name: in, namespace: edge}, status: {podIP: 10.0.0.1}}
+---
+{apiVersion: networking.istio.io/v1, kind: Gateway, metadata: {name: g, namespace: edge}, spec: {servers: [
+  {port: {number: 80, name: http, protocol: HTTP}, hosts: [b.example, '*.example', a.example], tls: {httpsRedirect: true}},
+  {port: {number: 443, name: https, protocol: HTTPS}, hosts: ['*'], tls: {mode: MUTUAL, credentialName: none, subjectAltNames: [c]}},
+  {port: {number: 444, name: tls, protocol: TLS}, hosts: [a.example], tls: {mode: PASSTHROUGH}},
+  {port: {number: 90, name: tcp, protocol: TCP}, hosts: ['*']}]}}
+---
+{apiVersion: networking.istio.io/v1, kind: VirtualService, metadata: {name: v, namespace: edge}, spec: {gateways: [g],
+  hosts: [a.example], http: [{redirect: {uri: /}}], tcp: [{route: [{destination: {host: none}}]}]}}
+";
+    let (objects, refused) = crate::source::read_text(text);
+    assert_eq!(refused, []);
+    let pod = GatewayPod { namespace: "edge".into(), name: "in".into() };
+    let settings = Settings { gateway: Some(pod), ..Settings::default() };
+    let dump = config(&compile(&objects, None, &settings).0, &[])["gateway"].clone();
+    assert_eq!(
+        (&dump["workload"], &dump["identity"]),
+        (&json!("edge/in"), &json!("spiffe://cluster.local/ns/edge/sa/default"))
+    );
+    let numbers: Vec<_> =
+        dump["ports"].as_array().into_iter().flatten().map(|port| (&port["port"], &port["serves"])).collect();
+    let expected = [(80, "http"), (90, "tcp"), (443, "tls"), (444, "tls")]
+        .map(|(port, serves)| (json!(port), json!(serves)));
+    assert_eq!(numbers, expected.iter().map(|(port, serves)| (port, serves)).collect::<Vec<_>>());
+    let hosts = dump["ports"][0]["virtual_hosts"].as_array().cloned().unwrap_or_default();
+    let hosts: Vec<_> =
+        hosts.iter().map(|host| (&host["domain"], host["routes"].as_array().map(Vec::len))).collect();
+    let domains =
+        [(json!("a.example"), Some(1)), (json!("b.example"), Some(0)), (json!("*.example"), Some(0))];
+    assert_eq!(hosts, domains.iter().map(|(domain, routes)| (domain, *routes)).collect::<Vec<_>>());
+    assert_eq!(dump["ports"][1]["streams"][0]["origin"], "VirtualService edge/v");
+    let expected = json!({
+        "host": "*", "origin": "Gateway edge/g: spec.servers[1]",
+        "tls": {
+            "mode": "Mutual", "broken": "there is no Secret edge/none", "subject_alt_names": ["c"],
+            "asks_what_is_revoked": false, "versions": ["TLSV1_2", "TLSV1_3"], "cipher_suites": [],
+        },
+        "virtual_hosts": dump["ports"][2]["servers"][0]["virtual_hosts"],
+    });
+    assert_eq!(dump["ports"][2]["servers"], json!([expected]));
+    assert_eq!(dump["ports"][3]["servers"][0]["passes"], true);
+    assert!(config(&Snapshot::default(), &[]).get("gateway").is_none());
 }

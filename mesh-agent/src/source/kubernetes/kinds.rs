@@ -52,9 +52,10 @@ const NETWORKING_VERSIONS: &[&str] = &["v1", "v1beta1", "v1alpha3"];
 const SECURITY_VERSIONS: &[&str] = &["v1", "v1beta1"];
 
 /// Those of resource definitions.
-pub(super) const DEFINED: [Kind; 6] = [
+pub(super) const DEFINED: [Kind; 7] = [
     kind(NETWORKING, NETWORKING_VERSIONS, "VirtualService", "virtualservices"),
     kind(NETWORKING, NETWORKING_VERSIONS, "DestinationRule", "destinationrules"),
+    kind(NETWORKING, NETWORKING_VERSIONS, "Gateway", "gateways"),
     kind(SECURITY, SECURITY_VERSIONS, "AuthorizationPolicy", "authorizationpolicies"),
     kind(SECURITY, SECURITY_VERSIONS, "PeerAuthentication", "peerauthentications"),
     kind(SECURITY, SECURITY_VERSIONS, "RequestAuthentication", "requestauthentications"),

@@ -116,9 +116,9 @@ async fn follow(
         Definitions::new(starter.clone(), Detail::Whole).follow(),
     )));
     let mut follower = Follower {
+        secrets: Secrets::new(starter, settings.clone()),
         in_force: InForce::new(settings),
         mirror: Mirror::default(),
-        secrets: Secrets::new(starter),
         sandboxes: sandboxes.watch(),
         failing: BTreeMap::new(),
         news,
@@ -337,7 +337,7 @@ async fn run(
         };
         let Some(mut changes) = changes else { continue };
         loop {
-            let names_secrets = changes.iter().any(names_secrets);
+            let names_secrets = changes.iter().any(|change| follower.secrets.may_depend_on(change));
             follower = match follower.take(changes).await {
                 Ok(follower) => follower,
                 Err(error) => {
@@ -353,10 +353,4 @@ async fn run(
             }
         }
     }
-}
-
-/// Whether it may change which Secrets are named.
-fn names_secrets(change: &Change) -> bool {
-    let (Change::Set(key, _) | Change::Gone(key)) = change;
-    &*key.kind == "DestinationRule"
 }

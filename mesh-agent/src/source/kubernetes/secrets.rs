@@ -1,4 +1,4 @@
-//! The Secrets that rules name: each is watched by itself, for as long as it is named.
+//! The Secrets that rules name, or a gateway has to show: each is watched by itself, for as long as it is named.
 //!
 //! Never lists Secrets: an agent may not be able to read what nobody has given to the mesh. Tested in `tests/secrets.rs`.
 
@@ -16,11 +16,16 @@ use super::{
     start::Starter,
     watch::{Watch, WatchId},
 };
-use crate::state::{compile::named_secrets, resource::Objects};
+use crate::state::{
+    compile::{Change, Settings, named_secrets},
+    resource::Objects,
+};
 
 /// Watches of Secrets.
 pub(super) struct Secrets {
     starter: Starter,
+    /// Whose Secrets they are.
+    settings: Settings,
     running: HashMap<WatchId, AbortOnDropHandle<()>>,
 }
 
@@ -34,8 +39,8 @@ pub(super) struct Followed {
 
 impl Secrets {
     /// None yet.
-    pub fn new(starter: Starter) -> Self {
-        Self { starter, running: HashMap::new() }
+    pub fn new(starter: Starter, settings: Settings) -> Self {
+        Self { starter, settings, running: HashMap::new() }
     }
 
     /// Whether what this watch tells is of interest: one that was ended may have told something before.
@@ -43,9 +48,17 @@ impl Secrets {
         !matches!(watch, WatchId::Secret(..)) || self.running.contains_key(watch)
     }
 
+    /// Whether a change may be one of which Secrets are named.
+    pub fn may_depend_on(&self, change: &Change) -> bool {
+        let (Change::Set(key, _) | Change::Gone(key)) = change;
+        let of_gateway =
+            || self.settings.is_own(key) || (self.settings.gateway.is_some() && &*key.kind == "Gateway");
+        &*key.kind == "DestinationRule" || of_gateway()
+    }
+
     /// Watches those that these objects name, and no others.
     pub fn follow(&mut self, objects: &Objects) -> Followed {
-        let named = named_secrets(objects);
+        let named = named_secrets(objects, &self.settings);
         let named: BTreeSet<WatchId> =
             named.into_iter().map(|(namespace, name)| WatchId::Secret(namespace, name)).collect();
         let ended: BTreeSet<WatchId> =

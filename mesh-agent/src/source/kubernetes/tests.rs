@@ -271,7 +271,7 @@ async fn what_is_ready_at_once_is_compiled_at_once() {
     let mut follower = Follower {
         in_force: InForce::new(settings()),
         mirror: Mirror::default(),
-        secrets: Secrets::new(starter),
+        secrets: Secrets::new(starter, settings()),
         sandboxes: Sandboxes::default().watch(),
         failing: BTreeMap::new(),
         news,

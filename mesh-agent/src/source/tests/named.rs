@@ -140,3 +140,30 @@ async fn files_are_followed_wherever_they_are() {
     fs::remove_file(dir.join("a.yaml")).unwrap();
     source.snapshots.wait_for(|snapshot| matches!(tls(snapshot), Origination::Plaintext)).await.unwrap();
 }
+
+#[test]
+fn keys_of_gateways_are_read_for_gateways_alone() {
+    let parent = tempfile::tempdir().unwrap();
+    put(parent.path(), "key.pem", "key");
+    let server = "{port: {number: 443, name: https, protocol: HTTPS}, hosts: ['*'], \
+                  tls: {mode: SIMPLE, serverCertificate: none.pem, privateKey: key.pem}}";
+    let gateway = format!(
+        "{{apiVersion: networking.istio.io/v1, kind: Gateway, metadata: {{name: g}}, spec: {{servers: [{server}]}}}}\n"
+    );
+    put(parent.path(), "gateway.yaml", &gateway);
+    for (serves, expected) in
+        [(false, vec!["Gateway"]), (true, vec!["Gateway", "File key.pem", "File none.pem"])]
+    {
+        let mut directory = Directory::new(parent.path().to_owned()).serving(serves);
+        let changes = directory.read(&Look::Everything, &Objects::new());
+        let read: BTreeSet<String> = changes
+            .iter()
+            .map(|change| match change {
+                Change::Set(key, _) | Change::Gone(key) => {
+                    key.to_string().replace("Gateway default/g", "Gateway")
+                }
+            })
+            .collect();
+        assert_eq!(read, expected.into_iter().map(str::to_owned).collect(), "{serves}");
+    }
+}

@@ -5,7 +5,7 @@
 
 use std::{collections::BTreeSet, sync::Arc};
 
-use super::{Problems, services::Definitions};
+use super::{Problems, Settings, gateways, services::Definitions};
 use crate::state::{
     resource::{
         ObjectKey, Objects, Resource,
@@ -50,9 +50,9 @@ pub(super) fn originate(
     }
 }
 
-/// Namespace and name of each Secret that a rule names: no other is asked for.
-pub fn named_secrets(objects: &Objects) -> BTreeSet<(Arc<str>, Arc<str>)> {
-    let mut named = BTreeSet::new();
+/// Namespace and name of each Secret that a rule names, or that the gateway's own process has to show: no other is asked for.
+pub fn named_secrets(objects: &Objects, settings: &Settings) -> BTreeSet<(Arc<str>, Arc<str>)> {
+    let mut named = gateways::named_secrets(objects, settings);
     for (_, object) in of_kind(objects, "DestinationRule") {
         let Resource::DestinationRule(rule) = &object.resource else { continue };
         let policies =
@@ -69,7 +69,7 @@ pub fn named_secrets(objects: &Objects) -> BTreeSet<(Arc<str>, Arc<str>)> {
 }
 
 /// Istio's name of the Secret that has the roots of another one.
-fn roots_alone(name: &str) -> String {
+pub(super) fn roots_alone(name: &str) -> String {
     format!("{name}-cacert")
 }
 
@@ -95,21 +95,26 @@ fn files(objects: &Objects, terms: &Terms, shows: bool) -> Result<Credential, Mi
             "caCertificates" => &mut found.roots,
             _ => &mut found.revoked,
         };
-        match objects.get(&file_key(path)).map(|object| &object.resource) {
-            Some(Resource::File(Ok(bytes))) => *place = Some(Arc::clone(bytes)),
-            Some(Resource::File(Err(why))) => return Err((field, why.clone())),
-            _ => {
-                let why = "files are read where the configuration is a directory; put what is in it into a Secret, and \
-                           name that by credentialName";
-                return Err((field, why.to_owned()));
-            }
-        }
+        *place = Some(file(objects, path).map_err(|why| (field, why))?);
     }
     Ok(found)
 }
 
+/// What is in a file that is named.
+pub(super) fn file(objects: &Objects, path: &str) -> Result<Arc<[u8]>, String> {
+    match objects.get(&file_key(path)).map(|object| &object.resource) {
+        Some(Resource::File(Ok(bytes))) => Ok(Arc::clone(bytes)),
+        Some(Resource::File(Err(why))) => Err(why.clone()),
+        _ => {
+            let why = "files are read where the configuration is a directory; put what is in it into a Secret, and \
+                       name that by credentialName";
+            Err(why.to_owned())
+        }
+    }
+}
+
 /// What the named Secret has, and that of the same name with `-cacert` behind (Istio's, for what is believed).
-fn secret(objects: &Objects, namespace: &str, name: &str, shows: bool) -> Result<Credential, String> {
+pub(super) fn secret_of(objects: &Objects, namespace: &str, name: &str) -> Result<Credential, String> {
     let find = |name: &str| match objects.get(&ObjectKey::new("Secret", namespace, name)).map(|o| &o.resource)
     {
         Some(Resource::Secret(credential)) => Some(Credential::clone(credential)),
@@ -122,13 +127,19 @@ fn secret(objects: &Objects, namespace: &str, name: &str, shows: bool) -> Result
     let found = found.unwrap_or_default();
     let apart = roots.unwrap_or_default();
     let (roots, revoked) = (apart.roots.or(found.roots), apart.revoked.or(found.revoked));
+    Ok(Credential { roots, revoked, ..found })
+}
+
+/// What a client has of the named Secret: a certificate to show, or whom to believe.
+fn secret(objects: &Objects, namespace: &str, name: &str, shows: bool) -> Result<Credential, String> {
+    let found = secret_of(objects, namespace, name)?;
     if shows && (found.certificate.is_none() || found.key.is_none()) {
         return Err(format!("Secret {namespace}/{name} has no certificate and key (tls.crt, tls.key)"));
     }
-    if !shows && roots.is_none() {
+    if !shows && found.roots.is_none() {
         return Err(format!("Secret {namespace}/{name} has no certificate of an authority (ca.crt)"));
     }
-    Ok(Credential { roots, revoked, ..found })
+    Ok(found)
 }
 
 /// Says what of a rule's `tls` is not there, and where it does not hold.

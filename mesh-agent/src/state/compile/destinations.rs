@@ -4,7 +4,12 @@
 //! Tested in `tests.rs` beside it.
 
 use super::{
-    Problems, clients::Client, clusters::Clusters, resolve, services::Definition, virtual_services::key_of,
+    Problems,
+    clients::Client,
+    clusters::Clusters,
+    resolve,
+    services::{Definition, PortDefinition},
+    virtual_services::key_of,
 };
 use crate::state::{
     resource::virtual_service::{Target, VirtualService},
@@ -46,13 +51,29 @@ impl Missing {
     }
 }
 
-impl Destinations<'_, '_, '_, '_> {
+impl<'a, 'p> Destinations<'_, 'a, 'p, '_> {
     /// What a destination leads to; `port` is the one that the client dialled.
     pub fn backend(&mut self, place: &Place<'_>, target: &Target, port: u16) -> Backend {
         let missing = match self.cluster(&place.owner.namespace, target, port) {
             Ok(backend) => return backend,
             Err(missing) => missing,
         };
+        self.report(place, missing)
+    }
+
+    /// Says of a destination if it leads nowhere, whoever the client is.
+    pub fn check(&mut self, place: &Place<'_>, target: &Target) {
+        let found =
+            self.service(&place.owner.namespace, target).and_then(|(host, service)| match target.port {
+                Some(number) => port_of(service, &host, number).map(drop),
+                None => Ok(()),
+            });
+        if let Err(missing) = found {
+            self.report(place, missing);
+        }
+    }
+
+    fn report(&mut self, place: &Place<'_>, missing: Missing) -> Backend {
         let key = key_of(place.owner);
         let field = format!("{}.{}", place.field, missing.part);
         let message = missing.message;
@@ -63,7 +84,8 @@ impl Destinations<'_, '_, '_, '_> {
         Backend::Missing(format!("{key}: {field}: {message}").into())
     }
 
-    fn cluster(&mut self, namespace: &str, target: &Target, port: u16) -> Result<Backend, Missing> {
+    /// The service, and its full host name.
+    fn service(&self, namespace: &str, target: &Target) -> Result<(String, &'p Definition<'a>), Missing> {
         let host = resolve(&target.host, namespace);
         let Some(service) = self.clusters.definition(&host) else {
             let hint = match host.split('.').count() {
@@ -74,6 +96,11 @@ impl Destinations<'_, '_, '_, '_> {
             };
             return Err(Missing::new("host", "Service", format!("no Service has the host {host}{hint}")));
         };
+        Ok((host, service))
+    }
+
+    fn cluster(&mut self, namespace: &str, target: &Target, port: u16) -> Result<Backend, Missing> {
+        let (host, service) = self.service(namespace, target)?;
         if !self.sees(service) {
             // As its owner wants it.
             let message = format!("{} is not exported to {}", service.key, self.clients());
@@ -84,10 +111,7 @@ impl Destinations<'_, '_, '_, '_> {
             (None, [only]) => only.port,
             (None, _) => port,
         };
-        let Some(port) = service.port(number) else {
-            let message = format!("{} ({host}) has no TCP port {number}", service.key);
-            return Err(Missing::new("port", "Service", message));
-        };
+        let port = port_of(service, &host, number)?;
         let Some(subset) = &target.subset else {
             return Ok(Backend::Cluster(self.clusters.whole(service, port, self.client)));
         };
@@ -117,4 +141,15 @@ impl Destinations<'_, '_, '_, '_> {
             None => "clients of all namespaces".to_owned(),
         }
     }
+}
+
+fn port_of<'d, 'a>(
+    service: &'d Definition<'a>,
+    host: &str,
+    number: u16,
+) -> Result<&'d PortDefinition<'a>, Missing> {
+    service.port(number).ok_or_else(|| {
+        let message = format!("{} ({host}) has no TCP port {number}", service.key);
+        Missing::new("port", "Service", message)
+    })
 }

@@ -146,6 +146,10 @@ impl Compiled {
     fn follow(&mut self, concerned: Concerned) -> Option<()> {
         let Concerned { mut services, pods, mut names } = concerned;
         let pods: Vec<PodChange> = pods.into_values().collect();
+        if pods.iter().any(|change| self.settings.is_own(&change.key)) {
+            // Its labels say which gateways it serves.
+            return None;
+        }
         let (mut problems, mut known) = (Problems::new(&self.objects), Problems::new(&self.objects));
         // What is wrong with the settings was found when they were compiled.
         let (mesh, settings) = MeshSettings::find(&self.objects, &self.settings, &mut known);

@@ -38,6 +38,14 @@ pub(super) struct Localities<'a> {
     pub own: Locality,
 }
 
+/// The node that a gateway's own pod is on.
+fn of_gateway<'a>(objects: &'a Objects, settings: &Settings) -> Option<&'a str> {
+    settings.gateway.as_ref()?;
+    let own = of_kind(objects, "Pod").find(|(key, _)| settings.is_own(key))?;
+    let Resource::Pod(pod) = &own.1.resource else { return None };
+    pod.spec.as_ref()?.node_name.as_deref()
+}
+
 impl<'a> Localities<'a> {
     /// Looks through all nodes.
     pub fn index(objects: &'a Objects, settings: &'a Settings) -> Self {
@@ -50,7 +58,7 @@ impl<'a> Localities<'a> {
             Some((label(labels, &[ZONE, OLD_ZONE])?, label(labels, &[REGION, OLD_REGION])?))
         });
         let regions = zones.collect();
-        let node = settings.node.as_deref().unwrap_or_default();
+        let node = settings.node.as_deref().or_else(|| of_gateway(objects, settings)).unwrap_or_default();
         let own = nodes.get(node).map(|labels| of_labels(labels)).unwrap_or_default();
         Self { nodes, regions, node, own }
     }

@@ -18,6 +18,7 @@ use self::{
     clusters::Clusters,
     destination_rules::DestinationRules,
     destinations::Destinations,
+    gateways::Bindings,
     locality::Localities,
     mesh_config::MeshSettings,
     recipe::Recipe,
@@ -43,6 +44,7 @@ mod delegates;
 mod destination_rules;
 mod destinations;
 mod endpoints;
+mod gateways;
 mod hosts;
 mod incremental;
 mod locality;
@@ -83,6 +85,25 @@ pub struct Settings {
     pub node: Option<Arc<str>>,
     /// Where pods' network namespaces come from.
     pub netns: Netns,
+    /// Namespace and name of the gateway's own pod, where it is for a gateway.
+    pub gateway: Option<GatewayPod>,
+}
+
+/// Namespace and name of a gateway's own pod.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GatewayPod {
+    /// `metadata.namespace`.
+    pub namespace: Arc<str>,
+    /// `metadata.name`.
+    pub name: Arc<str>,
+}
+
+impl Settings {
+    /// Whether this is the gateway's own pod.
+    pub fn is_own(&self, key: &ObjectKey) -> bool {
+        let is_it = |own: &GatewayPod| own.namespace == key.namespace && own.name == key.name;
+        &*key.kind == "Pod" && self.gateway.as_ref().is_some_and(is_it)
+    }
 }
 
 impl Default for Settings {
@@ -92,6 +113,7 @@ impl Default for Settings {
             root_namespace: defaults::ROOT_NAMESPACE.into(),
             node: None,
             netns: Netns::Annotation,
+            gateway: None,
         }
     }
 }
@@ -137,6 +159,8 @@ struct Kept {
     shared_ips: HashSet<IpAddr>,
     /// Whether it is counted where the pods of workloads are.
     counts_origins: bool,
+    /// The host names of clusters that the gateway leads to.
+    of_gateway: BTreeSet<Arc<str>>,
 }
 
 impl Kept {
@@ -163,6 +187,7 @@ fn whole(objects: &Objects, previous: Option<&Snapshot>, settings: &Settings) ->
     mesh.check(&definitions, &mut problems);
     let rules = DestinationRules::index(objects, settings, &definitions, &mut problems);
     let virtual_services = VirtualServices::index(objects, &definitions, &mut problems);
+    let bindings = Bindings::index(objects, &mut problems);
     let service_policies = ServicePolicies::index(objects, &definitions, &mut problems);
     let clients = Clients::index(&policies.selections, &pods);
     let views = Views::index(&definitions, &rules, &clients, &pods);
@@ -194,6 +219,10 @@ fn whole(objects: &Objects, previous: Option<&Snapshot>, settings: &Settings) ->
         }
         entries.enter(service);
     }
+    let own = pods.own.as_ref().map(|own| (own, views.named(own.view())));
+    let destinations =
+        Destinations { clusters: &mut clusters, problems: &mut problems, client: own.map(|own| own.1) };
+    let gateway = bindings.gateway((objects, previous), own.map(|own| own.0), destinations);
     for (key, field, (kind, message)) in clusters.unresolved {
         problems.not_found(&key, &field, kind, message);
     }
@@ -212,8 +241,10 @@ fn whole(objects: &Objects, previous: Option<&Snapshot>, settings: &Settings) ->
         starting: starting::of_all(objects, settings),
         enrolling: Arc::new(workloads::enrolling(objects)),
         key_sets: std::mem::take(&mut policies.tokens.key_sets),
+        gateway,
     };
     let kept = Kept {
+        of_gateway: gateways::led_to(&snapshot),
         recipes: clusters.recipes,
         users: entries.users,
         shared: entries.shared,

@@ -2,6 +2,8 @@
 //!
 //! Promises to share with it all that does not lead to those endpoints. Tested in `tests/incremental.rs`.
 
+mod gateway;
+
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, hash_map::Entry},
     net::SocketAddr,
@@ -65,6 +67,9 @@ impl<'r, 'a> Renewal<'r, 'a> {
                 snapshot.vips.insert(*vip, Arc::clone(&service));
             }
             snapshot.services.insert(Arc::clone(*host), service);
+        }
+        if changed.iter().any(|host| kept.of_gateway.contains(host)) {
+            snapshot.gateway = self.before.gateway.as_ref().map(|gateway| self.gateway(gateway));
         }
         let mut shared = Shared::new();
         // Those that only lead there too: a cluster of theirs may fall back to one that is new.

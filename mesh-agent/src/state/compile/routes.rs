@@ -63,7 +63,8 @@ fn default_route<'a>(
     }
 }
 
-fn route(
+/// What a rule comes to on a port, for requests that one of these matches.
+pub(super) fn route(
     destinations: &mut Destinations<'_, '_, '_, '_>,
     rule: &Rule<'_>,
     mut matches: Vec<RequestMatch>,

@@ -45,7 +45,7 @@ pub(super) fn follow(starting: &mut Pods, (objects, settings): (&Objects, &Setti
 }
 
 fn are_asked_for(settings: &Settings) -> bool {
-    settings.node.is_none() && matches!(settings.netns, Netns::Node(_))
+    settings.node.is_none() && settings.gateway.is_none() && matches!(settings.netns, Netns::Node(_))
 }
 
 fn name(key: &ObjectKey) -> (Arc<str>, Arc<str>) {

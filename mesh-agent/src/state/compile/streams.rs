@@ -24,24 +24,40 @@ pub(super) fn compile(
     for (list, rules) in [("tls", &owner.tls), ("tcp", &owner.tcp)] {
         for (index, rule) in rules.iter().enumerate() {
             let Some(matches) = matches(rule, port) else { continue };
-            let name = format!("{list}[{index}]");
-            let backends = rule.route.iter().map(|destination| {
-                let field = format!("spec.{name}.route[{}].destination", destination.index);
-                WeightedBackend {
-                    weight: destination.weight,
-                    headers: destination.headers.clone(),
-                    backend: destinations.backend(&Place { owner, field }, &destination.target, port),
-                }
-            });
-            routes.push(Arc::new(StreamRoute {
-                backends: backends.collect(),
-                name: name.as_str().into(),
-                origin: key_of(owner).to_string().into(),
+            routes.push(Arc::new(route(
+                destinations,
+                (owner, &format!("{list}[{index}]")),
+                rule,
                 matches,
-            }));
+                port,
+            )));
         }
     }
     routes.into()
+}
+
+/// What a rule, which has this name, comes to on a port, for connections that one of these matches.
+pub(super) fn route(
+    destinations: &mut Destinations<'_, '_, '_, '_>,
+    (owner, name): (&VirtualService, &str),
+    rule: &StreamRule,
+    matches: Vec<StreamMatch>,
+    port: u16,
+) -> StreamRoute {
+    let backends = rule.route.iter().map(|destination| {
+        let field = format!("spec.{name}.route[{}].destination", destination.index);
+        WeightedBackend {
+            weight: destination.weight,
+            headers: destination.headers.clone(),
+            backend: destinations.backend(&Place { owner, field }, &destination.target, port),
+        }
+    });
+    StreamRoute {
+        backends: backends.collect(),
+        name: name.into(),
+        origin: key_of(owner).to_string().into(),
+        matches,
+    }
 }
 
 /// The matches that can hold on this port inside the mesh; `None` when the rule asks for matches and none can.

@@ -9,6 +9,7 @@ mod client_tls;
 mod connection_pool;
 mod delegates;
 mod endpoints;
+mod gateways;
 mod incremental;
 mod locality;
 mod mesh_config;
@@ -177,7 +178,7 @@ fn matches_for_other_ports_and_gateways_are_left_out() {
          {{name: both, match: [{{gateways: [in]}}, {{gateways: [mesh], port: 80}}], {to}}}]}}"
     );
     let ports = "{name: x, port: 80}, {name: y, port: 81}";
-    let text = service("default", "a", ports) + &istio("VirtualService default/a", &spec);
+    let text = service("default", "a", ports) + &istio("VirtualService default/a", &spec) + &gateways::bare();
     let (snapshot, problems) = build(&text);
     assert_eq!(problems, []);
     let names =
@@ -236,6 +237,7 @@ fn rules_that_hold_for_nothing_say_so() {
             "VirtualService default/g",
             "{hosts: [b.example], gateways: [in], http: [{route: [{destination: {host: a}}]}]}",
         )
+        + &gateways::bare()
         + &istio("DestinationRule default/d", "{host: b}")
         + &istio("DestinationRule other/e", &format!("{{host: {A}}}"))
         + &istio("DestinationRule istio-system/f", &format!("{{host: {A}}}"));

@@ -82,7 +82,8 @@ impl<'a> VirtualServices<'a> {
             }
             before.push(self.all.len());
         }
-        if !used {
+        // Gateways have hosts that are no Service's.
+        if !used && service.gateways.iter().all(|gateway| gateway == "mesh") {
             let message = "no Service has any of these hosts, so its routes hold for nothing";
             problems.not_found(&key, "spec.hosts", "Service", message);
         }
@@ -128,7 +129,7 @@ fn leads_to(service: &VirtualService, http: &[Rule<'_>]) -> BTreeSet<String> {
 }
 
 /// Only a request that is sent on can be copied.
-fn report_mirrors(rules: &[Rule<'_>], problems: &mut Problems<'_>) {
+pub(super) fn report_mirrors(rules: &[Rule<'_>], problems: &mut Problems<'_>) {
     for rule in rules {
         let sent = matches!(rule.says.action, RuleAction::Forward(_));
         if let Some(mirror) = rule.says.mirrors.iter().flatten().next().filter(|_| !sent) {

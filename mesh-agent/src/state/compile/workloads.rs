@@ -88,6 +88,8 @@ pub(super) struct Pods<'a> {
     pub by_namespace: HashMap<&'a str, BTreeMap<&'a str, PodEntry<'a>>>,
     /// Addresses that several pods have.
     pub shared: HashSet<IpAddr>,
+    /// The gateway's own pod, whatever its addresses are.
+    pub own: Option<Arc<Workload>>,
 }
 
 impl<'a> Pods<'a> {
@@ -104,7 +106,12 @@ impl<'a> Pods<'a> {
         for (key, object) in of_kind(objects, "Pod") {
             let Resource::Pod(pod) = &object.resource else { continue };
             let Some(entry) = running(key, pod, settings, problems) else { continue };
-            if let Some(workload) = of_entry(&entry, (objects, previous), settings, policies, problems) {
+            let workload = of_entry(&entry, (objects, previous), settings, policies, problems);
+            if settings.is_own(key) {
+                let other = || made(&entry, (objects, previous), settings, policies, problems);
+                pods.own = Some(workload.clone().unwrap_or_else(other));
+            }
+            if let Some(workload) = workload {
                 for ip in &entry.ips {
                     if let Some(other) = owners.insert(*ip, key) {
                         pods.shared.insert(*ip);
@@ -125,7 +132,7 @@ impl<'a> Pods<'a> {
 
     /// None but those that are added; of all others, whose an address is.
     fn knowing(workloads: SharedMap<IpAddr, Arc<Workload>>) -> Self {
-        Self { workloads, by_namespace: HashMap::new(), shared: HashSet::new() }
+        Self { workloads, by_namespace: HashMap::new(), shared: HashSet::new(), own: None }
     }
 
     fn add(&mut self, entry: PodEntry<'a>) {
@@ -196,15 +203,23 @@ pub(super) fn of_entry(
     policies: &mut Policies<'_>,
     problems: &mut Problems<'_>,
 ) -> Option<Arc<Workload>> {
-    let PodEntry { key, pod, ips } = entry;
-    if host_network(pod) || ips.is_empty() {
-        return None;
-    }
+    let own = !host_network(entry.pod) && !entry.ips.is_empty();
+    own.then(|| made(entry, (objects, previous), settings, policies, problems))
+}
+
+fn made(
+    entry: &PodEntry<'_>,
+    (objects, previous): (&Objects, Option<&Snapshot>),
+    settings: &Settings,
+    policies: &mut Policies<'_>,
+    problems: &mut Problems<'_>,
+) -> Arc<Workload> {
+    let PodEntry { key, pod, .. } = entry;
     let tokens = policies.tokens.of(key, pod);
     let authentication = Authentication { tokens, ..policies.authentications.of(key, pod) };
     let view = policies.selections.view(&key.namespace, entry.labels());
     let policies = (policies.authorizations.of(key, pod), authentication);
-    Some(keep(Workload { view, ..workload(entry, objects, settings, policies, problems) }, previous))
+    keep(Workload { view, ..workload(entry, objects, settings, policies, problems) }, previous)
 }
 
 /// The entry of a pod whose addresses are its own: not one that has finished and may have given them back.
@@ -276,6 +291,8 @@ fn workload(
         Netns::Annotation => {
             (wants_mesh(entry, objects, problems), annotation(meta, NETNS).map(PathBuf::from))
         }
+        // To a gateway all pods are others'.
+        Netns::Node(_) if settings.gateway.is_some() => (is_announced(meta), None),
         Netns::Node(dir) if settings.node.as_deref() == entry.node() => {
             let uid = meta.uid.as_deref().filter(|uid| is_uid(uid));
             (wants_mesh(entry, objects, problems), uid.map(|uid| dir.join(uid)))

@@ -19,6 +19,7 @@ use self::{
     destination_rule::DestinationRule,
     endpoint_slice::EndpointSlice,
     field::{Checked, FieldError, under},
+    gateway::Gateway,
     mesh_config::MeshConfig,
     peer_authentication::PeerAuthentication,
     request_authentication::RequestAuthentication,
@@ -37,6 +38,7 @@ mod duration;
 pub mod endpoint_slice;
 pub mod export_to;
 pub mod field;
+pub mod gateway;
 mod headers;
 mod http_tunnel;
 pub mod load_balancer;
@@ -144,6 +146,8 @@ pub enum Resource {
     VirtualService(Box<VirtualService>),
     /// Istio's `DestinationRule`.
     DestinationRule(Box<DestinationRule>),
+    /// Istio's `Gateway`.
+    Gateway(Box<Gateway>),
     /// Istio's `AuthorizationPolicy`.
     AuthorizationPolicy(Box<AuthorizationPolicy>),
     /// Istio's `PeerAuthentication`.
@@ -267,7 +271,7 @@ fn resource(header: &Header<'_>, value: &Value) -> Checked<Resource> {
             .map(|slice| Resource::EndpointSlice(Box::new(EndpointSlice::of(*slice)))),
         (
             "networking.istio.io/v1alpha3" | "networking.istio.io/v1beta1" | "networking.istio.io/v1",
-            "VirtualService" | "DestinationRule",
+            "VirtualService" | "DestinationRule" | "Gateway",
         )
         | (
             "security.istio.io/v1beta1" | "security.istio.io/v1",
@@ -340,6 +344,10 @@ fn istio(header: &Header<'_>, value: &Value) -> Checked<Resource> {
         "VirtualService" => {
             let checked = virtual_service::check(key, created, &annotations, spec).map_err(under_spec)?;
             Resource::VirtualService(Box::new(checked))
+        }
+        "Gateway" => {
+            let checked = gateway::check(key, created, spec).map_err(under_spec)?;
+            Resource::Gateway(Box::new(checked))
         }
         "AuthorizationPolicy" => {
             let dry_run = authorization_policy::dry_run(&annotations).map_err(under("metadata"))?;

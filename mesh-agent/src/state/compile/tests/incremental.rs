@@ -4,10 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
 
+mod gateway;
+
 use super::*;
 use crate::state::{
+    compile::GatewayPod,
     resource::Object,
-    snapshot::{Endpoint, Zones},
+    snapshot::{Endpoint, StreamRoute, Zones},
 };
 
 fn slice(name: &str, service: &str, endpoints: &str) -> String {
@@ -126,6 +129,7 @@ fn forms() -> Vec<Vec<String>> {
     all.extend(pods);
     all.extend(services);
     all.extend([rules, routes, policies, vec![node.to_owned()], elsewhere]);
+    all.extend(gateway::forms());
     all
 }
 
@@ -142,6 +146,33 @@ fn clusters(snapshot: &Snapshot) -> BTreeMap<(String, Option<String>, bool), &Ar
         (cluster.name.to_string(), view, cluster.standby.fallbacks.is_empty())
     };
     snapshot.clusters().map(|cluster| (key(cluster), cluster)).collect()
+}
+
+fn said_of(backend: &Backend) -> String {
+    match backend {
+        Backend::Cluster(cluster) => {
+            format!("{} {:?} {}", cluster.name, cluster.view, cluster.standby.fallbacks.len())
+        }
+        Backend::Missing(why) => why.to_string(),
+    }
+}
+
+fn said_of_routes(routes: &[Arc<HttpRoute>]) -> Vec<String> {
+    let one = |route: &Arc<HttpRoute>| {
+        let mut to: Vec<String> = route.mirrors.iter().map(|mirror| said_of(&mirror.backend)).collect();
+        let RouteAction::Forward(all) = &route.action else { panic!("{route:?}") };
+        to.extend(all.iter().map(|one| said_of(&one.backend)));
+        format!("{} {} {:?} {to:?}", route.name, route.origin, route.matches)
+    };
+    routes.iter().map(one).collect()
+}
+
+fn said_of_streams(streams: &[Arc<StreamRoute>]) -> Vec<String> {
+    let one = |route: &Arc<StreamRoute>| {
+        let to: Vec<String> = route.backends.iter().map(|one| said_of(&one.backend)).collect();
+        format!("{} {} {:?} {to:?}", route.name, route.origin, route.matches)
+    };
+    streams.iter().map(one).collect()
 }
 
 /// All that a snapshot says, but for what is remembered.
@@ -180,23 +211,13 @@ fn said(snapshot: &Snapshot) -> BTreeMap<String, String> {
         for (client, port) in
             views.iter().flat_map(|(client, ports)| ports.iter().map(move |port| (client, port)))
         {
-            let backend = |backend: &Backend| match backend {
-                Backend::Cluster(cluster) => format!("{} {}", cluster.name, cluster.standby.fallbacks.len()),
-                Backend::Missing(why) => why.to_string(),
-            };
-            let routes = port.routes.iter().map(|route| {
-                let mut to: Vec<String> =
-                    route.mirrors.iter().map(|mirror| backend(&mirror.backend)).collect();
-                let RouteAction::Forward(all) = &route.action else { panic!("{route:?}") };
-                to.extend(all.iter().map(|one| backend(&one.backend)));
-                format!("{} {} {:?} {to:?}", route.name, route.origin, route.matches)
-            });
-            let streams =
-                port.streams.iter().flat_map(|route| &route.backends).map(|one| backend(&one.backend));
-            let all: Vec<String> = routes.chain(streams).chain([port.cluster.name.to_string()]).collect();
+            let (routes, streams) = (said_of_routes(&port.routes), said_of_streams(&port.streams));
+            let all: Vec<String> =
+                routes.into_iter().chain(streams).chain([port.cluster.name.to_string()]).collect();
             said.insert(format!("{host} {client} {}", port.port), format!("{all:?} {:?}", service.vips));
         }
     }
+    gateway::say(snapshot, &mut said);
     said.extend(snapshot.vips.iter().map(|(ip, service)| (ip.to_string(), service.host.to_string())));
     said.extend(snapshot.inbound.iter().map(|(at, cluster)| (at.to_string(), cluster.name.to_string())));
     said.extend(snapshot.headless.iter().map(|(at, host)| (format!("headless {at}"), host.to_string())));
@@ -261,7 +282,8 @@ proptest! {
         )
     ) {
         let forms = forms();
-        let settings = Settings { node: Some("n".into()), ..Settings::default() };
+        let gateway = Some(GatewayPod { namespace: "other".into(), name: "o-v1".into() });
+        let settings = Settings { node: Some("n".into()), gateway, ..Settings::default() };
         let mut compiled = Compiled::new(settings.clone());
         let mut whole: Option<Snapshot> = None;
         // All there is, and then what changes.

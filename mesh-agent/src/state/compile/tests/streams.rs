@@ -18,7 +18,8 @@ fn those_of_the_port_and_the_mesh_in_order() {
          {{match: [{{sniHosts: [x.example], port: 80}}, {{sniHosts: [a]}}], {to}}}]}}"
     );
     let ports = "{name: x, port: 80}, {name: y, port: 81}";
-    let text = service("default", "a", ports) + &istio("VirtualService default/a", &spec);
+    let text =
+        service("default", "a", ports) + &istio("VirtualService default/a", &spec) + &super::gateways::bare();
     let (snapshot, problems) = build(&text);
     assert_eq!(problems, []);
     let named = |names: &[(&str, usize)]| -> Vec<(String, usize)> {

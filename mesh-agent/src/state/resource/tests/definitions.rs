@@ -39,7 +39,7 @@ const fn definition(
     Definition { group, versions, kind, plural, short, column, schema }
 }
 
-const DEFINITIONS: [Definition; 6] = [
+const DEFINITIONS: [Definition; 7] = [
     definition(
         NETWORKING,
         ["VirtualService", "virtualservices", "vs"],
@@ -52,6 +52,7 @@ const DEFINITIONS: [Definition; 6] = [
         Some(("Host", ".spec.host")),
         destination_rule::schema,
     ),
+    definition(NETWORKING, ["Gateway", "gateways", "gw"], None, gateway::schema),
     definition(
         SECURITY,
         ["AuthorizationPolicy", "authorizationpolicies", "ap"],

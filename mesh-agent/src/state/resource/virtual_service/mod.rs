@@ -46,6 +46,8 @@ pub struct VirtualService {
     pub hosts: Vec<String>,
     /// Whether it holds for traffic inside the mesh: `spec.gateways` is absent or names `mesh`.
     pub mesh: bool,
+    /// `spec.gateways`, each as `NAMESPACE/NAME`, or `mesh`.
+    pub gateways: Vec<String>,
     /// `spec.exportTo`.
     pub visible: Visibility,
     /// Whether requests may ask for faults by header (annotation `mesh.io/fault-by-header`).
@@ -88,7 +90,7 @@ pub struct HttpRule {
 pub struct RuleMatch {
     /// Whether it holds inside the mesh: `gateways` is absent or names `mesh`.
     pub mesh: bool,
-    /// `gateways`, as written.
+    /// `gateways`, each as `NAMESPACE/NAME`, or `mesh`; none: wherever its rule holds.
     pub gateways: Vec<String>,
     /// Everything else.
     pub request: RequestMatch,
@@ -183,6 +185,8 @@ pub struct StreamRule {
 pub struct StreamRuleMatch {
     /// Whether it holds inside the mesh: `gateways` is absent or names `mesh`.
     pub mesh: bool,
+    /// As in [`RuleMatch`].
+    pub gateways: Vec<String>,
     /// Everything else.
     pub stream: StreamMatch,
 }
@@ -232,11 +236,24 @@ pub(super) fn check(
     }
     let within = rule::Within { namespace: &key.namespace, delegate: hosts.is_empty() };
     let http = each("http", rules, |rule| rule.check(within))?;
-    let tls = each("tls", tls, |rule| rule.check(&hosts))?;
-    let tcp = each("tcp", tcp, stream::WireTcp::check)?;
+    let tls = each("tls", tls, |rule| rule.check(&key.namespace, &hosts))?;
+    let tcp = each("tcp", tcp, |rule| rule.check(&key.namespace))?;
+    let gateways = gateway_names(wire.gateways.unwrap_or_default(), &key.namespace);
     let (namespace, name) = (Arc::clone(&key.namespace), Arc::clone(&key.name));
     let fault_by_header = annotations.get(FAULT_BY_HEADER).is_some_and(|value| value == "true");
-    Ok(VirtualService { namespace, name, created, hosts, mesh, visible, fault_by_header, http, tls, tcp })
+    Ok(VirtualService {
+        namespace,
+        name,
+        created,
+        hosts,
+        mesh,
+        gateways,
+        visible,
+        fault_by_header,
+        http,
+        tls,
+        tcp,
+    })
 }
 
 /// Checks the entries of a list one by one.
@@ -269,6 +286,19 @@ fn check_delegate(
 /// Whether a list of gateways holds for traffic inside the mesh.
 fn for_mesh(gateways: Option<&[String]>) -> bool {
     gateways.is_none_or(|gateways| gateways.is_empty() || gateways.iter().any(|gateway| gateway == "mesh"))
+}
+
+/// Gateways as an object of this namespace names them, each as `NAMESPACE/NAME`, or `mesh`. Istio's older form is
+/// `NAME.NAMESPACE`, whatever follows.
+fn gateway_names(written: Vec<String>, own: &str) -> Vec<String> {
+    let full = |name: String| match (name.split_once('/'), name.split_once('.')) {
+        _ if name == "mesh" => name,
+        (Some((".", name)), _) => format!("{own}/{name}"),
+        (Some(_), _) => name,
+        (None, Some((name, rest))) => format!("{}/{name}", rest.split('.').next().unwrap_or(rest)),
+        (None, None) => format!("{own}/{name}"),
+    };
+    written.into_iter().map(full).collect()
 }
 
 fn check_hosts(hosts: Vec<String>, mesh: bool) -> Checked<Vec<String>> {

@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, num::NonZeroU16, sync::Arc};
 use http::HeaderName;
 use serde::Deserialize;
 
-use super::{RuleMatch, for_mesh};
+use super::{RuleMatch, for_mesh, gateway_names};
 use crate::state::{
     resource::{
         field::{Checked, FieldError, entry, under},
@@ -42,8 +42,8 @@ pub struct Wire {
 }
 
 impl Wire {
-    /// The match, with every expression compiled.
-    pub fn check(self) -> Checked<RuleMatch> {
+    /// The match of an object of this namespace, with every expression compiled.
+    pub fn check(self, namespace: &str) -> Checked<RuleMatch> {
         let request = RequestMatch {
             name: text(self.name),
             stat_prefix: text(self.stat_prefix),
@@ -60,7 +60,8 @@ impl Wire {
             source_namespace: self.source_namespace.filter(|namespace| !namespace.is_empty()),
         };
         let mesh = for_mesh(self.gateways.as_deref());
-        Ok(RuleMatch { mesh, gateways: self.gateways.unwrap_or_default(), request })
+        let gateways = gateway_names(self.gateways.unwrap_or_default(), namespace);
+        Ok(RuleMatch { mesh, gateways, request })
     }
 }
 

@@ -65,7 +65,7 @@ impl Wire {
         self.check_conflicts(within)?;
         let mut matches = Vec::new();
         for (i, wire) in self.r#match.unwrap_or_default().into_iter().enumerate() {
-            matches.push(wire.check().map_err(item("match", i))?);
+            matches.push(wire.check(within.namespace).map_err(item("match", i))?);
         }
         let action = if let Some(delegate) = self.delegate {
             delegate.check(within.namespace).map_err(under("delegate"))?

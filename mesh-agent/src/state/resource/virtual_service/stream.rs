@@ -9,7 +9,7 @@ use serde::Deserialize;
 use super::{
     Destination, StreamRule, StreamRuleMatch,
     action::{self, WireDestination},
-    check_host, for_mesh,
+    check_host, for_mesh, gateway_names,
 };
 use crate::state::{
     resource::field::{Checked, FieldError, item, under},
@@ -59,33 +59,33 @@ struct WireTcpMatch {
 }
 
 impl WireTls {
-    /// The rule of a `VirtualService` with these hosts.
-    pub fn check(self, hosts: &[String]) -> Checked<StreamRule> {
+    /// The rule of a `VirtualService` of this namespace with these hosts.
+    pub fn check(self, namespace: &str, hosts: &[String]) -> Checked<StreamRule> {
         let written = self.r#match.unwrap_or_default();
         if written.is_empty() {
             return Err(FieldError::new("match", "TLS route must have at least one match condition"));
         }
         let mut matches = Vec::with_capacity(written.len());
         for (i, wire) in written.into_iter().enumerate() {
-            matches.push(wire.check(hosts).map_err(item("match", i))?);
+            matches.push(wire.check(namespace, hosts).map_err(item("match", i))?);
         }
         Ok(StreamRule { matches, route: route(self.route, "TLS route is required")? })
     }
 }
 
 impl WireTcp {
-    /// The rule.
-    pub fn check(self) -> Checked<StreamRule> {
+    /// The rule of a `VirtualService` of this namespace.
+    pub fn check(self, namespace: &str) -> Checked<StreamRule> {
         let mut matches = Vec::new();
         for (i, wire) in self.r#match.unwrap_or_default().into_iter().enumerate() {
-            matches.push(wire.check().map_err(item("match", i))?);
+            matches.push(wire.check(namespace).map_err(item("match", i))?);
         }
         Ok(StreamRule { matches, route: route(self.route, "TCP route is required")? })
     }
 }
 
 impl WireTlsMatch {
-    fn check(self, hosts: &[String]) -> Checked<StreamRuleMatch> {
+    fn check(self, namespace: &str, hosts: &[String]) -> Checked<StreamRuleMatch> {
         let written = self.sni_hosts.unwrap_or_default();
         if written.is_empty() {
             return Err(FieldError::new("sniHosts", "TLS match must have at least one SNI host"));
@@ -96,6 +96,7 @@ impl WireTlsMatch {
         }
         Ok(StreamRuleMatch {
             mesh: for_mesh(self.gateways.as_deref()),
+            gateways: gateway_names(self.gateways.unwrap_or_default(), namespace),
             stream: StreamMatch {
                 sni_hosts,
                 destination_subnets: subnets(self.destination_subnets)?,
@@ -109,10 +110,11 @@ impl WireTlsMatch {
 }
 
 impl WireTcpMatch {
-    fn check(self) -> Checked<StreamRuleMatch> {
+    fn check(self, namespace: &str) -> Checked<StreamRuleMatch> {
         let source_subnet = self.source_subnet.filter(|subnet| !subnet.is_empty());
         Ok(StreamRuleMatch {
             mesh: for_mesh(self.gateways.as_deref()),
+            gateways: gateway_names(self.gateways.unwrap_or_default(), namespace),
             stream: StreamMatch {
                 sni_hosts: Vec::new(),
                 destination_subnets: subnets(self.destination_subnets)?,
