@@ -29,7 +29,7 @@ pub use self::{
     announce::Announcer,
     events::Events,
     failing::Failing,
-    in_force::{as_gateway, put_in_force},
+    in_force::{as_gateway, put_in_force, update_pod},
     namespaces::Namespaces,
     succession::{Prepared, Served},
 };
@@ -354,7 +354,7 @@ impl Enrolment {
         let transitions = Arc::clone(self.mesh.pods.transitions());
         let pod = Arc::new(Pod::new(net, identity, self.drain.child(), limits, transitions));
         self.mesh.pods.insert(name.clone(), Arc::clone(&pod));
-        in_force::update_pod(&self.mesh, &pod);
+        update_pod(&self.mesh, &pod);
         self.namespaces.insert(name, id);
         self.pods_changed.notify_one();
         let workers = &self.mesh.workers;

@@ -4,6 +4,8 @@
 //! when [`AgentBuilder::start`] returns. Reading what it says asks the agent itself: `/metrics`, the admin socket,
 //! `meshctl`. An agent that ends by itself fails [`crate::Lab::finish`].
 
+mod cgroups;
+
 use std::{
     collections::BTreeMap,
     fs,
@@ -18,6 +20,7 @@ use mesh_agent::capture::Mark;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
+pub use self::cgroups::Cgroups;
 use crate::{
     binary, eventually,
     fetch::{get_inside, get_unix},
@@ -49,20 +52,6 @@ pub struct AgentBuilder {
     kubeconfig: Option<PathBuf>,
     cgroups: Cgroups,
     binary: Option<PathBuf>,
-}
-
-/// Where an agent's programs are attached.
-#[derive(Debug, Clone, Default)]
-pub enum Cgroups {
-    /// At the root that the lab has made for its node.
-    #[default]
-    OfNode,
-    /// There.
-    At(PathBuf),
-    /// Where the agent finds the machine's cgroup2 hierarchy by itself.
-    Found,
-    /// The same, on a machine that has no other hierarchies: cgroup2 at `/sys/fs/cgroup`.
-    Version2Alone,
 }
 
 /// A running agent.
@@ -156,10 +145,7 @@ impl AgentBuilder {
         let Self { node, args, env, state_dir, config_dir, kubeconfig, .. } = self;
         let state_dir = state_dir.unwrap_or_else(|| node.world.dir.join("state"));
         let path = self.binary.map_or_else(|| binary("mesh-agent", "MESH_AGENT_BIN", "mesh-agent"), Ok)?;
-        let mut command = match &self.cgroups {
-            Cgroups::Version2Alone => with_cgroup2_alone(&path),
-            Cgroups::OfNode | Cgroups::At(_) | Cgroups::Found => Command::new(path),
-        };
+        let mut command = self.cgroups.starts(&path);
         command.arg("node").args(["--node", node.name()]);
         match kubeconfig {
             Some(file) => command.arg("--kubeconfig").arg(file),
@@ -167,25 +153,13 @@ impl AgentBuilder {
         };
         command.arg("--state-dir").arg(&state_dir);
         command.arg("--run-dir").arg(run_dir(&node)?);
-        match &self.cgroups {
-            Cgroups::OfNode => drop(command.arg("--cgroup-root").arg(node.cgroup())),
-            Cgroups::At(root) => drop(command.arg("--cgroup-root").arg(root)),
-            Cgroups::Found | Cgroups::Version2Alone => {}
-        }
+        self.cgroups.told(&mut command, &node);
         command.arg("--bpf-dir").arg(bpf_dir(&node));
         command.args(["--metrics", &METRICS.to_string(), "--readiness", &READINESS.to_string()]);
         command.args(args).envs(env);
         let process = node.spawn_as(command, Role::Agent)?;
         Ok(Agent { node, process, state_dir, builder })
     }
-}
-
-/// A program, as it sees a host that has nothing but cgroup2. What is mounted later elsewhere it sees as everybody does.
-fn with_cgroup2_alone(path: &Path) -> Command {
-    let script = "umount -R /sys/fs/cgroup && mount -t cgroup2 none /sys/fs/cgroup && exec \"$0\" \"$@\"";
-    let mut command = Command::new("unshare");
-    command.args(["--mount", "--propagation", "slave", "sh", "-c", script]).arg(path);
-    command
 }
 
 impl Agent {

@@ -25,7 +25,7 @@ use crate::{
     capture::{self, Endpoints, PodNet},
     config::GatewayConfig,
     drain::Drain,
-    enrolment::{as_gateway, connections_of_a_pod, put_in_force},
+    enrolment::{as_gateway, connections_of_a_pod, put_in_force, update_pod},
     identity::{Authority, WorkloadIdentity},
     proxy::{
         Mesh,
@@ -173,7 +173,9 @@ impl Serving {
         };
         let Self { config, mesh, snapshots, readiness, stop, .. } = self;
         mesh.pods.insert(PodName::from(&*pod.workload()), Arc::clone(&pod));
-        let serving = Ports::new(mesh, pod, config.drain_deadline);
+        // What it is may have changed while its certificate was waited for.
+        update_pod(&mesh, &pod);
+        let serving = Ports::new(mesh, pod, config.drain_deadline, config.own_ports());
         failing.store(Arc::new(Some(serving.failing())));
         serving.run(snapshots, (readiness, unready), stop).await;
     }

@@ -93,6 +93,15 @@ impl GatewayConfig {
         self.admin.clone().unwrap_or_else(|| Address::Unix(self.run_dir().join(SOCKET_NAME)))
     }
 
+    /// Ports on which the process itself is asked about.
+    pub fn own_ports(&self) -> Vec<u16> {
+        let admin = match self.admin() {
+            Address::Tcp(address) => Some(address.port()),
+            Address::Unix(_) => None,
+        };
+        [self.metrics.port(), self.readiness.port()].into_iter().chain(admin).collect()
+    }
+
     /// What this host calls itself.
     pub fn host() -> String {
         hostname()

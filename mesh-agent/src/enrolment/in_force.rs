@@ -27,8 +27,8 @@ pub fn put_in_force(
     let (told, in_force) = watch::channel(mesh.snapshot());
     tokio::spawn(async move {
         loop {
-            let snapshot = Arc::clone(&source.borrow_and_update());
             let before = mesh.snapshot();
+            let snapshot = with_gateway(Arc::clone(&source.borrow_and_update()), &before);
             // First: whoever finds a pod joined finds that it may still be waited for.
             mesh.pods.transitions().note(&before, &snapshot);
             mesh.snapshot.store(Arc::clone(&snapshot));
@@ -52,8 +52,18 @@ pub fn put_in_force(
     in_force
 }
 
+/// What a gateway serves, it serves also while the configuration does not know its pod.
+fn with_gateway(snapshot: Arc<Snapshot>, before: &Snapshot) -> Arc<Snapshot> {
+    match (&snapshot.gateway, &before.gateway) {
+        (None, Some(kept)) => {
+            Arc::new(Snapshot { gateway: Some(Arc::clone(kept)), ..Snapshot::clone(&snapshot) })
+        }
+        _ => snapshot,
+    }
+}
+
 /// Has a pod be what the configuration says, for one that has come while that changed too.
-pub(super) fn update_pod(mesh: &Mesh, pod: &Pod) {
+pub fn update_pod(mesh: &Mesh, pod: &Pod) {
     let (snapshot, held) = (mesh.snapshot(), pod.workload());
     if pod.net().is_own() {
         if let Some(gateway) = &snapshot.gateway {

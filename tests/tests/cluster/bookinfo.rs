@@ -26,6 +26,10 @@ fn bookinfo_answers_through_names_and_service_addresses() -> Result<()> {
         let client = format!("client-{node}");
         let looked_up = namespace.exec(&client, &["nslookup", "productpage.bookinfo.svc.cluster.local"])?;
         ensure!(looked_up.contains(address), "{client} looks up {address}: {looked_up}");
+        // The node's rules for a service may come a moment after its pods are ready.
+        let first =
+            "until curl -sf -o /dev/null --max-time 5 http://productpage:9080/productpage; do :; done";
+        namespace.exec(&client, &["timeout", "120", "sh", "-c", first])?;
         for host in ["productpage", "productpage.bookinfo", "productpage.bookinfo.svc.cluster.local", address]
         {
             let page =

@@ -201,6 +201,9 @@ async fn clients_may_say_nothing_or_prove_an_identity_of_the_mesh() -> Result<()
   - port: { number: 8444, name: optional, protocol: HTTPS }
     hosts: [a.example]
     tls: { mode: OPTIONAL_MUTUAL, credentialName: optional }
+  - port: { number: 8445, name: named, protocol: HTTPS }
+    hosts: [a.example]
+    tls: { mode: ISTIO_MUTUAL, subjectAltNames: [spiffe://cluster.local/ns/default/sa/friend] }
 ";
     let only_friend = "
 ---
@@ -211,7 +214,7 @@ spec:
   selector: { matchLabels: { app: edge } }
   rules:
   - from: [{ source: { principals: [cluster.local/ns/default/sa/friend] } }]
-  - to: [{ operation: { ports: [\"8444\"] } }]
+  - to: [{ operation: { ports: [\"8444\", \"8445\"] } }]
 ";
     let manifests = gateway(servers)
         + &bound("a", "a.example", &to_version("v1"))
@@ -237,6 +240,9 @@ spec:
         (8444, None, 200),
         (8444, Some("outsider.pem"), 200),
         (8444, Some("friend.pem"), 0),
+        (8445, Some("friend.pem"), 200),
+        (8445, Some("other.pem"), 0),
+        (8445, None, 0),
     ] {
         let shown = shown.map(|name| text(&files.path(name)));
         // What the gateway shows of the mesh has no name of a host.
@@ -245,5 +251,66 @@ spec:
         let curled = ask(&world, &files, port, "a.example", &more).await?;
         ensure!(curled.transfers[0].status == expected, "{port} {more:?}: {curled:?}");
     }
+    world.finish().await
+}
+
+/// A wildcard that anybody may come by, and below it a host whose clients prove themselves.
+fn wide_and_narrow(mode_of_wide: &str) -> String {
+    gateway(&format!(
+        "
+  - port: {{ number: 8443, name: wide, protocol: HTTPS }}
+    hosts: ['*.example']
+    tls: {{ mode: {mode_of_wide}, credentialName: wide }}
+  - port: {{ number: 8443, name: narrow, protocol: HTTPS }}
+    hosts: [narrow.example]
+    tls: {{ mode: MUTUAL, credentialName: narrow }}
+"
+    )) + &bound("wide", "wide.example", &to_version("v1"))
+        + &bound("narrow", "narrow.example", &to_version("v2"))
+}
+
+#[tokio::test]
+async fn nobody_gets_past_what_a_server_asks_for_by_the_connection_of_another_or_an_older_one() -> Result<()>
+{
+    if !require_root()? {
+        return Ok(());
+    }
+    let (root, friends) = (Authority::root("servers")?, Authority::root("friends")?);
+    let friend = leaf(&friends, "friend.example", None)?;
+    let files =
+        Files::new(&[("roots.pem", &root.certificate), ("friend.pem", &(friend.0.clone() + &friend.1))])?;
+    let world = World::new("gwpast", &wide_and_narrow("SIMPLE")).await?;
+    let shown = |name: &str, host: &str| anyhow::Ok(secret(name, &leaf(&root, host, None)?, Some(&friends)));
+    world.apply("wide.yaml", &shown("wide", "wide.example")?).await?;
+    world.apply("narrow.yaml", &shown("narrow", "narrow.example")?).await?;
+    let by_friend = text(&files.path("friend.pem"));
+    answered(&ask(&world, &files, 8443, "wide.example", &[]).await?)?;
+    answered(&ask(&world, &files, 8443, "narrow.example", &["--cert", &by_friend]).await?)?;
+    ensure!(answered(&ask(&world, &files, 8443, "narrow.example", &[]).await?).is_err());
+    let curled = ask(&world, &files, 8443, "wide.example", &["-H", "Host: narrow.example"]).await?;
+    ensure!(curled.transfers[0].status == 404, "{curled:?}");
+
+    // Held open while its own server begins to ask: the next request on it has proved nothing.
+    let resolve = format!("wide.example:8443:{}", world.gateway.pod().ip());
+    let kept = tokio::spawn({
+        let (client, roots) = (world.client.clone(), text(&files.path("roots.pem")));
+        async move {
+            let hold = "https://wide.example:8443/hold";
+            client
+                .curl(&["--resolve", &resolve, "--cacert", &roots, hold, "https://wide.example:8443/"])
+                .await
+        }
+    });
+    eventually("a request that is held", async || {
+        ensure!(world.v1.stats(APP).await?.held == 1);
+        Ok(())
+    })
+    .await?;
+    world.apply("gateway.yaml", &wide_and_narrow("MUTUAL")).await?;
+    ensure!(world.v1.release(APP).await? == 1);
+    let kept = kept.await??;
+    let statuses: Vec<_> = kept.transfers.iter().map(|one| (one.status, one.connects)).collect();
+    ensure!(statuses == [(200, 1), (401, 0)], "{kept:?}");
+    answered(&ask(&world, &files, 8443, "wide.example", &["--cert", &by_friend]).await?)?;
     world.finish().await
 }

@@ -18,7 +18,9 @@ use crate::{
     error::{Error, Kind, Result},
     proxy::{exchange::Exchange, outbound::Outbound, permits},
     route,
-    state::snapshot::{HttpRoute, Redirect, Served, Snapshot, TlsAction, VirtualHost, VirtualHosts},
+    state::snapshot::{
+        HttpRoute, Redirect, Served, Snapshot, TlsAction, TlsServers, VirtualHost, VirtualHosts,
+    },
     tunnel::OfClient,
     upstream::message,
 };
@@ -116,7 +118,7 @@ impl Entry {
 
         let snapshot = mesh.snapshot();
         let host = host(exchange.authority.as_ref());
-        let found = self.hosts(&snapshot).and_then(|hosts| hosts.find(Some(&host)));
+        let found = self.hosts(&snapshot, &host)?.and_then(|hosts| hosts.find(Some(&host)));
         let Some(found) = found else {
             let text = format!("no server of port {} has the host {host:?}", self.port);
             return Err(Error::new(Kind::NoRoute, text));
@@ -127,15 +129,31 @@ impl Entry {
         Ok(Admitted::ToRoutes { request, port: self.port, routes: Arc::clone(&found.routes) })
     }
 
-    /// The hosts that requests of the connection may be for, as they are now.
-    fn hosts<'s>(&self, snapshot: &'s Snapshot) -> Option<&'s VirtualHosts> {
-        match &snapshot.gateway.as_ref()?.port(self.port)?.serves {
-            Served::Http(hosts) if !self.secure => Some(hosts),
-            Served::Tls(servers) if self.secure => match &servers.find(self.name.as_deref())?.action {
-                TlsAction::Http(_, hosts) => Some(hosts),
-                TlsAction::PassThrough(_) | TlsAction::Stream(..) => None,
-            },
-            Served::Http(_) | Served::Tls(_) | Served::Tcp(_) => None,
+    /// The hosts that requests of the connection may be for, as they are now; `host`: the one that is asked for.
+    fn hosts<'s>(&self, snapshot: &'s Snapshot, host: &str) -> Result<Option<&'s VirtualHosts>> {
+        let port = snapshot.gateway.as_ref().and_then(|gateway| gateway.port(self.port));
+        Ok(match port.map(|port| &port.serves) {
+            Some(Served::Http(hosts)) if !self.secure => Some(hosts),
+            Some(Served::Tls(servers)) if self.secure => self.of_server(servers, host)?,
+            Some(Served::Http(_) | Served::Tls(_) | Served::Tcp(_)) | None => None,
+        })
+    }
+
+    /// Those of the connection's own server. A host that another one has, by a narrower name, is not among them: who comes there
+    /// may have to prove more.
+    fn of_server<'s>(&self, servers: &'s TlsServers, host: &str) -> Result<Option<&'s VirtualHosts>> {
+        let (Some(own), Some(of_host)) = (servers.find(self.name.as_deref()), servers.find(Some(host)))
+        else {
+            return Ok(None);
+        };
+        match &own.action {
+            TlsAction::Http(tls, _) if !self.client.satisfies(tls) => {
+                let text =
+                    format!("{} asks for more than it did when the client came: connect anew", own.origin);
+                Err(Error::new(Kind::Unauthenticated, text))
+            }
+            TlsAction::Http(_, hosts) if own.origin == of_host.origin => Ok(Some(hosts)),
+            TlsAction::Http(..) | TlsAction::PassThrough(_) | TlsAction::Stream(..) => Ok(None),
         }
     }
 }

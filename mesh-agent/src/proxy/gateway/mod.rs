@@ -11,7 +11,14 @@ mod entry;
 mod ports;
 mod tls;
 
-use std::{net::TcpStream as Accepted, sync::Arc, time::Duration};
+use std::{
+    net::TcpStream as Accepted,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -62,6 +69,22 @@ pub(super) struct Port {
     drain: Drain,
     /// Cuts what is open, when there has been time enough.
     cut: CancellationToken,
+    /// Somebody else takes the connections from now on.
+    handed_on: AtomicBool,
+}
+
+impl Port {
+    /// Has one of the threads do it, as a part of what the port has open.
+    fn spawn<F>(&self, task: impl FnOnce(Option<Seat>) -> F)
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let seat = self.mesh.workers.seat();
+        match seat.as_ref().map(|seat| seat.runtime().clone()) {
+            Some(runtime) => self.drain.spawn_on(task(seat), &runtime),
+            None => self.drain.spawn(task(seat)),
+        }
+    }
 }
 
 /// Takes the connections of a port until it is closed.
@@ -71,7 +94,10 @@ async fn serve(port: Arc<Port>, open: OpenPort) {
             Ok(arrivals) => break arrivals,
             Err(error) => {
                 tracing::error!(port = port.number, %error, "the port's connections are not taken, trying again");
-                tokio::time::sleep(AGAIN).await;
+                let left = timeout(AGAIN, port.drain.left()).await;
+                if left.is_ok() {
+                    return;
+                }
             }
         }
     };
@@ -83,6 +109,9 @@ async fn serve(port: Arc<Port>, open: OpenPort) {
             arrived = arrivals.next() => take(&port, arrived),
         }
     }
+    if port.handed_on.load(Ordering::Relaxed) {
+        return;
+    }
     // Whoever is connected already, for all that it can know, is not to be turned away.
     while let Ok(arrived) = timeout(Duration::ZERO, arrivals.next()).await {
         take(&port, arrived);
@@ -93,14 +122,10 @@ fn take(port: &Arc<Port>, arrived: Arrived) {
     let Arrived { stream, client, local } = arrived;
     let ends = Ends { client, original_dst: local, endpoint: 0 };
     let Some(place) = admit(&port.mesh, &port.pod, Side::Source, ends) else { return };
-    let seat = port.mesh.workers.seat();
-    let runtime = seat.as_ref().map(|seat| seat.runtime().clone());
-    let connection = connection(Arc::clone(port), stream, ends, (place, seat));
-    let connection = assert_small(connection, CONNECTION_FUTURE);
-    match runtime {
-        Some(runtime) => port.drain.spawn_on(connection, &runtime),
-        None => port.drain.spawn(connection),
-    }
+    port.spawn(|seat| {
+        let connection = connection(Arc::clone(port), stream, ends, (place, seat));
+        assert_small(connection, CONNECTION_FUTURE)
+    });
 }
 
 async fn connection(
@@ -219,7 +244,7 @@ async fn course(port: &Port, outbound: &Outbound, client: TcpStream) -> Result<C
 async fn end_tls(
     outbound: &Outbound,
     client: Prefixed<TcpStream>,
-    tls: &ServerTls,
+    tls: &Arc<ServerTls>,
     inside: tls::Inside,
 ) -> Result<(tls::Secure, tls::Client)> {
     let (said, client) = client.into_parts();

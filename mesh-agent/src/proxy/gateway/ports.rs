@@ -6,7 +6,10 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -30,6 +33,8 @@ pub struct Ports {
     pod: Arc<Pod>,
     /// How long what is open on a port has to end.
     deadline: Duration,
+    /// Ports on which the process itself is asked about, which no configuration may take.
+    own: Vec<u16>,
     open: BTreeMap<u16, Open>,
     failing: Failing,
     /// Ports that are being closed.
@@ -65,10 +70,10 @@ impl Failing {
 }
 
 impl Ports {
-    /// None open yet.
-    pub fn new(mesh: Arc<Mesh>, pod: Arc<Pod>, deadline: Duration) -> Self {
+    /// None open yet. `own`: ports of the process itself.
+    pub fn new(mesh: Arc<Mesh>, pod: Arc<Pod>, deadline: Duration, own: Vec<u16>) -> Self {
         let (open, failing, closing) = (BTreeMap::new(), Failing::default(), TaskTracker::new());
-        Self { mesh, pod, deadline, open, failing, closing }
+        Self { mesh, pod, deadline, own, open, failing, closing }
     }
 
     /// Which are not open, for as long as this runs.
@@ -108,8 +113,11 @@ impl Ports {
         self.closing.wait().await;
     }
 
+    /// What never comes is not waited for.
     fn waits(&self, readiness: &Readiness) -> Vec<BlockReady> {
-        self.failing.texts().into_iter().map(|text| readiness.block(text)).collect()
+        let failing = self.failing.all();
+        let may_come = failing.iter().filter(|(number, _)| !self.own.contains(number));
+        may_come.map(|(_, text)| readiness.block(text.clone())).collect()
     }
 
     fn follow(&mut self, gateway: &Gateway) {
@@ -127,6 +135,9 @@ impl Ports {
             match self.open.get_mut(&serves.number) {
                 Some(open) if same_kind(&open.serves, serves) => open.serves = Arc::clone(serves),
                 Some(_) => self.serve_otherwise(serves),
+                None if self.own.contains(&serves.number) => {
+                    self.fails(serves, "it is the gateway's own (--metrics, --readiness, --admin)");
+                }
                 None => self.bind(serves),
             }
         }
@@ -139,13 +150,14 @@ impl Ports {
                 tracing::info!(port = serves.number, "port open");
                 self.serve(listener, serves);
             }
-            Err(error) => self.fails(serves, &error),
+            Err(error) => self.fails(serves, &format!("{error}; it is tried again")),
         }
     }
 
     /// What is open is of another kind from now on: it ends, and who comes finds the port open all the while.
     fn serve_otherwise(&mut self, serves: &Arc<GatewayPort>) {
         let Some(Open { port, listener, .. }) = self.open.remove(&serves.number) else { return };
+        port.handed_on.store(true, Ordering::Relaxed);
         self.close(port);
         self.serve(listener, serves);
     }
@@ -153,7 +165,7 @@ impl Ports {
     fn serve(&mut self, listener: OpenPort, serves: &Arc<GatewayPort>) {
         let shared = match listener.share() {
             Ok(shared) => shared,
-            Err(error) => return self.fails(serves, &error),
+            Err(error) => return self.fails(serves, &format!("{error}; it is tried again")),
         };
         let port = Arc::new(Port {
             mesh: Arc::clone(&self.mesh),
@@ -161,17 +173,18 @@ impl Ports {
             number: serves.number,
             drain: Drain::default(),
             cut: CancellationToken::new(),
+            handed_on: AtomicBool::new(false),
         });
-        self.mesh.workers.spawn(serve(Arc::clone(&port), shared));
+        port.spawn(|_| serve(Arc::clone(&port), shared));
         self.open.insert(serves.number, Open { port, listener, serves: Arc::clone(serves) });
     }
 
-    fn fails(&self, serves: &GatewayPort, error: &std::io::Error) {
+    fn fails(&self, serves: &GatewayPort, why: &str) {
         let origins = match serves.origins()[..] {
             [] => String::new(),
             ref origins => format!(" ({})", origins.join(", ")),
         };
-        let text = format!("port {}{origins} is not open: {error}; it is tried again", serves.number);
+        let text = format!("port {}{origins} is not open: {why}", serves.number);
         if self.failing.note(serves.number, &text) {
             tracing::error!("{text}");
         }

@@ -57,12 +57,21 @@ pub(super) struct Client {
     pub shown: Option<Arc<Shown>>,
     /// What apps are told of its certificate (`x-forwarded-client-cert`).
     pub certificate: Option<HeaderValue>,
+    /// What its server asked of it.
+    asked: Option<Arc<ServerTls>>,
 }
 
 impl Client {
     /// One that has proved nothing.
     pub const fn unknown() -> Self {
-        Self { identity: None, shown: None, certificate: None }
+        Self { identity: None, shown: None, certificate: None, asked: None }
+    }
+
+    /// Whether it has proved all that a server asks for now: that may be more than when it came.
+    pub fn satisfies(&self, tls: &ServerTls) -> bool {
+        let now = &tls.terms;
+        let asked = self.asked.as_ref().map(|asked| (asked.terms.mode, &asked.terms.names));
+        now.mode == ServerTlsMode::Simple || asked == Some((now.mode, &now.names))
     }
 }
 
@@ -75,7 +84,7 @@ pub(super) type Secure = Box<TlsStream<Prefixed<Socket>>>;
 /// [`Kind::Unauthenticated`] and [`Kind::Revoked`] where the client has not proved what it has to, [`Kind::TlsFailure`] for all else.
 pub(super) async fn accept(
     client: Prefixed<Socket>,
-    tls: &ServerTls,
+    tls: &Arc<ServerTls>,
     identity: &WorkloadIdentity,
     inside: Inside,
     peer: SocketAddr,
@@ -85,12 +94,16 @@ pub(super) async fn accept(
     let accepted = TlsAcceptor::from(config).accept(client).await;
     let stream = accepted.map_err(|error| failed(&error, peer))?;
     let chain = stream.get_ref().1.peer_certificates().unwrap_or_default();
-    let mut known = Client::unknown();
+    let mut known = Client { asked: Some(Arc::clone(tls)), ..Client::unknown() };
     if let Some(leaf) = chain.first() {
         known.certificate = told(leaf);
         if tls.terms.mode == ServerTlsMode::IstioMutual {
-            let refused = |why| Error::new(Kind::Unauthenticated, format!("{peer} is refused: {why}"));
-            known.identity = Some(single_identity(leaf).map_err(refused)?);
+            let refused = |why: &str| Error::new(Kind::Unauthenticated, format!("{peer} is refused: {why}"));
+            let names = &tls.terms.names;
+            if !names.is_empty() && !names.iter().any(|name| has_name(leaf, name)) {
+                return Err(refused("its certificate has none of the names of subjectAltNames"));
+            }
+            known.identity = Some(single_identity(leaf).map_err(|why| refused(&why.to_string()))?);
             known.shown = Some(Arc::new(beginning.shown(chain, Usage::Client)));
         }
     }
