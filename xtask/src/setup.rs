@@ -41,9 +41,10 @@ enum Sign {
     File(&'static str),
 }
 
-/// What the host's build needs: a C compiler (aws-lc, libbpf) and the libraries libbpf stands on.
-pub const BUILD: [Package; 4] = [
+/// What the host's build needs: a C compiler (aws-lc, libbpf, jemalloc) and the libraries libbpf stands on.
+pub const BUILD: [Package; 5] = [
     Package { name: "build-essential", sign: Sign::Program("cc") },
+    Package { name: "make", sign: Sign::Program("make") },
     Package { name: "pkg-config", sign: Sign::Program("pkg-config") },
     Package { name: "libelf-dev", sign: Sign::Library("libelf") },
     Package { name: "zlib1g-dev", sign: Sign::Library("zlib") },

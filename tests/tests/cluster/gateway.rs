@@ -6,6 +6,7 @@ use lab::{
     cluster::{Cluster, Namespace},
     pki,
 };
+use serde_json::json;
 
 use crate::{
     installed::{Mesh, SYSTEM, meshed},
@@ -51,13 +52,12 @@ const BY_HTTPS: &str = "--cacert /tmp/ca.pem --connect-to shop.example:443:mesh-
 
 /// A Secret as `kubectl create secret tls` makes it.
 fn secret(certificate: &pki::Authority) -> String {
-    let indented = |text: &str| text.lines().map(|line| format!("    {line}\n")).collect::<String>();
-    format!(
-        "apiVersion: v1\nkind: Secret\nmetadata: {{ name: shop-tls, namespace: {SYSTEM} }}\ntype: kubernetes.io/tls\n\
-         stringData:\n  tls.crt: |\n{}  tls.key: |\n{}",
-        indented(&certificate.certificate),
-        indented(&certificate.key)
-    )
+    let data = json!({ "tls.crt": certificate.certificate, "tls.key": certificate.key });
+    let secret = json!({
+        "apiVersion": "v1", "kind": "Secret", "type": "kubernetes.io/tls", "stringData": data,
+        "metadata": { "name": "shop-tls", "namespace": SYSTEM },
+    });
+    secret.to_string()
 }
 
 /// What the client believes from now on.
