@@ -3,6 +3,7 @@
 
 use anyhow::{Context as _, Result, ensure};
 use lab::cluster::{Cluster, Namespace};
+use serde_json::json;
 
 use crate::{
     installed::{Mesh, enrolled, meshed},
@@ -53,19 +54,20 @@ spec:
 /// A pod that the kubelet makes of a file: the API server hears of it later, and under another UID.
 fn static_pod(cluster: &Cluster, namespace: &Namespace, node: &str) -> Result<()> {
     const DIR: &str = "/var/lib/kubelet/manifests";
-    let manifest = format!(
-        "{{apiVersion: v1, kind: Pod, metadata: {{name: fixed, namespace: {}}}, spec: {{terminationGracePeriodSeconds: 0, \
-         containers: [{{name: c, image: '{}', imagePullPolicy: Never, command: [sleep, infinity]}}]}}}}",
-        namespace.name(),
-        cluster.client_image()
-    );
-    cluster.on_node(node, &format!("mkdir -p {DIR}; cat > {DIR}/fixed.yaml <<'END'\n{manifest}\nEND"))?;
+    let container = json!({
+        "name": "c", "image": cluster.client_image(), "imagePullPolicy": "Never", "command": ["sleep", "infinity"],
+    });
+    let manifest = json!({
+        "apiVersion": "v1", "kind": "Pod", "metadata": { "name": "fixed", "namespace": namespace.name() },
+        "spec": { "terminationGracePeriodSeconds": 0, "containers": [container] },
+    });
+    cluster.on_node(node, &format!("cat > {DIR}/fixed.json <<'END'\n{manifest}\nEND"))?;
     let pod = format!("pod/fixed-{node}");
     let started = ["--for=create", "--for=condition=Ready"]
         .iter()
         .try_for_each(|what| namespace.kubectl(&["wait", what, &pod, "--timeout=120s"]).map(drop));
     let is_in = enrolled(namespace);
-    cluster.on_node(node, &format!("rm {DIR}/fixed.yaml"))?;
+    cluster.on_node(node, &format!("rm {DIR}/fixed.json"))?;
     started.context("a static pod in a namespace that is in the mesh")?;
     ensure!(!is_in?.iter().any(|pod| pod.starts_with("fixed")), "a static pod is in the mesh");
     namespace.kubectl(&["wait", "--for=delete", &pod, "--timeout=120s"]).map(drop)

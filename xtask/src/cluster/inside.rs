@@ -223,6 +223,9 @@ fn write_configuration(node: Node, proxy: ProxyMode) -> Result<()> {
         Path::new("/etc/cni/net.d/10-pods.conflist"),
         include_str!("../../../tests/cluster/config/cni.conflist"),
     )?;
+    // Named in the kubelet's configuration, which looks into it each second.
+    let own = Path::new("/var/lib/kubelet/manifests");
+    fs::create_dir_all(own).with_context(|| format!("cannot create {}", own.display()))?;
     plugins()
 }
 
