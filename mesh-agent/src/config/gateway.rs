@@ -6,7 +6,7 @@ use clap::Args;
 
 use super::{
     AccessLogFormat, CaFlags, CertificateFlags, HttpLimits, OverloadMarks, PathNormalization, RUN_DIRS,
-    STATE_DIR, SourceFlags, hostname, seconds,
+    STATE_DIR, SourceFlags, seconds,
 };
 use crate::{
     admin::{Address, SOCKET_NAME},
@@ -100,11 +100,6 @@ impl GatewayConfig {
             Address::Unix(_) => None,
         };
         [self.metrics.port(), self.readiness.port()].into_iter().chain(admin).collect()
-    }
-
-    /// What this host calls itself.
-    pub fn host() -> String {
-        hostname()
     }
 }
 

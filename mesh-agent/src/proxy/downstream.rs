@@ -29,7 +29,7 @@ use super::{
     Mesh,
     exchange::{Client, Reported},
     gateway::Entry,
-    http::{self, Answered},
+    http::{self, Answered, To},
     inbound::Inbound,
     inspected,
     outbound::Outbound,
@@ -135,10 +135,10 @@ impl Server {
     ) -> Answered {
         match self {
             Self::Outbound(outbound, cluster) => {
-                http::answer(outbound, Ok(Arc::clone(cluster)), request, client, refused).await
+                http::answer(outbound, To::Service(Arc::clone(cluster)), request, client, refused).await
             }
             Self::Gateway(entry) => {
-                http::answer(entry.outbound(), Err(entry), request, client, refused).await
+                http::answer(entry.outbound(), To::Gateway(entry), request, client, refused).await
             }
             // Boxed: few connections need the room.
             Self::Inbound(inbound, app) => {

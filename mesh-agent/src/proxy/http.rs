@@ -49,10 +49,18 @@ pub(super) enum Made {
     Switch(Agreed),
 }
 
-/// Answers one request, to a service, or at a gateway. `refused`: what the connection it came on found wrong with it.
+/// Where a request has come to.
+pub(super) enum To<'a> {
+    /// A port of a service, which a pod's app has dialled.
+    Service(Arc<Cluster>),
+    /// A port of a gateway.
+    Gateway(&'a Arc<Entry>),
+}
+
+/// Answers one request. `refused`: what the connection it came on found wrong with it.
 pub(super) async fn answer(
     outbound: &Arc<Outbound>,
-    to: std::result::Result<Arc<Cluster>, &Arc<Entry>>,
+    to: To<'_>,
     request: Box<Request<Body>>,
     client: Client,
     refused: Option<Refusal>,
@@ -60,15 +68,20 @@ pub(super) async fn answer(
     let source = outbound.source.clone();
     let reporter = &outbound.mesh.reporter;
     let mut exchange = Exchange::begin(reporter, Sides::Source, source, outbound.ends, client, &request);
-    let entry = to.as_ref().err().copied();
-    exchange.cluster = to.ok();
+    let entry = match to {
+        To::Service(cluster) => {
+            exchange.cluster = Some(cluster);
+            None
+        }
+        To::Gateway(entry) => Some(&**entry),
+    };
     exchange.held = Some(outbound.pod.hold());
     let made = if let Some(refusal) = refused {
         exchange.unread();
         Err(Error::from(refusal))
     } else {
         let (parts, body) = (*request).into_parts();
-        forward(outbound, entry.map(|entry| &**entry), &mut exchange, parts, body).await
+        forward(outbound, entry, &mut exchange, parts, body).await
     };
     match made {
         Ok(Made::Response(response)) => {
@@ -76,7 +89,7 @@ pub(super) async fn answer(
             Answered::Response(exchange.respond(head, body))
         }
         Ok(Made::Switch(agreed)) => {
-            let drain = entry.map_or(&outbound.pod.drain, |entry| entry.drain());
+            let drain = entry.map_or(&outbound.pod.drain, Entry::drain);
             upgrade::carry(Arc::clone(outbound), drain, exchange, agreed)
         }
         Err(error) => {

@@ -53,7 +53,7 @@ pub async fn serve(mesh: Arc<Mesh>, pod: Arc<Pod>, listener: Listener) {
             let Some(place) = admit(&mesh, &pod, Side::Destination, (&captured).into()) else { continue };
             Some(place)
         };
-        spawn(&mesh, &pod, |seat| {
+        spawn(&mesh, &pod.drain, |seat| {
             let (mesh, pod) = (Arc::clone(&mesh), Arc::clone(&pod));
             assert_small(connection(mesh, pod, listener, captured, (place, seat)), CONNECTION_FUTURE)
         });

@@ -40,6 +40,7 @@ use crate::{
     balance,
     capture::{Acceptor, Captured, Endpoints, Listener, Refused},
     config::{HttpLimits, PathNormalization},
+    drain::Drain,
     error::{Error, Kind},
     overload::Overload,
     report::{FlowFacts, Peer, Reporter, RequestProtocol, Security, Side},
@@ -170,15 +171,15 @@ fn learn_end(facts: &mut FlowFacts, endpoint: &Endpoint, via: &Via, protocol: Re
     facts.protocol = Some(protocol);
 }
 
-/// Has a connection carried by one of the threads, and hands it its place there.
-fn spawn<F>(mesh: &Mesh, pod: &Pod, connection: impl FnOnce(Option<Seat>) -> F)
+/// Has a connection carried by one of the threads, as one of those that `drain` ends, and hands it its place there.
+fn spawn<F>(mesh: &Mesh, drain: &Drain, connection: impl FnOnce(Option<Seat>) -> F)
 where
     F: Future<Output = ()> + Send + 'static,
 {
     let seat = mesh.workers.seat();
     match seat.as_ref().map(|seat| seat.runtime().clone()) {
-        Some(runtime) => pod.drain.spawn_on(connection(seat), &runtime),
-        None => pod.drain.spawn(connection(seat)),
+        Some(runtime) => drain.spawn_on(connection(seat), &runtime),
+        None => drain.spawn(connection(seat)),
     }
 }
 

@@ -56,7 +56,7 @@ pub async fn serve(mesh: Arc<Mesh>, pod: Arc<Pod>) {
     let Some(acceptor) = acceptor(&pod, Listener::Outbound).await else { return };
     while let Some(captured) = next(&mesh, &pod, &acceptor, Side::Source).await {
         let Some(place) = admit(&mesh, &pod, Side::Source, (&captured).into()) else { continue };
-        spawn(&mesh, &pod, |seat| {
+        spawn(&mesh, &pod.drain, |seat| {
             let connection = connection(Arc::clone(&mesh), Arc::clone(&pod), captured, (place, seat));
             assert_small(connection, CONNECTION_FUTURE)
         });

@@ -221,8 +221,8 @@ pub(super) fn introduced(headers: &HeaderMap) -> Result<Option<Introduction>> {
 
 /// What a gateway has verified of the client.
 pub(super) fn of_client(headers: &HeaderMap) -> Result<Option<OfClient>> {
-    single(headers, &MESH_OF_CLIENT)?
-        .map_or(Ok(None), |_| Ok(headers.get(MESH_OF_CLIENT).cloned().map(OfClient)))
+    let said = single(headers, &MESH_OF_CLIENT)?;
+    Ok(said.and_then(|_| headers.get(MESH_OF_CLIENT).cloned()).map(OfClient))
 }
 
 /// Port and protocol of a native request, its headers stripped; `None` for a stream without them.

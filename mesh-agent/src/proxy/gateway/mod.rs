@@ -35,7 +35,7 @@ use super::{
     copied::Copied,
     downstream::{self, Server},
     outbound::Outbound,
-    permits,
+    permits, spawn,
     unsent::{self, Left},
 };
 use crate::{
@@ -73,20 +73,6 @@ pub(super) struct Port {
     handed_on: AtomicBool,
 }
 
-impl Port {
-    /// Has one of the threads do it, as a part of what the port has open.
-    fn spawn<F>(&self, task: impl FnOnce(Option<Seat>) -> F)
-    where
-        F: Future<Output = ()> + Send + 'static,
-    {
-        let seat = self.mesh.workers.seat();
-        match seat.as_ref().map(|seat| seat.runtime().clone()) {
-            Some(runtime) => self.drain.spawn_on(task(seat), &runtime),
-            None => self.drain.spawn(task(seat)),
-        }
-    }
-}
-
 /// Takes the connections of a port until it is closed.
 async fn serve(port: Arc<Port>, open: OpenPort) {
     let arrivals = loop {
@@ -122,7 +108,7 @@ fn take(port: &Arc<Port>, arrived: Arrived) {
     let Arrived { stream, client, local } = arrived;
     let ends = Ends { client, original_dst: local, endpoint: 0 };
     let Some(place) = admit(&port.mesh, &port.pod, Side::Source, ends) else { return };
-    port.spawn(|seat| {
+    spawn(&port.mesh, &port.drain, |seat| {
         let connection = connection(Arc::clone(port), stream, ends, (place, seat));
         assert_small(connection, CONNECTION_FUTURE)
     });

@@ -16,7 +16,7 @@ use std::{
 use tokio::{sync::watch, time::timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use super::{AGAIN, Port, same_kind, serve};
+use super::{AGAIN, Port, same_kind, serve, spawn};
 use crate::{
     admin::{BlockReady, Readiness},
     capture::OpenPort,
@@ -175,7 +175,7 @@ impl Ports {
             cut: CancellationToken::new(),
             handed_on: AtomicBool::new(false),
         });
-        port.spawn(|_| serve(Arc::clone(&port), shared));
+        spawn(&port.mesh, &port.drain, |_| serve(Arc::clone(&port), shared));
         self.open.insert(serves.number, Open { port, listener, serves: Arc::clone(serves) });
     }
 
